@@ -1,0 +1,28 @@
+"""The one interface that networks, guidance and solvers share."""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """An estimate of the clean image behind a noisy one.
+
+    Called as `denoiser(x, sigma, labels)`: `x` float32 [N, C, H, W]; `sigma` float32 [N] or a scalar tensor,
+    the standard deviation of the noise in `x`; `labels` float32 [N, K] or None. Returns D, float32, the shape
+    of `x`. A float64 `x` (a float64 solver) is answered in float64 where the denoiser can.
+
+    Three optional methods let a denoiser follow the sampling run without any solver knowing why. Each returns
+    what to use next, so that nothing is left behind in the denoiser:
+
+    - `for_images(rng) -> Denoiser`, called by whoever draws the noise, once per batch. `rng` is a
+      `torch_utils.rng.StackedGenerator` with one generator per image, for methods that draw at random.
+    - `for_step(i, sigmas) -> Denoiser`, called by the solver at the start of step i (from sigmas[i] to
+      sigmas[i + 1]); its answer serves every evaluation of that step.
+    - `after_step(x, i, sigmas) -> x`, called by the solver on the answer of `for_step` at the end of step i.
+    """
+
+    def __call__(
+        self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor: ...

@@ -1,0 +1,124 @@
+"""The process group, and everything that depends on which rank this is."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+
+
+def rank() -> int:
+    """This process's rank; 0 where no process group runs."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes; 1 where no process group runs."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`; `auto` is cuda (this process's own GPU), else mps, else cpu.
+
+    Raises ValueError where the device is not there, naming those that are.
+    """
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in has.items() if there)
+    kind = name.split(":")[0]
+    if not has.get(kind, False):
+        raise ValueError(f"--device {name}: not available here; use one of auto, {', '.join(k for k in has if has[k])}")
+    if name == "cuda":
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
+    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s); start one process per GPU "
+            "(torchrun --nproc-per-node)"
+        )
+    return torch.device(name)
+
+
+@contextlib.contextmanager
+def session(device: str = "auto", timeout_minutes: float = 30) -> Iterator[torch.device]:
+    """Join the process group that torchrun announced, if any; leave it at the end.
+
+    Yields this process's device. A plain `python x.py` runs without a process group. CPU tensors always travel
+    over gloo, CUDA tensors over nccl.
+    """
+    picked = pick_device(device)
+    if picked.type == "cuda":
+        torch.cuda.set_device(picked)
+    started = False
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        started = True
+    try:
+        yield picked
+    finally:
+        if started:
+            torch.distributed.destroy_process_group()
+
+
+def print0(*args: object) -> None:
+    """Print on rank 0 only, at once."""
+    if rank() == 0:
+        print(*args, flush=True)
+
+
+def warn0(message: str) -> None:
+    """Print a warning to standard error on rank 0 only."""
+    if rank() == 0:
+        print(f"Warning: {message}", file=sys.stderr, flush=True)
+
+
+def barrier() -> None:
+    """Wait until every rank has come here."""
+    if world_size() > 1:
+        torch.distributed.barrier()
+
+
+def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
+    """Replace `tensor` by its sum over all ranks, in place; returns it."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank if `flag` is true on one (a tiny CPU all-reduce)."""
+    return bool(all_reduce_sum_(torch.tensor(int(flag))).item())
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value`, on every rank (any picklable object; only ever pickled by our own rank 0)."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(box, value)
+    return box
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise on every rank when one rank met an error, so that none is left waiting for the others.
+
+    Each rank passes its own error or None; ranks without one raise a ValueError that quotes the first.
+    """
+    texts = [text for text in gather_objects(None if error is None else str(error)) if text is not None]
+    if error is not None:
+        raise error
+    if texts:
+        raise ValueError(texts[0])
