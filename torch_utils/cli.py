@@ -85,7 +85,9 @@ class FloatSeries(click.ParamType):
                     self.fail(f"{part!r} is not a number", param, ctx)
                 continue
             if len(numbers) < 2 or index != len(parts) - 2:
-                self.fail("'...' goes between two numbers that set the step and the last one: 0.01,0.02,...,0.25", param, ctx)
+                self.fail(
+                    "'...' goes between two numbers that set the step and the last one: 0.01,0.02,...,0.25", param, ctx
+                )
             numbers.extend(self._fill(numbers[-2], numbers[-1], parts[-1], param, ctx))
         return tuple(numbers)
 

@@ -23,6 +23,4 @@ class Denoiser(Protocol):
     - `after_step(x, i, sigmas) -> x`, called by the solver on the answer of `for_step` at the end of step i.
     """
 
-    def __call__(
-        self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None
-    ) -> torch.Tensor: ...
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor: ...
