@@ -1,0 +1,128 @@
+"""The networks against reference outputs, and what their arguments promise."""
+
+import copy
+
+import pytest
+import torch
+
+from tests import golden
+from training.networks import Precond, normalize_weights_
+from training.primitives import MPConv, mp_cat, mp_silu, mp_sum, normalize
+
+
+@pytest.mark.parametrize("name", ["cond", "uncond"])
+def test_outputs_equal_reference(name):
+    arrays = golden.load(f"network_{name}.npz")
+    net = golden.network(name, golden.part(arrays, "state/"))
+    labels = arrays.get("labels")
+    with torch.no_grad():
+        D, logvar = net(arrays["x"], arrays["sigma"], labels, return_logvar=True)
+        golden.assert_close(D, arrays["D"], 1e-5)
+        golden.assert_close(logvar, arrays["logvar"], 1e-5)
+        golden.assert_close(net(arrays["x"], torch.tensor(1.7), labels), arrays["D_scalar_sigma"], 1e-5)
+        if "D_no_label" in arrays:
+            golden.assert_close(net(arrays["x"], arrays["sigma"], None), arrays["D_no_label"], 1e-5)
+
+
+def test_unconditional_net_ignores_labels():
+    arrays = golden.load("network_uncond.npz")
+    net = golden.network("uncond", golden.part(arrays, "state/"))
+    with torch.no_grad():
+        assert torch.equal(net(arrays["x"], 1.0, torch.ones(3, 7)), net(arrays["x"], 1.0))
+
+
+def conditional_net() -> tuple[Precond, torch.Tensor, torch.Tensor]:
+    arrays = golden.load("network_cond.npz")
+    return golden.network("cond", golden.part(arrays, "state/")), arrays["x"], arrays["labels"]
+
+
+def test_forward_writes_no_parameter_even_in_training():
+    net, x, labels = conditional_net()
+    before = copy.deepcopy(net.state_dict())
+    net.train()(x, torch.ones(3), labels)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_normalize_weights_gives_unit_filters_and_the_same_outputs():
+    net, x, labels = conditional_net()
+    with torch.no_grad():
+        before = net(x, 1.0, labels)
+        normalize_weights_(net)
+        torch.testing.assert_close(net(x, 1.0, labels), before, atol=2e-3, rtol=0)
+    for module in net.modules():
+        if isinstance(module, MPConv):
+            rms = module.weight.square().mean(dim=list(range(1, module.weight.ndim))).sqrt()
+            torch.testing.assert_close(rms, torch.ones_like(rms), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_near_float32_and_returns_float32(dtype):
+    net, x, labels = conditional_net()
+    with torch.no_grad():
+        exact = net(x, 1.0, labels)
+        net.compute_dtype = dtype
+        rough = net(x, 1.0, labels)
+    assert rough.dtype == torch.float32
+    assert not torch.equal(rough, exact)
+    assert (rough - exact).norm() / exact.norm() < 8 * torch.finfo(dtype).eps
+
+
+def test_attention_maps_are_returned_and_do_not_change_the_output():
+    net, x, labels = conditional_net()
+    names = net.unet.attention_blocks
+    assert names == ["enc.8x8_block0", "dec.8x8_in0", "dec.8x8_block0", "dec.8x8_block1"]
+    with torch.no_grad():
+        plain = net(x, 1.0, labels)
+        D, maps = net(x, 1.0, labels, return_attention=names)
+    torch.testing.assert_close(D, plain, atol=1e-5, rtol=1e-5)
+    assert {name: list(m.shape) for name, m in maps.items()} == dict.fromkeys(names, [3, 2, 64, 64])
+    torch.testing.assert_close(maps[names[0]].sum(dim=3), torch.ones(3, 2, 64))
+
+
+def test_attention_edit_replaces_what_it_names_only():
+    net, x, labels = conditional_net()
+    softmax = torch.nn.functional.scaled_dot_product_attention
+    with torch.no_grad():
+        plain = net(x, 1.0, labels)
+        assert torch.equal(net(x, 1.0, labels, attention={"dec.8x8_in0": softmax}), plain)
+        assert torch.equal(net(x, 1.0, labels, attention={}), plain)
+        assert not torch.equal(net(x, 1.0, labels, attention={"dec.8x8_in0": lambda q, k, v: v}), plain)
+        assert torch.equal(net(x, 1.0, labels, embedding=lambda emb: emb), plain)
+        assert not torch.equal(net(x, 1.0, labels, embedding=lambda emb: emb * 1.1), plain)
+
+
+@pytest.mark.parametrize("name", ["dec.8x8_in1", "8x8_in0", "enc.16x16_block0"])
+def test_edit_of_a_block_without_attention_is_refused(name):
+    net, x, labels = conditional_net()
+    with pytest.raises(ValueError, match=r"no attention.*dec\.8x8_in0"):
+        net(x, 1.0, labels, return_attention=[name])
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="channels_per_head"):
+        Precond(16, 3, 0, model_channels=48, channel_mult=[1, 2])
+    with pytest.raises(ValueError, match="cannot be halved 3 times"):
+        Precond(20, 3, 0, model_channels=64)
+    with pytest.raises(TypeError, match="model_chanels"):
+        Precond(16, 3, 0, model_chanels=64)
+    net, x, labels = conditional_net()
+    with pytest.raises(ValueError, match=r"expected \[3, 4\]"):
+        net(x, 1.0, labels[:, :2])
+
+
+def test_primitives_preserve_magnitude():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(64, n, 16, 16, generator=generator) for n in (32, 96))
+    for y in (mp_silu(a), mp_sum(a, b[:, :32], 0.3), mp_cat(a, b, 0.3), normalize(a * 7)):
+        assert y.square().mean().sqrt().item() == pytest.approx(1, abs=0.01)
+    # both inputs of a concatenation contribute by their balance, whatever their width
+    y = mp_cat(a, b, 0.5)
+    assert (y[:, :32].square().sum() / y[:, 32:].square().sum()).item() == pytest.approx(1, abs=0.02)
+
+
+def test_published_parameter_counts():
+    # specs: parameters of the ImageNet-512 networks, in millions
+    with torch.device("meta"):
+        sizes = {c: Precond(64, 4, 1000, model_channels=c) for c in (64, 128, 192)}
+    millions = {c: sum(p.numel() for p in net.parameters()) / 1e6 for c, net in sizes.items()}
+    assert millions == pytest.approx({64: 31.3, 128: 124.7, 192: 280.2}, abs=0.06)

@@ -1,0 +1,303 @@
+"""The EDM2 U-Net (config G) and its preconditioner (Karras et al. 2023; preconditioning of Karras et al. 2022)."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from training.primitives import (
+    MPConv,
+    MPFourier,
+    downsample,
+    mp_cat,
+    mp_silu,
+    mp_sum,
+    normalize,
+    normalize_weights_,
+    upsample,
+)
+
+__all__ = ["AttentionEdit", "Precond", "UNet", "normalize_weights_"]
+
+# (q, k, v), each [N, heads, H*W, C/heads], q and k normalised -> what attention puts out, same shape
+AttentionEdit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Edits:
+    """What one call changes or reads inside the network; `maps` receives the attention maps asked for."""
+
+    attention: Mapping[str, AttentionEdit] = field(default_factory=dict)
+    embedding: Callable[[torch.Tensor], torch.Tensor] | None = None
+    return_attention: Sequence[str] = ()
+    maps: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Block(nn.Module):
+    """One encoder or decoder block: optional resampling, residual branch, optional cosine-like attention."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        *,
+        decoder: bool,
+        resample: str = "keep",
+        attention: bool = False,
+        channels_per_head: int = 64,
+        dropout: float = 0.0,
+        res_balance: float = 0.3,
+        attn_balance: float = 0.3,
+        clip_act: float | None = 256.0,
+    ):
+        super().__init__()
+        self.decoder, self.resample = decoder, {"keep": nn.Identity(), "down": downsample, "up": upsample}[resample]
+        self.dropout, self.res_balance, self.attn_balance, self.clip_act = dropout, res_balance, attn_balance, clip_act
+        self.num_heads = _num_heads(out_channels, channels_per_head) if attention else 0
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.conv_res0 = MPConv(in_channels if decoder else out_channels, out_channels, [3, 3])
+        self.emb_linear = MPConv(emb_channels, out_channels, [])
+        self.conv_res1 = MPConv(out_channels, out_channels, [3, 3])
+        self.conv_skip = MPConv(in_channels, out_channels, [1, 1]) if in_channels != out_channels else None
+        self.attn_qkv = MPConv(out_channels, out_channels * 3, [1, 1]) if attention else None
+        self.attn_proj = MPConv(out_channels, out_channels, [1, 1]) if attention else None
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, name: str, edits: Edits) -> torch.Tensor:
+        x = self.resample(x)
+        if not self.decoder:
+            x = normalize(x if self.conv_skip is None else self.conv_skip(x), dims=[1])
+        y = self.conv_res0(mp_silu(x))
+        scale = self.emb_linear(emb, gain=self.emb_gain) + 1
+        y = mp_silu(y * scale[:, :, None, None].to(y.dtype))
+        if self.training and self.dropout:
+            y = nn.functional.dropout(y, p=self.dropout)
+        y = self.conv_res1(y)
+        if self.decoder and self.conv_skip is not None:
+            x = self.conv_skip(x)
+        x = mp_sum(x, y, self.res_balance)
+        if self.num_heads:
+            x = mp_sum(x, self.attn_proj(self._attend(x, name, edits)), self.attn_balance)
+        return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
+
+    def _attend(self, x: torch.Tensor, name: str, edits: Edits) -> torch.Tensor:
+        n, c, h, w = x.shape
+        # published weights interleave q, k, v inside each head's channels
+        qkv = self.attn_qkv(x).reshape(n, self.num_heads, c // self.num_heads, 3, h * w)
+        q, k, v = (t.transpose(2, 3).contiguous() for t in normalize(qkv, dims=[2]).unbind(3))
+        if name in edits.attention:
+            y = edits.attention[name](q, k, v)
+        elif name in edits.return_attention:
+            edits.maps[name] = (q.float() @ k.float().transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3)
+            y = edits.maps[name].to(v.dtype) @ v
+        else:
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return y.transpose(2, 3).reshape(n, c, h, w)
+
+
+def _num_heads(channels: int, channels_per_head: int) -> int:
+    if channels < channels_per_head or channels % channels_per_head:
+        raise ValueError(
+            f"attention over {channels} channels with channels_per_head={channels_per_head}: the channels must be a "
+            f"multiple of it; set channels_per_head to a divisor of {channels}"
+        )
+    return channels // channels_per_head
+
+
+class UNet(nn.Module):
+    """The raw network F: x [N, C, H, W], c_noise [N], labels [N, label_dim] -> [N, C, H, W], all unit magnitude.
+
+    Half-precision `x` computes in half precision; the embedding path stays float32.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int,
+        *,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        channel_mult_noise: int | None = None,
+        channel_mult_emb: int | None = None,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (16, 8),
+        label_balance: float = 0.5,
+        concat_balance: float = 0.5,
+        channels_per_head: int = 64,
+        dropout: float = 0.0,
+        res_balance: float = 0.3,
+        attn_balance: float = 0.3,
+        clip_act: float | None = 256.0,
+    ):
+        super().__init__()
+        _check_resolution(img_resolution, len(channel_mult))
+        widths = [model_channels * mult for mult in channel_mult]
+        noise_width = widths[0] if channel_mult_noise is None else model_channels * channel_mult_noise
+        emb_width = max(widths) if channel_mult_emb is None else model_channels * channel_mult_emb
+        self.label_balance, self.concat_balance = label_balance, concat_balance
+        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.emb_fourier = MPFourier(noise_width)
+        self.emb_noise = MPConv(noise_width, emb_width, [])
+        self.emb_label = MPConv(label_dim, emb_width, []) if label_dim else None
+
+        def block(c_in: int, c_out: int, decoder: bool, resample: str = "keep", attention: bool = False) -> Block:
+            return Block(
+                c_in,
+                c_out,
+                emb_width,
+                decoder=decoder,
+                resample=resample,
+                attention=attention,
+                channels_per_head=channels_per_head,
+                dropout=dropout,
+                res_balance=res_balance,
+                attn_balance=attn_balance,
+                clip_act=clip_act,
+            )
+
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        c, skips = img_channels + 1, []  # one more channel, of ones, stands in for biases
+        for level, width in enumerate(widths):
+            res = img_resolution >> level
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = MPConv(c, width, [3, 3])
+                c = width
+            else:
+                self.enc[f"{res}x{res}_down"] = block(c, c, decoder=False, resample="down")
+            skips.append(c)
+            for i in range(num_blocks):
+                self.enc[f"{res}x{res}_block{i}"] = block(c, width, False, attention=res in attn_resolutions)
+                c = width
+                skips.append(c)
+        for level, width in reversed(list(enumerate(widths))):
+            res = img_resolution >> level
+            if level == len(widths) - 1:
+                self.dec[f"{res}x{res}_in0"] = block(c, c, decoder=True, attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(c, c, decoder=True)
+            else:
+                self.dec[f"{res}x{res}_up"] = block(c, c, decoder=True, resample="up")
+            for i in range(num_blocks + 1):
+                self.dec[f"{res}x{res}_block{i}"] = block(
+                    c + skips.pop(), width, True, attention=res in attn_resolutions
+                )
+                c = width
+        self.out_conv = MPConv(c, img_channels, [3, 3])
+
+    @property
+    def attention_blocks(self) -> list[str]:
+        """Names of the blocks that have attention, such as "enc.8x8_block0", in the order they are computed."""
+        blocks = [(f"{side}.{name}", b) for side in ("enc", "dec") for name, b in getattr(self, side).items()]
+        return [name for name, b in blocks if isinstance(b, Block) and b.num_heads]
+
+    def embed(self, c_noise: torch.Tensor, labels: torch.Tensor | None, edits: Edits) -> torch.Tensor:
+        """The embedding that modulates every block: c_noise [N], labels [N, label_dim] -> [N, emb_width]."""
+        emb = self.emb_noise(self.emb_fourier(c_noise))
+        if edits.embedding is not None:
+            emb = edits.embedding(emb)
+        if self.emb_label is not None:
+            # one-hot labels have RMS 1/sqrt(label_dim)
+            emb = mp_sum(emb, self.emb_label(labels * math.sqrt(labels.shape[1])), self.label_balance)
+        return mp_silu(emb)
+
+    def forward(
+        self, x: torch.Tensor, c_noise: torch.Tensor, labels: torch.Tensor | None, edits: Edits
+    ) -> torch.Tensor:
+        emb = self.embed(c_noise, labels, edits)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        skips = []
+        for name, module in self.enc.items():
+            x = module(x) if isinstance(module, MPConv) else module(x, emb, f"enc.{name}", edits)
+            skips.append(x)
+        for name, module in self.dec.items():
+            if "_block" in name:
+                x = mp_cat(x, skips.pop(), self.concat_balance)
+            x = module(x, emb, f"dec.{name}", edits)
+        return self.out_conv(x, gain=self.out_gain)
+
+
+def _check_resolution(img_resolution: int, num_levels: int) -> None:
+    if img_resolution % (1 << (num_levels - 1)) or img_resolution < 1:
+        raise ValueError(
+            f"img_resolution={img_resolution} cannot be halved {num_levels - 1} times; use a multiple of "
+            f"{1 << (num_levels - 1)} or fewer levels in channel_mult"
+        )
+
+
+class Precond(nn.Module):
+    """The denoiser D(x; sigma, labels) around the U-Net (EDM Table 1), with the uncertainty head of EDM2 Eq. 21.
+
+    Arguments: `img_resolution` pixels, `img_channels`, `label_dim` classes (0: unconditional), `sigma_data` the
+    standard deviation of the data, `logvar_channels` width of the uncertainty head, `unet_kwargs` as `UNet`.
+    `compute_dtype` (an attribute) is the dtype inside the U-Net; everything outside stays float32.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int,
+        sigma_data: float = 0.5,
+        logvar_channels: int = 128,
+        **unet_kwargs: object,
+    ):
+        super().__init__()
+        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+        self.sigma_data = sigma_data
+        self.compute_dtype = torch.float32
+        self.unet = UNet(img_resolution, img_channels, label_dim, **unet_kwargs)
+        self.logvar_fourier = MPFourier(logvar_channels)
+        self.logvar_linear = MPConv(logvar_channels, 1, [])
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor | float,
+        labels: torch.Tensor | None = None,
+        return_logvar: bool = False,
+        *,
+        attention: Mapping[str, AttentionEdit] | None = None,
+        embedding: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        return_attention: Sequence[str] = (),
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Estimate the clean image.
+
+        `x` [N, C, H, W]; `sigma` [N] or a scalar; `labels` [N, label_dim], or None for the zero vector; ignored by
+        an unconditional net. `attention` maps block names ("enc.8x8_block0") to replacements of their attention;
+        `embedding` replaces the noise embedding [N, emb] before labels join it. Returns D, float32, shaped as x;
+        then, where asked for, the log-variance [N, 1, 1, 1] and a dict of softmax attention maps
+        [N, heads, H*W, H*W] of the blocks in `return_attention`. Raises ValueError for a name without attention.
+        """
+        edits = Edits(attention or {}, embedding, return_attention)
+        self._check_blocks([*edits.attention, *return_attention])
+        x = x.float()
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
+        s = sigma.reshape(-1, 1, 1, 1)
+        c_skip = self.sigma_data**2 / (s**2 + self.sigma_data**2)
+        c_out = s * self.sigma_data / (s**2 + self.sigma_data**2).sqrt()
+        c_in = 1 / (self.sigma_data**2 + s**2).sqrt()
+        c_noise = sigma.log() / 4
+        f = self.unet((c_in * x).to(self.compute_dtype), c_noise, self._labels(x, labels), edits)
+        outputs = [c_skip * x + c_out * f.float()]
+        if return_logvar:
+            outputs.append(self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1))
+        if return_attention:
+            outputs.append(edits.maps)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _labels(self, x: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | None:
+        if not self.label_dim:
+            return None
+        if labels is None:
+            return torch.zeros(x.shape[0], self.label_dim, device=x.device)
+        if labels.shape != (x.shape[0], self.label_dim):
+            raise ValueError(f"labels have shape {list(labels.shape)}; expected [{x.shape[0]}, {self.label_dim}]")
+        return labels.float()
+
+    def _check_blocks(self, names: Sequence[str]) -> None:
+        there = self.unet.attention_blocks if names else []
+        for name in names:
+            if name not in there:
+                raise ValueError(f"no attention in a block called {name!r}; there is: {', '.join(there)}")

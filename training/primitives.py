@@ -1,0 +1,90 @@
+"""Magnitude-preserving building blocks (Karras et al. 2023, "Analyzing and Improving the Training Dynamics")."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+_SILU_GAIN = 1 / 0.596  # Eq. 81: the RMS of silu(N(0,1))
+
+
+def normalize(x: torch.Tensor, dims: Sequence[int] | None = None, eps: float = 1e-4) -> torch.Tensor:
+    """Scale `x` to unit RMS over `dims` (default: all but the first), in float32; returns x's dtype.
+
+    A tensor of unit-variance entries keeps its scale: x / (eps + ||x|| * sqrt(#norms / #entries)). Eq. 30.
+    """
+    dims = list(range(1, x.ndim)) if dims is None else list(dims)
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
+    norm = norm * math.sqrt(norm.numel() / x.numel()) if x.numel() else norm
+    return x / (eps + norm).to(x.dtype)
+
+
+def mp_silu(x: torch.Tensor) -> torch.Tensor:
+    """SiLU that keeps unit-variance input at unit magnitude. Eq. 81."""
+    return nn.functional.silu(x) * _SILU_GAIN
+
+
+def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float = 0.5) -> torch.Tensor:
+    """Blend `a` and `b` with weight `t` for `b`, keeping the magnitude of independent inputs. Eq. 88."""
+    return a.lerp(b, t) / math.sqrt((1 - t) ** 2 + t**2)
+
+
+def mp_cat(a: torch.Tensor, b: torch.Tensor, t: float = 0.5) -> torch.Tensor:
+    """Concatenate channels so that `b` contributes a share `t` of the magnitude whatever its width. Eq. 103."""
+    n_a, n_b = a.shape[1], b.shape[1]
+    scale = math.sqrt((n_a + n_b) / ((1 - t) ** 2 + t**2))
+    return torch.cat([a * (scale / math.sqrt(n_a) * (1 - t)), b * (scale / math.sqrt(n_b) * t)], dim=1)
+
+
+def downsample(x: torch.Tensor) -> torch.Tensor:
+    """Halve height and width by 2x2 means (the separable filter [1, 1])."""
+    return nn.functional.avg_pool2d(x, 2)
+
+
+def upsample(x: torch.Tensor) -> torch.Tensor:
+    """Double height and width by repeating pixels."""
+    return nn.functional.interpolate(x, scale_factor=2, mode="nearest")
+
+
+class MPFourier(nn.Module):
+    """Random Fourier features of a scalar: [N] -> [N, num_channels], unit magnitude, in x's dtype. Eq. 75."""
+
+    def __init__(self, num_channels: int, bandwidth: float = 1.0):
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(num_channels) * bandwidth)
+        self.register_buffer("phases", 2 * math.pi * torch.rand(num_channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.outer(x.float(), self.freqs) + self.phases
+        return (y.cos() * math.sqrt(2)).to(x.dtype)
+
+
+class MPConv(nn.Module):
+    """Bias-free convolution (kernel [k, k]) or linear layer (kernel []) whose weight is normalised on use. Eq. 47.
+
+    The effective weight has unit-norm filters times `gain`, so activations keep their magnitude.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int]):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+
+    def forward(self, x: torch.Tensor, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
+        weight = normalize(self.weight.float())
+        weight = (weight * (gain / math.sqrt(weight[0].numel()))).to(x.dtype)
+        if weight.ndim == 2:
+            return nn.functional.linear(x, weight)
+        return nn.functional.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
+@torch.no_grad()
+def normalize_weights_(net: nn.Module) -> None:
+    """Replace the weight of every MPConv in `net` by its normalised version, in place.
+
+    Forced weight normalisation (Eq. 66): the training loop calls this before each step, so that the learning
+    rate keeps its meaning while weights would otherwise grow. `forward` never writes parameters.
+    """
+    for module in net.modules():
+        if isinstance(module, MPConv):
+            module.weight.copy_(normalize(module.weight))
