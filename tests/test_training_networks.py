@@ -75,7 +75,7 @@ def test_attention_maps_are_returned_and_do_not_change_the_output():
         plain = net(x, 1.0, labels)
         D, maps = net(x, 1.0, labels, return_attention=names)
     torch.testing.assert_close(D, plain, atol=1e-5, rtol=1e-5)
-    assert {name: list(m.shape) for name, m in maps.items()} == dict.fromkeys(names, [3, 2, 64, 64])
+    assert {name: list(m.shape) for name, m in maps.items()} == {key: [3, 2, 64, 64] for key in names}
     torch.testing.assert_close(maps[names[0]].sum(dim=3), torch.ones(3, 2, 64))
 
 
