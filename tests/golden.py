@@ -22,9 +22,14 @@ def part(arrays: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor
     return {key[len(prefix) :]: value for key, value in arrays.items() if key.startswith(prefix)}
 
 
+def architecture(name: str) -> dict:
+    """Precond's arguments for the golden network `cond` or `uncond`."""
+    return json.loads((DATA / "meta.json").read_text())["configs"][name]
+
+
 def network(name: str, state: dict[str, torch.Tensor] | None = None) -> Precond:
     """The golden network `cond` or `uncond`, with `state` where given."""
-    net = Precond(**json.loads((DATA / "meta.json").read_text())["configs"][name])
+    net = Precond(**architecture(name))
     if state is not None:
         net.load_state_dict(state)
     return net.eval()
