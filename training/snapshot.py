@@ -52,7 +52,7 @@ class Header:
         values = json.loads(text)
         if values.get("format_version", 0) > FORMAT_VERSION:
             raise ValueError(
-                f"snapshot format {values['format_version']} is newer than this code's {FORMAT_VERSION}; update the code"
+                f"snapshot format {values['format_version']} is newer than {FORMAT_VERSION}; update this code"
             )
         if values["label_names"] is not None:
             values["label_names"] = tuple(values["label_names"])
