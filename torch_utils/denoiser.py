@@ -1,8 +1,10 @@
-"""The one interface that networks, guidance and solvers share."""
+"""The one interface that networks, guidance and solvers share, and how to call its optional part."""
 
 from typing import Protocol, runtime_checkable
 
 import torch
+
+from torch_utils.rng import StackedGenerator
 
 
 @runtime_checkable
@@ -24,3 +26,21 @@ class Denoiser(Protocol):
     """
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor: ...
+
+
+def for_images(denoiser: Denoiser, rng: StackedGenerator) -> Denoiser:
+    """`denoiser.for_images(rng)`, or the denoiser itself where it has no such method."""
+    follow = getattr(denoiser, "for_images", None)
+    return denoiser if follow is None else follow(rng)
+
+
+def for_step(denoiser: Denoiser, i: int, sigmas: torch.Tensor) -> Denoiser:
+    """`denoiser.for_step(i, sigmas)`, or the denoiser itself where it has no such method."""
+    follow = getattr(denoiser, "for_step", None)
+    return denoiser if follow is None else follow(i, sigmas)
+
+
+def after_step(denoiser: Denoiser, x: torch.Tensor, i: int, sigmas: torch.Tensor) -> torch.Tensor:
+    """`denoiser.after_step(x, i, sigmas)`, or `x` where the denoiser has no such method."""
+    follow = getattr(denoiser, "after_step", None)
+    return x if follow is None else follow(x, i, sigmas)

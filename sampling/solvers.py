@@ -1,0 +1,157 @@
+"""Solvers: from noise to an image along the probability-flow ODE, or with fresh noise along the way."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sampling.schedule import karras_sigmas
+from torch_utils.denoiser import Denoiser, after_step, for_step
+
+RandnLike = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Noise added before each step, as in Karras et al. 2022 (EDM), Alg. 2; the default is none.
+
+    `S_churn` is spread over the steps whose sigma lies in [S_min, S_max]; `S_noise` scales the noise added.
+    Raises ValueError on a negative or undefined setting.
+    """
+
+    S_churn: float = 0.0
+    S_min: float = 0.0
+    S_max: float = math.inf
+    S_noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value >= 0:
+                raise ValueError(f"{name} is {value:g}; expected a number of at least 0")
+
+    def raise_noise(
+        self, x: torch.Tensor, i: int, sigmas: torch.Tensor, randn_like: RandnLike
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x` and its noise level at the start of step i, after the noise level was raised."""
+        sigma, num_steps = sigmas[i], len(sigmas) - 1
+        if self.S_churn == 0 or not self.S_min <= float(sigma) <= self.S_max:
+            return x, sigma
+        sigma_hat = sigma * (1 + min(self.S_churn / num_steps, math.sqrt(2) - 1))
+        return x + self.S_noise * (sigma_hat**2 - sigma**2).sqrt() * randn_like(x), sigma_hat
+
+
+NO_CHURN = Churn()
+
+
+@torch.no_grad()
+def heun(
+    denoiser: Denoiser,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    randn_like: RandnLike = torch.randn_like,
+    churn: Churn = NO_CHURN,
+) -> torch.Tensor:
+    """Second-order steps, Euler to the last; 2N - 1 evaluations for N steps.
+
+    `noise` [N,C,H,W] of unit variance, `sigmas` falling and ending in 0. The state and the result have the dtype
+    of `sigmas`. Karras et al. 2022 (EDM), Alg. 1 and, with churn, Alg. 2.
+    """
+    x = noise.to(sigmas.dtype) * sigmas[0]
+    for i in range(len(sigmas) - 1):
+        D = for_step(denoiser, i, sigmas)
+        x_hat, sigma_hat = churn.raise_noise(x, i, sigmas, randn_like)
+        sigma_next = sigmas[i + 1]
+        d = (x_hat - D(x_hat, sigma_hat, labels).to(x.dtype)) / sigma_hat
+        x = x_hat + (sigma_next - sigma_hat) * d
+        if i < len(sigmas) - 2:
+            d_next = (x - D(x, sigma_next, labels).to(x.dtype)) / sigma_next
+            x = x_hat + (sigma_next - sigma_hat) * (d + d_next) / 2
+        x = after_step(D, x, i, sigmas)
+    return x
+
+
+@torch.no_grad()
+def euler(
+    denoiser: Denoiser,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    randn_like: RandnLike = torch.randn_like,
+    churn: Churn = NO_CHURN,
+) -> torch.Tensor:
+    """First-order steps, one evaluation each (deterministic DDIM in these variables); arguments as in `heun`."""
+    x = noise.to(sigmas.dtype) * sigmas[0]
+    for i in range(len(sigmas) - 1):
+        D = for_step(denoiser, i, sigmas)
+        x, sigma_hat = churn.raise_noise(x, i, sigmas, randn_like)
+        d = (x - D(x, sigma_hat, labels).to(x.dtype)) / sigma_hat
+        x = after_step(D, x + (sigmas[i + 1] - sigma_hat) * d, i, sigmas)
+    return x
+
+
+SOLVERS = {"heun": heun, "euler": euler}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A solver with its noise levels: (denoiser, noise, labels, randn_like) -> x0, in `dtype`.
+
+    The defaults are those of the published EDM2 results. Raises ValueError on settings that make no schedule, an
+    unknown solver, or a `dtype` below float32.
+    """
+
+    num_steps: int = 32
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    churn: Churn = NO_CHURN
+    solver: str = "heun"
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver {self.solver!r} is unknown; expected one of {', '.join(SOLVERS)}")
+        if self.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"the solver's dtype is {self.dtype}; expected torch.float32 or torch.float64")
+        self.sigmas()
+
+    def sigmas(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The noise levels, [num_steps + 1]."""
+        return karras_sigmas(self.num_steps, self.sigma_min, self.sigma_max, self.rho, self.dtype, device)
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        noise: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        randn_like: RandnLike = torch.randn_like,
+    ) -> torch.Tensor:
+        return SOLVERS[self.solver](denoiser, noise, self.sigmas(noise.device), labels, randn_like, self.churn)
+
+
+def edm_sampler(
+    denoiser: Denoiser,
+    noise: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    *,
+    num_steps: int = Sampler.num_steps,
+    sigma_min: float = Sampler.sigma_min,
+    sigma_max: float = Sampler.sigma_max,
+    rho: float = Sampler.rho,
+    S_churn: float = Churn.S_churn,
+    S_min: float = Churn.S_min,
+    S_max: float = Churn.S_max,
+    S_noise: float = Churn.S_noise,
+    dtype: torch.dtype = Sampler.dtype,
+    randn_like: RandnLike = torch.randn_like,
+) -> torch.Tensor:
+    """The EDM sampler: Heun steps on the Karras schedule.
+
+    `noise` [N,C,H,W] of unit variance; `labels` [N,K] or None, handed to the denoiser as they are. Returns x0 in
+    `dtype` (float32 or float64, the solver's own precision). Karras et al. 2022 (EDM), Alg. 2.
+    """
+    churn = Churn(S_churn=S_churn, S_min=S_min, S_max=S_max, S_noise=S_noise)
+    sampler = Sampler(num_steps, sigma_min, sigma_max, rho, churn, dtype=dtype)
+    return sampler(denoiser, noise, labels, randn_like)

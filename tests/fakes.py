@@ -1,0 +1,118 @@
+"""Denoisers whose answers are known in closed form."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from torch_utils.denoiser import Denoiser
+
+
+def column(sigma: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
+    """`sigma`, a scalar or one per image, in a shape that broadcasts against `x`."""
+    return torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """The exact denoiser of N(mean, variance) in every dimension: (v x + sigma^2 m) / (v + sigma^2)."""
+
+    mean: float
+    variance: float
+
+    def __call__(self, x, sigma, labels=None):
+        sigma = column(sigma, x)
+        return (self.variance * x + sigma**2 * self.mean) / (self.variance + sigma**2)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The exact denoiser of a mixture of isotropic Gaussians; `labels` [N,K] weight the components, None equally."""
+
+    means: torch.Tensor  # [K,C,H,W]
+    variance: float
+
+    def __call__(self, x, sigma, labels=None):
+        sigma, means = column(sigma, x), self.means.to(x.dtype)
+        total = self.variance + sigma**2
+        log_p = -((x[:, None] - means) ** 2).flatten(2).sum(2) / (2 * total.flatten(1))
+        if labels is not None:
+            log_p = log_p + labels.to(x.dtype).log()
+        share = torch.einsum("nk,kchw->nchw", log_p.softmax(1), means)
+        return (self.variance * x + sigma**2 * share) / total
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Always the same image."""
+
+    value: float
+
+    def __call__(self, x, sigma, labels=None):
+        return torch.full_like(x, self.value)
+
+
+@dataclass(frozen=True)
+class ByLabel:
+    """The exact denoiser of point masses, one value per class; class 0 without labels."""
+
+    values: tuple[float, ...]
+
+    def __call__(self, x, sigma, labels=None):
+        values = torch.tensor(self.values, dtype=x.dtype)
+        chosen = values[:1] if labels is None else labels.to(x.dtype) @ values
+        return column(chosen, x).expand_as(x)
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Passes calls on and notes them: `calls` holds (sigma, labels) of every evaluation."""
+
+    inner: Denoiser
+    calls: list = field(default_factory=list)
+
+    def __call__(self, x, sigma, labels=None):
+        self.calls.append((float(torch.as_tensor(sigma).flatten()[0]), labels))
+        return self.inner(x, sigma, labels)
+
+
+@dataclass(frozen=True)
+class Following:
+    """Notes, in `heard`, every optional call; its answers are copies that know what they answered to."""
+
+    inner: Denoiser
+    heard: list = field(default_factory=list)
+    step: int | None = None
+
+    def __call__(self, x, sigma, labels=None):
+        self.heard.append(("call", self.step))
+        return self.inner(x, sigma, labels)
+
+    def for_images(self, rng):
+        self.heard.append(("for_images", len(rng)))
+        return Following(self.inner, self.heard)
+
+    def for_step(self, i, sigmas):
+        self.heard.append(("for_step", i))
+        return Following(self.inner, self.heard, i)
+
+    def after_step(self, x, i, sigmas):
+        self.heard.append(("after_step", i))
+        return x
+
+
+@dataclass(frozen=True)
+class Jittered:
+    """A denoiser that draws at random: one number per image and step, the same for all evaluations of the step."""
+
+    inner: Denoiser
+    rng: object = None
+    shift: torch.Tensor | None = None
+
+    def __call__(self, x, sigma, labels=None):
+        return self.inner(x, sigma, labels) + self.shift.to(x)
+
+    def for_images(self, rng):
+        return Jittered(self.inner, rng)
+
+    def for_step(self, i, sigmas):
+        return Jittered(self.inner, self.rng, self.rng.randn([len(self.rng), 1, 1, 1]))
