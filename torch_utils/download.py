@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from torch_utils import dist
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 16  # a cut connection loses the chunk it was in
 _PROGRESS_BYTES = 16 << 20  # an attempt that brings this much does not count as failed
 _PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
 
@@ -34,6 +34,9 @@ class Patience:
     sleep: Callable[[float], None] = time.sleep
 
 
+PATIENT = Patience()
+
+
 class _Passing(Exception):
     """A failure that may be gone at the next attempt."""
 
@@ -42,7 +45,7 @@ class _Passing(Exception):
         self.wait_sec = wait_sec
 
 
-def download(url: str, partial: Path, size_bytes: int | None = None, patience: Patience = Patience()) -> bool:
+def download(url: str, partial: Path, size_bytes: int | None = None, patience: Patience = PATIENT) -> bool:
     """Download `url` to the file `partial`, going on where an earlier call stopped.
 
     `partial` and a note beside it (the server's ETag or date) stay when this fails, so that a later call resumes;
@@ -64,8 +67,8 @@ def download(url: str, partial: Path, size_bytes: int | None = None, patience: P
             failures = 0 if _size(partial) - before >= _PROGRESS_BYTES else failures + 1
             if failures >= patience.attempts:
                 raise ValueError(
-                    f"cannot download {url}: {_reason(error)} (after {failures} attempts; {_size(partial)} bytes are "
-                    "kept, and the next call goes on from there)"
+                    f"cannot download {url}: {_reason(error)} (after {failures} attempts; the next call goes on "
+                    f"from the {_size(partial)} bytes that arrived)"
                 ) from error
             wait_sec = patience.first_wait_sec * 2 ** max(failures - 1, 0)
             asked_sec = error.wait_sec if isinstance(error, _Passing) else 0.0
@@ -125,7 +128,7 @@ def _read_body(response: requests.Response, partial: Path, start: int, total: in
         file.flush()
         os.fsync(file.fileno())
     if total is not None and _size(partial) != total:
-        raise _Passing(f"the connection ended after {_size(partial)} of {total} bytes")
+        raise _Passing("the connection ended early")
 
 
 def _check_status(url: str, response: requests.Response) -> None:
@@ -196,8 +199,9 @@ def _size(path: Path) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """The innermost cause in one line; requests nests them three deep."""
-    if isinstance(error, requests.Timeout):
+    """The cause in one line; the texts of requests quote nested exceptions."""
+    if isinstance(error, requests.Timeout) or "Read timed out" in str(error):
         return "nothing arrived for too long"
-    text = str(error).splitlines()
-    return text[0] if text else type(error).__name__
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return "the connection ended early"
+    return (str(error).splitlines() or [type(error).__name__])[0]

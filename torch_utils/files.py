@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 from torch_utils import dist
-from torch_utils.download import Patience, download, forget
+from torch_utils.download import PATIENT, Patience, download, forget
 
 try:
     import fcntl
@@ -85,7 +85,7 @@ def fetch(
     cache_dir: str | Path | None = None,
     local_dir: str | Path | None = None,
     *,
-    patience: Patience = Patience(),
+    patience: Patience = PATIENT,
 ) -> Path:
     """The local file behind a path, an http(s) URL or hf://org/repo[@revision]/file, downloaded at most once.
 
@@ -147,10 +147,11 @@ def _parse(name: str) -> _Remote:
 
 def _safe_path(path: str, query: str) -> Path:
     """A relative path that stays below the folder it is appended to, another one for every URL."""
-    parts = [re.sub(r'[\\/:*?"<>|\x00-\x1f]|^\.+', "_", unquote(part)) for part in path.split("/") if part]
-    if query:
-        parts[-1] = f"{hashlib.sha256(query.encode()).hexdigest()[:16]}-{parts[-1]}"
-    return Path(*parts)
+    parts = [part for part in path.split("/") if part]
+    safe = [re.sub(r'[\\/:*?"<>|\x00-\x1f]|^\.+', "_", unquote(part)) for part in parts]
+    if query or safe != parts:
+        safe[-1] = f"{hashlib.sha256(f'{path}?{query}'.encode()).hexdigest()[:16]}-{safe[-1]}"
+    return Path(*safe)
 
 
 def _cache_root(cache_dir: str | Path | None) -> Path:
