@@ -57,6 +57,13 @@ def test_sha256_of_a_file_longer_than_one_chunk(tmp_path):
     assert sha256_of(tmp_path / "a") == hashlib.sha256(BODY * 5).hexdigest()
 
 
+def test_writers_at_the_same_time_do_not_mix(tmp_path):
+    with atomic_write(tmp_path / "a", "w") as first, atomic_write(tmp_path / "a", "w") as second:
+        first.write("first")
+        second.write("second")
+    assert (tmp_path / "a").read_text() == "first"  # whole, and the one that ended last
+
+
 # local paths
 
 
@@ -107,14 +114,18 @@ def test_where_the_cache_lies(monkeypatch, tmp_path):
         assert fetch(server.url("/a")) == tmp_path / "home/.cache/edm2-toolkit" / inside
 
 
-def test_no_url_leads_out_of_the_cache_or_onto_another(cache):
+def test_no_url_leads_out_of_the_cache_or_onto_another(monkeypatch, cache):
     paths = ["/a?v=1", "/a?v=2", "/a", "/..%2F..%2Fa", "/...x", "/_x", "/a%3Ab", "/a_b"]
     with serve({path: path.encode() for path in paths}) as server:
         found = [fetch(server.url(path)) for path in paths]
         assert [path.read_bytes().decode() for path in found] == paths
-        assert fetch(server.url("/%2e%2e/%2e%2e/a")).resolve().is_relative_to(cache)
     assert len(set(found)) == len(paths)
     assert all(path.resolve().is_relative_to(cache) for path in found)
+    monkeypatch.setenv("EDM2_OFFLINE", "1")
+    for url in ("https://host/%2e%2e/%2e%2e/a", "https://host/../../a"):
+        with pytest.raises(ValueError, match="put it at") as error:
+            fetch(url)
+        assert Path(str(error.value).rpartition("put it at ")[2]).resolve().is_relative_to(cache)
 
 
 def test_the_hash_of_the_first_use_is_recorded_and_verified_from_then_on():

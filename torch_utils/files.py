@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # unlike a process id, no other thread and no other machine on the same file system has this name
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
