@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -122,3 +122,18 @@ def raise_together(error: Exception | None) -> None:
         raise error
     if texts:
         raise ValueError(texts[0])
+
+
+def on_rank0(function: Callable[..., Any], *args: Any) -> Any:
+    """Call `function(*args)` on rank 0 alone and give its result to every rank.
+
+    The others wait; where the call raises ValueError or OSError, every rank raises.
+    """
+    result, error = None, None
+    if rank() == 0:
+        try:
+            result = function(*args)
+        except (ValueError, OSError) as caught:
+            error = caught
+    raise_together(error)
+    return broadcast_object(result)

@@ -1,8 +1,10 @@
 """The EDM2 U-Net (config G) and its preconditioner (Karras et al. 2023; preconditioning of Karras et al. 2022)."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ from training.primitives import (
     upsample,
 )
 
-__all__ = ["AttentionEdit", "Precond", "UNet", "normalize_weights_"]
+__all__ = ["AttentionEdit", "Precond", "UNet", "full_architecture", "normalize_weights_"]
 
 # (q, k, v), each [N, heads, H*W, C/heads], q and k normalised -> what attention puts out, same shape
 AttentionEdit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -301,3 +303,21 @@ class Precond(nn.Module):
         for name in names:
             if name not in there:
                 raise ValueError(f"no attention in a block called {name!r}; there is: {', '.join(there)}")
+
+
+def full_architecture(
+    img_resolution: int, img_channels: int, label_dim: int, sigma_data: float, network: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All arguments of `Precond`, today's defaults written out, as lists and numbers: a later default changes nothing.
+
+    `network` holds the U-Net arguments that differ from their defaults; ValueError for one it does not know.
+    """
+    given = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim, sigma_data=sigma_data)
+    defaults = {}
+    for owner in (Precond, UNet):
+        parameters = inspect.signature(owner).parameters.values()
+        defaults.update({p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty})
+    if unknown := [name for name in network if name not in defaults or name in given]:
+        raise ValueError(f"unknown network argument {unknown[0]!r}; there is: {', '.join(defaults)}")
+    merged = {**given, **{name: value for name, value in defaults.items() if name not in given}, **network}
+    return {name: list(value) if isinstance(value, tuple | list) else value for name, value in merged.items()}

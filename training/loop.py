@@ -1,0 +1,169 @@
+"""The training loop: images in, snapshots and checkpoints out, the same to the last bit however often it stops."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from torch_utils import dist
+from torch_utils.rng import StackedGenerator, derive_seed
+from torch_utils.stats import RunningStats
+from training.checkpoint import list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
+from training.config import TrainConfig
+from training.encoders import Encoder
+from training.loss import EDM2Loss
+from training.networks import Precond, normalize_weights_
+from training.order import MicroBatch
+from training.phema import PowerFunctionEMA
+from training.runlog import RunLog
+from training.schedule import learning_rate
+from training.snapshot import Header, save_snapshot, snapshot_name
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_SIGMA_BINS = (-1.28, -0.67, 0.0, 0.67, 1.28)  # in units of P_std around P_mean: 10, 15, 25, 25, 15, 10 % of images
+
+
+class Trainer:
+    """The state of a run on one rank, and the one step that changes it.
+
+    `header` is the snapshots' header with nimg and ema_std still open.
+    """
+
+    def __init__(self, config: TrainConfig, header: Header, encoder: Encoder, device: torch.device):
+        torch.manual_seed(derive_seed(config.seed, "init"))
+        torch.backends.cudnn.benchmark = config.cudnn_benchmark
+        self.config, self.header, self.encoder, self.device = config, header, encoder, device
+        self.net = Precond(**header.architecture).to(device).train()
+        self.net.compute_dtype = COMPUTE_DTYPES[config.precision]
+        self.optimizer = torch.optim.Adam(
+            self.net.parameters(),
+            lr=config.ref_lr,
+            betas=config.adam_betas,
+            eps=config.adam_eps,
+            fused=device.type != "mps",
+        )
+        self.ema = PowerFunctionEMA(self.net, config.ema_stds)
+        self.loss_fn = EDM2Loss(config.P_mean, config.P_std, config.sigma_data)
+        self.stats = RunningStats(device)
+        self.nimg, self.elapsed_sec = 0, 0.0
+        self.ddp = (
+            DistributedDataParallel(
+                self.net, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+            )
+            if dist.world_size() > 1
+            else self.net
+        )
+
+    def step(self, micro_batches: Iterator[MicroBatch], rounds: int) -> None:
+        """One optimizer step over this rank's share of the next global batch, in `rounds` micro-batches."""
+        normalize_weights_(self.net)
+        self.optimizer.zero_grad(set_to_none=True)
+        for k in range(rounds):
+            last = k == rounds - 1
+            with contextlib.nullcontext() if last or self.ddp is self.net else self.ddp.no_sync():
+                self._accumulate(next(micro_batches))
+        lr = learning_rate(
+            self.nimg, self.config.batch_size, self.config.ref_lr, self.config.ref_batches, self.config.rampup_nimg
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._sanitize_gradients()
+        self.stats.add("lr", lr)
+        self.optimizer.step()
+        self.nimg += self.config.batch_size
+        self.ema.update(self.nimg, self.config.batch_size)
+
+    def _accumulate(self, batch: MicroBatch) -> None:
+        config, positions = self.config, batch.positions.tolist()
+        rng = StackedGenerator(self.device, [derive_seed(config.seed, "image", p) for p in positions])
+        torch.manual_seed(derive_seed(config.seed, "dropout", positions[0]))  # dropout is all that draws globally
+        images = self.encoder.encode(batch.raw.to(self.device), rng)
+        labels = batch.labels.to(self.device) if self.net.label_dim else None
+        loss, sigma = self.loss_fn.terms(self.ddp, images, labels, rng)
+        # DDP averages gradients over ranks; the loss is a sum over the global batch divided by its size
+        scale = config.loss_scaling * dist.world_size() / config.batch_size
+        loss.sum().mul(scale).backward()
+        self._add_loss_stats(loss.detach().mean(dim=(1, 2, 3)), sigma)
+
+    def _add_loss_stats(self, loss: torch.Tensor, sigma: torch.Tensor) -> None:
+        self.stats.add("loss", loss)
+        edges = [math.exp(self.config.P_mean + z * self.config.P_std) for z in _SIGMA_BINS]
+        for low, high in zip([0.0, *edges], [*edges, math.inf], strict=True):
+            self.stats.add(f"loss/sigma_{low:.3g}_{high:.3g}", loss, where=(sigma >= low) & (sigma < high))
+
+    @torch.no_grad()
+    def _sanitize_gradients(self) -> None:
+        """Undo loss scaling and replace non-finite gradients by 0, after the all-reduce, counting them."""
+        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        if self.config.loss_scaling != 1:
+            torch._foreach_div_(gradients, self.config.loss_scaling)
+        count = torch.stack([(~g.isfinite()).sum() for g in gradients]).sum()
+        for gradient in gradients:
+            torch.nan_to_num(gradient, nan=0, posinf=0, neginf=0, out=gradient)
+        self.stats.add("gradient_norm", torch.stack(torch._foreach_norm(gradients)).norm())
+        # every rank holds the same gradients: share the count so that the sum over ranks is the count
+        self.stats.add("nonfinite_gradients", count / dist.world_size())
+
+    def crossed(self, every_nimg: int) -> bool:
+        """Whether the last step reached or passed a multiple of `every_nimg`."""
+        return self.nimg // every_nimg > (self.nimg - self.config.batch_size) // every_nimg
+
+    def save_snapshots(self, run_dir: Path) -> None:
+        """Write both averages as snapshots."""
+        for std, average in zip(self.ema.stds, self.ema.averages, strict=True):
+            header = dataclasses.replace(self.header, nimg=self.nimg, ema_std=std)
+            dist.on_rank0(save_snapshot, run_dir / snapshot_name(self.nimg, std), average.state_dict(), header)
+
+    def save_checkpoint(self, run_dir: Path) -> None:
+        """Write the state to resume from; older ones go once it is safely there."""
+        progress = {"nimg": self.nimg, "elapsed_sec": self.elapsed_sec, "run_id": self.header.run_id}
+        dist.on_rank0(save_checkpoint, run_dir, self.net, self.optimizer, self.ema, progress)
+        dist.on_rank0(prune_checkpoints, run_dir, self.config.keep_checkpoints)
+
+    def resume(self, run_dir: Path) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        if paths := dist.on_rank0(list_checkpoints, run_dir):
+            progress = load_checkpoint(paths[-1], self.net, self.optimizer, self.ema, self.device)
+            self.nimg, self.elapsed_sec = progress["nimg"], progress["elapsed_sec"]
+
+
+def training_loop(
+    trainer: Trainer,
+    batches: Callable[[int], Iterator[MicroBatch]],
+    rounds: int,
+    run_dir: Path,
+    log: RunLog,
+    on_snapshot: Callable[[Precond, int], None],
+    should_stop: Callable[[], bool],
+) -> None:
+    """Train to `duration_nimg`, or until some rank's `should_stop` says so; save and return on all ranks together.
+
+    `batches(nimg)` streams this rank's micro-batches from image `nimg` on, `rounds` of them a step.
+    `on_snapshot(net, nimg)` is called on every rank after each snapshot with the longest average.
+    """
+    config = trainer.config
+    trainer.resume(run_dir)
+    log.begin(trainer.nimg, trainer.elapsed_sec)
+    started = time.monotonic() - trainer.elapsed_sec
+    with contextlib.closing(batches(trainer.nimg)) as micro_batches:
+        while trainer.nimg < config.duration_nimg:
+            trainer.step(micro_batches, rounds)
+            trainer.elapsed_sec = time.monotonic() - started
+            done = trainer.nimg >= config.duration_nimg
+            stopping = dist.any_rank(should_stop())
+            if done or stopping or trainer.crossed(config.status_every_nimg):
+                log.status(trainer.nimg, trainer.elapsed_sec, trainer.stats.collect())
+            if done or trainer.crossed(config.snapshot_every_nimg):
+                trainer.save_snapshots(run_dir)
+                on_snapshot(trainer.ema.averages[-1], trainer.nimg)
+            if done or stopping or trainer.crossed(config.checkpoint_every_nimg):
+                trainer.save_checkpoint(run_dir)
+            if stopping and not done:
+                log.stopped(trainer.nimg)
+                return
+    log.finished(trainer.nimg)

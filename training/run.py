@@ -1,0 +1,127 @@
+"""From a configuration and a data set to a run that is ready to start or to go on."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torch_utils import dist
+from torch_utils.files import atomic_write
+from training.config import (
+    TrainConfig,
+    config_to_dict,
+    read_yaml,
+    refuse_changes,
+    run_id,
+    write_config,
+)
+from training.dataset import ImageDataset
+from training.encoders import make_encoder
+from training.networks import full_architecture
+from training.order import micro_batch_sizes
+from training.snapshot import Header
+
+CONFIG_NAME = "config.yaml"
+RECORD_NAME = "run.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A resolved run: `config` complete, `header` as its snapshots will carry it but for nimg and ema_std."""
+
+    config: TrainConfig
+    header: Header
+    data_identity: Mapping[str, Any]
+    micro_batches: list[int]  # images of each forward pass of this rank in one step
+
+
+def resolve(config: TrainConfig, dataset: ImageDataset) -> Run:
+    """Settle everything that depends on the data and the number of processes.
+
+    Raises ValueError where they do not fit: labels asked for but not there, a batch that cannot be shared.
+    """
+    if config.cond and not dataset.label_dim:
+        raise ValueError(
+            f"{dataset.path} has no labels (no dataset.json, or one without labels); add them with "
+            "scripts/dataset_tool.py convert, or train without: --cond false"
+        )
+    if config.encoder == {"kind": "auto"}:
+        kind = "rgb" if dataset.raw_dtype == np.uint8 else "vae"
+        config = dataclasses.replace(config, encoder={"kind": kind})
+    encoder = make_encoder(config.encoder)
+    config = dataclasses.replace(config, encoder=encoder.spec())
+    architecture = full_architecture(
+        img_resolution=dataset.resolution,
+        img_channels=dataset.num_channels if config.encoder["kind"] == "rgb" else dataset.num_channels // 2,
+        label_dim=dataset.label_dim if config.cond else 0,
+        sigma_data=config.sigma_data,
+        network=config.network,
+    )
+    identity = data_identity(dataset)
+    header = Header(
+        architecture=architecture,
+        encoder=config.encoder,
+        nimg=0,
+        ema_std=None,
+        label_names=dataset.label_names if config.cond else None,
+        dtype=config.snapshot_dtype,
+        run_id=run_id(config, identity),
+        training_config=config_to_dict(config),
+    )
+    sizes = micro_batch_sizes(config.batch_size, dist.world_size(), config.batch_gpu)
+    return Run(config, header, identity, sizes)
+
+
+def data_identity(dataset: ImageDataset) -> dict[str, Any]:
+    """Tells one data set from another wherever it lies: shape, number, names and labels of its images."""
+    digest = hashlib.sha256()
+    for index in range(len(dataset)):
+        digest.update(dataset.file_name(index).encode() + b"\n")
+    if dataset.labels is not None:
+        digest.update(np.ascontiguousarray(dataset.labels, dtype="<i8").tobytes())
+    return {
+        "num_images": len(dataset),
+        "raw_shape": list(dataset.raw_shape),
+        "label_dim": dataset.label_dim,
+        "sha256": digest.hexdigest(),
+    }
+
+
+def check_run_dir(run: Run, run_dir: Path) -> None:
+    """ValueError where the folder holds another run, naming what differs."""
+    config_path, record_path = run_dir / CONFIG_NAME, run_dir / RECORD_NAME
+    if not config_path.exists():
+        return
+    refuse_changes(read_yaml(config_path), run.config, run_dir)
+    try:
+        identity = json.loads(record_path.read_text(encoding="utf-8"))["data_identity"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{record_path} is damaged or missing ({error}); use another --outdir") from error
+    if identity != run.data_identity:
+        changed = [key for key in identity if identity[key] != run.data_identity.get(key)]
+        raise ValueError(
+            f"{run_dir} holds a run on other images than --data {run.config.data} (differs in {', '.join(changed)}). "
+            "Use the same data to resume it, or another --outdir"
+        )
+
+
+def write_records(run: Run, run_dir: Path, provenance: Mapping[str, str], command: list[str]) -> None:
+    """Write the resolved configuration and what else describes the run beside its results."""
+    record = {
+        "run_id": run.header.run_id,
+        "architecture": dict(run.header.architecture),
+        "data_identity": dict(run.data_identity),
+        "label_names": run.header.label_names,
+        "world_size": dist.world_size(),
+        "micro_batches": run.micro_batches,
+        "command": command,
+        **provenance,
+    }
+    with atomic_write(run_dir / RECORD_NAME, "w") as file:
+        json.dump(record, file, indent=2)
+    write_config(run.config, run_dir / CONFIG_NAME)
