@@ -1,6 +1,7 @@
 """Snapshots: written, read back, corrupted, refused."""
 
 import dataclasses
+import pickle
 import stat
 
 import pytest
@@ -8,7 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import golden
-from training.snapshot import Header, SnapshotWriter, load_snapshot, read_header, save_snapshot, snapshot_name
+from training.snapshot import (
+    Header,
+    SnapshotWriter,
+    is_published_pickle,
+    load_snapshot,
+    read_header,
+    save_snapshot,
+    snapshot_name,
+)
 
 
 @pytest.fixture
@@ -117,3 +126,13 @@ def test_writer_keeps_its_order(header, tmp_path):
 def test_unknown_dtype_is_refused(header, tmp_path):
     with pytest.raises(ValueError, match="float16, bfloat16, float32"):
         SnapshotWriter(tmp_path / "s", dataclasses.replace(header, dtype="int8"), {})
+
+
+def test_a_snapshot_of_any_header_length_is_not_taken_for_a_pickle(net, header, tmp_path):
+    # the header's length, the first bytes of the file, grows by 8 until its lowest byte has been a pickle's 0x80
+    for padding in range(0, 256, 8):
+        save_snapshot(tmp_path / "net", net.state_dict(), dataclasses.replace(header, run_id="r" * padding))
+        assert not is_published_pickle(tmp_path / "net")
+    for protocol in (2, 3, 4, 5):
+        (tmp_path / "pickle").write_bytes(pickle.dumps({"ema": None}, protocol))
+        assert is_published_pickle(tmp_path / "pickle")

@@ -76,7 +76,9 @@ def snapshot_name(nimg: int, ema_std: float | None, prefix: str = "network-snaps
 def is_published_pickle(path: str | Path) -> bool:
     """Whether the file is a pickle (as published by NVIDIA) rather than one of our snapshots."""
     with open(path, "rb") as file:
-        return file.read(1) == b"\x80"
+        start = file.read(9)
+    # the first byte alone will not do: safetensors starts with a length, which may end in 0x80, and then has a brace
+    return start[:1] == b"\x80" and start[8:] != b"{"
 
 
 def stored_dtype(tensor_name: str, shape: torch.Size, dtype: str) -> str:
