@@ -1,0 +1,162 @@
+"""The house itself: who may import whom, each dependency named once, every command line answering --help."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import house
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Each file runs as `python FILE --help` would start it, from a folder elsewhere, but in one process: torch loads once.
+_HELP_RUNNER = """
+import contextlib, io, json, runpy, sys
+import torch
+clean_path, rooms, answers = list(sys.path), json.loads(sys.argv[1]), {}
+for file in sys.argv[2:]:
+    sys.path[:] = [file.rsplit("/", 1)[0], *clean_path]
+    sys.argv = [file, "--help"]
+    for name in [name for name in sys.modules if name.split(".")[0] in rooms]:
+        del sys.modules[name]
+    output, code = io.StringIO(), None
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            runpy.run_path(file, run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException as error:
+            code = repr(error)
+    loaded = sorted({name.split(".")[0] for name in sys.modules})
+    answers[file] = {"code": code, "output": output.getvalue(), "modules": loaded}
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def help_answers(tmp_path_factory):
+    files = [str(file) for file in house.command_lines(ROOT)]
+    local = json.dumps([*house.ROOMS, "scripts"])
+    command = [sys.executable, "-I", "-c", _HELP_RUNNER, local, *files]
+    done = subprocess.run(command, cwd=tmp_path_factory.mktemp("elsewhere"), capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("file", house.command_lines(ROOT), ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_command_line_answers_help_without_loading_optional_packages(file, help_answers):
+    answer = help_answers[str(file)]
+    assert answer["code"] == 0, answer["output"] or answer["code"]
+    assert answer["output"].startswith("Usage:")
+    assert not {"matplotlib", "diffusers", "optuna", "torchvision"} & set(answer["modules"])
+
+
+def test_imports_point_downward():
+    assert house.import_problems(ROOT) == []
+
+
+def test_no_file_names_the_place_it_was_written_or_a_package_address():
+    assert house.text_problems(ROOT) == []
+
+
+def test_files_stay_readable_in_one_sitting():
+    assert house.length_problems(ROOT) == []
+
+
+def test_every_dependency_is_named_once_and_used():
+    named = [name for group in house.dependencies(ROOT).values() for name in group]
+    assert sorted(named) == sorted(set(named))
+    used = {
+        found.module.split(".")[0] for file in house.python_files(ROOT) for found in house.imports_of(file.read_text())
+    }
+    unused = {house.IMPORT_NAMES.get(name, name) for name in house.dependencies(ROOT)["core"]} - used
+    assert unused == set()
+
+
+def test_conda_takes_all_but_python_and_pip_from_pyproject():
+    lines = (ROOT / "environment.yml").read_text().split("dependencies:")[1].splitlines()
+    names = [re.match(r"[\w-]+", line.strip(" -"))[0] for line in lines if line.strip()]
+    assert names == ["python", "pip", "pip", "constraint", "editable"]
+
+
+def test_constraints_pin_one_version_of_each_direct_dependency():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    pinned = [re.fullmatch(r"([\w.-]+)==[\w.]+", line)[1].lower() for line in lines]
+    assert len(pinned) == len(set(pinned))
+    groups = house.dependencies(ROOT)
+    for group in ("core", "vae", "hub", "plots", "tensorboard", "test"):
+        assert set(groups[group]) <= set(pinned), f"of {group}"
+
+
+def test_installation_takes_along_every_room_and_command_line():
+    setup = house.pyproject(ROOT)["tool"]["setuptools"]
+    assert setup["packages"]["find"]["include"] == [*house.ROOMS, "configs*"]
+    assert sorted(setup["py-modules"]) == sorted(file.stem for file in ROOT.glob("*.py"))
+
+
+def test_licence_is_the_whole_apache_text():
+    text = (ROOT / "LICENSE").read_text()
+    assert text.strip().startswith("Apache License")
+    assert all(f"   {number}. " in text for number in range(1, 10))
+    assert "END OF TERMS AND CONDITIONS" in text
+
+
+@pytest.fixture
+def crooked(tmp_path):
+    """A small tree to bend: one file in each room, one command line, one script."""
+    for room in house.ROOMS:
+        (tmp_path / room).mkdir()
+        (tmp_path / room / "a.py").write_text("import math\n")
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "tool.py").write_text('if __name__ == "__main__":\n    pass\n')
+    (tmp_path / "scripts" / "part.py").write_text("import torch\n")
+    (tmp_path / "train.py").write_text("from training.a import x\nfrom guidance.a import y\n")
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    assert house.import_problems(tmp_path) == []
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "reason"),
+    [
+        ("torch_utils/b.py", "from training.a import x", "torch_utils may import only itself"),
+        ("training/b.py", "def f():\n    import sampling.a", "training may import only torch_utils"),
+        ("guidance/b.py", "import metrics", "guidance may import only torch_utils"),
+        ("sampling/b.py", "from pipelines import a", "sampling may import only torch_utils"),
+        ("pipelines/b.py", "from train import main", "a command line"),
+        ("pipelines/b.py", "from scripts.part import x", "scripts is not a room"),
+        ("scripts/b.py", "from scripts.tool import x", "a command line"),
+        ("metrics/b.py", "try:\n    import matplotlib.pyplot\nexcept ImportError:\n    pass", "inside the function"),
+        ("training/b.py", "from torch.utils.tensorboard import SummaryWriter", "inside the function"),
+        ("training/b.py", "def f():\n    import torchvision", "torchvision is not used here"),
+        ("training/b.py", "import pandas", "not named in pyproject.toml"),
+    ],
+)
+def test_a_crooked_import_is_told(crooked, file, source, reason):
+    (crooked / file).write_text(source)
+    (problem,) = house.import_problems(crooked)
+    assert problem.startswith(f"{file}:")
+    assert reason in problem
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("metrics/b.py", "def f():\n    import matplotlib.pyplot"),
+        ("metrics/b.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import diffusers"),
+        ("pipelines/b.py", "from sampling.a import x\nfrom metrics.a import y"),
+        ("scripts/b.py", "from scripts.part import x"),
+    ],
+)
+def test_a_straight_import_is_left_alone(crooked, file, source):
+    (crooked / file).write_text(source)
+    assert house.import_problems(crooked) == []
+
+
+def test_a_foreign_path_an_address_and_a_long_file_are_told(crooked):
+    (crooked / "scripts" / "x.sh").write_text("cd /" + "work/main\npip install --index-" + "url x\n")
+    (crooked / "training" / "b.py").write_text("pass\n" * (house.MAX_LINES + 1))
+    assert [problem.split()[0] for problem in house.text_problems(crooked)] == ["scripts/x.sh:1", "scripts/x.sh:2"]
+    assert [problem.split()[0] for problem in house.length_problems(crooked)] == ["training/b.py"]
