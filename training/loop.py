@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -51,13 +52,7 @@ class Trainer:
         self.loss_fn = EDM2Loss(config.P_mean, config.P_std, config.sigma_data)
         self.stats = RunningStats(device)
         self.nimg, self.elapsed_sec = 0, 0.0
-        self.ddp = (
-            DistributedDataParallel(
-                self.net, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
-            )
-            if dist.world_size() > 1
-            else self.net
-        )
+        self.ddp = _distribute(self.net, device)
 
     def step(self, micro_batches: Iterator[MicroBatch], rounds: int) -> None:
         """One optimizer step over this rank's share of the next global batch, in `rounds` micro-batches."""
@@ -130,6 +125,16 @@ class Trainer:
         if paths := dist.on_rank0(list_checkpoints, run_dir):
             progress = load_checkpoint(paths[-1], self.net, self.optimizer, self.ema, self.device)
             self.nimg, self.elapsed_sec = progress["nimg"], progress["elapsed_sec"]
+
+
+def _distribute(net: Precond, device: torch.device) -> torch.nn.Module:
+    """The network whose gradients are averaged over ranks; the network itself where there is one rank."""
+    if dist.world_size() == 1:
+        return net
+    # the buffers never change; torch 2.13 renamed the option that says so
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None, **{option: False})
 
 
 def training_loop(

@@ -61,7 +61,7 @@ class RunLog:
         nimg, rate = record["nimg"], record["images_per_sec"]
         left = timedelta(seconds=round((self.duration_nimg - nimg) / max(rate, 1e-9)))
         parts = [
-            f"{nimg / 1000:.1f} kimg ({min(nimg / self.duration_nimg, 1):.1%})",
+            f"{nimg:,} images ({min(nimg / self.duration_nimg, 1):.1%})",
             f"loss {record['loss']:.4f}",
             f"lr {record['lr']:.5f}",
             f"grad {record['gradient_norm']:.3f}",
