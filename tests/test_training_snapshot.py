@@ -123,6 +123,26 @@ def test_writer_keeps_its_order(header, tmp_path):
         writer.write("b", torch.zeros(2))
 
 
+def test_tensor_may_come_in_parts(header, tmp_path):
+    shapes = {"a": torch.Size([2, 3]), "b": torch.Size([])}
+    a, b = torch.arange(6.0).reshape(2, 3), torch.tensor(7.0)
+    with SnapshotWriter(tmp_path / "parts", header, shapes) as writer:
+        writer.write_part("a", a.flatten()[:4])
+        with pytest.raises(ValueError, match="out of order; expected a"):
+            writer.write("b", b)
+        with pytest.raises(ValueError, match=r"a \[3\] out of order"):
+            writer.write_part("a", a.flatten()[:3])
+        writer.write_part("a", a.flatten()[4:])
+        writer.write("b", b)
+    save_snapshot(tmp_path / "whole", {"a": a, "b": b}, header)
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_names_tell_lengths_apart():
+    names = [snapshot_name(1_500_000, std, "p") for std in (0.05, 0.0125, 0.013, None)]
+    assert names == [f"p-0001500-{text}.safetensors" for text in ("0.050", "0.0125", "0.013", "raw")]
+
+
 def test_unknown_dtype_is_refused(header, tmp_path):
     with pytest.raises(ValueError, match="float16, bfloat16, float32"):
         SnapshotWriter(tmp_path / "s", dataclasses.replace(header, dtype="int8"), {})

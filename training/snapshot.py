@@ -69,8 +69,15 @@ class Snapshot:
 
 
 def snapshot_name(nimg: int, ema_std: float | None, prefix: str = "network-snapshot") -> str:
-    """The customary file name, thousands of images and EMA length. Decoration: the header is the truth."""
-    return f"{prefix}-{nimg // 1000:07d}-{'raw' if ema_std is None else f'{ema_std:.3f}'}.safetensors"
+    """The customary file name, thousands of images and EMA length. Decoration: the header is the truth.
+
+    A length takes three decimals, more where it has more: 0.0125 and 0.013 don't share a name.
+    """
+    if ema_std is None:
+        length = "raw"
+    else:
+        length = next(text for text in (f"{ema_std:.3f}", f"{ema_std!r}") if float(text) == ema_std)
+    return f"{prefix}-{nimg // 1000:07d}-{length}.safetensors"
 
 
 def is_published_pickle(path: str | Path) -> bool:
@@ -90,7 +97,7 @@ def stored_dtype(tensor_name: str, shape: torch.Size, dtype: str) -> str:
 
 
 class SnapshotWriter:
-    """Writes a snapshot tensor by tensor, in the order of `shapes`, so that no second copy is held in memory.
+    """Writes a snapshot tensor by tensor, or part by part, in the order of `shapes`, holding no second copy of it.
 
     Use as a context manager; the file appears under its name, with usual permissions, only when it is whole.
     """
@@ -102,7 +109,7 @@ class SnapshotWriter:
         self._layout = {
             name: (stored_dtype(name, shape, header.dtype), torch.Size(shape)) for name, shape in shapes.items()
         }
-        self._pending = list(self._layout)
+        self._left = {name: shape.numel() for name, (_, shape) in self._layout.items()}  # values yet to come
 
     def _preamble(self) -> bytes:
         entries: dict[str, Any] = {"__metadata__": {_HEADER_KEY: self.header.to_json(), "format": "pt"}}
@@ -123,17 +130,26 @@ class SnapshotWriter:
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append one tensor; ValueError where it is not the next one of the layout, or not finite once stored."""
-        expected = self._pending.pop(0) if self._pending else None
-        if name != expected or tensor.shape != self._layout[name][1]:
-            raise ValueError(f"snapshot tensor {name} {list(tensor.shape)} out of order; expected {expected}")
-        stored = tensor.detach().to("cpu", _DTYPES[self._layout[name][0]][1]).contiguous()
+        if name not in self._layout or tensor.shape != self._layout[name][1]:
+            raise ValueError(f"snapshot tensor {name} {list(tensor.shape)} does not belong into {self.path}")
+        self.write_part(name, tensor.detach().flatten())
+
+    def write_part(self, name: str, values: torch.Tensor) -> None:
+        """Append the next `values` [n] of a tensor that comes in several parts, front to back; errors as `write`."""
+        expected = next(iter(self._left), None)
+        if name != expected or len(values) > self._left[name]:
+            raise ValueError(f"snapshot tensor {name} [{len(values)}] out of order; expected {expected}")
+        stored = values.to("cpu", _DTYPES[self._layout[name][0]][1]).contiguous()
         if not torch.isfinite(stored).all():
             raise ValueError(f"{name} is not finite as {stored.dtype}: the network has diverged, or needs float32")
-        self._file.write(memoryview(stored.flatten().view(torch.uint8).numpy()))
+        self._file.write(memoryview(stored.view(torch.uint8).numpy()))
+        self._left[name] -= len(values)
+        if not self._left[name]:
+            del self._left[name]
 
     def __exit__(self, *error: Any) -> None:
-        if error[0] is None and self._pending:
-            missing = ValueError(f"snapshot {self.path}: tensor {self._pending[0]} was never written")
+        if error[0] is None and self._left:
+            missing = ValueError(f"snapshot {self.path}: tensor {next(iter(self._left))} was never written")
             self._context.__exit__(type(missing), missing, None)
             raise missing
         self._context.__exit__(*error)
