@@ -62,6 +62,9 @@ class Choice:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+NO_GUIDANCE = Choice()
+
+
 def _none(parts: Parts, weight: float) -> Denoiser:
     if weight != 1:
         raise ValueError(f"guidance weight {weight:g} without a guidance method; give a guide network, or weight 1")

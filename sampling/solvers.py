@@ -131,6 +131,9 @@ class Sampler:
         return SOLVERS[self.solver](denoiser, noise, self.sigmas(noise.device), labels, randn_like, self.churn)
 
 
+PUBLISHED = Sampler()
+
+
 def edm_sampler(
     denoiser: Denoiser,
     noise: torch.Tensor,

@@ -1,10 +1,13 @@
-"""Denoisers whose answers are known in closed form."""
+"""Denoisers whose answers are known in closed form, and snapshots of tiny networks."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from torch_utils.denoiser import Denoiser
+from training.networks import Precond
+from training.snapshot import Header, save_snapshot
 
 
 def column(sigma: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
@@ -116,3 +119,27 @@ class Jittered:
 
     def for_step(self, i, sigmas):
         return Jittered(self.inner, self.rng, self.rng.randn([len(self.rng), 1, 1, 1]))
+
+
+def tiny_snapshot(path: Path, seed: int = 0, label_names=None, encoder=None, **architecture) -> Path:
+    """A snapshot of a random network: 8x8 RGB and 4 classes unless `architecture` says otherwise."""
+    arguments = {
+        "img_resolution": 8,
+        "img_channels": 3,
+        "label_dim": 4,
+        "model_channels": 4,
+        "channel_mult": [1, 2],
+        "num_blocks": 1,
+        "attn_resolutions": [],
+        "channels_per_head": 4,
+        **architecture,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = Precond(**arguments)
+    state = net.state_dict()
+    # gains start at 0: such a network would ignore its labels and answer the same whatever its weights
+    gains = {name: torch.ones([]) for name, value in state.items() if name.endswith("gain")}
+    header = Header(arguments, encoder or {"kind": "rgb"}, 1 << 20, 0.1, label_names, dtype="float32")
+    save_snapshot(path, {**state, **gains}, header)
+    return path

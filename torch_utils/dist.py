@@ -1,6 +1,7 @@
 """The process group, and everything that depends on which rank this is."""
 
 import contextlib
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -61,6 +62,9 @@ def session(device: str = "auto", timeout_minutes: float = 30) -> Iterator[torch
         yield picked
     finally:
         if started:
+            # what still refers to the group (DDP sits in reference cycles) would keep its threads alive until the
+            # interpreter ends, which then now and then aborts
+            gc.collect()
             torch.distributed.destroy_process_group()
 
 

@@ -1,0 +1,149 @@
+"""The command-line options that decide what an image is."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from guidance.registry import METHODS, Choice, Option
+from pipelines.generation import PRECISIONS, Request
+from sampling.solvers import SOLVERS, Churn, Sampler
+
+_NUMBER = click.FloatRange(min=0)
+
+
+class Interval(click.ParamType):
+    """Two noise levels LO,HI as a pair of floats."""
+
+    name = "lo,hi"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            lo, hi = (float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a pair of noise levels; write for example 0.28,2.90 or 0.28,inf", param, ctx)
+        if not 0 <= lo < hi:
+            self.fail(f"{value} runs backwards; expected LO < HI, both from 0", param, ctx)
+        return lo, hi
+
+
+class Parsed(click.ParamType):
+    """A value read by an option's own function."""
+
+    def __init__(self, option: Option):
+        self.option, self.name = option, "value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.option.parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+_NETWORKS = (
+    click.option("--net", metavar="PATH|URL", required=True, help="Network snapshot."),
+    click.option("--gnet", metavar="PATH|URL", help="Guide network: weaker (autoguidance) or unconditional (CFG)."),
+    click.option(
+        "--guidance", metavar="W", type=float, help="Guidance weight: D_guide + W * (D_net - D_guide); 1 is off."
+    ),
+    click.option(
+        "--interval", type=Interval(), help="Guide only at noise levels in (LO, HI], rounded to steps as a whole."
+    ),
+    click.option("--class", "classes", metavar="LIST", help="Classes by number or name, in turn by seed: 3,7 or cat."),
+    click.option("--balanced", is_flag=True, help="All classes in turn by seed, instead of one drawn from each seed."),
+    click.option(
+        "--precision",
+        type=click.Choice(["auto", *PRECISIONS]),
+        default="auto",
+        help="Inside the networks; auto is fp16 on a CUDA device, fp32 elsewhere.",
+    ),
+)
+_SAMPLER = (
+    click.option("--steps", "num_steps", type=click.IntRange(min=1), default=Sampler.num_steps, show_default=True),
+    click.option("--sigma_min", type=_NUMBER, default=Sampler.sigma_min, show_default=True, help="Last noise level."),
+    click.option("--sigma_max", type=_NUMBER, default=Sampler.sigma_max, show_default=True, help="First noise level."),
+    click.option("--rho", type=_NUMBER, default=Sampler.rho, show_default=True, help="More: smaller steps at the end."),
+    click.option("--S_churn", "S_churn", type=_NUMBER, default=Churn.S_churn, help="Noise added, 0 for none."),
+    click.option("--S_min", "S_min", type=_NUMBER, default=Churn.S_min, help="Lowest noise level to add noise at."),
+    click.option("--S_max", "S_max", type=_NUMBER, default=Churn.S_max, help="Highest noise level to add noise at."),
+    click.option("--S_noise", "S_noise", type=_NUMBER, default=Churn.S_noise, help="Scale of the noise added."),
+    click.option("--solver", type=click.Choice(list(SOLVERS)), default=Sampler.solver, show_default=True),
+)
+
+
+def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a click command with every option that decides what an image is.
+
+    The command receives them as one keyword argument, `request` (a `pipelines.generation.Request`); contradictions
+    among them are click usage errors. The options of guidance methods come from `guidance.registry.METHODS`.
+    """
+
+    @functools.wraps(command)
+    def with_request(**given: Any) -> Any:
+        request = _take_request(given)
+        return command(request=request, **given)
+
+    for option in reversed((*_NETWORKS, *_method_options(), *_SAMPLER)):
+        with_request = option(with_request)
+    return with_request
+
+
+def _method_options() -> list[Callable[..., Any]]:
+    table = "; ".join(f"{name}: {method.summary} ({method.evaluations})" for name, method in METHODS.items())
+    options = [
+        click.option(
+            "--guidance-method",
+            "method",
+            type=click.Choice(list(METHODS)),
+            help=f"With its cost per evaluation: {table}. [default: pair with --gnet, else none]",
+        )
+    ]
+    for name, method in METHODS.items():
+        for option in method.options:
+            text = f"{name}: {option.help} [default: {option.default}]"
+            options.append(click.option(f"--{option.name}", option.keyword, type=Parsed(option), help=text))
+    return options
+
+
+def _take_request(given: dict[str, Any]) -> Request:
+    """Take what belongs to a request out of `given`."""
+    churn = Churn(**{name: given.pop(name) for name in ("S_churn", "S_min", "S_max", "S_noise")})
+    steps = {name: given.pop(name) for name in ("num_steps", "sigma_min", "sigma_max", "rho", "solver")}
+    sampler = Sampler(**steps, churn=churn)
+    net, gnet, precision = (given.pop(name) for name in ("net", "gnet", "precision"))
+    classes = given.pop("classes")
+    if given.pop("balanced"):
+        if classes is not None:
+            raise click.UsageError("--balanced is for all classes; a list given to --class is in equal shares already")
+        classes = ""
+    return Request(net, gnet, _take_guidance(given, gnet), sampler, classes, precision)
+
+
+def _take_guidance(given: dict[str, Any], gnet: str | None) -> Choice:
+    weight, interval, name = given.pop("guidance"), given.pop("interval"), given.pop("method")
+    if name is None:
+        name = "none" if gnet is None else "pair"
+    set_options = {}
+    for owner, method in METHODS.items():
+        for option in method.options:
+            value = given.pop(option.keyword)
+            if owner == name:
+                set_options[option.keyword] = option.default if value is None else value
+            elif value is not None:
+                raise click.UsageError(f"--{option.name} belongs to --guidance-method {owner}, not {name}")
+    if METHODS[name].needs_gnet and gnet is None:
+        raise click.UsageError(f"--guidance-method {name} needs --gnet")
+    if not METHODS[name].needs_gnet and gnet is not None:
+        raise click.UsageError(f"--guidance-method {name} takes no --gnet")
+    if name == "none" and (weight not in (None, 1) or interval is not None):
+        what = "--interval" if weight in (None, 1) else f"--guidance {weight:g}"
+        raise click.UsageError(f"{what} needs a guide network; give --gnet, or another --guidance-method")
+    if name != "none" and weight is None:
+        raise click.UsageError(f"guidance method {name} needs a weight: give --guidance W (1 is off)")
+    if weight is not None and not math.isfinite(weight):
+        raise click.UsageError(f"--guidance {weight} is not a finite number")
+    return Choice(name, 1.0 if weight is None else weight, interval, set_options)
