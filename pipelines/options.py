@@ -9,6 +9,7 @@ import click
 
 from guidance.registry import METHODS, Choice, Option
 from pipelines.generation import PRECISIONS, Request
+from pipelines.presets import find_preset
 from sampling.solvers import SOLVERS, Churn, Sampler
 
 _NUMBER = click.FloatRange(min=0)
@@ -45,7 +46,12 @@ class Parsed(click.ParamType):
 
 
 _NETWORKS = (
-    click.option("--net", metavar="PATH|URL", required=True, help="Network snapshot."),
+    click.option(
+        "--preset",
+        metavar="NAME",
+        help="Published networks and settings, from configs/generate.yaml; options override.",
+    ),
+    click.option("--net", metavar="PATH|URL", help="Network snapshot; needed without --preset."),
     click.option("--gnet", metavar="PATH|URL", help="Guide network: weaker (autoguidance) or unconditional (CFG)."),
     click.option(
         "--guidance", metavar="W", type=float, help="Guidance weight: D_guide + W * (D_net - D_guide); 1 is off."
@@ -111,6 +117,7 @@ def _method_options() -> list[Callable[..., Any]]:
 
 def _take_request(given: dict[str, Any]) -> Request:
     """Take what belongs to a request out of `given`."""
+    _fill_in_preset(given)
     churn = Churn(**{name: given.pop(name) for name in ("S_churn", "S_min", "S_max", "S_noise")})
     steps = {name: given.pop(name) for name in ("num_steps", "sigma_min", "sigma_max", "rho", "solver")}
     sampler = Sampler(**steps, churn=churn)
@@ -121,6 +128,23 @@ def _take_request(given: dict[str, Any]) -> Request:
             raise click.UsageError("--balanced is for all classes; a list given to --class is in equal shares already")
         classes = ""
     return Request(net, gnet, _take_guidance(given, gnet), sampler, classes, precision)
+
+
+def _fill_in_preset(given: dict[str, Any]) -> None:
+    """Give the options that were left open the values of --preset."""
+    name = given.pop("preset")
+    if name is not None:
+        try:
+            preset = find_preset(name)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+        values = {"net": preset.net}
+        # a method without a guide network has a weight of its own
+        if given["method"] is None or METHODS[given["method"]].needs_gnet:
+            values |= {"gnet": preset.gnet, "guidance": preset.guidance, "interval": preset.interval}
+        given.update({key: value for key, value in values.items() if given[key] is None})
+    if given["net"] is None:
+        raise click.UsageError("give --net, or --preset")
 
 
 def _take_guidance(given: dict[str, Any], gnet: str | None) -> Choice:

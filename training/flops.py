@@ -39,9 +39,8 @@ class Cost:
 def evaluation_cost(architecture: Mapping[str, Any]) -> Cost:
     """The cost of one evaluation D(x; sigma, labels) of `Precond(**architecture)`, batch 1.
 
-    Counted by torch on the meta device; a multiply-add is two of its floating-point operations, as in the papers'
-    tables (Karras et al. 2023, Table 2). The uncertainty head, which only training evaluates, counts nothing.
-    Normalising weights is left out: an inference implementation does it once.
+    Counted by torch on the meta device; a multiply-add is two of its floating-point operations. Normalising the
+    weights is left out, and the uncertainty head, which only training evaluates, counts nothing.
     """
     with torch.device("meta"):
         net = Precond(**architecture).eval()
