@@ -1,0 +1,92 @@
+"""Command-line options become a request."""
+
+import math
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from guidance.guided import Guided
+from guidance.registry import METHODS, NO_GUIDANCE, Choice, Method, Option
+from pipelines.generation import Request
+from pipelines.options import generation_options
+from sampling.solvers import Churn, Sampler
+
+
+def parse(*arguments):
+    """(request, exit code, output) of a command that takes these options and one of its own."""
+    seen = []
+
+    @click.command()
+    @generation_options
+    @click.option("--own", default=3)
+    def command(request, own):
+        assert own == 3
+        seen.append(request)
+
+    result = CliRunner().invoke(command, ["--net", "a", *arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return (seen or [None])[0], result.exit_code, result.output
+
+
+def test_defaults_are_the_published_ones():
+    assert parse()[0] == Request("a", None, NO_GUIDANCE, Sampler(), None, "auto")
+
+
+def test_sampler_options():
+    arguments = "--steps 8 --sigma_min 0.01 --sigma_max 20 --rho 5 --S_churn 10 --S_min 0.05 --S_max 50 --S_noise 1.003"
+    expected = Sampler(8, 0.01, 20, 5, Churn(10, 0.05, 50, 1.003), "euler")
+    assert parse(*arguments.split(), "--solver", "euler")[0].sampler == expected
+
+
+def test_a_guide_network_means_a_pair():
+    assert parse("--gnet", "b", "--guidance", "2.1")[0].guidance == Choice("pair", 2.1)
+    interval = parse("--gnet", "b", "--guidance", "2", "--interval", "0.28,inf")[0].guidance.interval
+    assert interval == (0.28, math.inf)
+    assert parse("--guidance", "1")[0].guidance == NO_GUIDANCE
+
+
+def test_classes():
+    assert parse("--class", "3,cat")[0].classes == "3,cat"
+    assert parse("--balanced")[0].classes == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        ("--guidance 2", "--guidance 2 needs a guide network; give --gnet"),
+        ("--interval 1,2", "--interval needs a guide network"),
+        ("--gnet b", "give --guidance W"),
+        ("--gnet b --guidance nan", "--guidance nan is not a finite number"),
+        ("--gnet b --guidance two", "'two' is not a valid float"),
+        ("--gnet b --guidance 2 --interval 2,1", "2,1 runs backwards"),
+        ("--gnet b --guidance 2 --interval 2", "'2' is not a pair of noise levels"),
+        ("--gnet b --guidance 2 --interval nan,2", "runs backwards"),
+        ("--guidance-method pair --guidance 2", "pair needs --gnet"),
+        ("--guidance-method none --gnet b", "none takes no --gnet"),
+        ("--guidance-method pear", "'pear' is not one of 'none', 'pair'"),
+        ("--class 3 --balanced", "--balanced is for all classes"),
+        ("--steps 0", "0 is not in the range x>=1"),
+        ("--precision fp8", "'fp8' is not one of"),
+    ],
+)
+def test_contradictions_are_usage_errors(arguments, wrong):
+    request, exit_code, output = parse(*arguments.split())
+    assert (request, exit_code) == (None, 2)
+    assert wrong in " ".join(output.split())
+
+
+def test_options_of_methods_come_from_the_registry(monkeypatch):
+    def positive(text):
+        if not float(text) > 0:
+            raise ValueError(f"{text} is not above 0")
+        return float(text)
+
+    option = Option("blur-radius", positive, 1.5, "how wide")
+    monkeypatch.setitem(METHODS, "blur", Method("away from a blurred image", "2 main", Guided, options=(option,)))
+    chosen = ("--guidance-method", "blur", "--guidance", "3")
+    assert parse(*chosen)[0].guidance == Choice("blur", 3.0, options={"blur_radius": 1.5})
+    assert parse(*chosen, "--blur-radius", "2")[0].guidance == Choice("blur", 3.0, options={"blur_radius": 2.0})
+    assert "-1 is not above 0" in parse(*chosen, "--blur-radius", "-1")[2]
+    assert "belongs to --guidance-method blur, not none" in " ".join(parse("--blur-radius", "2")[2].split())
+    assert "away from a blurred image (2 main)" in " ".join(parse("--help")[2].split())
