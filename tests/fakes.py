@@ -143,3 +143,21 @@ def tiny_snapshot(path: Path, seed: int = 0, label_names=None, encoder=None, **a
     header = Header(arguments, encoder or {"kind": "rgb"}, 1 << 20, 0.1, label_names, dtype="float32")
     save_snapshot(path, {**state, **gains}, header)
     return path
+
+
+def tiny_vae(folder: Path, seed: int = 0) -> Path:
+    """A folder with a random AutoencoderKL of the Stable Diffusion kind that halves images once: [3,2h,2w], [4,h,w]."""
+    from diffusers import AutoencoderKL
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(
+            block_out_channels=(4, 4),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=2,
+            layers_per_block=1,
+        )
+    vae.save_pretrained(folder)
+    return folder
