@@ -50,21 +50,29 @@ class StoredTensor:
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def position(self) -> int | None:
+        """Where in the file its values begin, one after another in order; None where strides scatter them."""
+        dense = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
+        if any(size != 1 and have != want for size, have, want in zip(self.shape, self.stride, dense, strict=True)):
+            return None
+        return self.storage.span.offset + self.offset * self.dtype.itemsize
+
     def read(self) -> torch.Tensor:
         """A fresh contiguous tensor on the CPU; not for several threads of one file at a time.
 
         Raises UnsafePickleError where the file has been cut short since.
         """
-        dense = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
-        if all(size == 1 or have == want for size, have, want in zip(self.shape, self.stride, dense, strict=True)):
-            return self._read_flat(self.offset, math.prod(self.shape)).reshape(self.shape)
-        return self._read_flat(0, self.storage.count).as_strided(self.shape, self.stride, self.offset).contiguous()
+        if self.position is None:
+            flat = self._read_flat(self.storage.span.offset, self.storage.count)
+            return flat.as_strided(self.shape, self.stride, self.offset).contiguous()
+        return self._read_flat(self.position, math.prod(self.shape)).reshape(self.shape)
 
-    def _read_flat(self, first: int, count: int) -> torch.Tensor:
+    def _read_flat(self, position: int, count: int) -> torch.Tensor:
         # straight into the tensor's own memory: a bytes object in between would double the peak
         result = torch.empty(count, dtype=self.dtype)
         memory = memoryview(result.view(torch.uint8).numpy())
-        self.storage.span.file.seek(self.storage.span.offset + first * self.dtype.itemsize)
+        self.storage.span.file.seek(position)
         if self.storage.span.file.readinto(memory) != len(memory):
             raise UnsafePickleError("the file was cut short after it was opened")
         return result
