@@ -117,12 +117,11 @@ class ZipArchive:
 
     def _read(self, entry: np.ndarray, where: str) -> bytes:
         offset, packed, size, checksum, method = entry.tolist()
-        descriptor = self._file.fileno()
-        header = os.pread(descriptor, _LOCAL_BYTES, offset)
+        header = self._pread(_LOCAL_BYTES, offset, where)
         if len(header) < _LOCAL_BYTES or header[:4] != b"PK\x03\x04":
             raise ValueError(f"{where}: is not where the zip's index says; the archive is damaged: write it again")
         name_bytes, extra_bytes = struct.unpack_from("<2H", header, 26)
-        data = os.pread(descriptor, packed, offset + _LOCAL_BYTES + name_bytes + extra_bytes)
+        data = self._pread(packed, offset + _LOCAL_BYTES + name_bytes + extra_bytes, where)
         if method == _DEFLATED:
             try:
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
@@ -133,6 +132,12 @@ class ZipArchive:
         if len(data) != size or zlib.crc32(data) != checksum:
             raise ValueError(f"{where}: is damaged in the zip: its checksum is wrong; write the archive again")
         return data
+
+    def _pread(self, num_bytes: int, offset: int, where: str) -> bytes:
+        try:
+            return os.pread(self._file.fileno(), num_bytes, offset)
+        except OSError as error:
+            raise ValueError(f"{where}: cannot be read: {error.strerror}") from error
 
 
 def _walk(root: Path) -> list[str]:

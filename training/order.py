@@ -75,7 +75,7 @@ def micro_batch_sizes(batch_size: int, world_size: int, batch_gpu: int | None = 
             f"use a multiple of {world_size}"
         )
     share = batch_size // world_size
-    part = min(batch_gpu or share, share)
+    part = share if batch_gpu is None else min(batch_gpu, share)
     if part < 1:
         raise ValueError(f"{batch_gpu} images at a time on each process; expected at least 1")
     return [min(part, share - done) for done in range(0, share, part)]
@@ -129,6 +129,7 @@ def _stream(loader: torch.utils.data.DataLoader, closing: ctypes.c_bool) -> Iter
                 raise batch
             yield batch
     finally:
+        del batches  # ends the workers, even where a traceback keeps this frame
         close()
         atexit.unregister(close)
 
