@@ -6,10 +6,24 @@ from typing import Any
 
 import click
 
+from torch_utils import dist
+
 _SUFFIX = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
 
-class Command(click.Command):
+class _Exiting(click.Command):
+    """A command that ends its process through `dist.exit_process`."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except SystemExit as leaving:
+            if isinstance(leaving.code, int | None):
+                dist.exit_process(leaving.code or 0)
+            raise
+
+
+class Command(_Exiting):
     """A command whose ValueError and OSError become one line and exit code 1.
 
     Set EDM2_TRACEBACK=1 to see the whole traceback instead.
@@ -24,7 +38,7 @@ class Command(click.Command):
             raise click.ClickException(str(error)) from error
 
 
-class Group(click.Group):
+class Group(_Exiting, click.Group):
     """A group of such commands."""
 
     command_class = Command
