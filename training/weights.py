@@ -1,0 +1,110 @@
+"""Weights that stay in their file until a stretch of them is asked for."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import torch
+
+from torch_utils.files import fetch
+from training.snapshot import DTYPES, Header, is_published_pickle, read_header
+
+_SUFFIXES = (".safetensors", ".pkl")
+
+
+@dataclass(frozen=True)
+class Span:
+    """A tensor in a file: its values lie one after another from byte `offset` on."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A snapshot whose tensors are spans of the file `path`, or in memory; `name` is for messages and records."""
+
+    name: str
+    header: Header
+    tensors: Mapping[str, Span | torch.Tensor]
+    path: Path | None = None
+
+
+def open_weights(path_or_url: str | Path) -> Weights:
+    """What `path_or_url` holds, without reading a weight. Raises ValueError where it is not a whole snapshot."""
+    path = fetch(path_or_url)
+    if path.is_file() and is_published_pickle(path):
+        from training.published import open_published
+
+        return open_published(path)
+    header = read_header(path)  # refuses a file that is shorter or longer than it should be
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    dtypes = dict(DTYPES.values())
+    tensors = {}
+    for name in entries.keys() - {"__metadata__"}:
+        offset, dtype = 8 + length + entries[name]["data_offsets"][0], dtypes.get(entries[name]["dtype"])
+        if dtype is None:
+            raise ValueError(f"{path}: {name} is stored as {entries[name]['dtype']}; expected {', '.join(dtypes)}")
+        tensors[name] = Span(offset, dtype, torch.Size(entries[name]["shape"]))
+    return Weights(path.name, header, tensors, path)
+
+
+def open_folder(folder: str | Path, prefix: str = "", stds: Iterable[float] | None = None) -> list[Weights]:
+    """The training snapshots in a folder, sorted by time and EMA length.
+
+    `prefix` of their file names; `stds` keeps these EMA lengths only, None all. Reconstructions that lie there as
+    well are left out. Raises ValueError for a file that is not a snapshot, and where nothing is found.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; --indir names the one that training wrote its snapshots to")
+    paths = sorted(p for p in folder.iterdir() if p.suffix in _SUFFIXES and p.name.startswith(prefix) and p.is_file())
+    found = [weights for weights in map(open_weights, paths) if weights.header.recipe is None]
+    if not found:
+        raise ValueError(
+            f"no training snapshot in {folder}" + (f" has a name that starts with {prefix!r}" * bool(prefix))
+        )
+    if stds is not None:
+        stds, there = set(stds), {weights.header.ema_std for weights in found}
+        if missing := stds - there:
+            lengths = ", ".join(str(std) for std in sorted(std for std in there if std is not None))
+            raise ValueError(f"no snapshot in {folder} has the EMA length {min(missing)}; there are: {lengths}")
+        found = [weights for weights in found if weights.header.ema_std in stds]
+    return sorted(found, key=lambda weights: (weights.header.nimg, weights.header.ema_std or 0))
+
+
+class WeightReader:
+    """Reads stretches of the tensors of one Weights; a context manager, for one thread at a time."""
+
+    def __init__(self, weights: Weights):
+        self.weights = weights
+        # read, not mapped: mapped pages of hundreds of files would count as this process's memory
+        self._file = None if weights.path is None else FileIO(weights.path)
+
+    def __enter__(self) -> "WeightReader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Values start..stop-1 of the flattened tensor, as stored, [stop - start]; ValueError where the file ends."""
+        tensor = self.weights.tensors[name]
+        if isinstance(tensor, torch.Tensor):
+            return tensor.detach().reshape(-1)[start:stop]
+        assert self._file is not None
+        values = torch.empty(stop - start, dtype=tensor.dtype)
+        rest = memoryview(values.view(torch.uint8).numpy())
+        self._file.seek(tensor.offset + start * tensor.dtype.itemsize)
+        while rest:
+            count = self._file.readinto(rest)
+            if not count:
+                raise ValueError(f"{self.weights.path} was cut short while it was read; copy or write it again")
+            rest = rest[count:]
+        return values
