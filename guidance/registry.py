@@ -6,6 +6,7 @@ from typing import Any
 
 from guidance.guided import Guided
 from guidance.interval import GuidanceInterval
+from guidance.truncation import truncated
 from torch_utils.denoiser import Denoiser
 
 
@@ -76,6 +77,10 @@ def _pair(parts: Parts, weight: float) -> Denoiser:
     return Guided(parts.net, parts.gnet, weight)
 
 
+def _truncation(parts: Parts, weight: float) -> Denoiser:
+    return truncated(parts.net, weight)
+
+
 METHODS = {
     "none": Method("the main network alone", "1 main", _none),
     "pair": Method(
@@ -84,6 +89,7 @@ METHODS = {
         _pair,
         needs_gnet=True,
     ),
+    "truncation": Method("naive truncation: the score multiplied by the weight", "1 main", _truncation),
 }
 
 
