@@ -85,6 +85,10 @@ class ImageDataset:
         """The name of file `index` within the folder or zip."""
         return self._archive.names[self._picked[index]]
 
+    def read_extra(self, name: str) -> bytes | None:
+        """The bytes of a file that is no image, such as encoder.json; None where there is none."""
+        return self._archive.read_extra(name)
+
 
 def check_first(raw: np.ndarray, where: str) -> tuple[tuple[int, int, int], np.dtype]:
     """Shape and dtype of a raw item that a network can be trained on; ValueError, naming `where`, for any other."""
