@@ -1,0 +1,75 @@
+"""Work on many files in several processes, the results in order."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any
+
+from tqdm import tqdm
+
+_CHUNK = 16
+_work: Callable[[int], Any]  # what a worker process does; set once, as it starts
+
+
+def num_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_in_order(work: Callable[[int], Any], items: Sequence[int], workers: int) -> Iterator[tuple[int, Any]]:
+    """(item, work(item)) for each item, in order, computed by `workers` processes (1: by this one).
+
+    `work` is sent to each process once. Only a few results per worker are held at a time. What `work` raises is
+    raised here; ValueError where a worker dies.
+    """
+    if workers <= 1:
+        return ((item, work(item)) for item in items)
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(work,))
+    chunks = (items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK))
+    # submitted here, not in the generator: processes are best forked before a progress bar starts its thread
+    pending = deque(pool.submit(_run_chunk, chunk) for chunk in islice(chunks, 3 * workers))
+    return _collect(pool, pending, chunks)
+
+
+def progress_bar(total: int, initial: int = 0) -> tqdm:
+    """A bar that counts images: lively on a terminal, a line now and then in a log file."""
+    interval_sec = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(total=total, initial=initial, unit="img", dynamic_ncols=True, mininterval=interval_sec, maxinterval=60)
+
+
+def _collect(
+    pool: ProcessPoolExecutor, pending: deque[Future], chunks: Iterator[Sequence[int]]
+) -> Iterator[tuple[int, Any]]:
+    try:
+        while pending:
+            results = pending.popleft().result()
+            pending.extend(pool.submit(_run_chunk, chunk) for chunk in islice(chunks, 1))
+            yield from results
+    except BrokenProcessPool as error:
+        raise ValueError("a worker process died (out of memory?); run again with fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _run_chunk(items: Sequence[int]) -> list[tuple[int, Any]]:
+    return [(item, _work(item)) for item in items]
+
+
+def _start_worker(work: Callable[[int], Any]) -> None:
+    global _work
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # without this, workers outlive a main process that is killed
+    multiprocessing.parent_process().join()
+    os._exit(1)
