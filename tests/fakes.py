@@ -108,17 +108,18 @@ class Jittered:
     """A denoiser that draws at random: one number per image and step, the same for all evaluations of the step."""
 
     inner: Denoiser
+    scale: float = 1.0
     rng: object = None
     shift: torch.Tensor | None = None
 
     def __call__(self, x, sigma, labels=None):
-        return self.inner(x, sigma, labels) + self.shift.to(x)
+        return self.inner(x, sigma, labels) + self.scale * self.shift.to(x)
 
     def for_images(self, rng):
-        return Jittered(self.inner, rng)
+        return Jittered(self.inner, self.scale, rng)
 
     def for_step(self, i, sigmas):
-        return Jittered(self.inner, self.rng, self.rng.randn([len(self.rng), 1, 1, 1]))
+        return Jittered(self.inner, self.scale, self.rng, self.rng.randn([len(self.rng), 1, 1, 1]))
 
 
 def tiny_snapshot(path: Path, seed: int = 0, label_names=None, encoder=None, **architecture) -> Path:

@@ -84,6 +84,12 @@ def test_the_settings_are_json_and_tell_requests_apart(snapshots):
     assert json.loads(texts[0])["sampler"]["churn"]["S_max"] == "inf"
 
 
+def test_the_settings_tell_weights_apart_that_have_the_same_header(snapshots, tmp_path):
+    twin = tiny_snapshot(tmp_path / "main", seed=9, label_names=NAMES)
+    nets = [prepare(Request(str(path)), CPU).settings["net"] for path in (snapshots["main"], twin)]
+    assert [key for key in nets[0] if nets[0][key] != nets[1][key]] == ["sha256"]
+
+
 def test_precision_is_that_inside_the_networks(snapshots):
     generation = prepare(request(snapshots, precision="bf16"), CPU)
     assert isinstance(generation.engine.denoiser, Precond)

@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -6,7 +8,6 @@ from sampling.solvers import Churn, Sampler
 from tests import golden
 from tests.fakes import ByLabel, Constant, Counting, Following, Gaussian, Jittered
 from torch_utils import dist
-from torch_utils.rng import derive_seed
 
 SEEDS = tuple(range(100, 113))
 
@@ -109,16 +110,36 @@ def test_without_labels_the_denoiser_gets_none():
     assert all(labels is None for _, labels in counting.calls)
 
 
-def test_a_method_that_draws_at_random_has_its_own_generators():
-    plain = engine(Gaussian(0, 1), churn=3).draw(SEEDS)
-    following = Following(Gaussian(0, 1))
-    assert torch.equal(engine(following, churn=3).draw(SEEDS).latents, plain.latents)
-    assert following.heard[0] == ("for_images", len(SEEDS))
+def test_a_method_that_draws_at_random_shifts_no_sampler_noise():
+    drawing = engine(Jittered(Gaussian(0, 1), scale=0.0), churn=3).draw(SEEDS)
+    assert torch.equal(drawing.latents, engine(Gaussian(0, 1), churn=3).draw(SEEDS).latents)
 
+
+class Drawing(Gaussian):
+    drawn: ClassVar = []
+
+    def for_images(self, rng):
+        self.drawn.append(rng.randn([len(rng), 1, 4, 4]))
+        return self
+
+
+def test_what_a_method_draws_is_not_the_noise_over_again():
+    drawing = Drawing(0, 1)
+    engine(drawing).draw(SEEDS)
+    start, _, _ = noise_of({}, SEEDS, 13)
+    assert torch.corrcoef(torch.stack([drawing.drawn[0].flatten(), start.flatten()]))[0, 1].abs() < 0.3
+
+
+def test_what_a_method_draws_belongs_to_the_image():
     jittered = [gathered(engine(Jittered(Gaussian(0, 1))).batches(SEEDS, n), "latents") for n in (1, 8, 13)]
     torch.testing.assert_close(jittered[0], jittered[1], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(jittered[0], jittered[2], atol=1e-5, rtol=1e-5)
-    assert derive_seed(1, "guidance") != 1
+
+
+def test_the_denoiser_follows_the_run():
+    following = Following(Gaussian(0, 1))
+    engine(following).draw(SEEDS)
+    assert following.heard[:2] == [("for_images", len(SEEDS)), ("for_step", 0)]
 
 
 def test_an_image_that_is_not_finite_is_refused_by_seed():
