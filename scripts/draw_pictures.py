@@ -157,7 +157,7 @@ def draw(seed: int, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np
 
 
 def _render(u: np.ndarray, distance, pattern) -> np.ndarray:
-    size, turn, cx, cy = 0.52 + 0.26 * u[:, 0], (u[:, 1] - 0.5) * 1.2, (u[:, 2] - 0.5) * 0.5, (u[:, 3] - 0.5) * 0.5
+    size, turn, cx, cy = 0.62 + 0.2 * u[:, 0], (u[:, 1] - 0.5) * 0.9, (u[:, 2] - 0.5) * 0.3, (u[:, 3] - 0.5) * 0.3
     axis = (np.arange(SIDE, dtype=np.float32) + 0.5) * _PIXEL - 1
     y, x = np.meshgrid(axis, axis, indexing="ij")
 
