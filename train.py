@@ -37,6 +37,8 @@ SAMPLE_BATCH = 16
 @click.option("--cond", type=bool, help="Train with class labels  [default: true]")
 @click.option("--preset", metavar="NAME", help=f"Configuration in configs/train: {', '.join(preset_names())}")
 @click.option("--config", "config_file", metavar="YAML", help="A configuration of your own instead")
+@click.option("--init-from", metavar="SNAPSHOT", help="Start from these weights (fine-tuning); classes may be others")
+@click.option("--vae", metavar="NAME|DIR", help="The VAE behind the latents  [default: as the data say]")
 @click.option("--duration", "duration_nimg", metavar="NIMG", type=cli.Size(), help="Images to train for, e.g. 2048Mi")
 @click.option("--batch", "batch_size", metavar="N", type=cli.Size(), help="Global batch size, over all processes")
 @click.option("--batch-gpu", metavar="N", type=cli.Size(), help="At most so many images in one pass on each process")
@@ -113,6 +115,8 @@ def compose_config(preset: str | None, config_file: str | None, options: dict[st
         if "precision" in given:
             raise ValueError("--fp16 and --precision both set the precision; give one")
         given["precision"] = "fp16" if fp16 else "fp32"
+    if (vae := given.pop("vae", None)) is not None:
+        values["encoder"] = {**(values.get("encoder") or {}), "kind": "vae", "vae_name": vae}
     network = dict(values.get("network") or {})
     for option, argument in (("channels", "model_channels"), ("dropout", "dropout")):
         if option in given:
@@ -130,6 +134,8 @@ def describe(run: Run, dataset: ImageDataset) -> None:
     dist.print0(f"batch             {config.batch_size} images: {dist.world_size()} processes, {sizes} images each")
     for line in make_forecast(config, dict(run.header.architecture), max(run.micro_batches)).lines():
         dist.print0(line)
+    for notice in run.notices:
+        dist.print0(f"Note: {notice}")
     for name, value in run.header.training_config.items():
         dist.print0(f"  {name:22s}{value}")
 

@@ -27,14 +27,17 @@ class TrainConfig:
 
     `network` holds the U-Net arguments that differ from its defaults. The learning rate follows
     `training.schedule.learning_rate` (`ref_batches`, `rampup_nimg`: 0 switches off). `batch_gpu` limits the images
-    of one forward pass (None: this rank's whole share); `keep_checkpoints` 0 keeps all. Fields marked "free" may
-    change when a run is resumed; a change in any other is refused.
+    of one forward pass (None: this rank's whole share); `keep_checkpoints` 0 keeps all. `init_from` is a snapshot
+    to start from, `init_sha256` its hash. Fields marked "free" may change when a run is resumed; a change in any
+    other is refused.
     """
 
     data: str = field(default="", metadata={"option": "--data", "free": True})  # its content is compared instead
     cond: bool = field(default=True, metadata={"option": "--cond"})
     encoder: Mapping[str, Any] = field(default_factory=lambda: {"kind": "auto"})
     network: Mapping[str, Any] = field(default_factory=dict)
+    init_from: str | None = field(default=None, metadata={"option": "--init-from", "free": True})  # its hash decides
+    init_sha256: str | None = field(default=None, metadata={"option": "--init-from"})
     sigma_data: float = 0.5
     P_mean: float = field(default=-0.4, metadata={"option": "--P_mean"})
     P_std: float = field(default=1.0, metadata={"option": "--P_std"})

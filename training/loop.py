@@ -17,6 +17,7 @@ from torch_utils.stats import RunningStats
 from training.checkpoint import list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
 from training.config import TrainConfig
 from training.encoders import Encoder
+from training.finetune import start_from_
 from training.loss import EDM2Loss
 from training.networks import Precond, normalize_weights_
 from training.order import MicroBatch
@@ -42,6 +43,8 @@ class Trainer:
         # channels last: 1.2 times as fast on a CPU, and what tensor cores want
         self.net = Precond(**header.architecture).to(device, memory_format=torch.channels_last).train()
         self.net.compute_dtype = COMPUTE_DTYPES[config.precision]
+        if config.init_from is not None:
+            start_from_(self.net, config.init_from)
         self.optimizer = torch.optim.Adam(
             self.net.parameters(),
             lr=config.ref_lr,

@@ -21,7 +21,9 @@ from training.config import (
     write_config,
 )
 from training.dataset import ImageDataset
-from training.encoders import make_encoder
+from training.encoders import ENCODERS, make_encoder
+from training.finetune import adopt_source, check_source
+from training.latents import read_latent_source
 from training.networks import full_architecture
 from training.order import micro_batch_sizes
 from training.snapshot import Header
@@ -36,6 +38,7 @@ class Run:
 
     config: TrainConfig
     header: Header
+    notices: list[str]  # what a user should know before it starts
     data_identity: Mapping[str, Any]
     micro_batches: list[int]  # images of each forward pass of this rank in one step
 
@@ -50,11 +53,7 @@ def resolve(config: TrainConfig, dataset: ImageDataset) -> Run:
             f"{dataset.path} has no labels (no dataset.json, or one without labels); add them with "
             "scripts/dataset_tool.py convert, or train without: --cond false"
         )
-    if config.encoder == {"kind": "auto"}:
-        kind = "rgb" if dataset.raw_dtype == np.uint8 else "vae"
-        config = dataclasses.replace(config, encoder={"kind": kind})
-    encoder = make_encoder(config.encoder)
-    config = dataclasses.replace(config, encoder=encoder.spec())
+    config = adopt_source(dataclasses.replace(config, encoder=_encoder_spec(config, dataset)))
     architecture = full_architecture(
         img_resolution=dataset.resolution,
         img_channels=dataset.num_channels if config.encoder["kind"] == "rgb" else dataset.num_channels // 2,
@@ -74,7 +73,21 @@ def resolve(config: TrainConfig, dataset: ImageDataset) -> Run:
         training_config=config_to_dict(config),
     )
     sizes = micro_batch_sizes(config.batch_size, dist.world_size(), config.batch_gpu)
-    return Run(config, header, identity, sizes)
+    return Run(config, header, check_source(config, architecture, header.label_names), identity, sizes)
+
+
+def _encoder_spec(config: TrainConfig, dataset: ImageDataset) -> dict[str, Any]:
+    """The complete encoder that goes with the data; ValueError where the configuration names one that does not."""
+    fitting = "rgb" if dataset.raw_dtype == np.uint8 else "vae"
+    spec = dict(config.encoder)
+    if spec == {"kind": "auto"}:
+        spec = {"kind": fitting}
+        if source := read_latent_source(dataset):
+            spec["vae_name"] = source.vae_name
+    if spec.get("kind") != fitting and spec.get("kind") in ENCODERS:
+        what = "pixels" if fitting == "rgb" else "latents"
+        raise ValueError(f"{dataset.path} holds {what}, which the encoder {spec['kind']!r} does not take")
+    return make_encoder(spec).spec()
 
 
 def data_identity(dataset: ImageDataset) -> dict[str, Any]:
