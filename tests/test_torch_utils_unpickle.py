@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests import hostile_pickles
+from tests import hostile_misuses, hostile_pickles
 from tests.golden import DATA
-from torch_utils import unpickle
+from torch_utils import pickle_machine, unpickle
 from torch_utils.unpickle import Record, StoredTensor, UnsafePickleError, load_pickle
 
 
@@ -159,12 +159,16 @@ def test_payloads_are_real(tmp_path, case):
     assert (tmp_path / "flag").exists()
 
 
-@pytest.mark.parametrize("case", hostile_pickles.EXECUTES | hostile_pickles.MISUSES)
+HOSTILE = {case: ("", make) for case, make in hostile_pickles.EXECUTES.items()} | hostile_misuses.MISUSES
+
+
+@pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_pickles_are_refused_in_one_line_without_effect(tmp_path, case):
-    data = (hostile_pickles.EXECUTES | hostile_pickles.MISUSES)[case](str(tmp_path / "flag"))
+    reason, make = HOSTILE[case]
+    data = make(str(tmp_path / "flag"))
     modules = set(sys.modules)
     tracemalloc.start()
-    refused(tmp_path, data)
+    assert reason in refused(tmp_path, data)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert not (tmp_path / "flag").exists()
@@ -196,7 +200,7 @@ def test_damaged_anywhere_is_refused_or_read_but_nothing_else():
 def test_refusals_say_what_was_found(tmp_path):
     flag = str(tmp_path / "flag")
     said = {
-        case: refused(tmp_path, (hostile_pickles.EXECUTES | hostile_pickles.MISUSES)[case](flag))
+        case: refused(tmp_path, HOSTILE[case][1](flag))
         for case in (
             "os.system by GLOBAL",
             "INST behind a protocol",
@@ -214,6 +218,11 @@ def test_endless_pickles_end(tmp_path, monkeypatch):
     monkeypatch.setattr(unpickle, "_MAX_OPCODES", 1000)
     data = hostile_pickles.whole(b"]" + b"Na" * 600)
     assert "far more parts than any snapshot" in refused(tmp_path, data)
+
+
+def test_long_texts_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(pickle_machine, "_MAX_TEXT_BYTES", 100)
+    assert "it holds a text of 101 bytes" in refused(tmp_path, hostile_pickles.whole(hostile_pickles.text("x" * 101)))
 
 
 def test_a_folder_and_a_missing_file_are_plain_errors(tmp_path):

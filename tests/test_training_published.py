@@ -121,6 +121,13 @@ def test_other_dtypes_lose_nothing(net, tmp_path, dtype, stored):
     assert all(torch.equal(state[name], tensor.float()) for name, tensor in other.state_dict().items())
 
 
+def test_buffers_that_a_state_dict_leaves_out_are_left_out(net, tmp_path):
+    other = copy.deepcopy(net)
+    other.unet.register_buffer("scratch", torch.zeros(3), persistent=False)
+    weights = open_published(fake_published.write_snapshot(tmp_path / "a.pkl", other, ARCHITECTURE))
+    assert weights.tensors.keys() == net.state_dict().keys()
+
+
 def change(**arguments: object) -> dict:
     return {"arguments": {**ARCHITECTURE, **arguments}}
 

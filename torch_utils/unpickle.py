@@ -184,7 +184,7 @@ def _tensor(args: tuple) -> StoredTensor:
     _require(len(args) in (6, 7) and type(args[0]) is Storage, "it rebuilds a tensor in an unknown way")
     storage, offset, shape, stride = args[:4]
     _require(_is_shape((offset,)) and _is_shape(shape) and _is_shape(stride), "a tensor's shape is not one")
-    _require(len(shape) == len(stride), "a tensor has as many sizes as strides")
+    _require(len(shape) == len(stride), "a tensor has not as many strides as sizes")
     count = math.prod(shape)
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     # count: strides of zero would let a byte become a terabyte
