@@ -112,7 +112,7 @@ class ImageFolder:
         return read_record(self.path / RECORD)
 
     def save(self, batches: Iterable[ImageBatch]) -> None:
-        """Write every image of `batches`, one batch while the next is drawn. Raises OSError naming the file."""
+        """Write every image of `batches`, one batch while the next is drawn. Raises OSError where one cannot be."""
         with ThreadPoolExecutor(max_workers=4) as pool:
             writing = []
             for batch in batches:
@@ -127,11 +127,8 @@ class ImageFolder:
         notes.add_text("seed", str(seed))
         if index is not None:
             notes.add_text("class", str(index))
-        try:
-            with atomic_write(self.file(seed)) as file:
-                to_image(pixels).save(file, "PNG", pnginfo=notes, compress_level=3)
-        except OSError as error:
-            raise OSError(f"cannot write {self.file(seed)}: {error.strerror or error}") from error
+        with atomic_write(self.file(seed)) as file:
+            to_image(pixels).save(file, "PNG", pnginfo=notes, compress_level=3)
 
     def read(self, seeds: Iterable[int]) -> Iterator[tuple[np.ndarray, int | None]]:
         """(pixels, class or None) of each seed; pixels are uint8 [C,H,W]. Raises ValueError on a damaged image."""

@@ -1,5 +1,6 @@
 """Files are whole or not there, and a URL is downloaded once, verified, from wherever it may come."""
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -313,3 +314,12 @@ def test_a_cache_that_cannot_be_written_is_still_read(cache, monkeypatch, capsys
         assert fetch(server.url("/a")) == by_hand
     assert "stays unverified" in capsys.readouterr().err
     assert os.listdir(by_hand.parent) == ["a"]
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*picture.png'"),
+        atomic_write(tmp_path / "picture.png"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []

@@ -30,7 +30,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file beside `path`; at the end flush it to disk and rename it to `path`.
 
     A crash, a full disk or an exception leaves the old file as it was and removes the temporary one. `mode` is
-    "wb" or "w" (UTF-8). The parent folder is made where it is missing. Raises OSError as `open` does.
+    "wb" or "w" (UTF-8). The parent folder is made where it is missing. Raises OSError as `open` does, naming `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,6 +43,10 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             os.fsync(file.fileno())
         os.replace(partial, path)
         _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a full disk does not say which file it was
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
