@@ -1,5 +1,6 @@
 """Draw images from a trained network, alone or guided by a second one."""
 
+import contextlib
 import math
 import os
 import shlex
@@ -97,7 +98,9 @@ def _draw(generation: Generation, folder: ImageFolder, seeds: tuple[int, ...], b
             **provenance(generation.engine.device),
         }
         folder.note_run(run)
-        folder.save(generation.batches(missing, batch))
+        # an error leaves the progress bar at once, so that its own line is the last one
+        with contextlib.closing(generation.batches(missing, batch)) as batches:
+            folder.save(batches)
     dist.barrier()
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,9 @@ from sampling.engine import Engine, ImageBatch, share_of_rank
 from sampling.solvers import PUBLISHED, Sampler
 from torch_utils import dist
 from torch_utils.files import fetch, sha256_of
+from training.encoders import StabilityVAEEncoder, make_encoder
 from training.snapshot import Snapshot, load_snapshot
+from training.vae import vae_sha256
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -36,6 +38,7 @@ class Request:
     `net`, `gnet`: paths or URLs of snapshots. `classes`: None for a class drawn from each seed; a text such as
     "3,7" or "cat,dog" to take turns by seed (seed modulo the length of the list); "" for all classes in turn.
     `precision`, inside the networks, is a key of PRECISIONS or "auto": fp16 on a CUDA device, fp32 elsewhere.
+    `vae`: hub name or folder that stands in for the VAE that the snapshot names.
     """
 
     net: str
@@ -44,6 +47,7 @@ class Request:
     sampler: Sampler = PUBLISHED
     classes: str | None = None
     precision: str = "auto"
+    vae: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Generation:
     settings: Mapping[str, Any]
     summary: str
 
-    def batches(self, seeds: Sequence[int], batch_size: int) -> Iterator[ImageBatch]:
+    def batches(self, seeds: Sequence[int], batch_size: int) -> Generator[ImageBatch]:
         """The images of this rank's share of `seeds`, possibly none, with a progress bar on rank 0."""
         share = share_of_rank(seeds)
         with tqdm(total=len(share), unit="img", disable=dist.rank() != 0 or not share, dynamic_ncols=True) as bar:
@@ -70,7 +74,7 @@ def prepare(request: Request, device: torch.device) -> Generation:
     guidance method refuses its settings.
     """
     precision = request.precision if request.precision != "auto" else "fp16" if device.type == "cuda" else "fp32"
-    main = load_snapshot(request.net, device, PRECISIONS[precision])
+    main = _with_vae(load_snapshot(request.net, device, PRECISIONS[precision]), request.vae)
     net = main.net
     classes = parse_classes(request.classes, net.label_dim, main.header.label_names)
     gmain = None if request.gnet is None else load_snapshot(request.gnet, device, PRECISIONS[precision])
@@ -86,6 +90,7 @@ def prepare(request: Request, device: torch.device) -> Generation:
         "guidance": plain({**vars(request.guidance), "steps": _steps(request)}),
         "sampler": plain({**vars(request.sampler), "churn": vars(request.sampler.churn)}),
         "classes": None if classes is None else list(classes),
+        "vae_sha256": vae_sha256(main.encoder.vae_name) if isinstance(main.encoder, StabilityVAEEncoder) else None,
         "precision": precision,
         "device": device.type,  # generators on another kind of device give other numbers
     }
@@ -110,6 +115,14 @@ def check_pair(main: Snapshot, gmain: Snapshot) -> None:
         reasons.append("its classes have other names, or stand in another order")
     if reasons:
         raise ValueError(f"the guide network does not fit the main network: {'; '.join(reasons)}")
+
+
+def _with_vae(snapshot: Snapshot, vae: str | None) -> Snapshot:
+    if vae is None:
+        return snapshot
+    if not isinstance(snapshot.encoder, StabilityVAEEncoder):
+        raise ValueError("the network draws pixels; leave out --vae")
+    return dataclasses.replace(snapshot, encoder=make_encoder({**snapshot.encoder.spec(), "vae_name": vae}))
 
 
 def _check_pixels(pixels: torch.Tensor) -> None:
@@ -163,8 +176,8 @@ def plain(value: Any) -> Any:
 
 def _identity(source: str, snapshot: Snapshot) -> dict[str, Any]:
     header = dataclasses.asdict(snapshot.header)
-    # the training configuration is the snapshot's own affair, and long
-    known = {key: header[key] for key in ("architecture", "encoder", "nimg", "ema_std", "run_id", "recipe", "commit")}
+    # neither the training configuration, which is long, nor the commit: of a published file it is the reader's own
+    known = {key: header[key] for key in ("architecture", "encoder", "nimg", "ema_std", "run_id", "recipe")}
     return plain({"sha256": sha256_of(fetch(source)), **known})
 
 

@@ -150,7 +150,7 @@ def test_a_run_that_was_cut_off_continues(nets, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "draw", fail_late)
         code, output = run(*arguments, net=nets / "main")
-    assert (code, output.strip().splitlines()[-1]) == (1, "Error: the power went out")
+    assert (code, output.strip().splitlines()[-1]) == (1, "Error: the power went out")  # below the progress bar
     code, output = run(*arguments, net=nets / "main")
     assert code == 0
     assert "4 of 6 images are there already" in output
