@@ -61,6 +61,7 @@ _NETWORKS = (
     ),
     click.option("--class", "classes", metavar="LIST", help="Classes by number or name, in turn by seed: 3,7 or cat."),
     click.option("--balanced", is_flag=True, help="All classes in turn by seed, instead of one drawn from each seed."),
+    click.option("--vae", metavar="NAME|DIR", help="VAE that decodes latents. [default: the one the snapshot names]"),
     click.option(
         "--precision",
         type=click.Choice(["auto", *PRECISIONS]),
@@ -121,13 +122,13 @@ def _take_request(given: dict[str, Any]) -> Request:
     churn = Churn(**{name: given.pop(name) for name in ("S_churn", "S_min", "S_max", "S_noise")})
     steps = {name: given.pop(name) for name in ("num_steps", "sigma_min", "sigma_max", "rho", "solver")}
     sampler = Sampler(**steps, churn=churn)
-    net, gnet, precision = (given.pop(name) for name in ("net", "gnet", "precision"))
+    net, gnet, precision, vae = (given.pop(name) for name in ("net", "gnet", "precision", "vae"))
     classes = given.pop("classes")
     if given.pop("balanced"):
         if classes is not None:
             raise click.UsageError("--balanced is for all classes; a list given to --class is in equal shares already")
         classes = ""
-    return Request(net, gnet, _take_guidance(given, gnet), sampler, classes, precision)
+    return Request(net, gnet, _take_guidance(given, gnet), sampler, classes, precision, vae)
 
 
 def _fill_in_preset(given: dict[str, Any]) -> None:

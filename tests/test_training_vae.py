@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pipelines.generation import Request, prepare
+from sampling.solvers import Sampler
 from tests.fake_server import serve
-from tests.fakes import tiny_vae
+from tests.fakes import tiny_snapshot, tiny_vae
 from torch_utils.files import sha256_of
 from training.encoders import StabilityVAEEncoder
 from training.vae import PINNED_REVISIONS, STABILITY_VAE, load_vae, vae_decode, vae_encode, vae_folder, vae_sha256
@@ -119,3 +121,15 @@ def test_without_safetensors_no_pickle_is_opened(folder, tmp_path):
     (old / WEIGHTS).rename(old / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match=f"has no {WEIGHTS}"):
         load_vae(str(old), CPU)
+
+
+def test_a_folder_stands_in_for_the_vae_that_a_snapshot_names(folder, tmp_path):
+    encoder = StabilityVAEEncoder("somebody/elsewhere").spec()
+    latent = tiny_snapshot(tmp_path / "latent", img_channels=4, encoder=encoder)
+    generation = prepare(Request(str(latent), sampler=Sampler(num_steps=2), vae=str(folder)), CPU)
+    assert generation.engine.draw([0]).images.shape == (1, 3, 16, 16)
+    assert generation.settings["vae_sha256"] == vae_sha256(str(folder))
+    pixels = tiny_snapshot(tmp_path / "pixels")
+    assert prepare(Request(str(pixels)), CPU).settings["vae_sha256"] is None
+    with pytest.raises(ValueError, match="leave out --vae"):
+        prepare(Request(str(pixels), vae=str(folder)), CPU)
