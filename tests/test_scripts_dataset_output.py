@@ -14,7 +14,7 @@ import pytest
 from scripts import dataset_output
 from scripts.dataset_output import PartialDataset
 from scripts.dataset_workers import run_in_order
-from tests.dataset_tool import CLASSES, convert
+from tests.dataset_tool import CLASSES, convert, run
 from tests.pictures import encoded, picture, some_files, with_labels, write_folder, write_zip
 from training.archive import open_archive
 from training.dataset import ImageDataset
@@ -47,10 +47,11 @@ def test_what_others_made_is_left_alone(tmp_path, source, content):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "out.zip", "source"]
 
 
-def test_an_empty_folder_may_be_the_destination(tmp_path, source):
-    (tmp_path / "out").mkdir()
-    convert(source, tmp_path / "out")
-    assert len(ImageDataset(tmp_path / "out")) == 6
+@pytest.mark.parametrize("dest", ["out", "out.zip"])
+def test_an_empty_folder_may_be_the_destination(tmp_path, source, dest):
+    (tmp_path / dest).mkdir()
+    convert(source, tmp_path / dest)
+    assert len(ImageDataset(tmp_path / dest)) == 6
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def test_a_damaged_unfinished_zip_is_cut_back_to_what_is_whole(tmp_path, source,
     file = tmp_path / "out.zip.partial" / "data"
     data = bytearray(file.read_bytes())
     if damage == "garbage at the end":
-        data += b"PK\x03\x04" + bytes(100)
+        data += b"PK\x03\x04" + bytes(10_000)
     elif damage == "a bit in the middle":
         data[len(data) // 2] ^= 1
     else:
@@ -142,6 +143,15 @@ def test_a_damaged_unfinished_zip_is_cut_back_to_what_is_whole(tmp_path, source,
     file.write_bytes(data)
     convert(source, tmp_path / "out.zip")
     assert contents(tmp_path / "out.zip") == contents(tmp_path / "whole.zip")
+
+
+def test_empty_files_that_a_power_cut_left_are_written_again(tmp_path, source, monkeypatch):
+    with monkeypatch.context() as patch:
+        FullDisk(patch, room=4)
+        convert(source, tmp_path / "out", code=1)
+    (tmp_path / "out.partial" / "data" / "00000" / "img00000002.png").write_bytes(b"")
+    convert(source, tmp_path / "out")
+    run("check", "--source", tmp_path / "out")
 
 
 def test_an_unfinished_data_set_with_other_settings_is_refused(tmp_path, source, monkeypatch):

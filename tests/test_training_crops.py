@@ -40,6 +40,10 @@ def test_wide_crop_is_a_picture_between_black_bars(size):
     assert not result[25:].any()
 
 
+def test_wide_crop_of_a_sliver():
+    assert center_crop_wide(picture(0, (1, 50)), 32, 8).size == (32, 32)
+
+
 def test_wide_crop_cuts_what_is_beyond_the_shape():
     image = Image.new("L", (64, 64), 50)
     image.paste(200, (0, 14, 64, 50))  # the central 16:9 part

@@ -176,13 +176,15 @@ def _read_index(descriptor: int, path: Path) -> tuple[list[str], np.ndarray]:
             )
             name_start = position + _CENTRAL.size
             name_end = name_start + name_bytes
-            if signature != b"PK\x01\x02" or flags & 1 or name_end > num_bytes:
+            if signature != b"PK\x01\x02" or flags & 1:
                 raise ValueError
             names.append(directory[name_start:name_end].decode("utf-8" if flags & 0x800 else "cp437"))
             if _IN_EXTRA in (packed, size, offset):
                 size, packed, offset = _wide(directory[name_end : name_end + extra_bytes], size, packed, offset)
             numbers.extend((offset + shift, packed, size, crc, method))
             position = name_end + extra_bytes + comment_bytes
+        if position != num_bytes:
+            raise ValueError
     except (struct.error, ValueError, IndexError) as error:
         raise ValueError(f"{path}: the zip's index is damaged, or it is encrypted, at entry {len(names)}") from error
     return names, np.frombuffer(numbers, np.int64).reshape(-1, 5)

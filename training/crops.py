@@ -24,7 +24,7 @@ def center_crop_wide(image: Image.Image, width: int, height: int) -> Image.Image
 
     The result is width x width: width exceeds height.
     """
-    part_width = min(image.width, max(1, round(image.height * width / height)))
+    part_width = min(image.width, round(image.height * width / height))
     part_height = min(image.height, max(1, round(image.width * height / width)))
     picture = _resize(_crop_center(image, part_width, part_height), width, height)
     square = Image.new(image.mode, (width, width))
