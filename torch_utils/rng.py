@@ -11,7 +11,8 @@ def derive_seed(*parts: int | str) -> int:
 
     Example: `derive_seed(seed, "image", 1234)` gives the generator of training image number 1234.
     """
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    # an integer is the same seed whatever library it comes from
+    text = "\x1f".join(f"str:{part}" if isinstance(part, str) else f"int:{int(part)}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
