@@ -41,6 +41,10 @@ class Guided:
         D_pos, D_neg = D_pos.to(dtype), D_neg.to(dtype)
         return D_neg + self.weight * (D_pos - D_neg)
 
+    def scaled(self, share: float) -> "Guided":
+        """The same, guided by `share` of the strength: 0 is off, 1 as it is."""
+        return Guided(self.pos, self.neg, 1 + (self.weight - 1) * share)
+
     def for_images(self, rng: StackedGenerator) -> "Guided":
         neg = self.neg if self.is_off else for_images(self.neg, rng)
         return Guided(for_images(self.pos, rng), neg, self.weight)

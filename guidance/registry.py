@@ -1,66 +1,36 @@
 """Every way to guide, by name: what the command lines offer and the tables list."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from guidance import pair, truncation
+from guidance.combined import Beside, Combine, Combined, linear
 from guidance.guided import Guided
 from guidance.interval import GuidanceInterval
-from guidance.truncation import truncated
+from guidance.method import Method, Option, Parts, Rule
+from guidance.schedule import SCHEDULES, WeightSchedule
 from torch_utils.denoiser import Denoiser
 
-
-@dataclass(frozen=True)
-class Parts:
-    """What a method may build on: the main network, and a guide network where one was given."""
-
-    net: Denoiser
-    gnet: Denoiser | None = None
-
-
-@dataclass(frozen=True)
-class Option:
-    """One setting of one method: `--name` on the command line, `name` (with underscores) for its build function.
-
-    `parse` turns the text into a value and raises ValueError saying what was expected. A name belongs to one
-    method alone: start it with the method's name.
-    """
-
-    name: str
-    parse: Callable[[str], Any]
-    default: Any
-    help: str
-
-    @property
-    def keyword(self) -> str:
-        return self.name.replace("-", "_")
-
-
-@dataclass(frozen=True)
-class Method:
-    """A guidance method: `build(parts, weight, *, <its options>)` returns the guided denoiser.
-
-    `evaluations` is the cost of one guided evaluation in words; `needs_gnet` tells whether it takes a guide network.
-    """
-
-    summary: str
-    evaluations: str
-    build: Callable[..., Denoiser]
-    needs_gnet: bool = False
-    options: tuple[Option, ...] = ()
+__all__ = ["METHODS", "NO_GUIDANCE", "RULES", "Choice", "Method", "Option", "Parts", "Rule", "guide", "methods_of"]
 
 
 @dataclass(frozen=True)
 class Choice:
     """A method with its settings, as asked for and as recorded.
 
-    `interval` is (sigma_lo, sigma_hi], beyond which the main network runs alone; None means everywhere.
+    `interval` is (sigma_lo, sigma_hi], beyond which the main network runs alone; None means everywhere. `also` are
+    further methods, each with a weight of its own; `rule` (a key of RULES) how they are put together; `schedule`
+    (a key of SCHEDULES) how the weights follow the noise level. `options` are those of the methods and of the rule.
     """
 
     method: str = "none"
     weight: float = 1.0
     interval: tuple[float, float] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    also: tuple[tuple[str, float], ...] = ()
+    rule: str = "linear"
+    schedule: str = "constant"
 
 
 NO_GUIDANCE = Choice()
@@ -72,36 +42,77 @@ def _none(parts: Parts, weight: float) -> Denoiser:
     return parts.net
 
 
-def _pair(parts: Parts, weight: float) -> Denoiser:
-    assert parts.gnet is not None
-    return Guided(parts.net, parts.gnet, weight)
-
-
-def _truncation(parts: Parts, weight: float) -> Denoiser:
-    return truncated(parts.net, weight)
-
-
 METHODS = {
-    "none": Method("the main network alone", "1 main", _none),
-    "pair": Method(
-        "away from a second network: a weaker one is autoguidance, an unconditional one classifier-free guidance",
-        "1 main + 1 guide",
-        _pair,
-        needs_gnet=True,
-    ),
-    "truncation": Method("naive truncation: the score multiplied by the weight", "1 main", _truncation),
+    "none": Method("the main network alone", "1 main", _none, formula="D"),
+    "pair": pair.METHOD,
+    "truncation": truncation.METHOD,
 }
+
+RULES = {"linear": Rule("the sum over the negatives", lambda: linear, formula="D + sum of (w_i - 1) (D - D_neg_i)")}
+
+
+def methods_of(choice: Choice) -> dict[str, float]:
+    """The methods of `choice` with their weights; ValueError where one is named twice, or does not combine."""
+    named = [(choice.method, choice.weight), *choice.also]
+    names = [name for name, _ in named]
+    if len(names) > 1:
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"guidance method {twice[0]} is named twice")
+        if alone := [name for name in names if METHODS[name].negative is None and not METHODS[name].around]:
+            raise ValueError(
+                f"guidance method {alone[0]} does not combine with others: it is no sum of differences, nor does it go "
+                "around what others make"
+            )
+    return dict(named)
 
 
 def guide(choice: Choice, parts: Parts) -> Denoiser:
     """The denoiser that `choice` describes.
 
-    Raises ValueError where a guide network is missing or would go unused, and on settings the method refuses.
+    Raises ValueError where a guide network is missing or would go unused, where methods do not combine, and on
+    settings that a method refuses; TypeError on an option that nothing in the choice has.
     """
-    method = METHODS[choice.method]
-    if method.needs_gnet and parts.gnet is None:
-        raise ValueError(f"guidance method {choice.method} needs a guide network, and none was given")
-    if not method.needs_gnet and parts.gnet is not None:
-        raise ValueError(f"guidance method {choice.method} takes no guide network, and one was given")
-    guided = method.build(parts, choice.weight, **choice.options)
+    weights = methods_of(choice)
+    _check_parts(weights, parts)
+    options = _sorted_options(choice, weights)
+    negatives = {name: METHODS[name].negative for name in weights if METHODS[name].negative is not None}
+    guided = parts.net
+    if negatives:
+        negs = [negative(parts, **options[name]) for name, negative in negatives.items()]
+        rule = RULES[choice.rule].make(**options["rule"])
+        guided = _lead_away(parts.net, negs, [weights[name] for name in negatives], rule)
+        if choice.schedule != "constant":
+            guided = WeightSchedule(guided, SCHEDULES[choice.schedule])
+    elif choice.rule != "linear" or choice.schedule != "constant":
+        raise ValueError(f"a rule or a schedule needs a weighted difference; guidance method {choice.method} has none")
+    for name, weight in weights.items():
+        if name not in negatives:
+            guided = METHODS[name].build(replace(parts, net=guided), weight, **options[name])
     return guided if choice.interval is None else GuidanceInterval(guided, parts.net, *choice.interval)
+
+
+def _lead_away(net: Denoiser, negs: Sequence[Any], weights: Sequence[float], rule: Combine) -> Guided | Combined:
+    if len(negs) == 1 and rule is linear and not isinstance(negs[0], Beside):
+        return Guided(net, negs[0], weights[0])
+    return Combined(net, tuple(negs), tuple(weights), rule)
+
+
+def _check_parts(names: Iterable[str], parts: Parts) -> None:
+    asked = ", ".join(names)
+    needs_gnet = any(METHODS[name].needs_gnet for name in names)
+    if needs_gnet and parts.gnet is None:
+        raise ValueError(f"guidance method {asked} needs a guide network, and none was given")
+    if not needs_gnet and parts.gnet is not None:
+        raise ValueError(f"guidance method {asked} takes no guide network, and one was given")
+    if parts.uncond is not None and not any(METHODS[name].takes_uncond for name in names):
+        raise ValueError(f"guidance method {asked} takes no unconditional network beside, and one was given")
+
+
+def _sorted_options(choice: Choice, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The options by the method that owns them, and "rule"; those of nobody go to the first method, which says so."""
+    owners: dict[str, Method | Rule] = {"rule": RULES[choice.rule], **{name: METHODS[name] for name in names}}
+    taken: dict[str, dict[str, Any]] = {name: {} for name in owners}
+    for keyword, value in choice.options.items():
+        has = [name for name, owner in owners.items() if keyword in [option.keyword for option in owner.options]]
+        taken[has[0] if has else choice.method][keyword] = value
+    return taken

@@ -3,6 +3,7 @@
 import torch
 
 from guidance.guided import Guided
+from guidance.method import Method, Parts
 from torch_utils.denoiser import Denoiser
 
 
@@ -18,3 +19,17 @@ def truncated(denoiser: Denoiser, weight: float) -> Guided:
     2024 ("Guiding a Diffusion Model with a Bad Version of Itself", Fig. 1d).
     """
     return Guided(denoiser, unchanged, weight)
+
+
+def _negative(parts: Parts) -> Denoiser:
+    return unchanged
+
+
+METHOD = Method(
+    "naive truncation: the score multiplied by the weight",
+    "1 main",
+    negative=_negative,
+    weight=1.4,
+    term="x",
+    source="Karras et al. 2024 (autoguidance, arXiv 2406.02507), Fig. 1d",
+)

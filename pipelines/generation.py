@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from guidance.interval import guided_steps
-from guidance.registry import NO_GUIDANCE, Choice, Parts, guide
+from guidance.registry import NO_GUIDANCE, Choice, Parts, guide, methods_of
 from sampling.engine import Engine, ImageBatch, share_of_rank
 from sampling.solvers import PUBLISHED, Sampler
 from torch_utils import dist
@@ -87,7 +87,7 @@ def prepare(request: Request, device: torch.device) -> Generation:
     settings = {
         "net": _identity(request.net, main),
         "gnet": None if gmain is None else _identity(request.gnet, gmain),
-        "guidance": plain({**vars(request.guidance), "steps": _steps(request)}),
+        "guidance": {**_settings_of(request.guidance), "steps": plain(_steps(request))},
         "sampler": plain({**vars(request.sampler), "churn": vars(request.sampler.churn)}),
         "classes": None if classes is None else list(classes),
         "vae_sha256": vae_sha256(main.encoder.vae_name) if isinstance(main.encoder, StabilityVAEEncoder) else None,
@@ -186,6 +186,12 @@ def _latent_space(snapshot: Snapshot) -> dict[str, Any]:
     return {key: value for key, value in snapshot.encoder.spec().items() if key != "vae_name"}
 
 
+def _settings_of(choice: Choice) -> dict[str, Any]:
+    # what is left as it was before it could be set is left out, so that older records stay true
+    later = {"also": (), "rule": "linear", "schedule": "constant"}
+    return plain({key: value for key, value in vars(choice).items() if key not in later or value != later[key]})
+
+
 def _steps(request: Request) -> list[int] | None:
     if request.guidance.interval is None:
         return None
@@ -209,7 +215,9 @@ def _summary(
         lines.append(f"Guide:    {request.gnet} ({words(gmain)})")
     if choice.method != "none":
         where = "" if choice.interval is None else " for sigma in ({:g}, {:g}]".format(*choice.interval)
-        lines.append(f"Guidance: {choice.method}, weight {choice.weight:g}{where}")
+        methods = " + ".join(f"{name}, weight {weight:g}" for name, weight in methods_of(choice).items())
+        kind = "".join(f", {word}" for word in (choice.rule, choice.schedule) if word not in ("linear", "constant"))
+        lines.append(f"Guidance: {methods}{kind}{where}")
     lines.append(f"Sampler:  {request.sampler.num_steps} steps of {request.sampler.solver}")
     if classes is not None:
         names = main.header.label_names
