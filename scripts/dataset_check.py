@@ -1,5 +1,6 @@
 """Is a folder or zip a data set to train on? What is in it, and everything that is wrong with it."""
 
+import contextlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,10 @@ def check(source: Path, workers: int) -> bool:
         problems.append(str(error))
     kinds: Counter[str] = Counter()
     examples: dict[str, int] = {}
-    results = run_in_order(Checker(archive), range(len(archive.names)), workers)
-    with progress_bar(len(archive.names)) as bar:
+    with (
+        contextlib.closing(run_in_order(Checker(archive), range(len(archive.names)), workers)) as results,
+        progress_bar(len(archive.names)) as bar,
+    ):
         for index, (kind, problem) in results:
             bar.update()
             if problem is not None:

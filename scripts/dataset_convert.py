@@ -1,5 +1,6 @@
 """Images of any size in a folder or zip -> a training set."""
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,26 +184,38 @@ def _write(
     skip_broken: bool,
 ) -> list[Broken]:
     names = {index: f"{k // 1000:05d}/img{k:08d}.png" for k, index in enumerate(indices.tolist())}
-    todo = [index for index, name in names.items() if name not in output.names]
-    broken: list[Broken] = []
     try:
-        with output, progress_bar(len(names), initial=len(names) - len(todo)) as bar:
-            for index, result in run_in_order(converter, todo, workers):
-                bar.update()
-                if isinstance(result, bytes):
-                    output.add(names[index], result)
-                    continue
-                if not skip_broken:
-                    raise ValueError(f"{result.reason}; --skip-broken leaves such images out")
-                broken.append(result)
-                del names[index]
-            if not names:
+        with output:
+            broken = _convert_rest(converter, names, output, workers, skip_broken)
+            written = {index: name for index, name in names.items() if index not in broken}
+            if not written:
                 raise ValueError(f"{converter.archive.path}: none of the {len(indices)} images can be read")
-            output.finish(_dataset_json(names, labels))
+            output.finish(_dataset_json(written, labels))
     except OSError as error:
         raise OSError(
             f"{output.folder}: cannot be written: {error.strerror or error}; run the same command again to go on"
         ) from error
+    return list(broken.values())
+
+
+def _convert_rest(
+    converter: Converter, names: dict[int, str], output: PartialDataset, workers: int, skip_broken: bool
+) -> dict[int, Broken]:
+    """Write the images that are not in `output` yet; returns those that cannot be read."""
+    todo = [index for index, name in names.items() if name not in output.names]
+    broken: dict[int, Broken] = {}
+    with (
+        contextlib.closing(run_in_order(converter, todo, workers)) as results,
+        progress_bar(len(names), initial=len(names) - len(todo)) as bar,
+    ):
+        for index, result in results:
+            bar.update()
+            if isinstance(result, bytes):
+                output.add(names[index], result)
+            elif skip_broken:
+                broken[index] = result
+            else:
+                raise ValueError(f"{result.reason}; --skip-broken leaves such images out")
     return broken
 
 

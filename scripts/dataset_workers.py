@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -23,11 +23,13 @@ def num_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_in_order(work: Callable[[int], Any], items: Sequence[int], workers: int) -> Iterator[tuple[int, Any]]:
+def run_in_order(
+    work: Callable[[int], Any], items: Sequence[int], workers: int
+) -> Generator[tuple[int, Any], None, None]:
     """(item, work(item)) for each item, in order, computed by `workers` processes (1: by this one).
 
     `work` is sent to each process once. Only a few results per worker are held at a time. What `work` raises is
-    raised here; ValueError where a worker dies.
+    raised here; ValueError where a worker dies. Close the iterator to end the processes.
     """
     if workers <= 1:
         return ((item, work(item)) for item in items)
@@ -46,7 +48,7 @@ def progress_bar(total: int, initial: int = 0) -> tqdm:
 
 def _collect(
     pool: ProcessPoolExecutor, pending: deque[Future], chunks: Iterator[Sequence[int]]
-) -> Iterator[tuple[int, Any]]:
+) -> Generator[tuple[int, Any], None, None]:
     try:
         while pending:
             results = pending.popleft().result()

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from scripts import dataset_output
 from scripts.dataset_output import PartialDataset
+from scripts.dataset_tool import main
 from scripts.dataset_workers import run_in_order
 from tests.dataset_tool import CLASSES, convert, run
 from tests.pictures import encoded, picture, some_files, with_labels, write_folder, write_zip
@@ -78,7 +81,7 @@ def test_a_killed_command_goes_on_where_it_stopped(tmp_path, many, dest):
     arguments = ["convert", "--source", many, "--dest", tmp_path / dest, "--workers", "2"]
     # the output ends, and this call returns, only once the worker processes are gone as well
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True, timeout=60, check=False
+        [sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True, timeout=300, check=False
     )
     assert killed.returncode == -9, killed.stderr
     assert not (tmp_path / dest).exists()
@@ -202,6 +205,14 @@ def test_offsets_beyond_four_gib_are_written_in_the_wide_form(tmp_path, monkeypa
     assert all(archive.read(k) == bytes([int(archive.names[k][:-4])]) * 90 for k in range(30))
     with zipfile.ZipFile(tmp_path / "out.zip") as plain:
         assert plain.testzip() is None
+
+
+def test_no_process_is_left_when_a_command_fails(tmp_path, many):
+    write_folder(many, {"0/x.png": b"x"})
+    arguments = ["convert", "--source", str(many), "--dest", str(tmp_path / "out"), "--workers", "2"]
+    result = CliRunner().invoke(main, arguments)  # `result` holds the traceback, and with it every local variable
+    assert "x.png: is not an image" in result.output
+    assert multiprocessing.active_children() == []
 
 
 def test_a_worker_that_dies_is_told():

@@ -18,6 +18,7 @@ def test_png_survives_writing_and_reading():
         assert (raw.shape, raw.dtype) == (shape, np.uint8)
         np.testing.assert_array_equal(raw, np.asarray(image).reshape(4, 6, -1).transpose(2, 0, 1))
         assert raw.flags.c_contiguous
+        assert raw.flags.writeable  # torch.from_numpy warns of others
 
 
 def test_npy_holds_pixels_or_latents():

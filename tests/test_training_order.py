@@ -183,7 +183,7 @@ def test_workers_outlive_signals_to_the_group_but_not_the_training_process(datas
         start_new_session=True,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert (done.returncode, done.stdout) == (code, "read on\n"), done.stderr

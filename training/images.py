@@ -75,7 +75,7 @@ def decode_array(data: bytes, where: str) -> np.ndarray:
         return _decode_npy(data, where)
     image = open_image(data, where)
     if image.mode == "L":
-        return np.asarray(image)[np.newaxis]
+        return np.array(image)[np.newaxis]
     if image.mode != "RGB":
         raise ValueError(
             f"{where}: its pixels are {image.mode}, not 8-bit grey or RGB; "
@@ -94,4 +94,4 @@ def _decode_npy(data: bytes, where: str) -> np.ndarray:
             f"{where}: holds {values.dtype} {list(values.shape)}; expected pixels uint8 [C, H, W] or raw latents "
             "float16 or float32 [C, H, W]"
         )
-    return values if values.dtype == np.uint8 else values.astype(np.float32)
+    return values if values.dtype == np.uint8 else values.astype(np.float32, copy=False)
