@@ -37,10 +37,25 @@ def slope_at(loss: Loss, D: torch.Tensor) -> Slope:
         return Slope(D, losses.detach(), _gradient(losses, leaf))
 
 
-def slope_through(
-    denoiser: Denoiser, loss: Loss, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None
+def slope(
+    denoiser: Denoiser,
+    loss: Loss,
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    labels: torch.Tensor | None,
+    backprop: bool = True,
+    sigma_data: float = 0.5,
 ) -> Slope:
-    """The loss of D(x) and its gradient by x: one call of the denoiser, forwards and backwards."""
+    """The loss of D(x) and its gradient by x, at one call of the denoiser.
+
+    `loss` may differ between noise levels (`loss.at(sigma)`). Without `backprop` the denoiser is not run backwards:
+    its slope is taken to be that of Gaussian data, sigma_d^2 / (sigma^2 + sigma_d^2).
+    """
+    loss = loss_at(loss, sigma)
+    if not backprop:
+        found = slope_at(loss, denoiser(x, sigma, labels))
+        share = sigma_data**2 / (column(sigma, x) ** 2 + sigma_data**2)
+        return found._replace(gradient=share * found.gradient)
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         D = denoiser(leaf, sigma, labels)
@@ -100,12 +115,8 @@ class LossGuided:
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         if self.scale == 0:
             return self.denoiser(x, sigma, labels)
-        loss, level = loss_at(self.loss, sigma), column(sigma, x)
-        if self.backprop:
-            D, _, gradient = slope_through(self.denoiser, loss, x, sigma, labels)
-            return D - self.scale * level**2 * gradient
-        D, _, gradient = slope_at(loss, self.denoiser(x, sigma, labels))
-        return D - self.scale * c_out(level, self.sigma_data) ** 2 * gradient
+        found = slope(self.denoiser, self.loss, x, sigma, labels, self.backprop, self.sigma_data)
+        return found.D - self.scale * column(sigma, x) ** 2 * found.gradient
 
     def scaled(self, share: float) -> "LossGuided":
         """The same, guided by `share` of the strength: 0 is off, 1 as it is."""

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from guidance.loss_guided import LossGuided, slope_at, slope_through
+from guidance.loss_guided import LossGuided, slope, slope_at
 from guidance.losses import Masked, Measurement
 from sampling.solvers import edm_sampler
 from tests.fakes import Constant, Counting, Following, Gaussian, Mixture
@@ -98,7 +98,7 @@ def test_gradients_by_x_and_by_the_denoised_image():
     assert torch.equal(D, X)
     torch.testing.assert_close(loss, ((X - TARGET) ** 2).sum((1, 2, 3)) / (2 * 0.7**2))
     torch.testing.assert_close(gradient, (X - TARGET) / 0.7**2)
-    double = slope_through(lambda x, s, l: 2 * x, LOSS, X, SIGMA, None)
+    double = slope(lambda x, s, l: 2 * x, LOSS, X, SIGMA, None)
     torch.testing.assert_close(double.gradient, 2 * (2 * X - TARGET) / 0.7**2)
 
 
