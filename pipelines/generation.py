@@ -88,7 +88,7 @@ def prepare(request: Request, device: torch.device) -> Generation:
         "net": _identity(request.net, main),
         "gnet": None if gmain is None else _identity(request.gnet, gmain),
         "guidance": {**_settings_of(request.guidance), "steps": plain(_steps(request))},
-        "sampler": plain({**vars(request.sampler), "churn": vars(request.sampler.churn)}),
+        "sampler": plain(dataclasses.asdict(request.sampler)),
         "classes": None if classes is None else list(classes),
         "vae_sha256": vae_sha256(main.encoder.vae_name) if isinstance(main.encoder, StabilityVAEEncoder) else None,
         "precision": precision,

@@ -11,6 +11,7 @@ from guidance.registry import METHODS, Choice, Option
 from pipelines.generation import PRECISIONS, Request
 from pipelines.presets import find_preset
 from sampling.solvers import SOLVERS, Churn, Sampler
+from sampling.time_travel import TimeTravel
 
 _NUMBER = click.FloatRange(min=0)
 
@@ -79,6 +80,17 @@ _SAMPLER = (
     click.option("--S_max", "S_max", type=_NUMBER, default=Churn.S_max, help="Highest noise level to add noise at."),
     click.option("--S_noise", "S_noise", type=_NUMBER, default=Churn.S_noise, help="Scale of the noise added."),
     click.option("--solver", type=click.Choice(list(SOLVERS)), default=Sampler.solver, show_default=True),
+    click.option(
+        "--travel-times",
+        type=click.IntRange(min=1),
+        help=f"time-travel: how often to take a step, with fresh noise to go back.  [default: {TimeTravel.times}]",
+    ),
+    click.option(
+        "--travel-interval",
+        type=Interval(),
+        help="time-travel: the noise levels whose steps are taken again.  "
+        f"[default: {TimeTravel.sigma_lo:g},{TimeTravel.sigma_hi:g}]",
+    ),
 )
 
 
@@ -121,7 +133,7 @@ def _take_request(given: dict[str, Any]) -> Request:
     _fill_in_preset(given)
     churn = Churn(**{name: given.pop(name) for name in ("S_churn", "S_min", "S_max", "S_noise")})
     steps = {name: given.pop(name) for name in ("num_steps", "sigma_min", "sigma_max", "rho", "solver")}
-    sampler = Sampler(**steps, churn=churn)
+    sampler = Sampler(**steps, churn=churn, settings=_take_travel(given, steps["solver"]))
     net, gnet, precision, vae = (given.pop(name) for name in ("net", "gnet", "precision", "vae"))
     classes = given.pop("classes")
     if given.pop("balanced"):
@@ -129,6 +141,16 @@ def _take_request(given: dict[str, Any]) -> Request:
             raise click.UsageError("--balanced is for all classes; a list given to --class is in equal shares already")
         classes = ""
     return Request(net, gnet, _take_guidance(given, gnet), sampler, classes, precision, vae)
+
+
+def _take_travel(given: dict[str, Any], solver: str) -> TimeTravel | None:
+    times, interval = given.pop("travel_times"), given.pop("travel_interval")
+    if solver == "time-travel":
+        lo, hi = interval or (TimeTravel.sigma_lo, TimeTravel.sigma_hi)
+        return TimeTravel(TimeTravel.times if times is None else times, lo, hi)
+    if times is not None or interval is not None:
+        raise click.UsageError(f"--travel-times and --travel-interval belong to --solver time-travel, not {solver}")
+    return None
 
 
 def _fill_in_preset(given: dict[str, Any]) -> None:

@@ -1,47 +1,14 @@
 """Solvers: from noise to an image along the probability-flow ODE, or with fresh noise along the way."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from sampling.churn import NO_CHURN, Churn, RandnLike
 from sampling.schedule import karras_sigmas
+from sampling.time_travel import TimeTravel, time_travel
 from torch_utils.denoiser import Denoiser, after_step, for_step
-
-RandnLike = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Churn:
-    """Noise added before each step, as in Karras et al. 2022 (EDM), Alg. 2; the default is none.
-
-    `S_churn` is spread over the steps whose sigma lies in [S_min, S_max]; `S_noise` scales the noise added.
-    Raises ValueError on a negative or undefined setting.
-    """
-
-    S_churn: float = 0.0
-    S_min: float = 0.0
-    S_max: float = math.inf
-    S_noise: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not value >= 0:
-                raise ValueError(f"{name} is {value:g}; expected a number of at least 0")
-
-    def raise_noise(
-        self, x: torch.Tensor, i: int, sigmas: torch.Tensor, randn_like: RandnLike
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x` and its noise level at the start of step i, after the noise level was raised."""
-        sigma, num_steps = sigmas[i], len(sigmas) - 1
-        if self.S_churn == 0 or not self.S_min <= float(sigma) <= self.S_max:
-            return x, sigma
-        sigma_hat = sigma * (1 + min(self.S_churn / num_steps, math.sqrt(2) - 1))
-        return x + self.S_noise * (sigma_hat**2 - sigma**2).sqrt() * randn_like(x), sigma_hat
-
-
-NO_CHURN = Churn()
 
 
 @torch.no_grad()
@@ -91,14 +58,17 @@ def euler(
     return x
 
 
-SOLVERS = {"heun": heun, "euler": euler}
+SOLVERS = {"heun": heun, "euler": euler, "time-travel": time_travel}
+# what a solver takes as its last argument, where it has settings of its own
+SETTINGS: dict[str, type] = {"time-travel": TimeTravel}
 
 
 @dataclass(frozen=True)
 class Sampler:
     """A solver with its noise levels: (denoiser, noise, labels, randn_like) -> x0, in `dtype`.
 
-    The defaults are those of the published EDM2 results. Raises ValueError on settings that make no schedule, an
+    The defaults are those of the published EDM2 results. `settings` are the solver's own, such as a `TimeTravel`;
+    None means its defaults. Raises ValueError on settings that make no schedule or belong to another solver, an
     unknown solver, or a `dtype` below float32.
     """
 
@@ -109,12 +79,15 @@ class Sampler:
     churn: Churn = NO_CHURN
     solver: str = "heun"
     dtype: torch.dtype = torch.float32
+    settings: Any = None
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise ValueError(f"solver {self.solver!r} is unknown; expected one of {', '.join(SOLVERS)}")
         if self.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"the solver's dtype is {self.dtype}; expected torch.float32 or torch.float64")
+        if self.settings is not None and type(self.settings) is not SETTINGS.get(self.solver):
+            raise ValueError(f"settings {self.settings} do not belong to the solver {self.solver}")
         self.sigmas()
 
     def sigmas(self, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -128,7 +101,8 @@ class Sampler:
         labels: torch.Tensor | None = None,
         randn_like: RandnLike = torch.randn_like,
     ) -> torch.Tensor:
-        return SOLVERS[self.solver](denoiser, noise, self.sigmas(noise.device), labels, randn_like, self.churn)
+        own = () if self.settings is None else (self.settings,)
+        return SOLVERS[self.solver](denoiser, noise, self.sigmas(noise.device), labels, randn_like, self.churn, *own)
 
 
 PUBLISHED = Sampler()

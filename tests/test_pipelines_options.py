@@ -11,6 +11,7 @@ from guidance.registry import METHODS, NO_GUIDANCE, Choice, Method, Option
 from pipelines.generation import Request
 from pipelines.options import generation_options
 from sampling.solvers import Churn, Sampler
+from sampling.time_travel import TimeTravel
 
 
 def parse(*arguments):
@@ -37,6 +38,14 @@ def test_sampler_options():
     arguments = "--steps 8 --sigma_min 0.01 --sigma_max 20 --rho 5 --S_churn 10 --S_min 0.05 --S_max 50 --S_noise 1.003"
     expected = Sampler(8, 0.01, 20, 5, Churn(10, 0.05, 50, 1.003), "euler")
     assert parse(*arguments.split(), "--solver", "euler")[0].sampler == expected
+
+
+def test_time_travel_has_settings_of_its_own():
+    assert parse("--solver", "time-travel")[0].sampler.settings == TimeTravel()
+    given = parse("--solver", "time-travel", "--travel-times", "3", "--travel-interval", "1,5")
+    assert given[0].sampler.settings == TimeTravel(3, 1.0, 5.0)
+    _, code, output = parse("--travel-times", "3")
+    assert (code, "belong to --solver time-travel, not heun" in output) == (2, True)
 
 
 def test_a_guide_network_means_a_pair():
