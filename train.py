@@ -44,6 +44,7 @@ SAMPLE_BATCH = 16
 @click.option("--batch-gpu", metavar="N", type=cli.Size(), help="At most so many images in one pass on each process")
 @click.option("--channels", metavar="N", type=int, help="Channels of the first level (64 multiples for attention)")
 @click.option("--dropout", metavar="P", type=click.FloatRange(0, 1, max_open=True), help="Dropout probability")
+@click.option("--label-dropout", metavar="P", type=click.FloatRange(0, 1), help="Share of images without their label")
 @click.option("--P_mean", "P_mean", metavar="FLOAT", type=float, help="Mean of ln(sigma) in training")
 @click.option("--P_std", "P_std", metavar="FLOAT", type=float, help="Standard deviation of ln(sigma) in training")
 @click.option("--lr", "ref_lr", metavar="FLOAT", type=float, help="Reference learning rate")

@@ -126,3 +126,20 @@ def test_published_parameter_counts():
         sizes = {c: Precond(64, 4, 1000, model_channels=c) for c in (64, 128, 192)}
     millions = {c: sum(p.numel() for p in net.parameters()) / 1e6 for c, net in sizes.items()}
     assert millions == pytest.approx({64: 31.3, 128: 124.7, 192: 280.2}, abs=0.06)
+
+
+def test_dropout_of_the_caller_s_own_making_takes_the_place_of_the_block_s():
+    net, x, labels = conditional_net()
+    seen = []
+
+    def half(name, y):
+        seen.append((name, list(y.shape)))
+        return y / 2
+
+    with torch.no_grad():
+        plain = net(x, 1.0, labels)
+        assert torch.equal(net(x, 1.0, labels, dropout=lambda name, y: y), plain)
+        assert not torch.equal(net(x, 1.0, labels, dropout=half), plain)
+    blocks = [f"{side}.{name}" for side in ("enc", "dec") for name in getattr(net.unet, side) if "conv" not in name]
+    assert [name for name, _ in seen] == blocks
+    assert seen[0] == ("enc.16x16_block0", [3, 8, 16, 16])

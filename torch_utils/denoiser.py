@@ -1,6 +1,7 @@
 """The one interface that networks, guidance and solvers share, and how to call its optional part."""
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -26,6 +27,33 @@ class Denoiser(Protocol):
     """
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor: ...
+
+
+class Network(Denoiser, Protocol):
+    """A denoiser that is one network, and whose inside a call can change.
+
+    `attention` maps names out of `attention_blocks` to (q, k, v) -> output, each [N, heads, H*W, C/heads];
+    `embedding` takes and returns the noise embedding [N, E]; `dropout(block, y)` returns what replaces the
+    activations y [N, C, H, W] where the block has its dropout. With `return_attention` the call returns
+    (D, maps), softmax attention maps [N, heads, H*W, H*W] by block. `label_dim` is the number of classes, 0 for none.
+    """
+
+    label_dim: int
+
+    @property
+    def attention_blocks(self) -> Sequence[str]: ...
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        *,
+        attention: Mapping[str, Callable[..., torch.Tensor]] | None = None,
+        embedding: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        dropout: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+        return_attention: Sequence[str] = (),
+    ) -> Any: ...
 
 
 def for_images(denoiser: Denoiser, rng: StackedGenerator) -> Denoiser:

@@ -28,7 +28,8 @@ class TrainConfig:
     `network` holds the U-Net arguments that differ from its defaults. The learning rate follows
     `training.schedule.learning_rate` (`ref_batches`, `rampup_nimg`: 0 switches off). `batch_gpu` limits the images
     of one forward pass (None: this rank's whole share); `keep_checkpoints` 0 keeps all. `init_from` is a snapshot
-    to start from, `init_sha256` its hash. Fields marked "free" may change when a run is resumed; a change in any
+    to start from, `init_sha256` its hash. `label_dropout` is the share of images shown without their label, for
+    classifier-free guidance by one network. Fields marked "free" may change when a run is resumed; a change in any
     other is refused.
     """
 
@@ -39,6 +40,7 @@ class TrainConfig:
     init_from: str | None = field(default=None, metadata={"option": "--init-from", "free": True})  # its hash decides
     init_sha256: str | None = field(default=None, metadata={"option": "--init-from"})
     sigma_data: float = 0.5
+    label_dropout: float = field(default=0.0, metadata={"option": "--label-dropout"})
     P_mean: float = field(default=-0.4, metadata={"option": "--P_mean"})
     P_std: float = field(default=1.0, metadata={"option": "--P_std"})
     ref_lr: float = field(default=0.01, metadata={"option": "--lr"})
@@ -80,6 +82,8 @@ def _check(config: TrainConfig) -> None:
     for name in ("workers", "ref_batches", "rampup_nimg", "keep_checkpoints"):
         if getattr(config, name) < 0:
             raise ValueError(f"{option_of(name)} must not be negative; got {getattr(config, name)}")
+    if not 0 <= config.label_dropout <= 1:
+        raise ValueError(f"{option_of('label_dropout')} is a share from 0 to 1; got {config.label_dropout}")
     if config.precision not in PRECISIONS:
         raise ValueError(f"--precision is one of {', '.join(PRECISIONS)}; got {config.precision!r}")
     if config.snapshot_dtype not in ("float16", "bfloat16", "float32"):

@@ -18,6 +18,7 @@ from training.checkpoint import list_checkpoints, load_checkpoint, prune_checkpo
 from training.config import TrainConfig
 from training.encoders import Encoder
 from training.finetune import start_from_
+from training.label_dropout import drop_labels
 from training.loss import EDM2Loss
 from training.networks import Precond, normalize_weights_
 from training.order import MicroBatch
@@ -83,6 +84,8 @@ class Trainer:
         torch.manual_seed(derive_seed(config.seed, "dropout", positions[0]))  # dropout is all that draws globally
         images = self.encoder.encode(batch.raw.to(self.device), rng).contiguous(memory_format=torch.channels_last)
         labels = batch.labels.to(self.device) if self.net.label_dim else None
+        if labels is not None and config.label_dropout:
+            labels = drop_labels(labels, positions, config.label_dropout, config.seed)
         loss, sigma = self.loss_fn.terms(self.ddp, images, labels, rng)
         # DDP averages gradients over ranks; the loss is a sum over the global batch divided by its size
         scale = config.loss_scaling * dist.world_size() / config.batch_size

@@ -25,6 +25,8 @@ __all__ = ["AttentionEdit", "Precond", "UNet", "full_architecture", "normalize_w
 
 # (q, k, v), each [N, heads, H*W, C/heads], q and k normalised -> what attention puts out, same shape
 AttentionEdit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# (block name, activations [N, C, H, W]) -> activations: dropout of the caller's own making
+DropoutEdit = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Edits:
 
     attention: Mapping[str, AttentionEdit] = field(default_factory=dict)
     embedding: Callable[[torch.Tensor], torch.Tensor] | None = None
+    dropout: DropoutEdit | None = None
     return_attention: Sequence[str] = ()
     maps: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -74,7 +77,9 @@ class Block(nn.Module):
         y = self.conv_res0(mp_silu(x))
         scale = self.emb_linear(emb, gain=self.emb_gain) + 1
         y = mp_silu(y * scale[:, :, None, None].to(y.dtype))
-        if self.training and self.dropout:
+        if edits.dropout is not None:
+            y = edits.dropout(name, y)
+        elif self.training and self.dropout:
             y = nn.functional.dropout(y, p=self.dropout)
         y = self.conv_res1(y)
         if self.decoder and self.conv_skip is not None:
@@ -253,6 +258,11 @@ class Precond(nn.Module):
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPConv(logvar_channels, 1, [])
 
+    @property
+    def attention_blocks(self) -> list[str]:
+        """Names that `attention` and `return_attention` take."""
+        return self.unet.attention_blocks
+
     def forward(
         self,
         x: torch.Tensor,
@@ -262,17 +272,19 @@ class Precond(nn.Module):
         *,
         attention: Mapping[str, AttentionEdit] | None = None,
         embedding: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        dropout: DropoutEdit | None = None,
         return_attention: Sequence[str] = (),
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Estimate the clean image.
 
         `x` [N, C, H, W]; `sigma` [N] or a scalar; `labels` [N, label_dim], or None for the zero vector; ignored by
         an unconditional net. `attention` maps block names ("enc.8x8_block0") to replacements of their attention;
-        `embedding` replaces the noise embedding [N, emb] before labels join it. Returns D, float32, shaped as x;
-        then, where asked for, the log-variance [N, 1, 1, 1] and a dict of softmax attention maps
-        [N, heads, H*W, H*W] of the blocks in `return_attention`. Raises ValueError for a name without attention.
+        `embedding` replaces the noise embedding [N, emb] before labels join it; `dropout` takes the place of dropout
+        in every block, also in eval mode. Returns D, float32, shaped as x; then, where asked for, the log-variance
+        [N, 1, 1, 1] and a dict of softmax attention maps [N, heads, H*W, H*W] of the blocks in `return_attention`.
+        Raises ValueError for a name without attention.
         """
-        edits = Edits(attention or {}, embedding, return_attention)
+        edits = Edits(attention or {}, embedding, dropout, return_attention)
         self._check_blocks([*edits.attention, *return_attention])
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
