@@ -121,6 +121,16 @@ def fetch(
     return _verified(place, pin, record=True)
 
 
+def cached(url: str | Path) -> Path | None:
+    """The file that `fetch(url)` finds without the network, not yet verified; None where it would download."""
+    if "://" not in str(url):
+        return Path(url) if Path(url).exists() else None
+    remote = _parse(str(url))
+    folder = _mirror_folder()
+    places = [] if folder is None else [folder / remote.path, folder / remote.path.name]
+    return next((p for p in [*places, _cache_root(None) / remote.host / remote.path] if p.is_file()), None)
+
+
 def _existing(path: Path, sha256: str | None) -> Path:
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; give an existing one, an https:// URL or hf://org/repo/file")

@@ -1,0 +1,125 @@
+"""What reproducing some cells will need: downloads, evaluations, multiply-adds, time."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+from guidance.registry import Parts, guide
+from metrics.detectors import DETECTORS
+from pipelines.generation import PRECISIONS
+from sampling.solvers import Sampler
+from scripts.reproduction.tables import Cell, Dataset, Network
+from torch_utils.files import cached, pinned
+from training.config import config_from_dict, preset_names, preset_path, read_yaml
+from training.flops import Cost, evaluation_cost
+from training.networks import Precond, full_architecture
+from training.vae import PINNED_REVISIONS, STABILITY_VAE
+from training.weights import open_weights
+
+_VAE_URL = f"hf://{STABILITY_VAE}@{PINNED_REVISIONS[STABILITY_VAE]}/diffusion_pytorch_model.safetensors"
+_HALF_BYTES = 2  # published networks are stored in float16
+
+
+@dataclass
+class CountedCalls:
+    """A denoiser that only counts how often it is called."""
+
+    calls: int = 0
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        self.calls += 1
+        return torch.zeros_like(x)
+
+
+@dataclass(frozen=True)
+class Download:
+    """A file to be had: `num_bytes` where it is known or follows from the network's size, else None."""
+
+    url: str
+    num_bytes: int | None
+    is_here: bool
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one image of a cell takes: evaluations of either network, and multiply-adds of both together.
+
+    Decoding and scoring come on top: a few per cent for the larger networks.
+    """
+
+    cell: Cell
+    net_evaluations: int
+    gnet_evaluations: int
+    multiply_adds: int
+    downloads: Sequence[Download] = field(repr=False)
+
+
+def need_of(cell: Cell, sampler: Sampler) -> Need:
+    """The needs of one image; nothing is downloaded where the network's run has a configuration in configs/train."""
+    main, guide_calls = count_evaluations(cell, sampler)
+    costs = [cost_of(network, cell.dataset) for network in cell.networks]
+    total = sum(n * cost.multiply_adds for n, cost in zip((main, guide_calls), costs, strict=False))
+    networks = [
+        Download(url, _size(url, cost.parameters * _HALF_BYTES), cached(url) is not None)
+        for network, cost in zip(cell.networks, costs, strict=True)
+        for url in network.urls
+    ]
+    weights = DETECTORS[cell.metric].weights
+    others = [cell.dataset.reference, *([weights.url] if weights else [])]
+    if _architecture(cell.net, cell.dataset)["img_channels"] == 4:
+        others.append(_VAE_URL)
+    files = [Download(url, _size(url, None), cached(url) is not None) for url in others]
+    return Need(cell, main, guide_calls, total, (*networks, *files))
+
+
+def count_evaluations(cell: Cell, sampler: Sampler) -> tuple[int, int]:
+    """Calls of the main and the guide network for one image, counted by a run on networks that do nothing."""
+    net, gnet = CountedCalls(), CountedCalls()
+    denoiser = guide(cell.guidance, Parts(net, None if cell.gnet is None else gnet))
+    sampler(denoiser, torch.zeros(1, 1, 1, 1))
+    return net.calls, gnet.calls
+
+
+def cost_of(network: Network, dataset: Dataset) -> Cost:
+    """Parameters and multiply-adds of one evaluation."""
+    return evaluation_cost(_architecture(network, dataset))
+
+
+@cache
+def _architecture(network: Network, dataset: Dataset) -> Mapping[str, Any]:
+    preset = network.run.removesuffix("-uncond")
+    if preset not in preset_names():
+        return open_weights(network.urls[-1]).header.architecture
+    config = config_from_dict(read_yaml(preset_path(preset)), preset)
+    label_dim = 0 if network.run.endswith("-uncond") else dataset.label_dim
+    return full_architecture(dataset.img_resolution, dataset.img_channels, label_dim, config.sigma_data, config.network)
+
+
+def _size(url: str, otherwise: int | None) -> int | None:
+    if (path := cached(url)) is not None:
+        return path.stat().st_size
+    pin = pinned(url)
+    return pin.size_bytes if pin is not None and pin.size_bytes is not None else otherwise
+
+
+def measure_flops(cell: Cell, device: torch.device, precision: str, batch: int, min_sec: float = 2.0) -> float:
+    """Floating-point operations per second of the cell's main network on `device`, with random weights.
+
+    `precision` is a key of PRECISIONS; two operations make a multiply-add.
+    """
+    architecture = _architecture(cell.net, cell.dataset)
+    net = Precond(**architecture).to(device).eval().requires_grad_(False)
+    net.compute_dtype = PRECISIONS[precision]
+    x = torch.randn(batch, net.img_channels, net.img_resolution, net.img_resolution, device=device)
+    labels = torch.zeros(batch, net.label_dim, device=device) if net.label_dim else None
+    sigma = torch.ones(batch, device=device)
+    net(x, sigma, labels).sum().item()  # the first call compiles and allocates
+    started, calls = time.monotonic(), 0
+    while time.monotonic() - started < min_sec:
+        net(x, sigma, labels).sum().item()
+        calls += 1
+    return 2 * evaluation_cost(architecture).multiply_adds * batch * calls / (time.monotonic() - started)

@@ -1,0 +1,233 @@
+"""Tables of published results: rows, cells, and the files of the networks behind them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from guidance.registry import METHODS, Choice
+from metrics.detectors import DETECTORS
+from pipelines.presets import Preset, find_preset, load_presets
+from sampling.solvers import Sampler
+from scripts.reproduction.raw_snapshots import STORED_STDS, fit_error, raw_times
+from training.config import nearest, read_yaml
+from training.published import published_time
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+_ROW_KEYS = ("name", "group", "setting", "dataset", "note")
+_CELL_KEYS = ("net", "gnet", "method", "guidance", "interval", "options", "value")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network by its published name, RUN-KIMG-EMA; raises ValueError for a name of another form."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if published_time(f"{self.name}.pkl") is None:
+            raise ValueError(f"network {self.name!r}: expected RUN-KIMG-EMA, such as edm2-img512-s-2147483-0.130")
+
+    @property
+    def run(self) -> str:
+        return published_time(f"{self.name}.pkl")[0]
+
+    @property
+    def nimg(self) -> int:
+        return published_time(f"{self.name}.pkl")[1]
+
+    @property
+    def ema_std(self) -> float:
+        return published_time(f"{self.name}.pkl")[2]
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The published file; where there is none, the raw snapshots that it is rebuilt from."""
+        if f"{self.name}.pkl" in published_files():
+            return (published_files()[f"{self.name}.pkl"],)
+        every = published()["raw_snapshots_every_nimg"]
+        if self.nimg % every:
+            raise ValueError(
+                f"network {self.name} is not published, and no raw snapshot was taken at {self.nimg} images"
+            )
+        if self.ema_std in STORED_STDS:
+            return (self._raw(self.nimg, self.ema_std),)
+        times = raw_times(self.nimg, self.ema_std, every)
+        return tuple(self._raw(nimg, std) for nimg in times for std in STORED_STDS)
+
+    @property
+    def fit_error(self) -> float | None:
+        """Relative error of the EMA profile where the network has to be rebuilt, else None."""
+        if len(self.urls) == 1:
+            return None
+        every = published()["raw_snapshots_every_nimg"]
+        return fit_error(raw_times(self.nimg, self.ema_std, every), self.nimg, self.ema_std)
+
+    def _raw(self, nimg: int, std: float) -> str:
+        return f"{published()['raw_snapshots_url']}{self.run}/{self.run}-{nimg // 1000:07d}-{std:.3f}.pkl"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What images are compared with: URL or path of reference statistics; and the shape that networks draw."""
+
+    reference: str
+    img_resolution: int
+    img_channels: int
+    label_dim: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One published number: how its images are made, and the `metric` that was `value`."""
+
+    row: str
+    metric: str
+    value: float
+    net: Network
+    gnet: Network | None
+    guidance: Choice
+    dataset: Dataset
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}-{self.metric}"
+
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        return (self.net,) if self.gnet is None else (self.net, self.gnet)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cells under one setting; `group` is what the settings of several rows vary."""
+
+    name: str
+    group: str
+    setting: str
+    cells: tuple[Cell, ...]
+    note: str | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A published table; `sampler` made all its images."""
+
+    name: str
+    title: str
+    source: str
+    sampler: Sampler
+    rows: tuple[Row, ...]
+
+    def cells(self, rows: Sequence[str] | None = None, metrics: Sequence[str] | None = None) -> list[Cell]:
+        """The cells of the `rows` and `metrics` named, None meaning all; ValueError for a name that is not there."""
+        there = {row.name: row for row in self.rows}
+        for name in rows or ():
+            if name not in there:
+                raise ValueError(f"table {self.name} has no row {name!r}{nearest(name, list(there))}")
+        picked = [there[name] for name in rows] if rows else self.rows
+        cells = [cell for row in picked for cell in row.cells if not metrics or cell.metric in metrics]
+        if not cells:
+            raise ValueError(f"none of these rows has a value of {', '.join(metrics or ())}")
+        return cells
+
+
+@cache
+def published() -> Mapping[str, Any]:
+    """configs/published.yaml: where the published files lie, and the data sets."""
+    return read_yaml(CONFIGS / "published.yaml")
+
+
+@cache
+def published_files() -> Mapping[str, str]:
+    """URLs of the networks that are published ready-made, by file name."""
+    urls = [url for preset in load_presets().values() for url in (preset.net, preset.gnet) if url is not None]
+    return {url.rsplit("/", 1)[1]: url for url in urls}
+
+
+def table_names() -> list[str]:
+    """Names of the tables in configs/tables."""
+    return sorted(path.stem for path in (CONFIGS / "tables").glob("*.yaml"))
+
+
+def load_table(name: str | Path) -> Table:
+    """The table `name` of configs/tables, or the one in a YAML file of your own.
+
+    Raises ValueError, naming table, row and key, for what is unknown or missing.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        if str(name) not in table_names():
+            raise ValueError(f"unknown table {str(name)!r}{nearest(str(name), table_names())}")
+        path = CONFIGS / "tables" / f"{name}.yaml"
+    content = read_yaml(path)
+    try:
+        datasets = {**published()["datasets"], **content.get("datasets", {})}
+        rows = tuple(_row(row, {key: Dataset(**value) for key, value in datasets.items()}) for row in content["rows"])
+        sampler = Sampler(**content.get("sampler", {}))
+        table = Table(path.stem, content["title"], content["source"], sampler, rows)
+    except KeyError as error:
+        raise ValueError(f"{path}: {error} is missing") from error
+    except (TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if twice := _first_twice(row.name for row in rows):
+        raise ValueError(f"{path}: two rows are called {twice!r}")
+    return table
+
+
+def _row(fields: Mapping[str, Any], datasets: Mapping[str, Dataset]) -> Row:
+    metrics = [key for key in fields if key in DETECTORS]
+    if unknown := [key for key in fields if key not in (*_ROW_KEYS, *metrics)]:
+        raise ValueError(f"row {fields.get('name')}: unknown key {unknown[0]!r}{nearest(unknown[0], list(_ROW_KEYS))}")
+    if fields["dataset"] not in datasets:
+        raise ValueError(
+            f"row {fields['name']}: unknown data set {fields['dataset']!r}; there is {', '.join(datasets)}"
+        )
+    dataset = datasets[fields["dataset"]]
+    cells = tuple(_cell(fields["name"], metric, fields[metric], dataset) for metric in metrics)
+    return Row(fields["name"], fields["group"], fields["setting"], cells, fields.get("note"))
+
+
+def _cell(row: str, metric: str, fields: Mapping[str, Any], dataset: Dataset) -> Cell:
+    if "preset" in fields:
+        preset = find_preset(fields["preset"])
+        if preset.metric != metric:
+            raise ValueError(f"row {row}: preset {fields['preset']} is for {preset.metric}, not {metric}")
+        fields = {**_of_preset(preset), **{key: value for key, value in fields.items() if key != "preset"}}
+    if unknown := [key for key in fields if key not in _CELL_KEYS]:
+        raise ValueError(f"row {row}, {metric}: unknown key {unknown[0]!r}{nearest(unknown[0], list(_CELL_KEYS))}")
+    gnet = fields.get("gnet")
+    method = fields.get("method", "pair" if gnet else "none")
+    if method not in METHODS:
+        raise ValueError(f"row {row}, {metric}: unknown guidance method {method!r}{nearest(method, list(METHODS))}")
+    if METHODS[method].needs_gnet != (gnet is not None):
+        raise ValueError(f"row {row}, {metric}: method {method} {'takes no' if gnet else 'needs a'} gnet")
+    interval = fields.get("interval")
+    options = {option.keyword: option.default for option in METHODS[method].options} | fields.get("options", {})
+    weight = float(fields.get("guidance", 1.0))
+    choice = Choice(method, weight, None if interval is None else tuple(interval), options)
+    return Cell(
+        row,
+        metric,
+        float(fields["value"]),
+        Network(fields["net"]),
+        None if gnet is None else Network(gnet),
+        choice,
+        dataset,
+    )
+
+
+def _of_preset(preset: Preset) -> dict[str, Any]:
+    names = {key: Path(url).stem for key, url in (("net", preset.net), ("gnet", preset.gnet)) if url is not None}
+    settings = {"guidance": preset.guidance, "interval": preset.interval, "value": preset.value}
+    return names | {key: value for key, value in settings.items() if value is not None}
+
+
+def _first_twice(names: Iterable[str]) -> str | None:
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)

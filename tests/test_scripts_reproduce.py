@@ -1,0 +1,384 @@
+"""Reproduction: tables equal to the published ones, plans, and the whole path at toy scale, killed and continued."""
+
+import dataclasses
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+
+from metrics.detectors import load_detector
+from metrics.reference import FeatureStatistics, Reference, save_reference
+from metrics.scoring import image_statistics
+from pipelines.presets import load_presets
+from sampling.solvers import Sampler
+from scripts import reproduce
+from scripts.reproduction import run
+from scripts.reproduction.plan import count_evaluations, need_of
+from scripts.reproduction.tables import Network, load_table, table_names
+from tests import tiny
+from tests.fake_server import FakeServer, serve
+from tests.golden import DATA
+from training.networks import Precond
+from training.snapshot import load_snapshot, read_header, save_snapshot
+
+RAW = "https://nvlabs-fi-cdn.nvidia.com/edm2/raw-snapshots/"
+MAIN, GUIDE = "edm2-img512-xs-2147483-0.135", "toy-0067108-0.070"
+NUM, SAVE_EVERY = 24, 8
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(reproduce.main, [str(a) for a in arguments])
+
+
+# tables
+
+
+def published_rows() -> list[list[str]]:
+    lines = [line for line in (DATA / "published_table1.md").read_text().splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+@pytest.mark.parametrize("number", range(16), ids=lambda k: published_rows()[k][0])
+def test_a_row_is_that_of_the_published_table(number):
+    row, published = load_table("autoguidance-1").rows[number], published_rows()[number]
+    assert [cell.metric for cell in row.cells] == ["fid", "fd_dinov2"]
+    for cell, text in zip(row.cells, published[1:], strict=True):
+        pattern = r"([\d.]+) \(([\d.]+); ([.\d]+)(?:/([.\d]+))?(?:; (?:sigma in )?\(([\d.]+), ([\d.]+)\])?\)"
+        value, weight, main, guide, lo, hi = re.fullmatch(pattern, text).groups()
+        assert (cell.value, cell.guidance.weight) == (float(value), float(weight))
+        assert cell.net.ema_std == float(main)
+        assert (None if cell.gnet is None else cell.gnet.ema_std) == (None if guide is None else float(guide))
+        assert cell.guidance.interval == (None if lo is None else (float(lo), float(hi)))
+        assert cell.dataset.img_channels == (3 if cell.net.run.startswith("edm2-img64") else 4)
+
+
+def test_networks_of_the_ablations_are_those_the_paper_names():
+    rows = {row.name: row for row in load_table("autoguidance-1").rows}
+    guides = {name: {(c.gnet.run, c.gnet.nimg) for c in rows[name].cells} for name in rows if rows[name].cells[0].gnet}
+    training = 2048 << 20
+    assert guides["img512-s-autog"] == {("edm2-img512-xs", training // 16)}
+    assert guides["img512-s-autog-same-ema"] == {("edm2-img512-xs", training // 16)}
+    assert guides["img512-s-autog-training"] == {("edm2-img512-s", training // 16)}
+    assert guides["img512-s-autog-capacity"] == {("edm2-img512-xs", training)}
+    assert guides["img64-s-autog"] == {("edm2-img64-xs", (1024 << 20) // 8)}
+
+
+def test_every_preset_stands_in_a_table():
+    cells = [cell for name in table_names() for cell in load_table(name).cells()]
+    there = {(cell.net.name, cell.metric, cell.value) for cell in cells}
+    for preset in load_presets().values():
+        assert (Path(preset.net).stem, preset.metric, preset.value) in there
+
+
+def test_what_is_not_published_ready_made_names_its_raw_snapshots():
+    assert Network("edm2-img512-s-2147483-0.130").urls[0].endswith("reconstructions/edm2-img512-s-2147483-0.130.pkl")
+    stored = Network("edm2-img512-xs-0134217-0.050").urls
+    assert stored == (f"{RAW}edm2-img512-xs/edm2-img512-xs-0134217-0.050.pkl",)
+    rebuilt = Network("edm2-img512-xs-0134217-0.115").urls
+    assert len(rebuilt) == 8
+    assert rebuilt[0] == f"{RAW}edm2-img512-xs/edm2-img512-xs-0033554-0.050.pkl"
+    assert rebuilt[-1] == f"{RAW}edm2-img512-xs/edm2-img512-xs-0134217-0.100.pkl"
+    assert Network("edm2-img512-s-2147483-0.130").fit_error is Network("edm2-img512-xs-0134217-0.050").fit_error is None
+    with pytest.raises(ValueError, match="no raw snapshot was taken"):
+        _ = Network("edm2-img512-xs-0134000-0.115").urls
+
+
+def test_no_more_raw_snapshots_are_taken_than_a_good_fit_needs():
+    quarter = Network("edm2-img512-s-2147483-0.115")
+    assert len(quarter.urls) == 32
+    assert quarter.urls[-1].endswith("edm2-img512-s-2147483-0.100.pkl")
+    assert quarter.fit_error < 0.005
+    # 128Mi images are four times 32Mi: all that is stored gives no better
+    assert 0.1 < Network("edm2-img512-s-0134217-0.170").fit_error < 0.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "img32"}, "unknown data set 'img32'"),
+        ({"fd_dinov3": {}}, "unknown key 'fd_dinov3'"),
+        ({"fid": {"preset": "edm2-img512-s-fidd"}}, "did you mean 'edm2-img512-s-fid'"),
+        ({"fid": {"preset": "edm2-img512-s-dino"}}, "is for fd_dinov2, not fid"),
+        ({"fid": {"net": "best", "value": 1}}, "expected RUN-KIMG-EMA"),
+        ({"fid": {"net": MAIN, "wait": 2, "value": 1}}, "unknown key 'wait'"),
+        ({"fid": {"net": MAIN, "method": "pair", "value": 1}}, "needs a gnet"),
+        ({"fid": {"net": MAIN}}, "'value' is missing"),
+    ],
+)
+def test_a_crooked_table_is_told(tmp_path, changes, message):
+    row = {"name": "a", "group": "g", "setting": "s", "dataset": "img512", **changes}
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump({"title": "t", "source": "s", "rows": [row]}))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_table(tmp_path / "t.yaml")
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    assert "did you mean 'autoguidance-1'" in invoke("plan", "--table", "autoguidance1").output
+    refused = invoke("plan", "--table", "autoguidance-1", "--rows", "img512-s-autogg")
+    assert refused.exit_code == 1
+    assert "did you mean 'img512-s-autog'" in refused.output
+
+
+def test_list_names_every_row():
+    output = invoke("list").output
+    for name in table_names():
+        for row in load_table(name).rows:
+            assert f"  {row.name} " in output
+
+
+# plans
+
+
+def cell_of(row: str, metric: str = "fid"):
+    [cell] = load_table("autoguidance-1").cells([row], [metric])
+    return cell
+
+
+@pytest.mark.parametrize(
+    ("row", "evaluations"), [("img512-s", (63, 0)), ("img512-s-autog", (63, 63)), ("img512-s-interval", (63, 14))]
+)
+def test_evaluations_are_counted(row, evaluations):
+    # (0.28, 2.90] holds the steps 15 to 21 of 32
+    assert count_evaluations(cell_of(row), Sampler()) == evaluations
+
+
+def test_a_plan_downloads_nothing_and_adds_up(monkeypatch, tmp_path):
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("EDM2_OFFLINE", "1")
+    need = need_of(cell_of("img512-s-autog"), Sampler())
+    assert need.multiply_adds / 1e9 == pytest.approx(63 * (100.8 + 45.0), rel=0.005)
+    sizes = {download.url.rsplit("/", 1)[1]: download for download in need.downloads}
+    assert sizes["edm2-img512-s-2147483-0.070.pkl"].num_bytes == pytest.approx(560565890, rel=0.005)
+    assert sizes["diffusion_pytorch_model.safetensors"].num_bytes == 334643276
+    assert not any(download.is_here for download in need.downloads)
+    here = tmp_path / "nvlabs-fi-cdn.nvidia.com/edm2/dataset-refs/img512.pkl"
+    here.parent.mkdir(parents=True)
+    here.write_bytes(b"12345")
+    found = {d.url.rsplit("/", 1)[1]: d for d in need_of(cell_of("img512-s-autog"), Sampler()).downloads}
+    assert (found["img512.pkl"].num_bytes, found["img512.pkl"].is_here) == (5, True)
+
+
+def test_plan_tells_hours_for_a_given_throughput():
+    result = invoke("plan", "--table", "autoguidance-1", "--rows", "img512-s", "--metrics", "fid", "--tflops", 100)
+    assert result.exit_code == 0, result.output
+    # 150,000 images of 63 evaluations of 100.8e9 multiply-adds, two operations each, at 100e12 a second
+    hours = 150_000 * 63 * 100.8e9 * 2 / 100e12 / 3600
+    [line] = [line for line in result.output.splitlines() if line.startswith("img512-s-fid")]
+    assert float(line.split()[-1]) == pytest.approx(hours, rel=0.01)
+    assert "edm2-img512-s-2147483-0.130.pkl" in result.output
+
+
+# the whole path, at toy scale
+
+
+def toy_snapshots(path: Path) -> dict[str, bytes]:
+    """Raw snapshots of a toy run at 32Mi and 64Mi images, as its server would hold them."""
+    reference = load_snapshot(DATA / "published_layout_rgb.pkl")
+    architecture = {**reference.header.architecture, "model_channels": 4, "channels_per_head": 4}
+    files = {}
+    for k in (1, 2):
+        for std in (0.05, 0.1):
+            torch.manual_seed(k)
+            state = Precond(**architecture).state_dict()
+            gains = {name: torch.ones([]) for name, value in state.items() if name.endswith("gain")}
+            fourier = {
+                name: torch.arange(len(v)) / 3 for name, v in state.items() if name.endswith(("freqs", "phases"))
+            }
+            header = dataclasses.replace(
+                reference.header, architecture=architecture, nimg=k << 25, ema_std=std, run_id="toy", dtype="float32"
+            )
+            save_snapshot(path, {**state, **gains, **fourier}, header)
+            files[f"/edm2/raw-snapshots/toy/toy-{(k << 25) // 1000:07d}-{std:.3f}.pkl"] = path.read_bytes()
+    return files
+
+
+def toy_reference(path: Path) -> bytes:
+    images = torch.randint(256, (200, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    count, statistics = image_statistics([images], [load_detector("fd_random")], torch.device("cpu"))
+    save_reference(path, Reference(count, statistics))
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory):
+    """A server that has the toy's files in the places of the published ones."""
+    folder = tmp_path_factory.mktemp("files")
+    with torch.random.fork_rng(devices=[]):
+        files = {
+            f"/edm2/posthoc-reconstructions/{MAIN}.pkl": (DATA / "published_layout_rgb.pkl").read_bytes(),
+            "/refs/toy.npz": toy_reference(folder / "toy.npz"),
+            **toy_snapshots(folder / "toy"),
+        }
+    with serve(files) as server:
+        yield server
+
+
+@pytest.fixture
+def table(tmp_path, mirror: FakeServer, monkeypatch) -> Path:
+    """A table of two rows; downloads go to a cache of the test's own, from the mirror."""
+    monkeypatch.setenv("EDM2_MIRROR", mirror.url(""))
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("EDM2_OFFLINE", raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    cells = [
+        {"net": MAIN, "value": 3.0},
+        {"net": MAIN, "gnet": GUIDE, "guidance": 2.0, "interval": [0.1, 100.0], "value": 2.5},
+    ]
+    rows = [
+        {"name": name, "group": "toys", "setting": name, "dataset": "toy", "fd_random": cell}
+        for name, cell in zip(("plain", "guided"), cells, strict=True)
+    ]
+    shape = {"img_resolution": 16, "img_channels": 3, "label_dim": 4}
+    dataset = {"reference": "https://toys.example/refs/toy.npz", **shape}
+    content = {
+        "title": "Toys",
+        "source": "nobody",
+        "datasets": {"toy": dataset},
+        "sampler": {"num_steps": 2},
+        "rows": rows,
+    }
+    path = tmp_path / "toys.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def options(table: Path, outdir: Path, *more: object) -> list[object]:
+    given = ["--table", table, "--outdir", outdir, "--num-images", NUM, "--seeds", 2, "--save-every", SAVE_EVERY]
+    return ["run", *given, "--batch", 4, "--device", "cpu", *more]
+
+
+def values(outdir: Path, name: str) -> dict[str, float]:
+    record = json.loads((outdir / f"{name}-fd_random.json").read_text())
+    return {first: run["value"] for first, run in record["runs"].items()}
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from scripts import reproduce
+from scripts.reproduction import run
+save = run.Progress.save
+def save_then_die(self, path):
+    save(self, path)
+    if "guided" in path.name and self.done == 16:
+        os.kill(os.getpid(), signal.SIGKILL)
+run.Progress.save = save_then_die
+reproduce.main()
+"""
+
+
+def test_two_ranks_killed_and_continued_reach_what_one_alone_does(table, tmp_path, mirror):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(root=str(tiny.ROOT)))
+    line = [str(a) for a in options(table, tmp_path / "two")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    killed = subprocess.run([*torchrun, str(script), *line], capture_output=True, text=True, env=tiny.environment())
+    assert killed.returncode != 0
+    assert f"Signal {signal.SIGKILL:d}" in killed.stderr
+    assert not (tmp_path / "two" / "guided-fd_random.json").exists()
+    asked_for = len(mirror.seen)
+
+    again = tiny.run("scripts/reproduce.py", *line, ranks=2)
+    assert again.returncode == 0, again.stderr
+    assert "plain-fd_random: finished before" in again.stdout
+    assert f"16 of {NUM} images are done already" in again.stdout
+    assert len(mirror.seen) == asked_for  # every file was in the cache
+    assert not list((tmp_path / "two").glob("*.partial.npz"))
+    rebuilt = read_header(tmp_path / "two" / "networks" / f"{GUIDE}.safetensors")
+    assert (rebuilt.nimg, rebuilt.ema_std, len(rebuilt.recipe["inputs"])) == (64 << 20, 0.070, 4)
+    assert rebuilt.recipe["fit"]["error"] == pytest.approx(Network(GUIDE).fit_error, rel=1e-6)
+
+    alone = invoke(*options(table, tmp_path / "one"))
+    assert alone.exit_code == 0, alone.output
+    for name in ("plain", "guided"):
+        one, two = values(tmp_path / "one", name), values(tmp_path / "two", name)
+        assert list(one) == ["0", str(NUM)]
+        # other batches may round a pixel otherwise
+        assert one == pytest.approx(two, rel=1e-3)
+    assert values(tmp_path / "one", "plain") != values(tmp_path / "one", "guided")
+
+    report = invoke("report", "--table", table, "--outdir", tmp_path / "two")
+    assert report.exit_code == 0, report.output
+    check_report((tmp_path / "two" / "report.md").read_text(), values(tmp_path / "two", "guided"))
+    page = (tmp_path / "two" / "report.html").read_text()
+    assert page.count("<tr>") == 3
+    assert GUIDE in page
+
+
+def check_report(text: str, found: dict[str, float]) -> None:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    guided = dict(zip(rows[0], rows[3], strict=True))
+    assert "method" not in guided  # no row uses a method other than pairs
+    assert (guided["network"], guided["guide"]) == (MAIN, GUIDE)
+    assert (guided["weight"], guided["interval"], guided["published"]) == ("2", "(0.1, 100]", "2.5")
+    assert float(guided["least"]) == pytest.approx(min(found.values()), rel=1e-3)
+    assert float(guided["difference"]) == pytest.approx(min(found.values()) - 2.5, rel=1e-2)
+    assert guided["seeds"] == f"0-{NUM - 1}, {NUM}-{2 * NUM - 1}"
+    assert guided["hardware"].startswith("2 x ")
+    assert len(guided["commit"]) >= 7
+    for note in ("50,000 images", "least of three", "CUDA generators"):
+        assert note in text
+
+
+def test_a_stopped_cell_goes_on_to_the_same_bits(table, tmp_path, monkeypatch):
+    assert invoke(*options(table, tmp_path / "whole", "--rows", "plain")).exit_code == 0
+    save, saves = run.Progress.save, []
+
+    def save_then_stop(self, path):
+        save(self, path)
+        saves.append(self.done)
+        if len(saves) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Progress, "save", save_then_stop)
+    assert invoke(*options(table, tmp_path / "parts", "--rows", "plain")).exit_code != 0
+    monkeypatch.setattr(run.Progress, "save", save)
+    assert saves == [8, 16, 24, 8]
+    # --save-every is the unfinished range's own
+    again = invoke(*options(table, tmp_path / "parts", "--rows", "plain"), "--save-every", 3)
+    assert again.exit_code == 0, again.output
+    assert f"8 of {NUM} images are done already" in again.output
+    assert values(tmp_path / "parts", "plain") == values(tmp_path / "whole", "plain")
+    runs = json.loads((tmp_path / "parts" / "plain-fd_random.json").read_text())["runs"]
+    assert {run["num_images"] for run in runs.values()} == {NUM}
+
+
+def test_work_of_other_settings_is_refused(table, tmp_path):
+    line = options(table, tmp_path / "out", "--rows", "plain", "--seeds", 1)
+    assert invoke(*line).exit_code == 0
+    assert "num_images 24, now it is 12" in invoke(*line, "--num", 12).output
+    assert "precision" in invoke(*line, "--seeds", 2, "--precision", "bf16").output
+    content = yaml.safe_load(table.read_text())
+    content["rows"][0]["fd_random"] |= {"gnet": GUIDE, "guidance": 1.5}
+    table.write_text(yaml.safe_dump(content))
+    assert "was measured with gnet null" in invoke(*line).output
+    (tmp_path / "out" / "plain-fd_random.json").write_text("{")
+    assert "is damaged" in invoke(*line).output
+
+
+def test_progress_is_whole_or_told(tmp_path):
+    statistics = FeatureStatistics(np.ones(2), np.eye(2), "x")
+    progress = run.Progress({"first_seed": 0}, 8).plus(5, statistics, 1.5, {"commit": "c"})
+    progress.save(tmp_path / "p.npz")
+    again = run.load_progress(tmp_path / "p.npz", {"first_seed": 0}, 4)
+    assert (again.done, again.save_every, again.elapsed_sec, again.made_by) == (5, 8, 1.5, [{"commit": "c"}])
+    assert np.array_equal(again.statistics.covariance, np.eye(2))
+    assert run.load_progress(tmp_path / "p.npz", {"first_seed": 24}, 4).done == 0
+    (tmp_path / "p.npz").write_bytes(b"PK" + b"0" * 100)
+    with pytest.raises(ValueError, match="is damaged"):
+        run.load_progress(tmp_path / "p.npz", {"first_seed": 0}, 4)
+
+
+@pytest.mark.parametrize(("num", "save_every"), [(24, 8), (25, 8), (3, 2), (2, 1), (50_000, 2000), (5, 100)])
+def test_every_stretch_is_long_enough_for_a_covariance(num, save_every):
+    stops = run._stops(num, save_every)
+    assert stops[-1] == num
+    assert min(np.diff([0, *stops])) >= 2
