@@ -4,7 +4,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from guidance import pair, truncation
+from guidance import (
+    apg,
+    classifier,
+    degraded,
+    icg,
+    joint,
+    mixed,
+    pag,
+    pair,
+    rescale,
+    sag,
+    seg,
+    truncation,
+    tsg,
+    windows,
+)
 from guidance.combined import Beside, Combine, Combined, linear
 from guidance.guided import Guided
 from guidance.interval import GuidanceInterval
@@ -45,10 +60,25 @@ def _none(parts: Parts, weight: float) -> Denoiser:
 METHODS = {
     "none": Method("the main network alone", "1 main", _none, formula="D"),
     "pair": pair.METHOD,
+    "cfg": joint.METHOD,
+    "mixed": mixed.METHOD,
     "truncation": truncation.METHOD,
+    "pag": pag.METHOD,
+    "seg": seg.METHOD,
+    "sag": sag.METHOD,
+    "icg": icg.METHOD,
+    "tsg": tsg.METHOD,
+    "windows": windows.METHOD,
+    "classifier": classifier.METHOD,
+    "dropout": degraded.DROPOUT,
+    "input-noise": degraded.INPUT_NOISE,
 }
 
-RULES = {"linear": Rule("the sum over the negatives", lambda: linear, formula="D + sum of (w_i - 1) (D - D_neg_i)")}
+RULES = {
+    "linear": Rule("the sum over the negatives", lambda: linear, formula="D + sum of (w_i - 1) (D - D_neg_i)"),
+    "apg": apg.RULE,
+    "rescale": rescale.RULE,
+}
 
 
 def methods_of(choice: Choice) -> dict[str, float]:
@@ -109,9 +139,9 @@ def _check_parts(names: Iterable[str], parts: Parts) -> None:
 
 
 def _sorted_options(choice: Choice, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The options by the method that owns them, and "rule"; those of nobody go to the first method, which says so."""
+    """All options by the method that owns them, and "rule"; those of nobody go to the first method, which says so."""
     owners: dict[str, Method | Rule] = {"rule": RULES[choice.rule], **{name: METHODS[name] for name in names}}
-    taken: dict[str, dict[str, Any]] = {name: {} for name in owners}
+    taken = {name: {option.keyword: option.default for option in owner.options} for name, owner in owners.items()}
     for keyword, value in choice.options.items():
         has = [name for name, owner in owners.items() if keyword in [option.keyword for option in owner.options]]
         taken[has[0] if has else choice.method][keyword] = value

@@ -162,3 +162,38 @@ def tiny_vae(folder: Path, seed: int = 0) -> Path:
         )
     vae.save_pretrained(folder)
     return folder
+
+
+@dataclass(frozen=True)
+class CountingNetwork:
+    """A network that notes how many images it evaluates, in `images`, whatever it is asked to change inside."""
+
+    inner: Precond
+    images: list = field(default_factory=list)
+
+    @property
+    def label_dim(self):
+        return self.inner.label_dim
+
+    @property
+    def attention_blocks(self):
+        return self.inner.attention_blocks
+
+    def __call__(self, x, sigma, labels=None, **edits):
+        self.images.append(len(x))
+        return self.inner(x, sigma, labels, **edits)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A network without insides: `inner` as its answer, evenly spread maps where it is asked for attention."""
+
+    inner: Denoiser
+    label_dim: int = 0
+    attention_blocks: tuple[str, ...] = ("enc.8x8_block0", "dec.8x8_in0", "dec.8x8_block0")
+
+    def __call__(self, x, sigma, labels=None, *, attention=None, embedding=None, dropout=None, return_attention=()):
+        D = self.inner(x, sigma, labels)
+        return (
+            (D, {name: torch.full([len(x), 2, 64, 64], 1 / 64) for name in return_attention}) if return_attention else D
+        )
