@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -62,7 +63,7 @@ def open_folder(folder: str | Path, prefix: str = "", stds: Iterable[float] | No
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; --indir names the one that training wrote its snapshots to")
+        raise ValueError(f"{folder} is not a folder; expected the one that a training run wrote its snapshots to")
     paths = sorted(p for p in folder.iterdir() if p.suffix in _SUFFIXES and p.name.startswith(prefix) and p.is_file())
     found = [weights for weights in map(open_weights, paths) if weights.header.recipe is None]
     if not found:
@@ -79,11 +80,12 @@ def open_folder(folder: str | Path, prefix: str = "", stds: Iterable[float] | No
 
 
 class WeightReader:
-    """Reads stretches of the tensors of one Weights; a context manager, for one thread at a time."""
+    """Reads stretches of the tensors of one Weights; a context manager; threads may share it."""
 
     def __init__(self, weights: Weights):
         self.weights = weights
         # read, not mapped: mapped pages of hundreds of files would count as this process's memory
+        self._lock = Lock()  # around seek and read: pread would do without, but Windows has none
         self._file = None if weights.path is None else FileIO(weights.path)
 
     def __enter__(self) -> "WeightReader":
@@ -101,10 +103,11 @@ class WeightReader:
         assert self._file is not None
         values = torch.empty(stop - start, dtype=tensor.dtype)
         rest = memoryview(values.view(torch.uint8).numpy())
-        self._file.seek(tensor.offset + start * tensor.dtype.itemsize)
-        while rest:
-            count = self._file.readinto(rest)
-            if not count:
-                raise ValueError(f"{self.weights.path} was cut short while it was read; copy or write it again")
-            rest = rest[count:]
+        with self._lock:
+            self._file.seek(tensor.offset + start * tensor.dtype.itemsize)
+            while rest:
+                count = self._file.readinto(rest)
+                if not count:
+                    raise ValueError(f"{self.weights.path} was cut short while it was read; copy or write it again")
+                rest = rest[count:]
         return values

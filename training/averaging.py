@@ -1,0 +1,100 @@
+"""Weighted sums of stored weights, many at once, in one pass over their files.
+
+Sums run in float32: rounding of a coefficient and of the sum comes to about 6e-8 of the largest coefficient,
+thousands of times below what inputs stored in half precision bring along.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from training.snapshot import build_network
+from training.weights import WeightReader, Weights
+
+_STRETCH = 1 << 17  # values of a tensor that are summed at once: memory knows no size of network
+_INPUTS_AT_ONCE = 16  # and no number of inputs
+_MAX_THREADS = 4
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Values start..stop-1 of a flattened tensor; buffers are not averaged."""
+
+    name: str
+    start: int
+    stop: int
+    averaged: bool
+
+
+def weighted_sums(inputs: Sequence[Weights], coefficients: np.ndarray) -> Iterator[tuple[str, torch.Tensor]]:
+    """Sums over `inputs` with each row of `coefficients` [outputs, inputs], a stretch of a tensor at a time.
+
+    Yields (name, values float32 [outputs, n]): the tensor's next n values, front to back, tensors in the order of the
+    network's state dict. Buffers, which all inputs must share, come unchanged. Inputs without weight are not read.
+    While this runs, torch computes on one thread, and as many stretches as it had threads are under way at once.
+    Raises ValueError, naming the input, for a file that ends early, weights that are not finite, other buffers.
+    """
+    used = np.flatnonzero(coefficients.any(axis=0))
+    matrix = torch.from_numpy(coefficients[:, used]).float()
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(WeightReader(inputs[i])) for i in used]
+        threads = min(stack.enter_context(_one_thread_each()), _MAX_THREADS)
+        pool = stack.enter_context(ThreadPoolExecutor(threads))
+        under_way: deque[tuple[str, Future[torch.Tensor]]] = deque()
+        for stretch in _stretches(inputs[used[0]]):
+            under_way.append((stretch.name, pool.submit(_sum if stretch.averaged else _same, readers, stretch, matrix)))
+            if len(under_way) > threads:
+                name, values = under_way.popleft()
+                yield name, values.result()
+        for name, values in under_way:
+            yield name, values.result()
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[int]:
+    # stretches in parallel beat parallel loops within each: a loop of 0.1 ms ends when the last core has joined it
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _stretches(weights: Weights) -> Iterator[_Stretch]:
+    net = build_network(weights.header)
+    averaged = {name for name, _ in net.named_parameters()}
+    for name, tensor in net.state_dict().items():
+        for start in range(0, tensor.numel(), _STRETCH):
+            yield _Stretch(name, start, min(start + _STRETCH, tensor.numel()), name in averaged)
+
+
+def _sum(readers: Sequence[WeightReader], stretch: _Stretch, matrix: torch.Tensor) -> torch.Tensor:
+    where = (stretch.name, stretch.start, stretch.stop)
+    sums = torch.zeros(len(matrix), stretch.stop - stretch.start)
+    rows = torch.empty(min(len(readers), _INPUTS_AT_ONCE), stretch.stop - stretch.start)
+    for first in range(0, len(readers), _INPUTS_AT_ONCE):
+        group = readers[first : first + _INPUTS_AT_ONCE]
+        for row, reader in zip(rows, group, strict=False):
+            row.copy_(reader.read(*where))
+        sums.addmm_(matrix[:, first : first + len(group)], rows[: len(group)])
+    if not torch.stack(torch.aminmax(sums)).isfinite().all():
+        for reader in readers:
+            if not reader.read(*where).isfinite().all():
+                raise ValueError(f"{reader.weights.name}: {stretch.name} is not finite; leave this snapshot out")
+    return sums
+
+
+def _same(readers: Sequence[WeightReader], stretch: _Stretch, matrix: torch.Tensor) -> torch.Tensor:
+    where = (stretch.name, stretch.start, stretch.stop)
+    values = readers[0].read(*where).float()
+    for reader in readers[1:]:
+        if not torch.equal(reader.read(*where).float(), values):
+            names = f"{reader.weights.name} and {readers[0].weights.name}"
+            raise ValueError(f"{names} differ in the buffer {stretch.name}: they are not of one run")
+    return values.expand(len(matrix), -1)
