@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests import golden
+from tests.memory import PeakBytes
 from training.networks import Precond, normalize_weights_
 from training.primitives import MPConv, mp_cat, mp_silu, mp_sum, normalize
 
@@ -143,3 +144,59 @@ def test_dropout_of_the_caller_s_own_making_takes_the_place_of_the_block_s():
     blocks = [f"{side}.{name}" for side in ("enc", "dec") for name in getattr(net.unet, side) if "conv" not in name]
     assert [name for name, _ in seen] == blocks
     assert seen[0] == ("enc.16x16_block0", [3, 8, 16, 16])
+
+
+def gradient_by_input(net, x, labels, **edits):
+    leaf = x.clone().requires_grad_()
+    D = net(leaf, torch.tensor(0.7), labels, **edits)
+    return torch.autograd.grad(D.square().sum(), leaf)[0]
+
+
+def test_recomputing_blocks_changes_no_gradient():
+    net, x, labels = conditional_net()
+    net.eval().requires_grad_(False)
+    block = net.attention_blocks[0]
+    for edits in ({}, {"attention": {block: lambda q, k, v: v}}, {"embedding": lambda emb: 2 * emb}):
+        net.unet.recompute = False
+        held = gradient_by_input(net, x, labels, **edits)
+        net.unet.recompute = True
+        assert torch.equal(gradient_by_input(net, x, labels, **edits), held)
+
+
+def test_what_an_edit_draws_is_not_drawn_again():
+    net, x, labels = conditional_net()
+    net.eval().requires_grad_(False)
+    calls = []
+
+    def noted(name, y):
+        calls.append(name)
+        return y
+
+    gradient_by_input(net, x, labels, dropout=noted)
+    assert len(calls) == len(set(calls))
+
+
+def test_a_gradient_by_one_image_fits_where_four_images_are_sampled():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = Precond(32, 3, 0, model_channels=16, channels_per_head=16, num_blocks=3).eval().requires_grad_(False)
+    with torch.no_grad(), PeakBytes() as plain:
+        net(torch.randn(4, 3, 32, 32), torch.tensor(1.0))
+    with PeakBytes() as guided:
+        gradient_by_input(net, torch.randn(1, 3, 32, 32), None)
+    net.unet.recompute = False
+    with PeakBytes() as held:
+        gradient_by_input(net, torch.randn(1, 3, 32, 32), None)
+    assert guided.peak < plain.peak < held.peak
+
+
+def test_the_account_of_memory_is_right():
+    with PeakBytes() as memory:
+        a = torch.ones(1000)
+        b = a + 1
+        del a
+        c = b.reshape(10, 100) * 2
+        del b
+        torch.ones(500)
+    assert memory.peak == 8000
+    assert c.numel() == 1000

@@ -4,10 +4,12 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from training.primitives import (
     MPConv,
@@ -116,7 +118,8 @@ def _num_heads(channels: int, channels_per_head: int) -> int:
 class UNet(nn.Module):
     """The raw network F: x [N, C, H, W], c_noise [N], labels [N, label_dim] -> [N, C, H, W], all unit magnitude.
 
-    Half-precision `x` computes in half precision; the embedding path stays float32.
+    Half-precision `x` computes in half precision; the embedding path stays float32. With `recompute` (an attribute) a
+    gradient by `x` outside of training holds no block's activations: they are computed again on the way back.
     """
 
     def __init__(
@@ -145,6 +148,7 @@ class UNet(nn.Module):
         noise_width = widths[0] if channel_mult_noise is None else model_channels * channel_mult_noise
         emb_width = max(widths) if channel_mult_emb is None else model_channels * channel_mult_emb
         self.label_balance, self.concat_balance = label_balance, concat_balance
+        self.recompute = True
         self.out_gain = nn.Parameter(torch.zeros([]))
         self.emb_fourier = MPFourier(noise_width)
         self.emb_noise = MPConv(noise_width, emb_width, [])
@@ -214,14 +218,18 @@ class UNet(nn.Module):
     ) -> torch.Tensor:
         emb = self.embed(c_noise, labels, edits)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        run = Block.__call__
+        # what an edit draws or reads, it may not draw or read again
+        if self.recompute and not self.training and x.requires_grad and not (edits.dropout or edits.return_attention):
+            run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         skips = []
         for name, module in self.enc.items():
-            x = module(x) if isinstance(module, MPConv) else module(x, emb, f"enc.{name}", edits)
+            x = module(x) if isinstance(module, MPConv) else run(module, x, emb, f"enc.{name}", edits)
             skips.append(x)
         for name, module in self.dec.items():
             if "_block" in name:
                 x = mp_cat(x, skips.pop(), self.concat_balance)
-            x = module(x, emb, f"dec.{name}", edits)
+            x = run(module, x, emb, f"dec.{name}", edits)
         return self.out_conv(x, gain=self.out_gain)
 
 
