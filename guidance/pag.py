@@ -25,7 +25,7 @@ METHOD = Method(
     negative=_negative,
     weight=4.0,  # scale s = 3 of the paper, w = 1 + s
     options=(
-        Option("pag-blocks", parse_blocks, None, "blocks to change (auto: the deepest encoder blocks, and the middle)"),
+        Option("pag-blocks", parse_blocks, None, "blocks to change; unset, the deepest of the encoder, and the middle"),
     ),
     term="D(x; sigma, c) with attention output V",
     source="Ahn et al. 2024 (arXiv 2403.17377)",

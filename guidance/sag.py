@@ -73,7 +73,7 @@ METHOD = Method(
     weight=1.2,  # scale s = .2 for conditional networks, w = 1 + s
     options=(
         Option(
-            "sag-block", parse_blocks, None, "block whose map is read (auto: the decoder's last at the lowest level)"
+            "sag-block", parse_blocks, None, "block whose map is read; unset, the decoder's last at the lowest level"
         ),
         Option("sag-blur", number(0.01, 100), 1.0, "deviation of the blur in latent pixels"),
     ),

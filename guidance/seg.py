@@ -48,7 +48,7 @@ METHOD = Method(
     weight=4.0,  # scale 3 in the authors' code, w = 1 + scale
     options=(
         Option("seg-sigma", number(0), math.inf, "deviation of the blur in pixels of the block; inf is the mean"),
-        Option("seg-blocks", parse_blocks, None, "blocks to change (auto: the middle)"),
+        Option("seg-blocks", parse_blocks, None, "blocks to change; unset, the middle"),
     ),
     term="D(x; sigma, c) with attention queries G * Q",
     source="Hong 2024 (arXiv 2408.00760)",

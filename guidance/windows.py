@@ -76,7 +76,7 @@ METHOD = Method(
     "5 main (4 of them crops: 2.56 times the area at 64x64)",
     negative=_negative,
     weight=1.2,  # EDM2-S, FID; 2.1 for FD-DINOv2
-    options=(Option("windows-size", count(), None, "height and width of a crop (auto: 5/8 of the image, 40 of 64)"),),
+    options=(Option("windows-size", count(), None, "height and width of a crop; unset, 5/8 of the image"),),
     term="mean of D over 2x2 crops, where they overlap; else D",
     source="Kaiser et al. 2024, 'The Unreasonable Effectiveness of Guidance for Diffusion Models' (arXiv 2411.10257)",
 )

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from guidance.interval import guided_steps
-from guidance.registry import NO_GUIDANCE, Choice, Parts, guide, methods_of
+from guidance.registry import METHODS, NO_GUIDANCE, Choice, Parts, guide, methods_of
 from sampling.engine import Engine, ImageBatch, share_of_rank
 from sampling.solvers import PUBLISHED, Sampler
 from torch_utils import dist
@@ -35,8 +35,8 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 class Request:
     """What images to make, as asked for.
 
-    `net`, `gnet`: paths or URLs of snapshots. `classes`: None for a class drawn from each seed; a text such as
-    "3,7" or "cat,dog" to take turns by seed (seed modulo the length of the list); "" for all classes in turn.
+    `net`, `gnet`, `uncond`: paths or URLs of snapshots. `classes`: None for a class drawn from each seed; a text such
+    as "3,7" or "cat,dog" to take turns by seed (seed modulo the length of the list); "" for all classes in turn.
     `precision`, inside the networks, is a key of PRECISIONS or "auto": fp16 on a CUDA device, fp32 elsewhere.
     `vae`: hub name or folder that stands in for the VAE that the snapshot names.
     """
@@ -48,6 +48,7 @@ class Request:
     classes: str | None = None
     precision: str = "auto"
     vae: str | None = None
+    uncond: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,20 @@ def prepare(request: Request, device: torch.device) -> Generation:
     net = main.net
     classes = parse_classes(request.classes, net.label_dim, main.header.label_names)
     gmain = None if request.gnet is None else load_snapshot(request.gnet, device, PRECISIONS[precision])
-    if gmain is not None:
-        check_pair(main, gmain)
-    denoiser = guide(request.guidance, Parts(net, None if gmain is None else gmain.net))
+    umain = None if request.uncond is None else load_snapshot(request.uncond, device, PRECISIONS[precision])
+    for other in (gmain, umain):
+        if other is not None:
+            check_pair(main, other)
+    _check_empty_labels(request, main)
+    parts = Parts(net, None if gmain is None else gmain.net, None if umain is None else umain.net)
+    denoiser = guide(request.guidance, parts)
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     _check_pixels(main.encoder.decode(torch.zeros([1, *shape], device=device)))
     engine = Engine(denoiser, main.encoder.decode, request.sampler, shape, net.label_dim, device, classes)
     settings = {
         "net": _identity(request.net, main),
         "gnet": None if gmain is None else _identity(request.gnet, gmain),
+        "uncond": None if umain is None else _identity(request.uncond, umain),
         "guidance": {**_settings_of(request.guidance), "steps": plain(_steps(request))},
         "sampler": plain(dataclasses.asdict(request.sampler)),
         "classes": None if classes is None else list(classes),
@@ -95,6 +101,16 @@ def prepare(request: Request, device: torch.device) -> Generation:
         "device": device.type,  # generators on another kind of device give other numbers
     }
     return Generation(engine, settings, _summary(request, main, gmain, classes, precision))
+
+
+def _check_empty_labels(request: Request, main: Snapshot) -> None:
+    methods = [METHODS[name] for name in methods_of(request.guidance)]
+    asked = any(method.needs_empty_labels or (method.takes_uncond and request.uncond is None) for method in methods)
+    if asked and not main.header.training_config.get("label_dropout"):
+        dist.warn0(
+            "the network was not trained to know what no label means (train.py --label-dropout), as far as its header "
+            "tells; what it answers without labels may be no unconditional image"
+        )
 
 
 def check_pair(main: Snapshot, gmain: Snapshot) -> None:

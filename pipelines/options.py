@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
-from guidance.registry import METHODS, Choice, Option
+from guidance.registry import METHODS, RULES, Choice, Method, Option, Rule, methods_of
+from guidance.schedule import SCHEDULES
+from guidance.table import method_lines, table_text
 from pipelines.generation import PRECISIONS, Request
 from pipelines.presets import find_preset
 from sampling.solvers import SOLVERS, Churn, Sampler
@@ -33,6 +35,24 @@ class Interval(click.ParamType):
         return lo, hi
 
 
+class WeightedMethod(click.ParamType):
+    """A guidance method with its weight, NAME=W, as a pair."""
+
+    name = "name=w"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        name, _, weight = value.partition("=")
+        try:
+            number = float(weight)
+        except ValueError:
+            self.fail(f"{value!r} is not a method with its weight; write for example pag=3", param, ctx)
+        if name not in METHODS:
+            self.fail(f"{name!r} is not one of {', '.join(METHODS)}", param, ctx)
+        return name, number
+
+
 class Parsed(click.ParamType):
     """A value read by an option's own function."""
 
@@ -54,6 +74,9 @@ _NETWORKS = (
     ),
     click.option("--net", metavar="PATH|URL", help="Network snapshot; needed without --preset."),
     click.option("--gnet", metavar="PATH|URL", help="Guide network: weaker (autoguidance) or unconditional (CFG)."),
+    click.option(
+        "--uncond", metavar="PATH|URL", help="Unconditional network beside --gnet, for methods that take both."
+    ),
     click.option(
         "--guidance", metavar="W", type=float, help="Guidance weight: D_guide + W * (D_net - D_guide); 1 is off."
     ),
@@ -111,19 +134,53 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_request
 
 
+def _print_table(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        click.echo(table_text())
+        ctx.exit()
+
+
 def _method_options() -> list[Callable[..., Any]]:
-    table = "; ".join(f"{name}: {method.summary} ({method.evaluations})" for name, method in METHODS.items())
+    lines = "\n".join(method_lines())
     options = [
         click.option(
             "--guidance-method",
             "method",
             type=click.Choice(list(METHODS)),
-            help=f"With its cost per evaluation: {table}. [default: pair with --gnet, else none]",
-        )
+            help="[default: pair with --gnet, else none] With the cost of one evaluation:\n\n\b\n" + lines,
+        ),
+        click.option(
+            "--guidance-also", "also", type=WeightedMethod(), multiple=True, help="A further method and its weight."
+        ),
+        click.option(
+            "--guidance-rule",
+            "rule",
+            type=click.Choice(list(RULES)),
+            default=Choice.rule,
+            show_default=True,
+            help="How the differences are put together; costs nothing.",
+        ),
+        click.option(
+            "--guidance-schedule",
+            "schedule",
+            type=click.Choice(list(SCHEDULES)),
+            default=Choice.schedule,
+            show_default=True,
+            help="How the weights follow the noise level; off where the weight is 1.",
+        ),
+        click.option(
+            "--list-guidance",
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_print_table,
+            help="Print the table of guidance methods and stop.",
+        ),
     ]
-    for name, method in METHODS.items():
-        for option in method.options:
-            text = f"{name}: {option.help} [default: {option.default}]"
+    for name, owner in {**METHODS, **RULES}.items():
+        for option in owner.options:
+            default = "" if option.default is None else f" [default: {option.default}]"
+            text = f"{name}: {option.help}{default}"
             options.append(click.option(f"--{option.name}", option.keyword, type=Parsed(option), help=text))
     return options
 
@@ -140,7 +197,8 @@ def _take_request(given: dict[str, Any]) -> Request:
         if classes is not None:
             raise click.UsageError("--balanced is for all classes; a list given to --class is in equal shares already")
         classes = ""
-    return Request(net, gnet, _take_guidance(given, gnet), sampler, classes, precision, vae)
+    uncond = given.pop("uncond")
+    return Request(net, gnet, _take_guidance(given, gnet, uncond), sampler, classes, precision, vae, uncond)
 
 
 def _take_travel(given: dict[str, Any], solver: str) -> TimeTravel | None:
@@ -170,27 +228,51 @@ def _fill_in_preset(given: dict[str, Any]) -> None:
         raise click.UsageError("give --net, or --preset")
 
 
-def _take_guidance(given: dict[str, Any], gnet: str | None) -> Choice:
+def _take_guidance(given: dict[str, Any], gnet: str | None, uncond: str | None) -> Choice:
     weight, interval, name = given.pop("guidance"), given.pop("interval"), given.pop("method")
+    also, rule, schedule = given.pop("also"), given.pop("rule"), given.pop("schedule")
     if name is None:
         name = "none" if gnet is None else "pair"
-    set_options = {}
-    for owner, method in METHODS.items():
-        for option in method.options:
-            value = given.pop(option.keyword)
-            if owner == name:
-                set_options[option.keyword] = option.default if value is None else value
-            elif value is not None:
-                raise click.UsageError(f"--{option.name} belongs to --guidance-method {owner}, not {name}")
-    if METHODS[name].needs_gnet and gnet is None:
-        raise click.UsageError(f"--guidance-method {name} needs --gnet")
-    if not METHODS[name].needs_gnet and gnet is not None:
-        raise click.UsageError(f"--guidance-method {name} takes no --gnet")
+    named = [name, *(method for method, _ in also)]
+    set_options = _take_options(given, {**{method: METHODS[method] for method in named}, rule: RULES[rule]})
+    _check_networks(named, gnet, uncond)
     if name == "none" and (weight not in (None, 1) or interval is not None):
         what = "--interval" if weight in (None, 1) else f"--guidance {weight:g}"
         raise click.UsageError(f"{what} needs a guide network; give --gnet, or another --guidance-method")
-    if name != "none" and weight is None:
+    if weight is None:
+        weight = 1.0 if name == "none" else METHODS[name].weight
+    if weight is None:
         raise click.UsageError(f"guidance method {name} needs a weight: give --guidance W (1 is off)")
-    if weight is not None and not math.isfinite(weight):
-        raise click.UsageError(f"--guidance {weight} is not a finite number")
-    return Choice(name, 1.0 if weight is None else weight, interval, set_options)
+    for number in (weight, *(value for _, value in also)):
+        if not math.isfinite(number):
+            raise click.UsageError(f"--guidance {number} is not a finite number")
+    choice = Choice(name, weight, interval, set_options, also, rule, schedule)
+    try:
+        methods_of(choice)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    return choice
+
+
+def _take_options(given: dict[str, Any], owners: dict[str, Method | Rule]) -> dict[str, Any]:
+    """The options of `owners` out of `given`, defaults filled in; those of other methods are refused."""
+    taken = {}
+    for name, known in {**METHODS, **RULES}.items():
+        for option in known.options:
+            value = given.pop(option.keyword)
+            if name in owners:
+                taken[option.keyword] = option.default if value is None else value
+            elif value is not None:
+                kind = "method" if name in METHODS else "rule"
+                raise click.UsageError(f"--{option.name} belongs to --guidance-{kind} {name}, not {', '.join(owners)}")
+    return taken
+
+
+def _check_networks(names: list[str], gnet: str | None, uncond: str | None) -> None:
+    needing = [name for name in names if METHODS[name].needs_gnet]
+    if needing and gnet is None:
+        raise click.UsageError(f"--guidance-method {needing[0]} needs --gnet")
+    if not needing and gnet is not None:
+        raise click.UsageError(f"--guidance-method {names[0]} takes no --gnet")
+    if uncond is not None and not any(METHODS[name].takes_uncond for name in names):
+        raise click.UsageError(f"--guidance-method {names[0]} takes no --uncond")

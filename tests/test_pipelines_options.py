@@ -99,3 +99,63 @@ def test_options_of_methods_come_from_the_registry(monkeypatch):
     assert "-1 is not above 0" in parse(*chosen, "--blur-radius", "-1")[2]
     assert "belongs to --guidance-method blur, not none" in " ".join(parse("--blur-radius", "2")[2].split())
     assert "away from a blurred image (2 main)" in " ".join(parse("--help")[2].split())
+
+
+def test_methods_add_up_under_a_rule_and_a_schedule():
+    arguments = "--gnet b --guidance 2 --guidance-also pag=3 --guidance-also icg=1.5 --pag-blocks dec.8x8_in0"
+    choice = parse(*arguments.split(), "--guidance-rule", "apg", "--guidance-schedule", "cosine")[0].guidance
+    assert (choice.method, choice.weight, choice.also) == ("pair", 2.0, (("pag", 3.0), ("icg", 1.5)))
+    assert (choice.rule, choice.schedule) == ("apg", "cosine")
+    assert choice.options == {
+        "pag_blocks": ("dec.8x8_in0",),
+        "icg_kind": "class",
+        "apg_parallel": 0.0,
+        "apg_norm": 15.0,
+        "apg_momentum": -0.5,
+    }
+
+
+def test_a_method_has_its_published_weight():
+    assert parse("--guidance-method", "pag")[0].guidance == Choice("pag", 4.0, options={"pag_blocks": None})
+    assert parse("--guidance-method", "pag", "--guidance", "2")[0].guidance.weight == 2
+
+
+def test_an_unconditional_network_beside_the_guide():
+    request = parse("--gnet", "b", "--uncond", "c", "--guidance-method", "mixed", "--guidance", "2")[0]
+    assert (request.gnet, request.uncond, request.guidance.options) == ("b", "c", {"mixed_share": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        ("--guidance-method pag --guidance-also pag=2", "pag is named twice"),
+        ("--guidance-method pag --guidance-also pair=2", "pair needs --gnet"),
+        ("--guidance-method pag --guidance-also pug=2", "'pug' is not one of"),
+        ("--guidance-method pag --guidance-also seg", "'seg' is not a method with its weight"),
+        ("--guidance-method pag --guidance-also seg=inf", "--guidance inf is not a finite number"),
+        ("--guidance-method pag --guidance-also none=1", "none does not combine"),
+        ("--gnet b --guidance 2 --uncond c", "pair takes no --uncond"),
+        ("--gnet b --guidance 2 --apg-norm 3", "--apg-norm belongs to --guidance-rule apg, not pair, linear"),
+        ("--guidance-method pag --pag-blocks middle", "'middle' is not a list of blocks"),
+        ("--guidance-method icg --guidance 2 --icg-kind word", "'word' is not one of class, gaussian"),
+        ("--guidance-method tsg --guidance 2 --tsg-scale -1", "'-1' is not a number from 0 to inf"),
+    ],
+)
+def test_guidance_that_does_not_combine_is_a_usage_error(arguments, wrong):
+    request, exit_code, output = parse(*arguments.split())
+    assert (request, exit_code) == (None, 2)
+    assert wrong in " ".join(output.split())
+
+
+def test_help_has_a_line_for_each_method_with_its_cost():
+    lines = [line.strip() for line in parse("--help")[2].splitlines()]
+    for name, method in METHODS.items():
+        assert f"{name}: {method.summary} ({method.evaluations})" in lines
+
+
+def test_the_table_needs_no_network():
+    request, exit_code, output = parse("--list-guidance")
+    assert (request, exit_code) == (None, 0)
+    for name, method in METHODS.items():
+        assert f"{name}: {method.summary}\n" in output
+        assert method.evaluations in output
