@@ -17,7 +17,7 @@ from scripts.reproduction.tables import load_table, table_names
 from torch_utils import cli, dist
 from torch_utils.files import atomic_write
 
-_DEFAULT_OUTDIR = "reproduction"
+_DEFAULT_OUTDIR = "runs/reproduce"
 _WAIT_MINUTES = 24 * 60  # one rank downloads while the others wait
 
 
@@ -42,7 +42,12 @@ _num = click.option(
 _seeds = click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Values for each cell.")
 _device = click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 _precision = click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", show_default=True)
-_outdir = click.option("--outdir", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), help="Folder.")
+_outdir = click.option(
+    "--outdir",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help=f"Folder of records.  [default: {_DEFAULT_OUTDIR}/TABLE]",
+)
 
 
 @click.group(cls=cli.Group)

@@ -14,7 +14,7 @@ import yaml
 from tests.fake_server import FakeServer, serve
 from torch_utils import files
 from torch_utils.download import Patience
-from torch_utils.files import atomic_write, fetch, pinned, sha256_of
+from torch_utils.files import atomic_write, cached, fetch, pinned, sha256_of
 
 BODY = bytes(range(256)) * 2048
 HASH = hashlib.sha256(BODY).hexdigest()
@@ -244,6 +244,19 @@ def test_a_mirror_server_stands_in_for_the_host(monkeypatch, cache):
         monkeypatch.setenv("EDM2_MIRROR", server.url("/edm2-mirror/"))
         assert fetch("https://nobody.invalid/x/a.pkl") == cache / "nobody.invalid/x/a.pkl"
         assert fetch("hf://org/repo/b") == cache / "huggingface.co/org/repo/resolve/main/b"
+
+
+def test_what_is_here_is_found_without_asking(monkeypatch, tmp_path):
+    with serve({"/a/b": BODY}) as server:
+        assert cached(server.url("/a/b")) is None
+        assert server.seen == []
+        there = fetch(server.url("/a/b"))
+        assert cached(server.url("/a/b")) == there
+        monkeypatch.setenv("EDM2_MIRROR", str(tmp_path))
+        (tmp_path / "b").write_bytes(BODY)
+        assert cached(server.url("/a/b")) == tmp_path / "b"
+    assert cached(tmp_path / "b") == tmp_path / "b"
+    assert cached(tmp_path / "c") is None
 
 
 def test_a_mirror_folder_stands_in_for_the_host(monkeypatch, tmp_path, cache):

@@ -28,6 +28,7 @@ def folder(tmp_path_factory):
 def server_of_hub(folder, tmp_path, monkeypatch):
     """A mirror of the hub that has the tiny VAE under the name and revision asked for; caches are empty."""
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("EDM2_OFFLINE", raising=False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
