@@ -19,9 +19,9 @@ Loss = Callable[[torch.Tensor], torch.Tensor]
 class Operator(Protocol):
     """What is seen of an image, such as a part or a smaller version of it: [N,C,H,W] -> [N,...], linear.
 
-    Optionally `row_energy(image_shape) -> float`: the squared norm of each row of the operator as a matrix, where the
-    rows are orthogonal and equally long. White noise of variance r^2 in the image then is white in what is seen, of
-    variance r^2 times this.
+    Optionally `row_energy(image_shape) -> float`: where white noise of variance r^2 in the image is white in what is
+    seen too, of variance r^2 times this; the squared norm of each row of the operator as a matrix. Where it is not
+    white, the largest variance it has in any direction.
     """
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor: ...
@@ -68,6 +68,9 @@ class Blurred:
         rows = torch.nn.functional.conv2d(padded, kernel.expand(channels, 1, 1, -1), groups=channels)
         return torch.nn.functional.conv2d(rows, kernel[:, None].expand(channels, 1, -1, 1), groups=channels)
 
+    def row_energy(self, image_shape: torch.Size) -> float:
+        return 1.0  # of even colour; a blur damps everything finer
+
 
 @dataclass(frozen=True)
 class MeanColour:
@@ -86,7 +89,8 @@ class Measurement:
 
     ||operator(image) - target||^2 / (2 noise_std^2); with noise_std = 1/sqrt(2) plainly the sum of squares. `target`
     is shaped as what `operator` sees of one image, or [N,...]. A deviation `r` (a number or [N]) of the image itself
-    may be given along: the loss then is that of the image known up to white noise of this deviation, in closed form.
+    may be given along: the loss then is that of an image known up to white noise of this deviation, in closed form;
+    for an operator that colours noise (a blur) it is an underestimate of the gradient, never more.
     Raises ValueError where the target has another shape than what is seen, for a noise that is not positive, and for
     `r` with an operator that has no closed form.
     """

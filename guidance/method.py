@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from torch_utils.denoiser import Denoiser
 
 
@@ -12,11 +14,13 @@ class Parts:
     """What a method may build on: the main network, and guide networks where they were given.
 
     `gnet` is the network to be led away from; `uncond` an unconditional one beside it, for methods that take both.
+    `pixels` makes pixels from -1 to 1 of what the networks draw, differentiably; None where they draw pixels.
     """
 
     net: Denoiser
     gnet: Denoiser | None = None
     uncond: Denoiser | None = None
+    pixels: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from sampling.engine import Engine, ImageBatch, share_of_rank
 from sampling.solvers import PUBLISHED, Sampler
 from torch_utils import dist
 from torch_utils.files import fetch, sha256_of
-from training.encoders import StabilityVAEEncoder, make_encoder
+from training.encoders import RGBEncoder, StabilityVAEEncoder, make_encoder
 from training.snapshot import Snapshot, load_snapshot
 from training.vae import vae_sha256
 
@@ -84,7 +84,8 @@ def prepare(request: Request, device: torch.device) -> Generation:
         if other is not None:
             check_pair(main, other)
     _check_empty_labels(request, main)
-    parts = Parts(net, None if gmain is None else gmain.net, None if umain is None else umain.net)
+    pixels = None if isinstance(main.encoder, RGBEncoder) else main.encoder.pixels
+    parts = Parts(net, None if gmain is None else gmain.net, None if umain is None else umain.net, pixels)
     denoiser = guide(request.guidance, parts)
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     _check_pixels(main.encoder.decode(torch.zeros([1, *shape], device=device)))

@@ -102,6 +102,16 @@ def test_gradients_by_x_and_by_the_denoised_image():
     torch.testing.assert_close(double.gradient, 2 * (2 * X - TARGET) / 0.7**2)
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+def test_half_precision_inside_the_denoiser_keeps_gradients_of_any_size(unit):
+    def half(x, sigma, labels=None):
+        return (0.5 * x.half()).float()
+
+    plain = slope(half, LOSS, X.float(), SIGMA, None).gradient
+    scaled = slope(half, lambda D: unit * LOSS(D), X.float(), SIGMA, None).gradient
+    torch.testing.assert_close(scaled / unit, plain, rtol=2e-3, atol=1e-5)
+
+
 def test_nothing_is_left_behind_that_wants_a_gradient():
     with torch.no_grad():
         for backprop in (True, False):

@@ -40,3 +40,9 @@ def test_wrong_input_is_refused():
         make_encoder({"kind": "jpeg"})
     with pytest.raises(ValueError, match="takes no arguments"):
         make_encoder({"kind": "rgb", "strength": 3})
+
+
+def test_rgb_pixels_are_the_latents_that_encode_makes():
+    raw = torch.arange(256).reshape(1, 1, 16, 16).to(torch.uint8)
+    encoder = RGBEncoder()
+    assert torch.equal(encoder.pixels(encoder.encode(raw)), raw.float() / 127.5 - 1)

@@ -67,6 +67,17 @@ def test_the_encoder_undoes_its_normalisation_before_the_vae(folder):
     assert (pixels.int() - expected.int()).abs().max() <= 1
 
 
+def test_pixels_are_what_is_decoded_and_gradients_flow_back_to_latents(folder):
+    encoder = StabilityVAEEncoder(str(folder))
+    latents = torch.randn([2, 4, 4, 4], generator=torch.Generator().manual_seed(0)).requires_grad_()
+    pixels = encoder.pixels(latents)
+    rounded = ((pixels + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8)
+    assert (rounded.int() - encoder.decode(latents).int()).abs().max() <= 1
+    gradient = torch.autograd.grad(pixels[0].square().sum(), latents)[0]
+    assert gradient[0].abs().min() > 0
+    assert gradient[1].abs().max() == 0
+
+
 def test_the_vae_is_frozen_and_in_float32(folder):
     vae = load_vae(str(folder), CPU)
     assert not vae.training

@@ -18,6 +18,9 @@ class Encoder(Protocol):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """uint8 pixels [N, 3 or 1, H', W'] of latents."""
 
+    def pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """The same as float32 from -1 to 1, neither clipped nor rounded, and differentiable."""
+
     def spec(self) -> dict[str, Any]:
         """What `make_encoder` needs to build the same encoder again."""
 
@@ -34,6 +37,10 @@ class RGBEncoder:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """float32 [N, C, H, W] -> uint8, truncating as the published code does."""
         return (latents.float() * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+    def pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """The latents themselves."""
+        return latents.float()
 
     def spec(self) -> dict[str, Any]:
         return {"kind": "rgb"}
@@ -75,8 +82,16 @@ class StabilityVAEEncoder:
         """Pixels uint8 [N, 3, 8h, 8w] of normalised latents [N, 4, h, w]."""
         from training.vae import load_vae, vae_decode
 
-        raw = (latents.float() - self.bias.to(latents.device)) / self.scale.to(latents.device)
-        return vae_decode(load_vae(self.vae_name, latents.device), raw)
+        return vae_decode(load_vae(self.vae_name, latents.device), self._raw(latents))
+
+    def pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """float32 pixels [N, 3, 8h, 8w] of normalised latents, about -1 to 1, differentiable."""
+        from training.vae import load_vae, vae_pixels
+
+        return vae_pixels(load_vae(self.vae_name, latents.device), self._raw(latents))
+
+    def _raw(self, latents: torch.Tensor) -> torch.Tensor:
+        return (latents.float() - self.bias.to(latents.device)) / self.scale.to(latents.device)
 
     def spec(self) -> dict[str, Any]:
         return {

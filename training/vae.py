@@ -65,6 +65,7 @@ def load_vae(name: str, device: torch.device) -> torch.nn.Module:
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{folder} does not hold a VAE that diffusers can load: {reason}") from error
+    vae.enable_gradient_checkpointing()  # where guidance differentiates it; without gradients it changes nothing
     return vae.float().eval().requires_grad_(False).to(device)
 
 
@@ -74,6 +75,11 @@ def vae_encode(vae: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     # EDM2 feeds the VAE pixels in [0, 1], not the usual [-1, 1]; published latents depend on it
     posteriors = [vae.encode(part.float() / 255).latent_dist for part in images.split(_BATCH)]
     return torch.cat([torch.cat([p.mean, p.std], dim=1) for p in posteriors])
+
+
+def vae_pixels(vae: torch.nn.Module, means: torch.Tensor) -> torch.Tensor:
+    """As `vae_decode`, but float32 pixels from -1 to 1, not clipped, and differentiable."""
+    return torch.cat([vae.decode(part).sample for part in means.split(_BATCH)]) * 2 - 1
 
 
 @torch.no_grad()
