@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from sampling.churn import NO_CHURN, Churn, RandnLike
+from sampling.erk import Stiffness, erk
 from sampling.schedule import karras_sigmas
 from sampling.time_travel import TimeTravel, time_travel
 from torch_utils.denoiser import Denoiser, after_step, for_step
@@ -58,9 +59,9 @@ def euler(
     return x
 
 
-SOLVERS = {"heun": heun, "euler": euler, "time-travel": time_travel}
+SOLVERS = {"heun": heun, "euler": euler, "erk": erk, "time-travel": time_travel}
 # what a solver takes as its last argument, where it has settings of its own
-SETTINGS: dict[str, type] = {"time-travel": TimeTravel}
+SETTINGS: dict[str, type] = {"erk": Stiffness, "time-travel": TimeTravel}
 
 
 @dataclass(frozen=True)
