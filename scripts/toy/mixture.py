@@ -1,0 +1,103 @@
+"""Exact densities, scores and samples of a 2-D Gaussian mixture behind any amount of noise."""
+
+import math
+import shutil
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from scripts.toy.tree import Components
+
+_COMPILED_ROWS = 4096
+_EAGER_ROWS = 128  # x 1016 Gaussians x 4 bytes: the intermediate arrays stay in a core's cache
+
+
+class Mixture:
+    """The mixture `parts`, smoothed by N(0, sigma^2).
+
+    Evaluated in the dtype of the points asked about. `compiled` has torch.compile fuse the 1016 Gaussians of a point
+    into one pass over blocks of 4096 float32 points, the training batch: four to six times faster, the same numbers
+    up to rounding. It needs a C++ compiler (see `can_compile`).
+    """
+
+    def __init__(self, parts: Components, compiled: bool = False):
+        self.parts = parts
+        self.compiled = compiled
+        columns = [parts.mu[:, 0], parts.mu[:, 1], parts.Sigma[:, 0, 0], parts.Sigma[:, 0, 1], parts.Sigma[:, 1, 1]]
+        log_phi = torch.from_numpy(parts.phi).log() - math.log(2 * math.pi)
+        self._parameters = torch.stack([log_phi, *map(torch.from_numpy, columns)])
+        self._factors = torch.linalg.cholesky(torch.from_numpy(parts.Sigma))
+
+    def logp_and_score(self, x: torch.Tensor, sigma: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-density [N] of the points `x` [N,2] and its gradient [N,2]; `sigma` [N] or one for all, 0 included."""
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
+        parameters = self._parameters.to(x)
+        whole = len(x) - len(x) % _COMPILED_ROWS if self.compiled and x.dtype == torch.float32 else 0
+        blocks = [(_compiled(), x[:whole], sigma[:whole], _COMPILED_ROWS)] if whole else []
+        blocks += [(_evaluate, x[whole:], sigma[whole:], _EAGER_ROWS)] if whole < len(x) or not whole else []
+        answers = [
+            evaluate(some_x.contiguous(), some_sigma.contiguous(), parameters)
+            for evaluate, xs, sigmas, rows in blocks
+            for some_x, some_sigma in zip(xs.split(rows), sigmas.split(rows), strict=True)
+        ]
+        logp, score = zip(*answers, strict=True)
+        return torch.cat(logp), torch.cat(score)
+
+    def logp(self, x: torch.Tensor, sigma: torch.Tensor | float = 0.0) -> torch.Tensor:
+        """Log-density [N] of the points `x` [N,2]."""
+        return self.logp_and_score(x, sigma)[0]
+
+    def score(self, x: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
+        """Gradient [N,2] of the log-density at the points `x` [N,2]."""
+        return self.logp_and_score(x, sigma)[1]
+
+    def sample(self, num: int, generator: torch.Generator, sigma: float = 0.0) -> torch.Tensor:
+        """`num` points, float32 [num,2]."""
+        edges = torch.from_numpy(self.parts.phi).cumsum(0)
+        u = torch.rand(num, generator=generator, dtype=torch.float64)
+        k = torch.searchsorted(edges / edges[-1], u).clamp(max=len(edges) - 1)
+        normal = torch.randn(2, num, 2, generator=generator, dtype=torch.float64)
+        x = torch.from_numpy(self.parts.mu)[k] + torch.einsum("nij,nj->ni", self._factors[k], normal[0])
+        return (x + sigma * normal[1]).float()
+
+    def branch_of(self, x: torch.Tensor) -> torch.Tensor:
+        """The branch that most likely made each of the points `x` [N,2], int64 [N]."""
+        nearest = [
+            _log_parts(some, some.new_zeros(len(some)), self._parameters.to(x))[0].argmax(1)
+            for some in x.split(_EAGER_ROWS)
+        ]
+        return torch.from_numpy(self.parts.branch)[torch.cat(nearest)]
+
+
+def can_compile() -> bool:
+    """Whether torch.compile finds a C++ compiler for the CPU."""
+    return any(shutil.which(name) for name in ("g++", "clang++"))
+
+
+@cache
+def _compiled() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    return torch.compile(_evaluate)
+
+
+def _log_parts(
+    x: torch.Tensor, sigma: torch.Tensor, parameters: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each Gaussian's weighted log-density at each point, and (Sigma + sigma^2)^-1 (x - mu), all [N,K]."""
+    log_phi, mu_x, mu_y, xx, xy, yy = parameters.unbind()
+    xx, yy = xx + sigma[:, None] ** 2, yy + sigma[:, None] ** 2
+    # the inverse of a 2x2 matrix written out: batched eigenvectors or solvers are fifty times slower
+    det = xx * yy - xy**2
+    dx, dy = x[:, :1] - mu_x, x[:, 1:] - mu_y
+    gx, gy = (yy * dx - xy * dy) / det, (xx * dy - xy * dx) / det
+    return log_phi - (dx * gx + dy * gy) / 2 - det.log() / 2, gx, gy
+
+
+def _evaluate(x: torch.Tensor, sigma: torch.Tensor, parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    log_parts, gx, gy = _log_parts(x, sigma, parameters)
+    # log-sum-exp around the largest part: finite however far a point is from every Gaussian
+    top = log_parts.amax(1, keepdim=True)
+    share = (log_parts - top).exp()
+    total = share.sum(1)
+    score = -torch.stack([(share * gx).sum(1), (share * gy).sum(1)], dim=1) / total[:, None]
+    return top[:, 0] + total.log(), score

@@ -1,0 +1,148 @@
+"""The toy's networks: the model, its training, its files, and sampling with every method."""
+
+import pytest
+import torch
+
+from guidance.guided import Guided
+from guidance.interval import GuidanceInterval
+from guidance.mixed import Mixed
+from scripts.toy import training
+from scripts.toy.closeup import Recorder
+from scripts.toy.methods import METHODS, SIGMA_MAX, Nets, sample, start
+from scripts.toy.mixture import Mixture
+from scripts.toy.model import ScoreDenoiser, ToyNet
+from scripts.toy.training import Recipe, load_network, network_path, save_network, train
+from scripts.toy.tree import components
+from tests import golden
+from tests.fakes import Counting, Gaussian
+
+GOLDEN = golden.load("toy.npz")
+NETS = Nets(Gaussian(0.4, 0.10), Gaussian(0.4, 0.13), Gaussian(0.1, 0.2))
+
+
+def golden_net() -> ToyNet:
+    net = ToyNet(32)
+    weights = golden.part(GOLDEN, "toynet/")
+    state = {f"layers.{i}.weight": weights[f"layers.{2 * i}.weight"] for i in range(5)}
+    net.load_state_dict({**state, "gain": weights["gain"]})
+    return net
+
+
+def test_the_network_is_golden():
+    net, x, sigma = golden_net(), GOLDEN["points"], GOLDEN["sigma"]
+    golden.assert_close(net(x, sigma).detach(), GOLDEN["toynet_logp"], 1e-4)
+    golden.assert_close(net.score(x, sigma).detach(), GOLDEN["toynet_score"], 1e-4)
+
+
+def test_the_score_stays_differentiable_and_works_inside_a_solver():
+    net, x, sigma = golden_net(), GOLDEN["points"], GOLDEN["sigma"]
+    net.score(x, sigma).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in net.parameters())
+    with torch.no_grad():
+        golden.assert_close(net.score(x, sigma), GOLDEN["toynet_score"], 1e-4)
+
+
+def test_an_untrained_network_is_the_gaussian_of_sigma_data():
+    x, sigma = GOLDEN["points"], GOLDEN["sigma"]
+    variance = (sigma**2 + 0.25)[:, None]
+    torch.testing.assert_close(ToyNet(8).score(x, sigma).detach(), -x / variance)
+
+
+def test_a_score_becomes_the_denoiser_of_points_as_images():
+    truth = Mixture(components("A"))
+    x = torch.randn([6, 2, 1, 1])
+    D = ScoreDenoiser(truth.score)(x, torch.tensor(0.5))
+    assert D.shape == x.shape
+    torch.testing.assert_close(D.flatten(1), x.flatten(1) + 0.25 * truth.score(x.flatten(1), 0.5))
+    each = ScoreDenoiser(truth.score)(x, torch.full([6], 0.5))
+    torch.testing.assert_close(each, D)
+
+
+# ---- training
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(training, "BATCH_SIZE", 256)
+    return Recipe(classes="A", width=32, iterations=100)
+
+
+def test_training_lowers_the_loss_and_normalises_what_it_trains(quick):
+    losses = []
+    net = train(quick, 0, compiled=False, on_iteration=lambda i, loss: losses.append(loss))
+    assert len(losses) == 100
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    assert net.gain.abs() > 0
+    rows = net.layers[2].weight.norm(dim=1) / 32**0.5
+    # an average of normalised weights, so a little shorter
+    assert ((rows > 0.9) & (rows < 1.1)).all()
+
+
+def test_training_depends_on_its_seed_and_recipe_alone(quick, monkeypatch):
+    short = Recipe("A", 16, 3)
+    first = train(short, 0, compiled=False).state_dict()
+    torch.rand(7)
+    again, other = train(short, 0, compiled=False).state_dict(), train(short, 1, compiled=False).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["layers.0.weight"], other["layers.0.weight"])
+
+
+def test_networks_are_kept_with_what_they_were_made_from(tmp_path, monkeypatch):
+    net = golden_net()
+    monkeypatch.setitem(training.RECIPES, "guide", Recipe("A", 32, 5))
+    save_network(network_path(tmp_path, "guide", 3), net, training.RECIPES["guide"], 3)
+    loaded = load_network(tmp_path, "guide", 3)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in net.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    with pytest.raises(ValueError, match="no such network; train it with"):
+        load_network(tmp_path, "guide", 4)
+    monkeypatch.setitem(training.RECIPES, "guide", Recipe("A", 32, 6))
+    with pytest.raises(ValueError, match=r"was trained as .*'iterations': '5'.*; expected .*iterations=6"):
+        load_network(tmp_path, "guide", 3)
+
+
+# ---- methods and sampling
+
+
+def test_methods_are_the_projects_own_guidance():
+    assert METHODS["autoguidance"].denoiser(NETS, 3.0) == Guided(NETS.main, NETS.guide, 3.0)
+    assert METHODS["cfg"].denoiser(NETS, 4.0) == Guided(NETS.main, NETS.both, 4.0)
+    assert METHODS["mixed"].denoiser(NETS, 2.0) == Guided(NETS.main, Mixed(NETS.both, NETS.guide, 0.5), 2.0)
+    assert isinstance(METHODS["cfg-interval"].denoiser(NETS, 2.0), GuidanceInterval)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_weight_one_is_no_guidance_and_others_are_not(name):
+    noise = start(64, seed=0)
+    plain = sample(NETS.main, noise)
+    assert torch.equal(sample(METHODS[name].denoiser(NETS, 1.0), noise), plain)
+    guided = sample(METHODS[name].denoiser(NETS, METHODS[name].weights[-1]), noise)
+    assert guided.shape == (64, 2)
+    assert (guided - plain).abs().max() > 0.01
+
+
+def test_sampling_starts_from_the_smoothed_truth_and_takes_32_heun_steps():
+    noise = start(20_000, seed=0)
+    assert noise.shape == (20_000, 2, 1, 1)
+    assert torch.equal(noise, start(20_000, seed=0))
+    x = noise.flatten(1) * SIGMA_MAX
+    torch.testing.assert_close(x.var(0), torch.tensor([25.11, 25.12]), atol=0.9, rtol=0)
+    counting = Counting(NETS.main)
+    sample(counting, noise[:2])
+    assert len(counting.calls) == 63
+    assert counting.calls[0][0] == pytest.approx(5.0)
+
+
+def test_the_exact_score_samples_the_exact_distribution():
+    truth = Mixture(components("A"))
+    x = sample(ScoreDenoiser(truth.score), start(256, seed=0))
+    level = truth.logp(truth.sample(20_000, torch.Generator().manual_seed(0))).quantile(0.01)
+    assert (truth.logp(x) < level).float().mean() < 0.04
+
+
+def test_a_recorder_takes_every_step_down_and_changes_nothing():
+    noise = start(8, seed=0)
+    recorder = Recorder(METHODS["cfg-interval"].denoiser(NETS, 2.0))
+    assert torch.equal(sample(recorder, noise), sample(recorder.denoiser, noise))
+    assert len(recorder.path) == 32
+    assert torch.equal(recorder.path[-1].flatten(1), sample(recorder.denoiser, noise))
