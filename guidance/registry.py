@@ -10,6 +10,7 @@ from guidance import (
     degraded,
     icg,
     joint,
+    loss_method,
     mixed,
     pag,
     pair,
@@ -24,6 +25,7 @@ from guidance.combined import Beside, Combine, Combined, linear
 from guidance.guided import Guided
 from guidance.interval import GuidanceInterval
 from guidance.method import Method, Option, Parts, Rule
+from guidance.perturbed import Perturbed
 from guidance.schedule import SCHEDULES, WeightSchedule
 from torch_utils.denoiser import Denoiser
 
@@ -70,6 +72,7 @@ METHODS = {
     "tsg": tsg.METHOD,
     "windows": windows.METHOD,
     "classifier": classifier.METHOD,
+    "loss": loss_method.METHOD,
     "dropout": degraded.DROPOUT,
     "input-noise": degraded.INPUT_NOISE,
 }
@@ -122,7 +125,7 @@ def guide(choice: Choice, parts: Parts) -> Denoiser:
 
 
 def _lead_away(net: Denoiser, negs: Sequence[Any], weights: Sequence[float], rule: Combine) -> Guided | Combined:
-    if len(negs) == 1 and rule is linear and not isinstance(negs[0], Beside):
+    if len(negs) == 1 and rule is linear and not isinstance(negs[0], Beside | Perturbed):
         return Guided(net, negs[0], weights[0])
     return Combined(net, tuple(negs), tuple(weights), rule)
 
