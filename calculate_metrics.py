@@ -78,7 +78,15 @@ _score_options = _together(
         "--ref", metavar="PATH|URL", required=True, help="Reference statistics: .npz of `ref`, or EDM2's .pkl."
     ),
     click.option("--metrics", type=MetricNames(), help=f"{_METRICS} [default: all that --ref holds]"),
-    click.option("--num", type=click.IntRange(min=2), default=50000, show_default=True, help="Number of images."),
+    # torchrun takes --num for its own --numa-binding, unless a lone -- stands before the script
+    click.option(
+        "--num",
+        "--num-images",
+        type=click.IntRange(min=2),
+        default=50000,
+        show_default=True,
+        help="Number of images; under torchrun spelt out.",
+    ),
     click.option("--record", type=click.Path(path_type=Path, dir_okay=False), help="JSON file of results and origin."),
     _images_options,
 )
@@ -95,7 +103,7 @@ def main() -> None:
     python calculate_metrics.py ref --data real.zip --dest real.npz
     python calculate_metrics.py calc --images out --ref real.npz
     python calculate_metrics.py gen --net main.safetensors --gnet weaker.safetensors --guidance 2 --ref real.npz
-    torchrun --standalone --nproc-per-node 8 calculate_metrics.py gen ...
+    torchrun --standalone --nproc-per-node 8 calculate_metrics.py gen --num-images 50000 ...
     """
 
 

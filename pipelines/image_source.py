@@ -113,7 +113,7 @@ def image_batches(
     expected = images.read(indices[0]).shape
     ahead: deque = deque()
     with (
-        ThreadPoolExecutor(max(workers, 1)) as pool,
+        ThreadPoolExecutor(workers) as pool,
         tqdm(total=len(starts), unit="batch", disable=dist.rank() != 0, dynamic_ncols=True) as bar,
     ):
         for start in starts:
