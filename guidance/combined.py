@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from guidance.perturbed import Call, Perturbed, in_one_call
 from torch_utils.denoiser import Denoiser, after_step, for_images, for_step
 from torch_utils.rng import StackedGenerator
 
@@ -44,7 +45,8 @@ def linear(D: torch.Tensor, negatives: Sequence[torch.Tensor], weights: Sequence
 class Combined:
     """`pos` led away from each of `negs` with the weight at the same place.
 
-    A negative is a denoiser, or is made from the positive answer (`Beside`). One of weight 1 is off: it is never
+    A negative is a denoiser, or is made from the positive answer (`Beside`); one that is `pos` itself called with
+    other arguments (`Perturbed`) is evaluated in one batch with it. One of weight 1 is off: it is never
     called, and with all of them off the answer is that of `pos`, bit for bit. `rule` puts the answers together, in
     float32 or better. Adding methods up: Karras et al. 2024 (autoguidance), App. B.2. Raises ValueError on a weight
     that is not finite.
@@ -66,16 +68,35 @@ class Combined:
         active = [(neg, weight) for neg, weight in zip(self.negs, self.weights, strict=True) if weight != 1]
         if not active:
             return self.pos(x, sigma, labels)
-        reads = tuple(dict.fromkeys(block for neg, _ in active for block in getattr(neg, "reads", ())))
-        D, maps = self.pos(x, sigma, labels, return_attention=reads) if reads else (self.pos(x, sigma, labels), {})
-        negatives = [
-            neg.beside(D, maps, x, sigma, labels) if isinstance(neg, Beside) else neg(x, sigma, labels)
-            for neg, _ in active
-        ]
+        D, negatives = self._answers([neg for neg, _ in active], x, sigma, labels)
         dtype = torch.float32
         for part in (D, *negatives):
             dtype = torch.promote_types(dtype, part.dtype)
         return self.rule(D.to(dtype), [part.to(dtype) for part in negatives], [weight for _, weight in active])
+
+    def _answers(
+        self, negs: Sequence[Any], x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The positive answer and the negative ones; changed calls of the positive network make one batch with it."""
+        plain, changed = Call(x, sigma, labels), [k for k, neg in enumerate(negs) if self._is_changed_call(neg)]
+        calls = [negs[k].change(plain) for k in changed]
+        reads = tuple(dict.fromkeys(block for neg in negs for block in getattr(neg, "reads", ())))
+        if reads:
+            D, maps = self.pos(x, sigma, labels, return_attention=reads)
+            answers = in_one_call(self.pos, calls) if calls else []
+        else:
+            D, *answers = in_one_call(self.pos, [plain, *calls]) if calls else [self.pos(x, sigma, labels)]
+            maps = {}
+        known = dict(zip(changed, answers, strict=True))
+        for k, neg in enumerate(negs):
+            if isinstance(neg, Beside):
+                known[k] = neg.beside(D, maps, x, sigma, labels)
+            elif k not in known:
+                known[k] = neg(x, sigma, labels)
+        return D, [known[k] for k in range(len(negs))]
+
+    def _is_changed_call(self, neg: Any) -> bool:
+        return isinstance(neg, Perturbed) and neg.net is self.pos
 
     def scaled(self, share: float) -> "Combined":
         """The same, guided by `share` of the strength: 0 is off, 1 as it is."""
