@@ -26,6 +26,7 @@ _RULES: dict[str, type[Rule]] = {
     "polyak-true": TruePolyakStep,
 }
 _KINDS = ("inpaint", "downsample", "blur", "colour", "class")
+_NOISE_STD = 0.05
 _CLEAN_SIGMA = 0.05  # the noise level at which a classifier of noisy images is asked about denoised ones
 
 
@@ -39,7 +40,7 @@ class LossSettings:
     loss_factor: int
     loss_blur: float
     loss_colour: tuple[float, float, float] | None
-    loss_noise: float
+    loss_noise: float | None
     loss_classifier: File | None
     loss_class: int | None
     loss_rule: str
@@ -58,6 +59,13 @@ class LossSettings:
         if value is None:
             raise ValueError(f"--loss-kind {self.loss_kind} needs --{name.replace('_', '-')}")
         return value
+
+    @property
+    def noise_std(self) -> float:
+        """As given; else a little for the score form, and for the pushes what makes the loss a sum of squares."""
+        if self.loss_noise is not None:
+            return self.loss_noise
+        return _NOISE_STD if self.loss_rule in ("auto", "score") else 0.5**0.5
 
 
 def parse_colour(text: str) -> tuple[float, float, float]:
@@ -79,16 +87,16 @@ def measured(settings: LossSettings, channels: int) -> Measurement:
     """The loss of a picture, or a colour, that was seen; ValueError where an option is missing or a file unreadable."""
     if settings.loss_kind == "colour":
         target = torch.tensor(settings.needed("loss_colour"))
-        return Measurement(MeanColour(), target if channels == 3 else target.mean()[None], settings.loss_noise)
+        return Measurement(MeanColour(), target if channels == 3 else target.mean()[None], settings.noise_std)
     picture = read_picture(settings.needed("loss_image").path, grey=channels == 1)
     if settings.loss_kind == "downsample":
-        return Measurement(Downsampled(settings.loss_factor), picture, settings.loss_noise)
+        return Measurement(Downsampled(settings.loss_factor), picture, settings.noise_std)
     if settings.loss_kind == "blur":
-        return Measurement(Blurred(settings.loss_blur), picture, settings.loss_noise)
+        return Measurement(Blurred(settings.loss_blur), picture, settings.noise_std)
     mask = (read_picture(settings.needed("loss_mask").path, grey=True) > 0).float()
     if mask.shape[1:] != picture.shape[1:]:
         raise ValueError(f"the mask is {list(mask.shape[1:])} pixels, the image {list(picture.shape[1:])}")
-    return Measurement(Masked(mask), picture * mask, settings.loss_noise)
+    return Measurement(Masked(mask), picture * mask, settings.noise_std)
 
 
 def _logits(net: NoiseClassifier, images: torch.Tensor) -> torch.Tensor:
@@ -156,7 +164,13 @@ METHOD = Method(
         Option("loss-factor", count(2), 4, "downsample: how many times smaller the picture is"),
         Option("loss-blur", number(0.1), 2.0, "blur: its standard deviation in pixels"),
         Option("loss-colour", parse_colour, None, "colour: the mean colour R,G,B from 0 to 255"),
-        Option("loss-noise", number(1e-4), 0.05, "deviation of noise in what was seen; pixels run from -1 to 1"),
+        Option(
+            "loss-noise",
+            number(1e-4),
+            None,
+            f"deviation of noise in what was seen, of pixels from -1 to 1; unless given, {_NOISE_STD:g} for the score, "
+            "while for pushes the loss is the sum of squares",
+        ),
         Option("loss-classifier", existing_file, None, "class: a classifier made by scripts/train_classifier.py"),
         Option("loss-class", count(0), None, "class: which one"),
         Option(
@@ -164,7 +178,8 @@ METHOD = Method(
             one_of("auto", "score", *_RULES, "tfg"),
             "auto",
             f"score (part of the score), or a push after each step: {', '.join(_RULES)}, tfg; auto: score where the "
-            "average is known exactly, else freedom. W - 1 multiplies it",
+            "average is known exactly, else freedom. W - 1 multiplies it (tfg's defaults suit a class; for pictures, "
+            "which are steeper, take W 1.2)",
         ),
         Option("loss-step", number(), None, "the number in a push's rule; of polyak-true, the lowest loss"),
         Option("loss-backprop", one_of("yes", "no"), "yes", "no: gradient at the denoised image only, cost 1 main"),

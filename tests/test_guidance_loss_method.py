@@ -93,6 +93,12 @@ def test_averages():
     assert (type(drawn), drawn.count, type(drawn.loss)) == (MonteCarlo, 7, Augmented)
 
 
+def test_the_noise_is_small_for_the_score_and_makes_a_sum_of_squares_for_pushes():
+    assert guided("kind=colour colour=9,9,9").loss.loss.noise_std == 0.05
+    assert guided("kind=colour colour=9,9,9 rule=dps average=none").loss.noise_std == 0.5**0.5
+    assert guided("kind=colour colour=9,9,9 rule=dps average=none noise=0.3").loss.noise_std == 0.3
+
+
 def test_tfg_has_its_settings_and_without_backprop_no_rho():
     text = "kind=colour colour=9,9,9 rule=tfg rho=2 mu=0.5 gamma=0.1 iterations=3"
     tfg = guided(text, weight=1.5)
