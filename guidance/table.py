@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from guidance.method import Method, Rule
 from guidance.registry import METHODS, RULES
 
+FROM, TO = "<!-- table: python scripts/guidance_table.py -->", "<!-- end of table -->"
 COLUMNS = ("name", "formula", "D_neg", "cost", "defaults", "source", "tests")
 
 
@@ -53,3 +54,12 @@ def _defaults(entry: Method | Rule) -> str:
 
 def _tests(make: object) -> str:
     return f"tests/test_{make.__module__.replace('.', '_')}.py"
+
+
+def with_table(document: str, table: str) -> str:
+    """`document` with what stands between its two marks replaced. Raises ValueError where it lacks a mark."""
+    before, found, rest = document.partition(FROM)
+    _, ends, after = rest.partition(TO)
+    if not found or not ends:
+        raise ValueError(f"the document has no place for the table; put it between the lines {FROM} and {TO}")
+    return f"{before}{FROM}\n{table}\n{TO}{after}"
