@@ -77,6 +77,7 @@ def test_two_ranks_write_the_same_files(vae, pixels, encoded, tmp_path):
     with zipfile.ZipFile(dest) as two, zipfile.ZipFile(encoded) as one:
         assert two.namelist() == one.namelist()
         assert two.testzip() is None
+        assert dest.stat().st_size == encoded.stat().st_size  # nothing was written twice
         assert two.read("dataset.json") == one.read("dataset.json")
     torch.testing.assert_close(raw(dest), raw(encoded), atol=1e-5, rtol=1e-5)
 

@@ -15,7 +15,8 @@ from click.testing import CliRunner, Result
 
 from metrics.detectors import load_detector
 from metrics.reference import FeatureStatistics, Reference, save_reference
-from metrics.scoring import image_statistics
+from metrics.scoring import image_statistics, make_scorer
+from pipelines.generation import Request, prepare
 from sampling.solvers import Sampler
 from scripts import reproduce
 from scripts.reproduction import run
@@ -24,6 +25,7 @@ from scripts.reproduction.tables import Network, load_table, table_names
 from tests import tiny
 from tests.fake_server import FakeServer, serve
 from tests.golden import DATA
+from torch_utils.files import fetch
 from training.networks import Precond
 from training.snapshot import load_snapshot, read_header, save_snapshot
 
@@ -248,6 +250,17 @@ def test_throughput_is_measured(table):
     [cell] = load_table(table).cells(["guided"])
     small = dataclasses.replace(cell, net=cell.gnet)
     assert measure_flops(small, torch.device("cpu"), "fp32", batch=2, min_sec=0.01) > 1e6
+
+
+def test_a_value_is_the_distance_of_its_seeds(table, tmp_path):
+    assert invoke(*options(table, tmp_path / "out", "--rows", "plain")).exit_code == 0
+    cpu = torch.device("cpu")
+    scorer = make_scorer(fetch("https://toys.example/refs/toy.npz"), cpu)
+    generation = prepare(Request(str(DATA / "published_layout_rgb.pkl"), sampler=Sampler(num_steps=2)), cpu)
+    for first in (0, NUM):
+        images = (batch.images for batch in generation.batches(range(first, first + NUM), 4))
+        expected = scorer.score(images)["fd_random"]
+        assert values(tmp_path / "out", "plain")[str(first)] == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_stopped_cell_goes_on_to_the_same_bits(table, tmp_path, monkeypatch):
