@@ -25,11 +25,13 @@ _BATCH = 256
 _PIXEL = 2 / SIDE  # pictures span [-1, 1] in x (right) and y (down); edges are ramps one pixel wide
 _OUTLINE = 0.07
 _SHADOW = (0.09, 0.13)
-_SLOTS = 16  # random numbers per picture
+_GRAIN = 8 / 255  # full range of the even noise on every pixel, as of paper or film
+_CHOICES = 9  # random numbers that shape a picture; one per pixel and colour follows for the grain
+_SLOTS = _CHOICES + SIDE * SIDE * 3
 
 
 def uniforms(seed: int, indices: np.ndarray) -> np.ndarray:
-    """Random numbers in [0, 1) that depend on (seed, index) alone, float32 [N, 16].
+    """Random numbers in [0, 1) that depend on (seed, index) alone, float32 [N, 3081].
 
     SplitMix64 (Steele et al. 2014) of a counter: no generator to set up per picture.
     """
@@ -157,7 +159,7 @@ def draw(seed: int, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np
 
 
 def _render(u: np.ndarray, distance, pattern) -> np.ndarray:
-    size, turn, cx, cy = 0.62 + 0.2 * u[:, 0], (u[:, 1] - 0.5) * 0.9, (u[:, 2] - 0.5) * 0.3, (u[:, 3] - 0.5) * 0.3
+    size, turn, cx, cy = 0.66 + 0.17 * u[:, 0], (u[:, 1] - 0.5) * 0.6, (u[:, 2] - 0.5) * 0.22, (u[:, 3] - 0.5) * 0.22
     axis = (np.arange(SIDE, dtype=np.float32) + 0.5) * _PIXEL - 1
     y, x = np.meshgrid(axis, axis, indexing="ij")
 
@@ -176,6 +178,7 @@ def _render(u: np.ndarray, distance, pattern) -> np.ndarray:
     lit = _blend(lit, colours["second"], np.clip(0.5 + pattern(*local(0, 0)) * _column(size) / _PIXEL, 0, 1))
     body = _blend(lit, colours["line"], _cover(-_OUTLINE - edge))
     image = _blend(image, body, _cover(edge))
+    image = image + _GRAIN * (u[:, _CHOICES:].reshape(image.shape) - 0.5)
     return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
