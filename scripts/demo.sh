@@ -10,7 +10,7 @@ main_ema=0.050
 guide_ema=0.100
 sampling=(--steps 8 --sigma_min 0.05)
 guidance=(--guidance 1.25)
-num=1000
+num=400
 score_seeds=10000,20000 # first of --num seeds each
 
 say() {
