@@ -1,6 +1,7 @@
 """The demo's picture and table come from records, and only from records that compare."""
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -8,6 +9,7 @@ from PIL import Image
 
 from scripts import demo_report
 
+ROOT = Path(demo_report.__file__).resolve().parents[1]
 VALUES = {"real": [1.0, 1.5], "unguided": [30.25, 31.0], "autoguided": [12.0, 13.0]}
 
 
@@ -71,3 +73,11 @@ def test_text_between_the_marks_is_replaced_and_the_rest_kept():
     assert once == "a\n<!-- demo: begin -->\nnew\n<!-- demo: end -->\nb\n"
     with pytest.raises(ValueError, match="expected one"):
         demo_report.fill_in("no marks", "new")
+
+
+@pytest.mark.skipif(not (ROOT / "docs" / "demo.json").exists(), reason="no demo was published yet")
+def test_the_readme_shows_the_table_of_the_published_records():
+    records = json.loads((ROOT / "docs" / "demo.json").read_text())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert demo_report.table(records) in readme
+    assert demo_report.fill_in(readme, demo_report.table(records)) == readme
