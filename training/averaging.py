@@ -36,8 +36,9 @@ def weighted_sums(inputs: Sequence[Weights], coefficients: np.ndarray) -> Iterat
 
     Yields (name, values float32 [outputs, n]): the tensor's next n values, front to back, tensors in the order of the
     network's state dict. Buffers, which all inputs must share, come unchanged. Inputs without weight are not read.
-    While this runs, torch computes on one thread, and as many stretches as it had threads are under way at once.
-    Raises ValueError, naming the input, for a file that ends early, weights that are not finite, other buffers.
+    The next ones overwrite them. While this runs, torch computes on one thread, and as many stretches as it had
+    threads are under way at once. Raises ValueError, naming the input, for a file that ends early, weights that are
+    not finite, other buffers.
     """
     used = np.flatnonzero(coefficients.any(axis=0))
     matrix = torch.from_numpy(coefficients[:, used]).float()
@@ -45,14 +46,31 @@ def weighted_sums(inputs: Sequence[Weights], coefficients: np.ndarray) -> Iterat
         readers = [stack.enter_context(WeightReader(inputs[i])) for i in used]
         threads = min(stack.enter_context(_one_thread_each()), _MAX_THREADS)
         pool = stack.enter_context(ThreadPoolExecutor(threads))
+        # used again and again: fresh pages for every stretch cost a fifth of the time
+        scratch = [_Scratch(len(matrix), len(readers)) for _ in range(threads + 1)]
         under_way: deque[tuple[str, Future[torch.Tensor]]] = deque()
-        for stretch in _stretches(inputs[used[0]]):
-            under_way.append((stretch.name, pool.submit(_sum if stretch.averaged else _same, readers, stretch, matrix)))
+        for index, stretch in enumerate(_stretches(inputs[used[0]])):
+            work = _sum if stretch.averaged else _same
+            under_way.append((stretch.name, pool.submit(work, readers, stretch, matrix, scratch[index % len(scratch)])))
             if len(under_way) > threads:
                 name, values = under_way.popleft()
                 yield name, values.result()
         for name, values in under_way:
             yield name, values.result()
+
+
+class _Scratch:
+    """Where one stretch is summed."""
+
+    def __init__(self, num_outputs: int, num_inputs: int):
+        self._sums = torch.empty(num_outputs * _STRETCH)
+        self._rows = torch.empty(min(num_inputs, _INPUTS_AT_ONCE) * _STRETCH)
+
+    def sums(self, num_outputs: int, length: int) -> torch.Tensor:
+        return self._sums[: num_outputs * length].view(num_outputs, length)
+
+    def rows(self, num_inputs: int, length: int) -> torch.Tensor:
+        return self._rows[: num_inputs * length].view(num_inputs, length)
 
 
 @contextlib.contextmanager
@@ -74,15 +92,15 @@ def _stretches(weights: Weights) -> Iterator[_Stretch]:
             yield _Stretch(name, start, min(start + _STRETCH, tensor.numel()), name in averaged)
 
 
-def _sum(readers: Sequence[WeightReader], stretch: _Stretch, matrix: torch.Tensor) -> torch.Tensor:
-    where = (stretch.name, stretch.start, stretch.stop)
-    sums = torch.zeros(len(matrix), stretch.stop - stretch.start)
-    rows = torch.empty(min(len(readers), _INPUTS_AT_ONCE), stretch.stop - stretch.start)
+def _sum(readers: Sequence[WeightReader], stretch: _Stretch, matrix: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
+    where, length = (stretch.name, stretch.start, stretch.stop), stretch.stop - stretch.start
+    sums = scratch.sums(len(matrix), length).zero_()
     for first in range(0, len(readers), _INPUTS_AT_ONCE):
         group = readers[first : first + _INPUTS_AT_ONCE]
-        for row, reader in zip(rows, group, strict=False):
+        rows = scratch.rows(len(group), length)
+        for row, reader in zip(rows, group, strict=True):
             row.copy_(reader.read(*where))
-        sums.addmm_(matrix[:, first : first + len(group)], rows[: len(group)])
+        sums.addmm_(matrix[:, first : first + len(group)], rows)
     if not torch.stack(torch.aminmax(sums)).isfinite().all():
         for reader in readers:
             if not reader.read(*where).isfinite().all():
@@ -90,7 +108,7 @@ def _sum(readers: Sequence[WeightReader], stretch: _Stretch, matrix: torch.Tenso
     return sums
 
 
-def _same(readers: Sequence[WeightReader], stretch: _Stretch, matrix: torch.Tensor) -> torch.Tensor:
+def _same(readers: Sequence[WeightReader], stretch: _Stretch, matrix: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
     where = (stretch.name, stretch.start, stretch.stop)
     values = readers[0].read(*where).float()
     for reader in readers[1:]:

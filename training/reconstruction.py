@@ -65,7 +65,7 @@ def reconstruct(
     shapes = _network_shapes(output.header)
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in shapes}
     for name, values in weighted_sums(inputs, output.coefficients[None]):
-        parts[name].append(values[0])
+        parts[name].append(values[0].clone())
     return {name: torch.cat(parts.pop(name)).reshape(shape) for name, shape in shapes.items()}, output.header
 
 
