@@ -198,8 +198,9 @@ def test_two_ranks_share_the_outputs(folder, tmp_path):
 
 
 INTERRUPTED = """
-import os, runpy, sys
+import os, runpy, signal, sys
 from training import reconstruction
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
 write = reconstruction.write_outputs
 reconstruction.write_outputs = lambda *arguments, on_progress: write(
     *arguments, on_progress=lambda count: os.kill(os.getpid(), int(os.environ["SIGNAL"]))
