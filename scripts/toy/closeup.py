@@ -55,7 +55,9 @@ def _draw_density(ax: "Axes", logp: LogDensity, title: str, colours: str) -> Non
         limits = (0.0, values.quantile(0.995).item())
     extent = (WINDOW.left, WINDOW.right, WINDOW.bottom, WINDOW.top)
     # the colour map spans past the limits so that arrows and outline stay readable on it
-    ax.imshow(values, extent=extent, origin="lower", cmap=colours, vmin=limits[0], vmax=1.3 * limits[1], zorder=0)
+    ax.imshow(
+        values.numpy(), extent=extent, origin="lower", cmap=colours, vmin=limits[0], vmax=1.3 * limits[1], zorder=0
+    )
     drawing.draw_truth(ax, WINDOW, "A", "#444444", filled=False)
     cell = (WINDOW.right - WINDOW.left) / _ARROWS
     inner = drawing.Window(
@@ -67,7 +69,7 @@ def _draw_density(ax: "Axes", logp: LogDensity, title: str, colours: str) -> Non
     length = arrows.norm(dim=1, keepdim=True)
     arrows = arrows / length * (length / length.quantile(0.98)).sqrt().clamp(max=1) * cell
     style = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.005, "color": "#222222", "zorder": 2}
-    ax.quiver(*feet.T, *arrows.T, pivot="mid", **style)
+    ax.quiver(*feet.T.numpy(), *arrows.T.numpy(), pivot="mid", **style)
     drawing.show_window(ax, WINDOW)
     ax.set_title(title)
 
@@ -101,7 +103,7 @@ def _draw_trajectories(ax: "Axes", denoiser: Denoiser, seed: int, title: str) ->
     edm_sampler(recorder, (noisy / SIGMA)[:, :, None, None], num_steps=NUM_STEPS, sigma_max=SIGMA)
     paths = torch.stack([noisy, *(x.flatten(1) for x in recorder.path)])
     drawing.draw_truth(ax, WINDOW, "A", drawing.CLASS_A)
-    ax.plot(*paths.unbind(-1), color=drawing.INK, linewidth=0.35, alpha=0.6, zorder=2)
-    ax.scatter(*paths[-1].T, s=3, color=drawing.INK, linewidths=0, zorder=3)
+    ax.plot(*paths.numpy().transpose(2, 0, 1), color=drawing.INK, linewidth=0.35, alpha=0.6, zorder=2)
+    ax.scatter(*paths[-1].T.numpy(), s=3, color=drawing.INK, linewidths=0, zorder=3)
     drawing.show_window(ax, WINDOW)
     ax.set_title(title)
