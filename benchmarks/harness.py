@@ -1,0 +1,202 @@
+"""Honest timing: the contenders of a job take turns in one process, and the median of their ratios counts."""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torch_utils.files import atomic_write
+from torch_utils.provenance import provenance
+
+RECORDS = Path(__file__).parent / "records"
+RUNS, WARMUP = 7, 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one run of a job amounts to: `amount` of `unit` ("multiply-adds", "bytes", "images", ...).
+
+    `ceiling` names the machine's limit that it is held against, a key of `CEILINGS`, where there is one.
+    """
+
+    amount: float
+    unit: str
+    ceiling: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One comparison: the first contender is A, the plain way; the others are ways to do the same faster.
+
+    A contender is called without arguments and does the whole job once. `goals` are the ratios to A to reach,
+    `errors` the numerical differences from A, `error_kind` says how they were measured; `notes` go into the record.
+    """
+
+    name: str
+    contenders: Mapping[str, Callable[[], object]]
+    work: Work | None = None
+    goals: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+    error_kind: str = ""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], object]],
+    runs: int = RUNS,
+    warmup: int = WARMUP,
+    synchronize: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of each run of each contender, A B C A B C ...; the first `warmup` rounds are not counted."""
+    seconds: dict[str, list[float]] = {label: [] for label in contenders}
+    for round_number in range(-warmup, runs):
+        for label, run in contenders.items():
+            synchronize()
+            began = time.perf_counter()
+            run()
+            synchronize()
+            elapsed = time.perf_counter() - began
+            if round_number >= 0:
+                seconds[label].append(elapsed)
+    return seconds
+
+
+def measure(job: Job, runs: int = RUNS, warmup: int = WARMUP, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Time a job and describe it as a JSON record; prints its table."""
+    cuda = torch.device(device).type == "cuda"
+    seconds = interleave(job.contenders, runs, warmup, torch.cuda.synchronize if cuda else lambda: None)
+    record = {
+        "job": job.name,
+        "runs": runs,
+        "warmup": warmup,
+        "contenders": _describe(job, seconds, device),
+        "error_kind": job.error_kind,
+        "work": None if job.work is None else vars(job.work),
+        "notes": dict(job.notes),
+        "command": " ".join(["python", *sys.argv]),
+        "provenance": provenance(device),
+    }
+    print(table([record]), flush=True)
+    return record
+
+
+def _describe(job: Job, seconds: Mapping[str, list[float]], device: torch.device | str) -> dict[str, Any]:
+    plain = next(iter(seconds.values()))
+    rows = {}
+    for label, times in seconds.items():
+        ratios = [a / b for a, b in zip(plain, times, strict=True)]  # round by round: the machine's pace may drift
+        row: dict[str, Any] = {
+            "median_sec": statistics.median(times),
+            "min_sec": min(times),
+            "max_sec": max(times),
+            "ratio": statistics.median(ratios),
+            "ratio_range": [min(ratios), max(ratios)],
+            "goal": job.goals.get(label),
+            "error": job.errors.get(label),
+        }
+        if job.work is not None:
+            row["per_sec"] = job.work.amount / row["median_sec"]
+            if job.work.ceiling is not None:
+                row["share_of_ceiling"] = row["per_sec"] / ceiling(job.work.ceiling, device)
+        rows[label] = row
+    return rows
+
+
+def save(record: Mapping[str, Any], folder: Path = RECORDS) -> None:
+    """Write a record under its job's name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / f"{record['job']}.json", "w") as file:
+        file.write(json.dumps(record, indent=1) + "\n")
+
+
+def load(folder: Path = RECORDS) -> list[dict[str, Any]]:
+    """All records, by name."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Records as one Markdown table."""
+    lines = [
+        "| job | way | median | ratio to plain (range) | goal | error | of the ceiling |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        for label, row in record["contenders"].items():
+            low, high = row["ratio_range"]
+            cells = [
+                record["job"],
+                label,
+                _duration(row["median_sec"]),
+                f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})",
+                "" if row["goal"] is None else f"{row['goal']:g}",
+                "" if row["error"] is None else f"{row['error']:.1e}",
+                f"{row['share_of_ceiling']:.0%}" if "share_of_ceiling" in row else "",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    """Norm of the difference over the norm, in float64."""
+    value, exact = value.double().flatten(), exact.double().flatten()
+    return float((value - exact).norm() / exact.norm())
+
+
+def ceiling(name: str, device: torch.device | str = "cpu") -> float:
+    """What the machine can do at best, measured once in a process: multiply-adds or bytes a second."""
+    key = (name, str(device))
+    if key not in _measured:
+        run, amount = CEILINGS[name](torch.device(device))
+        cuda = torch.device(device).type == "cuda"
+        times = interleave({name: run}, 7, 2, torch.cuda.synchronize if cuda else lambda: None)[name]
+        _measured[key] = amount / min(times)
+    return _measured[key]
+
+
+_measured: dict[tuple[str, str], float] = {}
+
+
+def _matmul(dtype: torch.dtype, size: int, device: torch.device) -> tuple[Callable[[], object], float]:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return lambda: a @ b, size**3
+
+
+def _copy(device: torch.device) -> tuple[Callable[[], object], float]:
+    source = torch.ones(1 << 26, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), source.numel() * 4
+
+
+def _read(device: torch.device) -> tuple[Callable[[], object], float]:
+    size = 1 << 28
+    file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (lives as long as the measurement)
+    file.write(bytes(size))
+    buffer = bytearray(size)
+
+    def run() -> None:
+        file.seek(0)
+        file.readinto(buffer)
+
+    return run, size
+
+
+# name -> device -> (what to run, how much one run does); a matmul's amount counts multiply-adds
+CEILINGS: dict[str, Callable[[torch.device], tuple[Callable[[], object], float]]] = {
+    "matmul_fp32": lambda device: _matmul(torch.float32, 2048 if device.type == "cpu" else 8192, device),
+    "matmul_fp64": lambda device: _matmul(torch.float64, 2048, device),
+    "matmul_bf16": lambda device: _matmul(torch.bfloat16, 2048 if device.type == "cpu" else 8192, device),
+    "matmul_fp16": lambda device: _matmul(torch.float16, 2048 if device.type == "cpu" else 8192, device),
+    "memory_copy": _copy,
+    "file_read": _read,
+}

@@ -1,0 +1,62 @@
+"""The measuring itself: contenders take turns, ratios pair what ran together, records come back as written."""
+
+import pytest
+import torch
+
+from benchmarks import harness
+from benchmarks.harness import Job, Work
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only moves when a contender says so."""
+    now = [0.0]
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+
+    def spend(seconds):
+        now[0] += seconds
+
+    return spend
+
+
+def test_contenders_take_turns_and_warm_up_is_not_counted():
+    order = []
+    seconds = harness.interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, runs=2, warmup=1)
+    assert order == ["a", "b", "a", "b", "a", "b"]
+    assert [len(times) for times in seconds.values()] == [2, 2]
+
+
+def test_ratios_are_taken_round_by_round_so_that_a_drifting_machine_does_not_count(clock):
+    pace = iter([1, 1, 10, 10, 3, 3])
+    job = Job("drift", {"plain": lambda: clock(4 * next(pace)), "fast": lambda: clock(2 * next(pace))})
+    row = harness.measure(job, runs=3, warmup=0)["contenders"]["fast"]
+    assert (row["ratio"], row["ratio_range"]) == (2, [2, 2])
+    assert row["median_sec"] == 6
+
+
+def test_work_is_told_per_second_and_as_a_share_of_the_ceiling(clock, monkeypatch):
+    monkeypatch.setattr(harness, "ceiling", lambda name, device: 100.0)
+    job = Job("work", {"plain": lambda: clock(2.0)}, work=Work(50, "bytes", "memory_copy"))
+    row = harness.measure(job, runs=1, warmup=0)["contenders"]["plain"]
+    assert (row["per_sec"], row["share_of_ceiling"]) == (25, 0.25)
+
+
+def test_a_record_is_read_back_as_it_was_written(clock, tmp_path):
+    job = Job("kept", {"plain": lambda: clock(1.0)}, goals={"plain": 1.0}, errors={"plain": 1e-6}, error_kind="norm")
+    record = harness.measure(job, runs=1, warmup=0)
+    harness.save(record, tmp_path)
+    assert harness.load(tmp_path) == [record]
+    assert "| kept | plain | 1.00 s | 1.00 (1.00 to 1.00) | 1 | 1.0e-06 |" in harness.table([record])
+
+
+def test_ceilings_are_positive_and_measured_once(monkeypatch):
+    runs = []
+    monkeypatch.setitem(harness.CEILINGS, "tiny", lambda device: (lambda: runs.append(1), 8))
+    monkeypatch.setattr(harness, "_measured", {})
+    assert harness.ceiling("tiny") > 0
+    harness.ceiling("tiny")
+    assert len(runs) == 9
+
+
+def test_the_relative_error_is_a_norm():
+    assert harness.relative_error(torch.tensor([3.0, 4.1]), torch.tensor([3.0, 4.0])) == pytest.approx(0.02)
