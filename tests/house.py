@@ -127,7 +127,10 @@ def text_problems(root: Path) -> list[str]:
     elsewhere = re.compile(r"(?<![\w.])/" + r"work/|\.\./" + "shared")
     address = re.compile(r"https?://|index-" + "url|find-" + "links")
     folders = [*ROOMS, "scripts", "tests", "benchmarks", "configs", "docs", ".ci"]
-    files = [*root.glob("*"), *(file for folder in folders for file in (root / folder).rglob("*"))]
+    files = [
+        *(file for file in root.glob("*") if file.name != ".git"),
+        *(file for folder in folders for file in (root / folder).rglob("*")),
+    ]
     problems = []
     for file in sorted(file for file in files if file.is_file() and file.suffix in _TEXT):
         where = file.relative_to(root)
