@@ -1,9 +1,13 @@
 """Exact densities, scores and samples of a 2-D Gaussian mixture behind any amount of noise."""
 
 import math
+import os
 import shutil
+import sys
+import sysconfig
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -71,8 +75,11 @@ class Mixture:
 
 
 def can_compile() -> bool:
-    """Whether torch.compile finds a C++ compiler for the CPU."""
-    return any(shutil.which(name) for name in ("g++", "clang++"))
+    """Whether torch.compile finds what it needs on a CPU: a C++ compiler, and Python's headers for it."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    supported = sys.version_info < (3, 13) or torch.__version__ >= (2, 6)
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return supported and shutil.which(compiler) is not None and headers.is_file()
 
 
 @cache
