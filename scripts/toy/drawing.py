@@ -25,6 +25,7 @@ COLOURS = {  # of the methods; distinguishable for the colour-blind
     "autoguidance": "#0072b2",
     "cfg": "#d55e00",
     "mixed": "#9467bd",
+    "cfg-apg": "#cc79a7",
     "cfg-interval": "#e69f00",
     "auto-interval": "#56b4e9",
     "input-noise": "#8c6d31",

@@ -55,7 +55,7 @@ def train(
         torch.manual_seed(generator.initial_seed())
         net = ToyNet(recipe.width)
     truth = Mixture(components(recipe.classes), compiled)
-    loss_of = torch.compile(score_matching_loss) if compiled else score_matching_loss
+    loss_of = torch.compile(score_matching_loss, dynamic=False) if compiled else score_matching_loss
     optimizer = torch.optim.Adam(net.parameters(), lr=REF_LR, betas=(0.9, 0.99))
     ema = PowerFunctionEMA(net, [EMA_STD])
     for i in range(recipe.iterations):
