@@ -135,10 +135,10 @@ def test_the_page_holds_all_it_needs(slider_page):
     assert list(data["methods"]) == list(METHODS)
     for one in data["methods"].values():
         assert one["weights"][0] == 1
-        assert len(one["weights"]) == len(one["points"]) == len(one["outside"]) == len(one["lost"])
+        assert len(one["weights"]) == len(one["stops"])
         # no guidance is the same for all
-        assert one["points"][0] == data["methods"]["cfg"]["points"][0]
-        assert one["points"][-1] != one["points"][0]
+        assert one["stops"][0] == data["methods"]["cfg"]["stops"][0]
+        assert one["stops"][-1]["points"] != one["stops"][0]["points"]
 
 
 @pytest.mark.slow
@@ -151,7 +151,7 @@ def test_a_browser_shows_the_page_and_moves_the_slider(slider_page, tmp_path):
 
     data = data_of(slider_page)["methods"]["cfg"]
     assert shown(slider_page).startswith(f"{METHODS['autoguidance'].title}, w = 1: ")
-    at_four = f"{METHODS['cfg'].title}, w = 4: {100 * data['outside'][-1]:.1f}% of the samples"
+    at_four = f"{METHODS['cfg'].title}, w = 4: {100 * data['stops'][-1]['measured']['outside']:.1f}% of the samples"
     assert shown(slider_page, "#method=cfg&w=4").startswith(at_four)
     moved = tmp_path / "moved.html"
     script = """<script>
@@ -160,6 +160,12 @@ def test_a_browser_shows_the_page_and_moves_the_slider(slider_page, tmp_path):
     </script>"""
     moved.write_text(slider_page.read_text(encoding="utf-8").replace("</body>", script + "</body>"), encoding="utf-8")
     assert shown(moved).startswith(at_four)
+
+
+def test_outlines_are_closed_also_where_the_window_cuts_the_tree(slider_page):
+    for lines in data_of(slider_page)["outlines"].values():
+        for line in lines:
+            assert max(abs(line[0] - line[-2]), abs(line[1] - line[-1])) < 0.02
 
 
 # ---- refusals
