@@ -13,16 +13,15 @@ import torch
 
 from scripts.toy.tree import Components
 
-_COMPILED_ROWS = 4096
-_EAGER_ROWS = 32  # x 1016 Gaussians x 4 bytes: the dozen arrays between stay in a core's cache
+# x 1016 Gaussians x 4 bytes: the arrays in between, three when compiled and a dozen when not, stay in a core's cache
+_COMPILED_ROWS, _EAGER_ROWS = 256, 32
 
 
 class Mixture:
     """The mixture `parts`, smoothed by N(0, sigma^2).
 
     Evaluated in the dtype of the points asked about. `compiled` has torch.compile fuse the 1016 Gaussians of a point
-    into one pass over blocks of 4096 float32 points, the training batch: four to six times faster, the same numbers
-    up to rounding. It needs a C++ compiler (see `can_compile`).
+    into two passes over blocks of float32 points: several times faster, the same numbers up to rounding. It needs a C++ compiler (see `can_compile`).
     """
 
     def __init__(self, parts: Components, compiled: bool = False):
