@@ -1,5 +1,6 @@
 """What reproducing some cells will need: downloads, evaluations, multiply-adds, time."""
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +18,14 @@ from torch_utils.files import cached, pinned
 from training.config import config_from_dict, preset_names, preset_path, read_yaml
 from training.flops import Cost, evaluation_cost
 from training.networks import Precond, full_architecture
-from training.vae import PINNED_REVISIONS, STABILITY_VAE
+from training.vae import PINNED_REVISIONS, STABILITY_VAE, VAE_FILES
 from training.weights import open_weights
 
-_VAE_URL = f"hf://{STABILITY_VAE}@{PINNED_REVISIONS[STABILITY_VAE]}/diffusion_pytorch_model.safetensors"
+_VAE_URLS = tuple(f"hf://{STABILITY_VAE}@{PINNED_REVISIONS[STABILITY_VAE]}/{name}" for name in VAE_FILES)
 _HALF_BYTES = 2  # published networks are stored in float16
+_PUBLISHED_METRICS = ("fid", "fd_dinov2")
+# float64 mean and covariance of each
+_REFERENCE_BYTES = sum(8 * (n + n * n) for n in (DETECTORS[name].num_features for name in _PUBLISHED_METRICS))
 
 
 @dataclass
@@ -68,12 +72,17 @@ def need_of(cell: Cell, sampler: Sampler) -> Need:
         for network, cost in zip(cell.networks, costs, strict=True)
         for url in network.urls
     ]
-    weights = DETECTORS[cell.metric].weights
-    others = [cell.dataset.reference, *([weights.url] if weights else [])]
-    if _architecture(cell.net, cell.dataset)["img_channels"] == 4:
-        others.append(_VAE_URL)
-    files = [Download(url, _size(url, None), cached(url) is not None) for url in others]
+    files = [Download(url, _size(url, size), cached(url) is not None) for url, size in files_beside(cell).items()]
     return Need(cell, main, guide_calls, total, (*networks, *files))
+
+
+def files_beside(cell: Cell) -> dict[str, int | None]:
+    """What a cell needs besides its networks: URLs, and sizes in bytes where they follow from what is inside."""
+    weights = DETECTORS[cell.metric].weights
+    files = {cell.dataset.reference: _REFERENCE_BYTES} | ({weights.url: None} if weights else {})
+    if _architecture(cell.net, cell.dataset)["img_channels"] == 4:
+        files |= {url: None for url in _VAE_URLS}
+    return files
 
 
 def count_evaluations(cell: Cell, sampler: Sampler) -> tuple[int, int]:
@@ -86,7 +95,13 @@ def count_evaluations(cell: Cell, sampler: Sampler) -> tuple[int, int]:
 
 def cost_of(network: Network, dataset: Dataset) -> Cost:
     """Parameters and multiply-adds of one evaluation."""
-    return evaluation_cost(_architecture(network, dataset))
+    return _cost(json.dumps(_architecture(network, dataset)))
+
+
+@cache
+def _cost(architecture: str) -> Cost:
+    # seconds for a large network, and a table names each of them many times
+    return evaluation_cost(json.loads(architecture))
 
 
 @cache
