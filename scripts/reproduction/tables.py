@@ -12,7 +12,7 @@ from guidance.registry import METHODS, Choice
 from metrics.detectors import DETECTORS
 from pipelines.presets import Preset, find_preset, load_presets
 from sampling.solvers import Sampler
-from scripts.reproduction.raw_snapshots import STORED_STDS, fit_error, raw_times
+from scripts.reproduction.raw_snapshots import STORED_STDS, fit, raw_times
 from training.config import nearest, read_yaml
 from training.published import published_time
 
@@ -59,12 +59,17 @@ class Network:
         return tuple(self._raw(nimg, std) for nimg in times for std in STORED_STDS)
 
     @property
-    def fit_error(self) -> float | None:
-        """Relative error of the EMA profile where the network has to be rebuilt, else None."""
+    def fit(self) -> tuple[float, float | None] | None:
+        """Where the network has to be rebuilt: relative error of its EMA profile, and the length that this one has."""
         if len(self.urls) == 1:
             return None
         every = published()["raw_snapshots_every_nimg"]
-        return fit_error(raw_times(self.nimg, self.ema_std, every), self.nimg, self.ema_std)
+        return fit(raw_times(self.nimg, self.ema_std, every), self.nimg, self.ema_std)
+
+    @property
+    def fit_error(self) -> float | None:
+        """The first of these."""
+        return None if self.fit is None else self.fit[0]
 
     def _raw(self, nimg: int, std: float) -> str:
         return f"{published()['raw_snapshots_url']}{self.run}/{self.run}-{nimg // 1000:07d}-{std:.3f}.pkl"
