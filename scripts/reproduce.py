@@ -113,7 +113,7 @@ def _plan_lines(needs: Sequence[Need], images: int, tflops: float | None) -> lis
     """The plan for people: cells, sums, downloads."""
     lines = [f"{'cell':36s}{'evaluations an image':>22s}{'multiply-adds':>16s}{'GPU-hours':>12s}"]
     for need in needs:
-        evaluations = f"{need.net_evaluations} + {need.gnet_evaluations}"
+        evaluations = f"{need.net_evaluations:g} + {need.gnet_evaluations:g}"
         lines.append(
             f"{need.cell.name:36s}{evaluations:>22s}{need.multiply_adds * images:>16.3g}"
             f"{_hours(need.multiply_adds * images, tflops):>12s}"

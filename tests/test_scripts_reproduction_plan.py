@@ -1,8 +1,11 @@
 """Plans: what a reproduction will need, told before anything is downloaded."""
 
+import dataclasses
+
 import pytest
 from click.testing import CliRunner, Result
 
+from guidance.registry import METHODS, Choice
 from sampling.solvers import Sampler
 from scripts import reproduce
 from scripts.reproduction import plan
@@ -39,6 +42,19 @@ def cell_of(row: str, metric: str = "fid"):
 def test_evaluations_are_counted(row, evaluations):
     # (0.28, 2.90] holds the steps 15 to 21 of 32
     assert count_evaluations(cell_of(row), Sampler()) == evaluations
+
+
+@pytest.mark.parametrize(
+    ("method", "evaluations"),
+    [("pag", 126), ("sag", 126), ("icg", 126), ("tsg", 126), ("dropout", 126), ("cfg", 126), ("windows", 63 * 3.25)],
+)
+def test_evaluations_of_one_network_are_counted_by_area(method, evaluations):
+    """Several calls in one batch count each, and crops as much as their area: four of 48x48 in 64x64 are 2.25."""
+    options = {option.keyword: option.default for option in METHODS[method].options}
+    cell = dataclasses.replace(cell_of("img512-s"), guidance=Choice(method, 2.0, None, options))
+    if method == "windows":
+        cell = dataclasses.replace(cell, guidance=Choice(method, 2.0, None, {"windows_size": 48}))
+    assert count_evaluations(cell, Sampler()) == (evaluations, 0)
 
 
 def test_a_plan_downloads_nothing_and_adds_up(monkeypatch, tmp_path):
