@@ -80,9 +80,36 @@ def test_what_is_there_of_another_origin_is_not_taken_for_it(folder, tmp_path):
     out = tmp_path / "a.safetensors"
     assert run("--source", DATA / "published_layout_rgb.pkl", "--dest", out).exit_code == 0
     result = run("--source", DATA / "published_layout_vae.pkl", "--dest", out)
-    assert (result.exit_code, result.output.count("\n")) == (1, 2)
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
     assert "does not come from published_layout_vae.pkl; --overwrite replaces it" in result.output
     assert run("--source", DATA / "published_layout_vae.pkl", "--dest", out, "--overwrite").exit_code == 0
+
+
+STOPPED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+sys.argv[0] = {root!r} + "/scripts/convert_snapshot.py"
+from training import snapshot
+write = snapshot.SnapshotWriter.write
+def write_then_stop(self, name, tensor):
+    write(self, name, tensor)
+    if name == "unet.out_conv.weight":
+        os.kill(os.getpid(), signal.SIGTERM)
+snapshot.SnapshotWriter.write = write_then_stop
+import runpy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_stopped_command_leaves_whole_files_only(folder, tmp_path):
+    line = ["--source", str(folder), "--dest", str(tmp_path / "out"), "--workers", "1"]
+    code = STOPPED.format(root=str(tiny.ROOT))
+    stopped = subprocess.run([sys.executable, "-c", code, *line], env=tiny.environment(), capture_output=True)
+    assert stopped.returncode != 0
+    left = list((tmp_path / "out").iterdir())
+    assert len(left) < 3
+    assert all(path.suffix == ".safetensors" and read_header(path) for path in left)
+    assert f"{3 - len(left)} converted" in run(*line).output
 
 
 def test_wrong_sources_are_told(folder, tmp_path):

@@ -218,7 +218,7 @@ def load_snapshot(
     ValueError with the reason where the file is missing, damaged, or does not fit its own header.
     """
     path = fetch(path_or_url)
-    if is_published_pickle(path):
+    if path.is_file() and is_published_pickle(path):
         from training.published import load_published
 
         return load_published(path, device, dtype)
