@@ -62,10 +62,10 @@ def test_a_student_starts_as_the_network_itself_and_ends_near_the_guided_pair(pl
     main = load_snapshot(place / "main.safetensors").net
     apart, there = errors(place, main)
     assert apart == there > 0.01
-    run(place, tmp_path / "run", "--duration", "4000", "--lr", 0.02, "--snapshot", 4000)
-    student = load_snapshot(tmp_path / "run" / "network-snapshot-0000004-0.100.safetensors").net
+    run(place, tmp_path / "run", "--duration", 512, "--lr", 0.05)
+    student = load_snapshot(tmp_path / "run" / "network-snapshot-0000000-0.100.safetensors").net
     learnt, there = errors(place, student)
-    assert learnt < 0.5 * there, (learnt, there)
+    assert learnt < 0.5 * there  # 0.39 of it was measured, 0.26 after 1008 images
 
 
 def test_the_network_s_weights_are_where_it_starts_bit_for_bit(place, whole, monkeypatch, tmp_path):
