@@ -1,5 +1,6 @@
 """Compare ways to guide on networks of your own: tune weights, report scores on other seeds, draw a sheet."""
 
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,8 +17,9 @@ from pipelines.generation import prepare
 from pipelines.image_folder import to_image
 from pipelines.image_source import image_batches, open_images
 from scripts._document import fill_in
+from scripts.comparison.cost import describe_student, measure_costs
 from scripts.comparison.measure import Yardstick, best_weight, measure_real, measure_row, read_record, write_json
-from scripts.comparison.page import METRIC, gather, table
+from scripts.comparison.page import METRIC, cost_table, gather, table
 from scripts.comparison.rows import ROWS_FILE, Row, chosen, load_rows
 from scripts.comparison.sheet import Strip, draw_sheet
 from torch_utils import cli, dist
@@ -132,19 +134,45 @@ def report(
             measure_row(path, row, networks, yardstick, [weights[row.name]], seeds)
 
 
+@main.command()
+@_rows
+@click.option("--batch", type=click.IntRange(min=1), default=50, show_default=True, help="Images at once.")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="The least of so many counts.")
+@click.option(
+    "--tuned-seed", "tuned", type=cli.IntRanges(), default=_TUNING_SEED, show_default=True, help="Those of `tune`."
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
+def cost(outdir: Path, batch: int, rounds: int, tuned: tuple[int, ...], device: str, **given: Any) -> None:
+    """Time the rows at their best weights, and count their multiply-adds; on a machine that does nothing else."""
+    rows, networks = _take_rows(given)
+    with dist.session(device) as where:
+        generations = {row.name: prepare(row.request(_best(row, outdir, tuned), networks), where) for row in rows}
+        found = measure_costs(generations, batch, rounds)
+    for name, values in found["rows"].items():
+        click.echo(f"{name}: {values['seconds']:.4f} s, {values['multiply_adds']:.3g} multiply-adds an image")
+    write_json(outdir / "cost.json", found)
+
+
 @main.command(name="table")
 @_rows
-@click.option("--publish", is_flag=True, help="Also put record and table into docs/.")
+@click.option("--publish", is_flag=True, help="Also put record and tables into docs/.")
 def make_table(outdir: Path, publish: bool, **given: Any) -> None:
     """Print the table of what was reported; write it and its record into --outdir."""
     rows, networks = _take_rows(given)
     record = gather(rows, {row.name: row.cost(networks) for row in rows}, outdir)
-    click.echo(table(record))
+    parts = {"comparison": table(record)}
+    if (outdir / "cost.json").exists() and "student" in networks:
+        costs = json.loads((outdir / "cost.json").read_text(encoding="utf-8"))
+        record |= {"costs": costs, "student": describe_student(Path(networks["student"]))}
+        parts["distillation"] = cost_table(record)
+    click.echo("\n\n".join(parts.values()))
     for folder in [outdir, DOCS][: 1 + publish]:
         write_json(folder / "guidance.json", record)
     if publish:
         document = DOCS / "guidance.md"
-        text = fill_in(document.read_text(encoding="utf-8"), "comparison", table(record))
+        text = document.read_text(encoding="utf-8")
+        for name, part in parts.items():
+            text = fill_in(text, name, part)
         with atomic_write(document, "w") as file:
             file.write(text)
 

@@ -1,6 +1,7 @@
 """Comparing ways to guide: tuned on some seeds, reported on others, and never measured twice."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 import calculate_metrics
-from scripts import compare_guidance
+from scripts import compare_guidance, distill
 from scripts._document import fill_in
 from scripts.comparison import measure
-from scripts.comparison.page import table
+from scripts.comparison.page import cost_table, table
 from scripts.comparison.rows import ROWS_FILE, load_rows
+from tests import tiny
 from tests.fakes import tiny_snapshot
 from tests.pictures import some_files, write_folder
 
@@ -127,6 +129,31 @@ def test_the_table_has_real_images_first_then_the_nearest(place, measured):
     assert all(0 <= float(cell) <= 1 for row in cells for cell in row[6:])
 
 
+def test_what_a_student_costs_and_gains_is_told(place, measured, tmp_path):
+    tiny.make_dataset(tmp_path / "data", 16)
+    words = ["--net", place / "main", "--gnet", place / "guide", "--guidance", 3, "--steps", 4, "--interval", "0.2,20"]
+    words += ["--data", tmp_path / "data", "--outdir", tmp_path / "run", "--batch", 16, "--duration", 32]
+    done = CliRunner().invoke(distill.main, [str(word) for word in [*words, "--workers", 0, "--device", "cpu"]])
+    assert done.exit_code == 0, done.output
+    rows = (place / "rows.yaml").read_text() + '  student: {title: distilled, options: "--net {student}"}\n'
+    (tmp_path / "rows.yaml").write_text(rows)
+    student = ["--network", f"student={tmp_path / 'run' / 'network-snapshot-0000000-0.100.safetensors'}"]
+    student += ["--rows-file", tmp_path / "rows.yaml"]
+    shutil.copytree(measured, tmp_path / "out")
+    run(place, "report", tmp_path / "out", *student, "--seed", f"0,{NUM}")
+    run(place, "cost", tmp_path / "out", *student, "--rows", "unguided,pair,student", "--batch", 2, "--device", "cpu")
+    told = run(place, "table", tmp_path / "out", *student)
+    record = json.loads((tmp_path / "out" / "guidance.json").read_text())
+    adds = {name: cost["multiply_adds"] for name, cost in record["costs"]["rows"].items()}
+    assert adds["unguided"] == adds["student"] == pytest.approx(adds["pair"] / 2)
+    assert record["student"]["training"]["nimg"] == 32
+    assert cost_table(record) in told
+    assert "The student saw 32 images" in told
+    assert "guides with weight 3, steps" in told
+    elsewhere = ["--network", f"student={place / 'main'}", "--rows-file", tmp_path / "rows.yaml"]
+    assert "main is no student" in run(place, "table", tmp_path / "out", *elsewhere, code=1)
+
+
 def test_other_networks_rows_and_untuned_weights_are_refused(place, measured, tmp_path):
     assert "was measured otherwise (files.main" in run(place, "tune", measured, main="guide", code=1)
     assert "pair is not tuned at weight 1.5 yet" in run(place, "report", tmp_path, code=1)
@@ -170,5 +197,8 @@ def test_a_file_of_no_rows_is_refused(tmp_path):
 @pytest.mark.skipif(not (ROOT / "docs" / "guidance.json").exists(), reason="no comparison was published yet")
 def test_the_document_shows_the_table_of_the_published_record():
     record = json.loads((ROOT / "docs" / "guidance.json").read_text())
-    text = (ROOT / "docs" / "guidance.md").read_text(encoding="utf-8")
-    assert fill_in(text, "comparison", table(record)) == text, "run: python scripts/compare_guidance.py table --publish"
+    text = document = (ROOT / "docs" / "guidance.md").read_text(encoding="utf-8")
+    text = fill_in(text, "comparison", table(record))
+    if "student" in record:
+        text = fill_in(text, "distillation", cost_table(record))
+    assert text == document, "run: python scripts/compare_guidance.py table --publish"

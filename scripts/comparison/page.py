@@ -63,3 +63,24 @@ def table(record: Record) -> str:
 
 def _mean(points: Sequence[Point], metric: str) -> float:
     return sum(point["results"][metric] for point in points) / len(points)
+
+
+def cost_table(record: Record) -> str:
+    """Markdown: what the rows whose cost was measured give for it, and what the student's training took."""
+    costs, rows = record["costs"], {row["name"]: row for row in record["rows"]}
+    lines = [f"| | {METRIC} | multiply-adds an image | seconds an image |", "|---|---:|---:|---:|"]
+    for name, cost in costs["rows"].items():
+        distance = f"{_mean(rows[name]['points'], METRIC):.3f}"
+        lines.append(f"| {rows[name]['title']} | {distance} | {cost['multiply_adds']:.3g} | {cost['seconds']:.4f} |")
+    teacher, training = record["student"]["teacher"]["guidance"], record["student"]["training"]
+    guided = f"weight {teacher['weight']:g}" + ("" if teacher["interval"] is None else f", steps {_range(teacher)}")
+    minutes = training["seconds"] / 60
+    lines.append(
+        f"\nThe student saw {training['nimg']:,} images in {minutes:.1f} minutes ({training['hardware']}); its teacher "
+        f"guides with {guided}. Times: {costs['hardware']}, batches of {costs['batch']}."
+    )
+    return "\n".join(lines)
+
+
+def _range(guidance: Mapping[str, Any]) -> str:
+    return f"{guidance['steps'][0]} to {guidance['steps'][-1]}"
