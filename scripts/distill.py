@@ -1,5 +1,6 @@
 """Teach one network to answer at once what a guided pair answers in several evaluations."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -17,6 +18,7 @@ from pipelines.image_folder import differences
 from pipelines.options import generation_options
 from torch_utils import cli, dist
 from torch_utils.denoiser import Denoiser, after_step, for_images, for_step
+from torch_utils.locks import exclusive
 from torch_utils.provenance import provenance
 from torch_utils.rng import StackedGenerator
 from torch_utils.stopping import StopRequest, parse_duration_sec
@@ -74,7 +76,7 @@ def main(request: Request, outdir: str, max_time: str | None, device: str, **opt
     _check_request(request)
     max_sec = None if max_time is None else parse_duration_sec(max_time)
     run_dir = Path(outdir)
-    with dist.session(device) as picked, StopRequest(max_sec) as stop:
+    with dist.session(device) as picked, StopRequest(max_sec) as stop, contextlib.ExitStack() as held:
         generation = prepare(request, picked)
         teacher, sigmas = generation.engine.denoiser, request.sampler.sigmas(picked)
         check_teacher(teacher, sigmas, generation.engine.shape, generation.engine.label_dim)
@@ -86,6 +88,7 @@ def main(request: Request, outdir: str, max_time: str | None, device: str, **opt
         dist.print0(generation.summary)
         for notice in run.notices:
             dist.print0(f"Note: {notice}")
+        dist.on_rank0(held.enter_context, exclusive(run_dir))
         dist.on_rank0(write_records, run, run_dir, provenance(picked), sys.argv)
         loss = DistillationLoss(teacher, sigmas, run.config.P_mean, run.config.P_std, run.config.sigma_data)
         training_loop(
