@@ -3,7 +3,6 @@
 import contextlib
 import math
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ from training.encoders import Encoder, make_encoder
 from training.forecast import make_forecast
 from training.loop import Trainer, training_loop
 from training.networks import Precond
-from training.order import GlobalOrder, MicroBatch, training_batches
-from training.run import Run, check_run_dir, resolve, write_records
+from training.run import Run, check_run_dir, resolve, stream_batches, write_records
 from training.runlog import RunLog
 
 SAMPLE_BATCH = 16
@@ -153,20 +151,6 @@ def check_decoder(encoder: Encoder, run: Run, samples: int, device: torch.device
         encoder.decode(torch.zeros(1, run.header.architecture["img_channels"], size, size, device=device))
     except ValueError as error:
         raise ValueError(f"sample images cannot be decoded: {error}. Or train without them: --samples 0") from error
-
-
-def stream_batches(run: Run, dataset: ImageDataset, start_nimg: int) -> Iterator[MicroBatch]:
-    """This rank's micro-batches from image number `start_nimg` on."""
-    return training_batches(
-        dataset,
-        GlobalOrder(len(dataset), run.config.seed),
-        start_nimg,
-        run.config.batch_size,
-        rank=dist.rank(),
-        world_size=dist.world_size(),
-        batch_gpu=run.config.batch_gpu,
-        workers=run.config.workers,
-    )
 
 
 def draw_samples(encoder: Encoder, run_dir: Path, count: int, device: torch.device, net: Precond, nimg: int) -> None:

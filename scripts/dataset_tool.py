@@ -53,7 +53,8 @@ def main() -> None:
     type=click.Choice(["auto", "json", "folders", "none"]),
     default="auto",
     show_default=True,
-    help="Classes from dataset.json in the source, from top-level folders, or whichever there is.",
+    help="Classes from dataset.json in the source, from top-level folders, or (auto) whichever there is; images of "
+    "generate.py keep theirs.",
 )
 @click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read, and name them.")
 @_WORKERS

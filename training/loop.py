@@ -19,7 +19,7 @@ from training.config import TrainConfig
 from training.encoders import Encoder
 from training.finetune import start_from_
 from training.label_dropout import drop_labels
-from training.loss import EDM2Loss
+from training.loss import EDM2Loss, TrainingLoss
 from training.networks import Precond, normalize_weights_
 from training.order import MicroBatch
 from training.phema import PowerFunctionEMA
@@ -34,10 +34,17 @@ _SIGMA_BINS = (-1.28, -0.67, 0.0, 0.67, 1.28)  # in units of P_std around P_mean
 class Trainer:
     """The state of a run on one rank, and the one step that changes it.
 
-    `header` is the snapshots' header with nimg and ema_std still open.
+    `header` is the snapshots' header with nimg and ema_std still open; `loss_fn` is EDM2's unless given.
     """
 
-    def __init__(self, config: TrainConfig, header: Header, encoder: Encoder, device: torch.device):
+    def __init__(
+        self,
+        config: TrainConfig,
+        header: Header,
+        encoder: Encoder,
+        device: torch.device,
+        loss_fn: TrainingLoss | None = None,
+    ):
         torch.manual_seed(derive_seed(config.seed, "init"))
         torch.backends.cudnn.benchmark = config.cudnn_benchmark
         self.config, self.header, self.encoder, self.device = config, header, encoder, device
@@ -54,7 +61,7 @@ class Trainer:
             fused=device.type != "mps",
         )
         self.ema = PowerFunctionEMA(self.net, config.ema_stds)
-        self.loss_fn = EDM2Loss(config.P_mean, config.P_std, config.sigma_data)
+        self.loss_fn = loss_fn or EDM2Loss(config.P_mean, config.P_std, config.sigma_data)
         self.stats = RunningStats(device)
         self.nimg, self.elapsed_sec = 0, 0.0
         self.ddp = _distribute(self.net, device)

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from training.encoders import ENCODERS, make_encoder
 from training.finetune import adopt_source, check_source
 from training.latents import read_latent_source
 from training.networks import full_architecture
-from training.order import micro_batch_sizes
+from training.order import GlobalOrder, MicroBatch, micro_batch_sizes, training_batches
 from training.snapshot import Header
 
 CONFIG_NAME = "config.yaml"
@@ -138,3 +138,17 @@ def write_records(run: Run, run_dir: Path, provenance: Mapping[str, str], comman
     with atomic_write(run_dir / RECORD_NAME, "w") as file:
         json.dump(record, file, indent=2)
     write_config(run.config, run_dir / CONFIG_NAME)
+
+
+def stream_batches(run: Run, dataset: ImageDataset, start_nimg: int) -> Iterator[MicroBatch]:
+    """This rank's micro-batches from image number `start_nimg` on."""
+    return training_batches(
+        dataset,
+        GlobalOrder(len(dataset), run.config.seed),
+        start_nimg,
+        run.config.batch_size,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        batch_gpu=run.config.batch_gpu,
+        workers=run.config.workers,
+    )
