@@ -86,7 +86,7 @@ def test_what_other_tools_wrote_is_decoded(tmp_path, decoded):
 
 
 def test_the_same_images_are_the_same_data_however_they_are_stored(tmp_path):
-    ours = {name: encode_png(picture(k)) for k, name in enumerate(some_files(COUNT))}
+    ours = {name: encode_png(picture(k)) for k, name in enumerate(some_files())}
     paths = [write_zip(tmp_path / f"{k}.zip", files) for k, files in enumerate((some_files(), ours))]
     slow, fast = map(ImageDataset, paths)
     assert (slow.needs_decoding, fast.needs_decoding) == (True, False)
