@@ -40,8 +40,8 @@ class _Attention(Attention):
 class PlainDINOv2(DINOv2ViT):
     """DINOv2 with attention by two products and a softmax."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, *sizes: int):
+        super().__init__(*sizes)
         for module in self.modules():
             if isinstance(module, Attention):
                 module.__class__ = _Attention
