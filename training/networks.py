@@ -107,7 +107,7 @@ class Block(nn.Module):
 
 
 def _num_heads(channels: int, channels_per_head: int) -> int:
-    if channels < channels_per_head or channels % channels_per_head:
+    if not 1 <= channels_per_head <= channels or channels % channels_per_head:
         raise ValueError(
             f"attention over {channels} channels with channels_per_head={channels_per_head}: the channels must be a "
             f"multiple of it; set channels_per_head to a divisor of {channels}"

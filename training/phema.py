@@ -1,6 +1,7 @@
 """Power-function EMA and its post-hoc reconstruction (Karras et al. 2023, Section 3 and Appendix C)."""
 
 import copy
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -69,6 +70,25 @@ def solve_posthoc_coefficients(
         X = np.linalg.solve(A, B)
         coefficients[np.ix_(rows, columns)] = X / X.sum(axis=0)
     return coefficients
+
+
+def profile_fit(
+    coefficients: np.ndarray, in_ofs: np.ndarray, in_std: np.ndarray, out_ofs: float, out_std: float
+) -> tuple[float, float | None]:
+    """How near the sum of profiles that `coefficients` make comes to the wanted one.
+
+    The L2 distance of the two, relative to the wanted one's norm; and the sum's own relative std, None where it
+    oscillates too much to have one. Karras et al. 2023, Section 3.2. All inputs [N].
+    """
+    exp, out_exp = std_to_exp(in_std), std_to_exp(out_std)
+    own = float(profile_inner_product(out_ofs, out_exp, out_ofs, out_exp))
+    cross = profile_inner_product(in_ofs, exp, out_ofs, out_exp)
+    square = coefficients @ profile_inner_product(in_ofs[:, None], exp[:, None], in_ofs, exp) @ coefficients
+    distance = float(square - 2 * coefficients @ cross) + own
+    # moments of the profile t^gamma on [0, t]
+    mean = coefficients @ (in_ofs * (exp + 1) / (exp + 2))
+    variance = coefficients @ (in_ofs**2 * (exp + 1) / (exp + 3)) - mean**2
+    return math.sqrt(max(distance, 0.0) / own), math.sqrt(variance) / out_ofs if variance > 0 else None
 
 
 class PowerFunctionEMA:
