@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests import golden
+from tests.memory import PeakBytes
 from training.config import TrainConfig
-from training.forecast import activation_bytes, make_forecast
+from training.forecast import Forecast, activation_bytes, make_forecast, shares
 from training.loss import EDM2Loss
 from training.networks import Precond, full_architecture
 
@@ -33,12 +34,45 @@ def test_activations_of_a_batch_are_foretold():
         assert activation_bytes(meta, count) == pytest.approx(saved_bytes(net, count), rel=0.15)
 
 
-def test_xxl_needs_what_it_needs_without_being_built():
-    config = TrainConfig(duration_nimg=896 << 20, network={"model_channels": 448}, precision="fp16")
+def test_activations_computed_again_are_foretold():
+    net = golden.network("cond").train()
+    net.unet.recompute_in_training = True
+    with torch.device("meta"):
+        meta = Precond(**golden.architecture("cond")).train()
+    images, labels = torch.randn(8, 3, 16, 16), torch.eye(4)[torch.arange(8) % 4]
+    with PeakBytes() as memory:
+        EDM2Loss()(net, images, labels).sum().backward()
+    # the peak is in the middle of the way back, where few gradients of weights are there yet
+    assert activation_bytes(meta, 8, recompute=True) == pytest.approx(memory.peak, rel=0.1)
+
+
+def xxl(world_size: int = 1, **changes: object) -> Forecast:
+    config = TrainConfig(duration_nimg=896 << 20, network={"model_channels": 448}, precision="fp16", **changes)
     architecture = full_architecture(64, 4, 1000, config.sigma_data, config.network)
-    forecast = make_forecast(config, architecture, micro_batch=4)
+    return make_forecast(config, architecture, micro_batch=1, world_size=world_size)
+
+
+def test_xxl_needs_what_it_needs_without_being_built():
+    forecast = xxl()
     assert forecast.parameters / 1e6 == pytest.approx(1523.2, abs=0.1)
     assert forecast.steps == 896 * 512
     assert forecast.num_snapshots == 896 // 8 * 2
-    assert forecast.state_bytes == forecast.parameters * 4 * 6
+    assert forecast.memory.state == forecast.parameters * 4 * 6
     assert "1523.2 M" in "\n".join(forecast.lines())
+    assert list(forecast.choices) == ["--recompute true"]
+
+
+def test_xxl_trains_on_four_gpus_of_40_gb_by_shares():
+    whole, shared = xxl(4), xxl(4, shard=True, recompute=True)
+    assert whole.memory.total > 40e9
+    assert shared.memory.total < 26e9
+    assert shared.memory.optimizer == pytest.approx(whole.memory.optimizer / 4, rel=0.001)
+    assert shared.memory.averages == pytest.approx(whole.memory.averages / 4, rel=0.001)
+    assert whole.choices["--recompute true --shard true"] == shared.memory
+    assert shared.choices["--recompute false --shard false"] == whole.memory
+
+
+def test_shares_go_largest_first_to_the_emptiest_rank():
+    assert shares([1, 8, 4, 3, 2], 2) == [9, 9]
+    assert shares([9, 3, 3, 2], 3) == [9, 5, 3]
+    assert shares([5, 4, 3], 1) == [12]
