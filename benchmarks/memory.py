@@ -15,11 +15,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import harness
-from benchmarks.trainers import SMALL, images_for, make_trainer
+from benchmarks.trainers import SMALL, images_for, make_trainer, preset_config
 from torch_utils import cli, dist
 from torch_utils.provenance import provenance
 from training.config import TrainConfig
 from training.forecast import make_forecast
+from training.networks import full_architecture
 
 # name -> (ranks, options of the run)
 SETTINGS = {
@@ -31,18 +32,17 @@ SETTINGS = {
 }
 
 
-@click.group(cls=cli.Group)
-def main() -> None:
-    """Measure the memory of training."""
-
-
-@main.command()
+@click.command(cls=cli.Command)
 @click.option("--channels", default=160, show_default=True, help="Width of the network.")
 @click.option("--batch", default=8, show_default=True, help="Images of a rank and step.")
 @click.option("--resolution", default=32, show_default=True, help="Side of the images.")
 @click.option("--out", type=click.Path(path_type=Path), default=harness.RECORDS, help="Folder of the record.")
-def measure(channels: int, batch: int, resolution: int, out: Path) -> None:
+@click.option("--worker", type=click.Choice(list(SETTINGS)), hidden=True, help="Be a process that is measured.")
+def main(channels: int, batch: int, resolution: int, out: Path, worker: str | None) -> None:
     """Train three steps in every setting, and write memory.json."""
+    if worker:
+        work(worker, channels, batch, resolution, out)
+        return
     rows = [_run(name, channels, batch, resolution) for name in SETTINGS]
     for row in rows:
         click.echo(f"{row['name']:30s} {row['measured_bytes'] / 1e9:.2f} GB, {row['error']:+.1%} from the forecast")
@@ -53,6 +53,7 @@ def measure(channels: int, batch: int, resolution: int, out: Path) -> None:
         "batch": batch,
         "resolution": resolution,
         "rows": rows,
+        "xxl_bytes": xxl_forecast(),
         "command": " ".join(["python", *sys.argv]),
         "provenance": provenance(),
     }
@@ -62,34 +63,30 @@ def measure(channels: int, batch: int, resolution: int, out: Path) -> None:
 def _run(name: str, channels: int, batch: int, resolution: int) -> dict[str, Any]:
     ranks = SETTINGS[name][0]
     with tempfile.TemporaryDirectory() as folder:
-        options = [
-            "--name",
-            name,
-            "--channels",
-            channels,
-            "--batch",
-            batch,
-            "--resolution",
-            resolution,
-            "--out",
-            folder,
-        ]
+        options = {"--worker": name, "--channels": channels, "--batch": batch, "--resolution": resolution}
+        worker = [__file__, *(str(part) for option in options.items() for part in option), "--out", folder]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        line = [sys.executable, *launcher, __file__, "worker", *map(str, options), "--out", folder]
+        line = [sys.executable, *launcher, *worker]
         subprocess.run(line, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
     measured, forecast = max(part["measured_bytes"] for part in found), found[0]["forecast_bytes"]
     return {"name": name, "ranks": ranks, **found[0], "measured_bytes": measured, "error": measured / forecast - 1}
 
 
-@main.command()
-@click.option("--name", type=click.Choice(list(SETTINGS)), required=True)
-@click.option("--channels", type=int, required=True)
-@click.option("--batch", type=int, required=True)
-@click.option("--resolution", type=int, required=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True)
-def worker(name: str, channels: int, batch: int, resolution: int, out: Path) -> None:
-    """Train in one setting and write what it took (started by `measure`)."""
+def xxl_forecast() -> dict[str, dict[str, int]]:
+    """Forecast bytes a GPU of edm2-img512-xxl at one image a pass: number of GPUs -> options -> bytes."""
+    config = preset_config("edm2-img512-xxl", batch_gpu=1)
+    architecture = full_architecture(64, 4, 1000, config.sigma_data, config.network)
+    found: dict[str, dict[str, int]] = {}
+    for ranks in (1, 4, 8):
+        forecast = make_forecast(config, architecture, 1, ranks)
+        choices = {"as it is": forecast.memory, **forecast.choices}
+        found[str(ranks)] = {name: memory.total for name, memory in choices.items()}
+    return found
+
+
+def work(name: str, channels: int, batch: int, resolution: int, out: Path) -> None:
+    """Train in one setting and write what it took."""
     torch.set_num_threads(1)
     with dist.session("cpu"):
         found = peak_memory(SETTINGS[name][1], channels, batch, resolution)

@@ -1,5 +1,6 @@
 """Weak scaling on one machine: two ranks of one thread against two processes that know nothing of each other."""
 
+import io
 import json
 import os
 import statistics
@@ -7,22 +8,27 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
+from PIL import Image
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import harness
 from benchmarks.step_model import Job, Links, Machine, all_reduce_sec, step_time
-from benchmarks.trainers import SMALL, Clock, images_for, make_trainer
+from benchmarks.trainers import SMALL, Clock, images_for, make_trainer, preset_config
 from torch_utils import cli, dist
 from torch_utils.provenance import provenance
-from training.config import TrainConfig
+from training.config import TrainConfig, preset_names
 from training.flops import evaluation_cost
+from training.images import decode_array
+from training.networks import full_architecture
 
 GOAL = 0.85
 WAYS = {"half": (1, 0.5), "alone": (1, 1), "independent": (2, 1), "ranks": (2, 1)}  # processes, share of the batch
@@ -32,7 +38,7 @@ _ALL_REDUCE_BYTES = 32 << 20
 @click.command(cls=cli.Command)
 @click.option("--rounds", default=3, show_default=True, help="Times that the ways take turns.")
 @click.option("--steps", default=5, show_default=True, help="Steps measured in each.")
-@click.option("--batch", default=16, show_default=True, help="Images of a rank and step.")
+@click.option("--batch", default=8, show_default=True, help="Images of a rank and step.")
 @click.option("--channels", default=64, show_default=True, help="Width of the network.")
 @click.option("--out", type=click.Path(path_type=Path), default=harness.RECORDS, help="Folder of the record.")
 @click.option("--worker", is_flag=True, hidden=True, help="Be one of the processes that are measured.")
@@ -50,7 +56,7 @@ def main(rounds: int, steps: int, batch: int, channels: int, out: Path, worker: 
             for way, found in ways.items():
                 found.append(_run(way, Path(folder), steps, batch, channels))
                 click.echo(f"{way:12s} {found[-1][0]['step_sec']:.3f} s a step")
-    record = summary(ways, batch, channels)
+    record = summary(ways, batch, channels) | {"presets": preset_costs(), "png_decodes_per_sec": decoding_speed()}
     harness.save(record, out)
     click.echo(json.dumps({key: record[key] for key in ("step_sec", "efficiency", "overlap", "model")}, indent=1))
 
@@ -118,6 +124,32 @@ def check_model(step_sec: dict[str, float], half: dict[str, Any], bandwidth: flo
 
 def _links(bandwidth: float) -> Links:
     return Links(group=2, inside=bandwidth, between=bandwidth, latency_sec=0)
+
+
+def preset_costs() -> dict[str, dict[str, float]]:
+    """Weights and multiply-adds of the published configurations, for the forecast on machines that are not here."""
+    costs = {}
+    for preset in (name for name in preset_names() if name.startswith("edm2-")):
+        config = preset_config(preset)
+        channels = 4 if "img512" in preset else 3
+        cost = evaluation_cost(full_architecture(64, channels, 1000, config.sigma_data, config.network))
+        costs[preset] = {"parameters": cost.parameters, "multiply_adds": cost.multiply_adds}
+    return costs
+
+
+def decoding_speed(count: int = 200) -> float:
+    """64x64 RGB PNGs of smooth pictures that one core decodes in a second."""
+    ramp = np.linspace(0, 255, 64)[:, None, None] * np.linspace(0.5, 1, 64)[:, None] * np.array([1, 0.7, 0.4])
+    noise = np.random.default_rng(0).integers(0, 16, ramp.shape)
+    file = io.BytesIO()
+    Image.fromarray((ramp * 0.9 + noise).astype(np.uint8)).save(file, "png")
+    run = partial(_decode, file.getvalue(), count)
+    return count / statistics.median(harness.interleave({"png": run})["png"])
+
+
+def _decode(data: bytes, count: int) -> None:
+    for _ in range(count):
+        decode_array(data, "a png in memory")
 
 
 def work(steps: int, batch: int, channels: int, out: Path) -> None:

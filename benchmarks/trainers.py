@@ -16,7 +16,6 @@ from training.order import MicroBatch
 from training.snapshot import Header
 
 SMALL = {"model_channels": 64, "channel_mult": [1, 2, 2], "num_blocks": 2}
-PRESETS = [f"edm2-img512-{size}" for size in ("xxs", "xs", "s", "m", "l", "xl", "xxl")]
 
 
 def preset_config(preset: str, **changes: Any) -> TrainConfig:
