@@ -165,7 +165,7 @@ def work(steps: int, batch: int, channels: int, out: Path) -> None:
 
 def time_steps(steps: int, batch: int, channels: int) -> dict[str, Any]:
     """Seconds of a step and of its phases, on this rank; with two ranks also what their communication does."""
-    network = {**SMALL, "model_channels": channels}
+    network = {**SMALL, "model_channels": channels, "channels_per_head": min(channels, 64)}
     config = TrainConfig(network=network, batch_size=batch * dist.world_size(), rampup_nimg=0)
     trainer = make_trainer(config)
     stream, clock, seconds = images_for(trainer, batch), Clock(), []
