@@ -1,5 +1,6 @@
 """Train a diffusion network, main or guide, in one process or many (torchrun)."""
 
+import contextlib
 import math
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from sampling.engine import Engine, share_of_rank
 from sampling.solvers import Sampler
 from torch_utils import cli, dist
 from torch_utils.files import atomic_write
+from torch_utils.locks import exclusive
 from torch_utils.provenance import provenance
 from torch_utils.stopping import StopRequest, parse_duration_sec
 from training.config import TrainConfig, config_from_dict, preset_names, preset_path, read_yaml
@@ -86,7 +88,7 @@ def main(
     """
     max_sec = None if max_time is None else parse_duration_sec(max_time)
     config = compose_config(preset, config_file, options)
-    with dist.session(device) as picked, StopRequest(max_sec) as stop:
+    with dist.session(device) as picked, StopRequest(max_sec) as stop, contextlib.ExitStack() as held:
         dataset = ImageDataset(config.data, use_labels=config.cond)
         run = resolve(config, dataset)
         check_run_dir(run, Path(outdir))
@@ -95,6 +97,7 @@ def main(
         if dry_run:
             return
         check_decoder(encoder, run, samples, picked)
+        dist.on_rank0(held.enter_context, exclusive(outdir))
         dist.on_rank0(write_records, run, Path(outdir), provenance(picked), sys.argv)
         training_loop(
             Trainer(run.config, run.header, encoder, picked),

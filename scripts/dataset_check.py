@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 import numpy as np
 
-from scripts.dataset_workers import progress_bar, run_in_order
+from scripts.dataset_workers import run_in_order
+from torch_utils.progress import progress_bar
 from training.archive import FolderArchive, ZipArchive, open_archive
 from training.dataset import CONVERT_HINT, FILE_EXTENSIONS, check_first
 from training.images import decode_array

@@ -9,7 +9,8 @@ import click
 import numpy as np
 
 from scripts.dataset_output import PartialDataset, is_finished
-from scripts.dataset_workers import progress_bar, run_in_order
+from scripts.dataset_workers import run_in_order
+from torch_utils.progress import progress_bar
 from training.archive import FolderArchive, ZipArchive, open_archive
 from training.crops import TRANSFORMS
 from training.images import IMAGE_EXTENSIONS, encode_png, is_grey, open_header, open_image, to_8bit
