@@ -1,5 +1,6 @@
 """Weak scaling on one machine: two ranks of one thread against two processes that know nothing of each other."""
 
+import dataclasses
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import harness
-from benchmarks.step_model import Job, Links, Machine, all_reduce_sec, step_time
+from benchmarks.step_model import BACKWARD_COST, Job, Links, Machine, all_reduce_sec, step_time
 from benchmarks.trainers import SMALL, Clock, images_for, make_trainer, preset_config
 from torch_utils import cli, dist
 from torch_utils.provenance import provenance
@@ -31,8 +32,8 @@ from training.images import decode_array
 from training.networks import full_architecture
 
 GOAL = 0.85
-WAYS = {"half": (1, 0.5), "alone": (1, 1), "independent": (2, 1), "ranks": (2, 1)}  # processes, share of the batch
-_ALL_REDUCE_BYTES = 32 << 20
+# way -> processes, share of the batch
+WAYS = {"quarter": (1, 0.25), "half": (1, 0.5), "alone": (1, 1), "independent": (2, 1), "ranks": (2, 1)}
 
 
 @click.command(cls=cli.Command)
@@ -45,7 +46,7 @@ _ALL_REDUCE_BYTES = 32 << 20
 def main(rounds: int, steps: int, batch: int, channels: int, out: Path, worker: bool) -> None:
     """Time one process alone, two side by side and two ranks, in turns, and write scaling.json.
 
-    A fourth way, one process with half the batch, gives the step model its speeds, so that the others test it.
+    One process with a quarter and with half of the batch gives the step model its speeds, so that the others test it.
     """
     if worker:
         work(steps, batch, channels, out)
@@ -82,7 +83,8 @@ def summary(ways: dict[str, list[list[dict[str, Any]]]], batch: int, channels: i
     slowest = {way: [max(process["step_sec"] for process in found) for found in ways[way]] for way in ways}
     step_sec = {way: statistics.median(seconds) for way, seconds in slowest.items()}
     by_round = [two / ranks for two, ranks in zip(slowest["independent"], slowest["ranks"], strict=True)]
-    first = {way: rounds[-1][0] for way, rounds in ways.items()}
+    middle = {way: seconds.index(statistics.median_low(seconds)) for way, seconds in slowest.items()}
+    first = {way: rounds[middle[way]][0] for way, rounds in ways.items()}
     return {
         "job": "scaling",
         "kind": "scaling",
@@ -96,20 +98,24 @@ def summary(ways: dict[str, list[list[dict[str, Any]]]], batch: int, channels: i
         "phases_sec": {way: found["phases_sec"] for way, found in first.items()},
         "overlap": first["ranks"]["overlap"],
         "all_reduce_bytes_per_sec": first["ranks"]["all_reduce_bytes_per_sec"],
-        "model": check_model(step_sec, first["half"], first["ranks"]["all_reduce_bytes_per_sec"], batch),
+        "model": check_model(step_sec, first, batch),
         "command": " ".join(["python", *sys.argv]),
         "provenance": provenance(),
     }
 
 
-def check_model(step_sec: dict[str, float], half: dict[str, Any], bandwidth: float, batch: int) -> dict[str, Any]:
-    """The step model against measurements, its speeds from steps of half a batch and from an all-reduce by itself."""
-    compute = half["phases_sec"]["compute and communication"]
+def check_model(step_sec: dict[str, float], found: dict[str, dict[str, Any]], batch: int) -> dict[str, Any]:
+    """The step model against measurements; its speeds are those of smaller batches and of an all-reduce by itself."""
+    half, bandwidth = found["half"], found["ranks"]["all_reduce_bytes_per_sec"]
+    links = Links(group=2, inside=bandwidth, between=bandwidth, latency_sec=0)
     job = Job(half["parameters"], half["multiply_adds"], batch // 2)
-    unit = step_time(job, Machine(1, 1, _links(bandwidth), 0), 1)
+    passes = {way: found[way]["phases_sec"]["compute and communication"] for way in ("quarter", "half")}
+    speed = BACKWARD_COST + 1
+    speed *= job.multiply_adds * (batch // 2 - batch // 4) / (passes["half"] - passes["quarter"])
+    memory = step_time(job, Machine(1, 1, links, 0), 1).update / (half["step_sec"] - passes["half"])
     # the processor that computes moves the bytes: nothing hides
-    speeds = unit.compute / compute, unit.update / (half["step_sec"] - compute)
-    machine = Machine(*speeds, _links(bandwidth), overlap=0)
+    machine = Machine(speed, memory, links, overlap=0)
+    machine = dataclasses.replace(machine, pass_sec=passes["half"] - step_time(job, machine, 1).compute)
     answers = {}
     for way, ranks in (("alone", 1), ("ranks", 2)):
         forecast = step_time(Job(job.parameters, job.multiply_adds, batch * ranks), machine, ranks)
@@ -120,10 +126,6 @@ def check_model(step_sec: dict[str, float], half: dict[str, Any], bandwidth: flo
             "error": forecast.total / step_sec[way] - 1,
         }
     return answers
-
-
-def _links(bandwidth: float) -> Links:
-    return Links(group=2, inside=bandwidth, between=bandwidth, latency_sec=0)
 
 
 def preset_costs() -> dict[str, dict[str, float]]:

@@ -72,7 +72,7 @@ def measured_text(record: Mapping[str, Any]) -> str:
 
 def model_text(record: Mapping[str, Any]) -> str:
     lines = [
-        "Speeds come from steps of half the batch in one process, and from an all-reduce by itself "
+        "Speeds come from steps of a quarter and of half of the batch in one process, and from an all-reduce by itself "
         f"({record['all_reduce_bytes_per_sec'] / 1e9:.2f} GB/s); the model then says, of what it has not seen:",
         "",
         "| ranks | forecast | measured | error |",

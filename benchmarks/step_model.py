@@ -22,13 +22,14 @@ class Machine:
     """One rank's speed: `multiply_adds` and `memory_bytes` a second as training reaches them, and the links.
 
     `overlap` is the share of the backward pass behind which communication can hide: 0 where the processor that
-    computes also has to move the bytes.
+    computes also has to move the bytes. `pass_sec` is what a forward and backward pass takes however few its images.
     """
 
     multiply_adds: float
     memory_bytes: float
     links: Links
     overlap: float
+    pass_sec: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ class StepTime:
 
 BACKWARD_COST = 2  # multiply-adds of the backward pass, in forward passes: by inputs and by weights
 _BUCKET_BYTES = 25 << 20  # of DistributedDataParallel
-# bytes of memory traffic per weight: Adam reads weight, gradient and moments and writes all but the gradient; gradients
-# are checked and cleaned; weights are normalised in place; an average is read, written, and reads the weight
-_ADAM_BYTES, _GRADIENT_BYTES, _NORMALISE_BYTES, _AVERAGE_BYTES = 28, 16, 12, 12
+# Bytes of memory traffic per weight. A pass: its norm, its scaling twice, the convolution, and the way back. Adam reads
+# weight, gradient and moments and writes all but the gradient; gradients are checked and cleaned; weights are
+# normalised in place; an average is read and written, and the weight read for it.
+_PASS_BYTES, _ADAM_BYTES, _GRADIENT_BYTES, _NORMALISE_BYTES, _AVERAGE_BYTES = 76, 28, 16, 12, 12
 
 
 def step_time(job: Job, machine: Machine, ranks: int) -> StepTime:
@@ -77,7 +79,8 @@ def step_time(job: Job, machine: Machine, ranks: int) -> StepTime:
     update = job.parameters * traffic / machine.memory_bytes
     if job.shard:
         wire += broadcast_sec(4 * job.parameters, machine.links, ranks)  # the new weights, after the update
-    return StepTime(forward + backward, wire - hidden, hidden, update)
+    by_weight = job.parameters * _PASS_BYTES / machine.memory_bytes + machine.pass_sec
+    return StepTime(forward + backward + by_weight, wire - hidden, hidden, update)
 
 
 def all_reduce_sec(count: float, links: Links, ranks: int) -> float:

@@ -14,9 +14,13 @@ JOB = Job(parameters=100 * MIB, multiply_adds=1e9, batch_size=1024)
 
 def test_one_rank_computes_three_forward_passes_and_waits_for_nobody():
     time = step_time(JOB, MACHINE, 1)
-    assert time.compute == pytest.approx(3 * 1024 * 1e9 / 1e12)
+    by_weight = 76 * 100 * MIB / 1e12
+    assert time.compute == pytest.approx(3 * 1024 * 1e9 / 1e12 + by_weight)
     assert time.communication == 0
-    assert step_time(dataclasses.replace(JOB, recompute=True), MACHINE, 1).compute == pytest.approx(4 * 1.024)
+    assert step_time(dataclasses.replace(JOB, recompute=True), MACHINE, 1).compute == pytest.approx(
+        4 * 1.024 + by_weight
+    )
+    assert step_time(JOB, dataclasses.replace(MACHINE, pass_sec=0.5), 1).compute == pytest.approx(time.compute + 0.5)
 
 
 def test_a_ring_moves_each_byte_twice_but_for_one_part():
@@ -44,7 +48,8 @@ def test_compute_hides_all_but_the_last_bucket():
 
 
 def test_so_many_ranks_that_nothing_is_left_to_hide_behind():
-    time = step_time(dataclasses.replace(JOB, batch_size=512, multiply_adds=1e6), MACHINE, 512)
+    machine = dataclasses.replace(MACHINE, memory_bytes=1e15)
+    time = step_time(dataclasses.replace(JOB, batch_size=512, multiply_adds=1e6), machine, 512)
     assert time.hidden == pytest.approx(2e-6)  # the backward pass of one image
     assert time.communication > 100 * time.compute
 
