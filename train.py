@@ -52,6 +52,8 @@ SAMPLE_BATCH = 16
 @click.option("--rampup", "rampup_nimg", metavar="NIMG", type=cli.Size(), help="Images of linear warm-up; 0: none")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), help="Precision inside the network")
 @click.option("--fp16", type=bool, help="The same as --precision fp16 (true) or fp32 (false)")
+@click.option("--recompute", type=bool, help="Hold no activations, compute them again: a third more time, same bits")
+@click.option("--shard", type=bool, help="Share Adam's moments and the averages out over the processes: same bits")
 @click.option("--ls", "loss_scaling", metavar="FLOAT", type=float, help="Loss scaling, undone before the optimizer")
 @click.option("--bench", "cudnn_benchmark", type=bool, help="Let cuDNN pick its fastest algorithms")
 @click.option("--seed", metavar="N", type=int, help="Random seed of the whole run")
@@ -134,7 +136,8 @@ def describe(run: Run, dataset: ImageDataset) -> None:
     dist.print0(f"data              {dataset.path}: {len(dataset)} items of {shape}, {classes}")
     sizes = "+".join(map(str, run.micro_batches[:3])) + ("+..." if len(run.micro_batches) > 3 else "")
     dist.print0(f"batch             {config.batch_size} images: {dist.world_size()} processes, {sizes} images each")
-    for line in make_forecast(config, dict(run.header.architecture), max(run.micro_batches)).lines():
+    forecast = make_forecast(config, dict(run.header.architecture), max(run.micro_batches), dist.world_size())
+    for line in forecast.lines():
         dist.print0(line)
     for notice in run.notices:
         dist.print0(f"Note: {notice}")
