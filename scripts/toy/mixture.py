@@ -21,7 +21,8 @@ class Mixture:
     """The mixture `parts`, smoothed by N(0, sigma^2).
 
     Evaluated in the dtype of the points asked about. `compiled` has torch.compile fuse the 1016 Gaussians of a point
-    into two passes over blocks of float32 points: several times faster, the same numbers up to rounding. It needs a C++ compiler (see `can_compile`).
+    into two passes over blocks of float32 points: several times faster, the same numbers up to rounding. It needs a
+    C++ compiler (see `can_compile`).
     """
 
     def __init__(self, parts: Components, compiled: bool = False):
