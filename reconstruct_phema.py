@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
-from tqdm import tqdm
 
 from torch_utils import cli, dist
+from torch_utils.progress import progress_bar
 from training.reconstruction import Output, count_values, plan_outputs, write_outputs
 from training.snapshot import Header, read_header, snapshot_name
 from training.weights import Weights, open_sources
@@ -190,8 +190,7 @@ def _write(job: Job, batch: int) -> None:
     groups = [share[first : first + batch] for first in range(0, len(share), batch)]
     error = None
     total = len(groups) * count_values(job.outputs[0])
-    quiet = True if dist.rank() != 0 or not share else None  # None: where nobody watches
-    with tqdm(total=total, unit="w", unit_scale=True, disable=quiet, dynamic_ncols=True) as bar:
+    with progress_bar(total, "w", hidden=not share, scaled=True) as bar:
         try:
             for group in groups:
                 chosen, paths = [job.outputs[i] for i in group], [job.paths[i] for i in group]

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch_utils import cli
 from torch_utils.files import fetch
+from torch_utils.progress import progress_bar
 from training.published import convert_published
 from training.snapshot import is_published_pickle, read_header
 
@@ -34,10 +35,11 @@ def main(source: str, dest: Path, workers: int, overwrite: bool) -> None:
     """
     jobs = _jobs(source, dest)
     failures, kept = [], 0
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool, progress_bar(len(jobs), "file", hidden=len(jobs) == 1) as bar:
         try:
             running = {pool.submit(_convert, path, target, overwrite): path for path, target in jobs}
-            for done in tqdm(as_completed(running), total=len(jobs), unit="file", disable=len(jobs) == 1):
+            for done in as_completed(running):
+                bar.update()
                 if isinstance(done.exception(), (ValueError, OSError)):
                     failures.append(str(done.exception()))
                     if len(jobs) > 1:

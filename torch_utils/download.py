@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import requests
-from tqdm import tqdm
 
-from torch_utils import dist
+from torch_utils.progress import progress_bar
 
 _CHUNK_BYTES = 1 << 16  # a cut connection loses the chunk it was in
 _PROGRESS_BYTES = 16 << 20  # an attempt that brings this much does not count as failed
@@ -117,17 +116,10 @@ def _attempt(url: str, partial: Path, size_bytes: int | None, patience: Patience
 def _read_body(
     response: requests.Response, partial: Path, start: int, total: int | None, size_bytes: int | None
 ) -> None:
-    shown = dist.rank() == 0
     with (
         open(partial, "r+b" if start else "wb") as file,
-        tqdm(
-            desc=partial.name.removeprefix(".").removesuffix(".partial"),
-            total=total,
-            initial=start,
-            unit="B",
-            unit_scale=True,
-            disable=not shown,
-            leave=False,
+        progress_bar(
+            total, "B", start, what=partial.name.removeprefix(".").removesuffix(".partial"), scaled=True
         ) as bar,
     ):
         file.truncate(start)

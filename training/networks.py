@@ -119,7 +119,8 @@ class UNet(nn.Module):
     """The raw network F: x [N, C, H, W], c_noise [N], labels [N, label_dim] -> [N, C, H, W], all unit magnitude.
 
     Half-precision `x` computes in half precision; the embedding path stays float32. With `recompute` (an attribute) a
-    gradient by `x` outside of training holds no block's activations: they are computed again on the way back.
+    gradient by `x` outside of training holds no block's activations: they are computed again on the way back. With
+    `recompute_in_training` neither does training, dropout included, to the same bits.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class UNet(nn.Module):
         noise_width = widths[0] if channel_mult_noise is None else model_channels * channel_mult_noise
         emb_width = max(widths) if channel_mult_emb is None else model_channels * channel_mult_emb
         self.label_balance, self.concat_balance = label_balance, concat_balance
-        self.recompute = True
+        self.recompute, self.recompute_in_training = True, False
         self.out_gain = nn.Parameter(torch.zeros([]))
         self.emb_fourier = MPFourier(noise_width)
         self.emb_noise = MPConv(noise_width, emb_width, [])
@@ -219,9 +220,10 @@ class UNet(nn.Module):
         emb = self.embed(c_noise, labels, edits)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         run = Block.__call__
+        again = self.recompute_in_training if self.training else self.recompute and x.requires_grad
         # what an edit draws or reads, it may not draw or read again
-        if self.recompute and not self.training and x.requires_grad and not (edits.dropout or edits.return_attention):
-            run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        if again and torch.is_grad_enabled() and not (edits.dropout or edits.return_attention):
+            run = partial(checkpoint, use_reentrant=False, preserve_rng_state=self.training)
         skips = []
         for name, module in self.enc.items():
             x = module(x) if isinstance(module, MPConv) else run(module, x, emb, f"enc.{name}", edits)

@@ -112,9 +112,17 @@ class PowerFunctionEMA:
             for target, source in zip(average.buffers(), self.net.buffers(), strict=True):
                 target.copy_(source)
 
+    def weights(self, number: int) -> dict[str, torch.Tensor]:
+        """The state dict of average `number`."""
+        return self.averages[number].state_dict()
+
+    def network(self, number: int) -> nn.Module:
+        """Average `number` as a network to call."""
+        return self.averages[number]
+
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
         """Every average's state dict, keyed by its std."""
-        return {f"{std:.3f}": avg.state_dict() for std, avg in zip(self.stds, self.averages, strict=True)}
+        return {f"{std:.3f}": self.weights(number) for number, std in enumerate(self.stds)}
 
     def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
         """Take averages up where `state_dict` left them; raises ValueError where the lengths differ."""

@@ -68,7 +68,9 @@ class MPConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int]):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+        weight = torch.empty(out_channels, in_channels, *kernel)
+        # on the meta device there is nothing to draw, and torch takes most of the time to build a network for it
+        self.weight = nn.Parameter(weight if weight.is_meta else weight.normal_())
 
     def forward(self, x: torch.Tensor, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
         weight = normalize(self.weight.float())
