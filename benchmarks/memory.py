@@ -33,13 +33,13 @@ SETTINGS = {
 
 
 @click.command(cls=cli.Command)
-@click.option("--channels", default=160, show_default=True, help="Width of the network.")
-@click.option("--batch", default=8, show_default=True, help="Images of a rank and step.")
+@click.option("--channels", default=128, show_default=True, help="Width of the network.")
+@click.option("--batch", default=4, show_default=True, help="Images of a rank and step.")
 @click.option("--resolution", default=32, show_default=True, help="Side of the images.")
 @click.option("--out", type=click.Path(path_type=Path), default=harness.RECORDS, help="Folder of the record.")
 @click.option("--worker", type=click.Choice(list(SETTINGS)), hidden=True, help="Be a process that is measured.")
 def main(channels: int, batch: int, resolution: int, out: Path, worker: str | None) -> None:
-    """Train three steps in every setting, and write memory.json."""
+    """Train two steps in every setting, and write memory.json."""
     if worker:
         work(worker, channels, batch, resolution, out)
         return
@@ -94,7 +94,7 @@ def work(name: str, channels: int, batch: int, resolution: int, out: Path) -> No
 
 
 def peak_memory(options: dict[str, Any], channels: int, batch: int, resolution: int) -> dict[str, Any]:
-    """Bytes that three steps add to a process that has trained a tiny network, and their forecast."""
+    """Bytes that two steps add to a process that has trained a tiny network, and their forecast."""
     tiny = TrainConfig(network={**SMALL, "model_channels": 8, "channels_per_head": 8}, batch_size=dist.world_size())
     _train(tiny, 8, 1)
     before = _peak_rss()
@@ -113,7 +113,7 @@ def peak_memory(options: dict[str, Any], channels: int, batch: int, resolution: 
 
 def _train(config: TrainConfig, resolution: int, batch: int) -> dict[str, Any]:
     trainer = make_trainer(config, resolution)
-    for _ in range(3):
+    for _ in range(2):
         trainer.step(images_for(trainer, batch), 1)
     return dict(trainer.header.architecture)
 

@@ -34,6 +34,7 @@ from training.networks import full_architecture
 GOAL = 0.85
 # way -> processes, share of the batch
 WAYS = {"quarter": (1, 0.25), "half": (1, 0.5), "alone": (1, 1), "independent": (2, 1), "ranks": (2, 1)}
+_ALL_REDUCE_BYTES = 32 << 20
 
 
 @click.command(cls=cli.Command)
