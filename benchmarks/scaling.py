@@ -161,6 +161,7 @@ def work(steps: int, batch: int, channels: int, out: Path) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[core]})
     torch.set_num_threads(1)
+    harness.keep_memory()
     with dist.session("cpu"):
         found = time_steps(steps, batch, channels)
         (out / f"{core}.json").write_text(json.dumps(found))
