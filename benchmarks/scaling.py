@@ -233,6 +233,7 @@ def watch_overlap(trainer: Any, stream: Any) -> dict[str, Any]:
     return {
         "buckets": len(sent),
         "bucket_bytes": [count for _, count in sent],
+        "sent_before_end_sec": [ended[0] - when for when, _ in sent],
         "share_before_the_last": 1 - sent[-1][1] / total,
         "first_bucket_before_end_sec": ended[0] - began,
         "waited_after_last_gradient_sec": ended[0] - sent[-1][0],
