@@ -23,7 +23,7 @@ from torch_utils import cli
 from training.networks import Precond
 from training.reconstruction import plan_outputs, write_outputs
 from training.snapshot import Header, save_snapshot, snapshot_name
-from training.weights import open_folder
+from training.weights import open_sources
 
 OUTPUTS = (1, 2, 4, 8, 16, 31)
 GOALS = {8: 8.0, 31: 11.0}
@@ -91,7 +91,7 @@ def write_snapshots(folder: Path, preset: str) -> None:
 
 
 def plan(folder: Path, count: int) -> tuple[list, list]:
-    inputs = open_folder(folder, "network")
+    inputs = open_sources([folder], "network")
     return inputs, plan_outputs(inputs, np.linspace(0.02, 0.2, count).tolist())
 
 

@@ -17,7 +17,7 @@ from tests import inception_recipe
 from tests.fakes import tiny_snapshot
 from training.reconstruction import plan_outputs, write_outputs
 from training.snapshot import Header, load_snapshot, read_header, save_snapshot
-from training.weights import open_folder
+from training.weights import open_sources
 
 
 def test_averages_in_one_pass_are_those_made_one_after_another(tmp_path):
@@ -28,7 +28,7 @@ def test_averages_in_one_pass_are_those_made_one_after_another(tmp_path):
             written = Header(header.architecture, header.encoder, k << 20, std, dtype="float16")
             state = {**nets[k].state_dict(), **buffers}
             save_snapshot(tmp_path / f"network-{k}-{std}.safetensors", state, written)
-    inputs = open_folder(tmp_path, "network")
+    inputs = open_sources([tmp_path], "network")
     outputs = plan_outputs(inputs, [0.06, 0.08], dtype="float32")
     write_outputs(inputs, outputs, [tmp_path / f"ours{k}" for k in range(2)])
     for k, output in enumerate(outputs):
