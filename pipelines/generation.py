@@ -24,7 +24,9 @@ from sampling.engine import Engine, ImageBatch, share_of_rank
 from sampling.solvers import PUBLISHED, Sampler
 from torch_utils import dist
 from torch_utils.files import fetch, sha256_of
+from torch_utils.precision import slow_precision
 from training.encoders import RGBEncoder, StabilityVAEEncoder, make_encoder
+from training.inference import freeze_
 from training.snapshot import Snapshot, load_snapshot
 from training.vae import vae_sha256
 
@@ -75,11 +77,13 @@ def prepare(request: Request, device: torch.device) -> Generation:
     guidance method refuses its settings.
     """
     precision = request.precision if request.precision != "auto" else "fp16" if device.type == "cuda" else "fp32"
-    main = _with_vae(load_snapshot(request.net, device, PRECISIONS[precision]), request.vae)
+    if slow := slow_precision(PRECISIONS[precision], device):
+        dist.warn0(f"--precision {precision}: {slow}")
+    main = _with_vae(_load(request.net, device, precision), request.vae)
     net = main.net
     classes = parse_classes(request.classes, net.label_dim, main.header.label_names)
-    gmain = None if request.gnet is None else load_snapshot(request.gnet, device, PRECISIONS[precision])
-    umain = None if request.uncond is None else load_snapshot(request.uncond, device, PRECISIONS[precision])
+    gmain = None if request.gnet is None else _load(request.gnet, device, precision)
+    umain = None if request.uncond is None else _load(request.uncond, device, precision)
     for other in (gmain, umain):
         if other is not None:
             check_pair(main, other)
@@ -102,6 +106,11 @@ def prepare(request: Request, device: torch.device) -> Generation:
         "device": device.type,  # generators on another kind of device give other numbers
     }
     return Generation(engine, settings, _summary(request, main, gmain, classes, precision))
+
+
+def _load(source: str, device: torch.device, precision: str) -> Snapshot:
+    snapshot = load_snapshot(source, device, PRECISIONS[precision])
+    return dataclasses.replace(snapshot, net=freeze_(snapshot.net))
 
 
 def _check_empty_labels(request: Request, main: Snapshot) -> None:
