@@ -19,7 +19,7 @@ def normalize(
     dims = list(range(1, x.ndim)) if dims is None else list(dims)
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
     norm = norm * math.sqrt(norm.numel() / x.numel()) if x.numel() else norm
-    return x / ((eps + norm) / magnitude).to(x.dtype)
+    return x * (magnitude / (eps + norm)).to(x.dtype)
 
 
 def reusable(x: torch.Tensor) -> torch.Tensor | None:
