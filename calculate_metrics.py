@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ import torch
 from metrics.detectors import DETECTORS, check_names, load_detector
 from metrics.reference import Reference, save_reference
 from metrics.report import summary, table
-from metrics.scoring import Scorer, image_statistics, make_scorer
+from metrics.scoring import Scorer, image_features, image_statistics, make_scorer
 from pipelines.generation import Request, prepare
 from pipelines.image_source import image_batches, open_images
 from pipelines.options import generation_options
 from torch_utils import cli, dist
 from torch_utils.files import atomic_write, fetch, sha256_of
 from torch_utils.provenance import provenance
+
+_REAL_WORKERS = 2  # threads that read
 
 
 class MetricNames(click.ParamType):
@@ -49,6 +51,8 @@ class Task:
 
     ref: str
     metrics: tuple[str, ...] | None
+    num: int
+    real: str | None
     record: Path | None
     batch: int
     weights_dir: str | None
@@ -87,6 +91,11 @@ _score_options = _together(
         show_default=True,
         help="Number of images; under torchrun spelt out.",
     ),
+    click.option(
+        "--real",
+        metavar="PATH",
+        help="Real images (folder, .zip or .npz), --num of which measure precision, recall, density and coverage too.",
+    ),
     click.option("--record", type=click.Path(path_type=Path, dir_okay=False), help="JSON file of results and origin."),
     _images_options,
 )
@@ -121,7 +130,7 @@ def main() -> None:
 @_workers
 def calc(images: str, num: int, seeds: tuple[int, ...], workers: int, device: str, **task: Any) -> None:
     """Score the images in a folder, zip or .npz."""
-    task = Task(**task)
+    task = Task(num=num, **task)
     with dist.session(device) as where:
         source = open_images(images)
         if len(source) < num:
@@ -158,7 +167,7 @@ def gen(request: Request, num: int, seeds: tuple[int, ...], device: str, **task:
             raise click.UsageError(
                 f"--seed {first} and {second} with --num {num} share images; the next range starts at {first + num}"
             )
-    task = Task(**task)
+    task = Task(num=num, **task)
     with dist.session(device) as where:
         scorer = _scorer(task, where)
         generation = prepare(request, where)
@@ -173,7 +182,14 @@ def gen(request: Request, num: int, seeds: tuple[int, ...], device: str, **task:
 
 
 def _scorer(task: Task, device: torch.device) -> Scorer:
-    return make_scorer(fetch(task.ref), device, task.metrics, task.weights_dir)
+    scorer = make_scorer(fetch(task.ref), device, task.metrics, task.weights_dir)
+    if task.real is None:
+        return scorer
+    source = open_images(task.real)
+    if len(source) < task.num:
+        raise ValueError(f"--real {task.real} holds {len(source)} images, --num asks for as many as {task.num}")
+    batches = image_batches(source, _select(len(source), task.num, 0), task.batch, _REAL_WORKERS)
+    return replace(scorer, real=image_features(batches, scorer.detectors, device))
 
 
 def _score(task: Task, scorer: Scorer, runs: Mapping[str, Iterable[torch.Tensor]], origin: Mapping[str, Any]) -> None:
@@ -198,6 +214,7 @@ def _score(task: Task, scorer: Scorer, runs: Mapping[str, Iterable[torch.Tensor]
             "num_images": scorer.reference.num_images,
             "source": scorer.reference.source,
         },
+        "real": task.real,
         "batch": task.batch,
         "processes": dist.world_size(),
         **provenance(scorer.device),

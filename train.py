@@ -1,8 +1,8 @@
 """Train a diffusion network, main or guide, in one process or many (torchrun)."""
 
+import contextlib
 import math
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from sampling.engine import Engine, share_of_rank
 from sampling.solvers import Sampler
 from torch_utils import cli, dist
 from torch_utils.files import atomic_write
+from torch_utils.locks import exclusive
 from torch_utils.precision import slow_precision
 from torch_utils.provenance import provenance
 from torch_utils.stopping import StopRequest, parse_duration_sec
@@ -25,8 +26,7 @@ from training.encoders import Encoder, make_encoder
 from training.forecast import make_forecast
 from training.loop import COMPUTE_DTYPES, Trainer, training_loop
 from training.networks import Precond
-from training.order import GlobalOrder, MicroBatch, training_batches
-from training.run import Run, check_run_dir, resolve, write_records
+from training.run import Run, check_run_dir, resolve, stream_batches, write_records
 from training.runlog import RunLog
 
 SAMPLE_BATCH = 16
@@ -53,6 +53,8 @@ SAMPLE_BATCH = 16
 @click.option("--rampup", "rampup_nimg", metavar="NIMG", type=cli.Size(), help="Images of linear warm-up; 0: none")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), help="Precision inside the network")
 @click.option("--fp16", type=bool, help="The same as --precision fp16 (true) or fp32 (false)")
+@click.option("--recompute", type=bool, help="Hold no activations, compute them again: a third more time, same bits")
+@click.option("--shard", type=bool, help="Share Adam's moments and the averages out over the processes: same bits")
 @click.option("--ls", "loss_scaling", metavar="FLOAT", type=float, help="Loss scaling, undone before the optimizer")
 @click.option("--bench", "cudnn_benchmark", type=bool, help="Let cuDNN pick its fastest algorithms")
 @click.option("--seed", metavar="N", type=int, help="Random seed of the whole run")
@@ -85,7 +87,7 @@ def main(
     """
     max_sec = None if max_time is None else parse_duration_sec(max_time)
     config = compose_config(preset, config_file, options)
-    with dist.session(device) as picked, StopRequest(max_sec) as stop:
+    with dist.session(device) as picked, StopRequest(max_sec) as stop, contextlib.ExitStack() as held:
         dataset = ImageDataset(config.data, use_labels=config.cond)
         run = resolve(config, dataset)
         check_run_dir(run, Path(outdir))
@@ -96,6 +98,7 @@ def main(
         if dry_run:
             return
         check_decoder(encoder, run, samples, picked)
+        dist.on_rank0(held.enter_context, exclusive(outdir))
         dist.on_rank0(write_records, run, Path(outdir), provenance(picked), sys.argv)
         training_loop(
             Trainer(run.config, run.header, encoder, picked),
@@ -136,7 +139,8 @@ def describe(run: Run, dataset: ImageDataset) -> None:
     dist.print0(f"data              {dataset.path}: {len(dataset)} items of {shape}, {classes}")
     sizes = "+".join(map(str, run.micro_batches[:3])) + ("+..." if len(run.micro_batches) > 3 else "")
     dist.print0(f"batch             {config.batch_size} images: {dist.world_size()} processes, {sizes} images each")
-    for line in make_forecast(config, dict(run.header.architecture), max(run.micro_batches)).lines():
+    forecast = make_forecast(config, dict(run.header.architecture), max(run.micro_batches), dist.world_size())
+    for line in forecast.lines():
         dist.print0(line)
     for notice in run.notices:
         dist.print0(f"Note: {notice}")
@@ -153,20 +157,6 @@ def check_decoder(encoder: Encoder, run: Run, samples: int, device: torch.device
         encoder.decode(torch.zeros(1, run.header.architecture["img_channels"], size, size, device=device))
     except ValueError as error:
         raise ValueError(f"sample images cannot be decoded: {error}. Or train without them: --samples 0") from error
-
-
-def stream_batches(run: Run, dataset: ImageDataset, start_nimg: int) -> Iterator[MicroBatch]:
-    """This rank's micro-batches from image number `start_nimg` on."""
-    return training_batches(
-        dataset,
-        GlobalOrder(len(dataset), run.config.seed),
-        start_nimg,
-        run.config.batch_size,
-        rank=dist.rank(),
-        world_size=dist.world_size(),
-        batch_gpu=run.config.batch_gpu,
-        workers=run.config.workers,
-    )
 
 
 def draw_samples(encoder: Encoder, run_dir: Path, count: int, device: torch.device, net: Precond, nimg: int) -> None:

@@ -2,8 +2,9 @@
 
 import torch
 
-from guidance.blocks import Blocks, checked, deep_encoder, network_of, parse_blocks
+from guidance.blocks import Blocks, attend, checked, deep_encoder, network_of, parse_blocks
 from guidance.method import Method, Option, Parts
+from guidance.numbers import one_of
 from guidance.perturbed import AttentionEdited, Perturbed
 from torch_utils.denoiser import Denoiser
 
@@ -13,10 +14,18 @@ def identity_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tor
     return v
 
 
-def _negative(parts: Parts, *, pag_blocks: Blocks) -> Denoiser:
+def matched_identity_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The same, each head as loud as before: single values are several times as large as averages of them."""
+    loudness = [t.float().square().mean(dim=(2, 3), keepdim=True).sqrt() for t in (attend(q, k, v), v)]
+    return v * (loudness[0] / loudness[1].clamp_min(torch.finfo(torch.float32).tiny)).to(v.dtype)
+
+
+def _negative(parts: Parts, *, pag_blocks: Blocks, pag_match: str) -> Denoiser:
     net = network_of(parts.net)
     blocks = deep_encoder(net) if pag_blocks is None else checked(net, pag_blocks)
-    return Perturbed(net, AttentionEdited(blocks, identity_attention))
+    return Perturbed(
+        net, AttentionEdited(blocks, matched_identity_attention if pag_match == "yes" else identity_attention)
+    )
 
 
 METHOD = Method(
@@ -26,6 +35,7 @@ METHOD = Method(
     weight=4.0,  # scale s = 3 of the paper, w = 1 + s
     options=(
         Option("pag-blocks", parse_blocks, None, "blocks to change; unset, the deepest of the encoder, and the middle"),
+        Option("pag-match", one_of("no", "yes"), "no", "bring V to the RMS of the attention output it replaces"),
     ),
     term="D(x; sigma, c) with attention output V",
     source="Ahn et al. 2024 (arXiv 2403.17377)",

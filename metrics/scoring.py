@@ -9,6 +9,7 @@ import torch
 from metrics.detectors import Detector, load_detector
 from metrics.frechet import frechet_distance
 from metrics.moments import Moments, sum_over_ranks_
+from metrics.neighbours import Keeping, neighbour_scores
 from metrics.reference import FeatureStatistics, Reference, load_reference
 from torch_utils import dist
 
@@ -39,24 +40,53 @@ def image_statistics(
     return count, statistics
 
 
+def image_features(
+    batches: Iterable[torch.Tensor], detectors: Sequence[Detector], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The features of all ranks' images by metric, on rank 0 (none elsewhere); arguments as `image_statistics`."""
+    keeping = [Keeping(detector) for detector in detectors]
+    image_statistics(batches, keeping, device)
+    return {detector.name: detector.features() for detector in keeping}
+
+
 @dataclass(frozen=True)
 class Scorer:
-    """Measures how far images are from reference statistics, by one or several metrics at once."""
+    """Measures how far images are from reference statistics, by one or several metrics at once.
+
+    With `real`, features of real images by metric as of `image_features`, also how they lie among real ones; that
+    takes memory for the features of all images.
+    """
 
     reference: Reference
     detectors: Sequence[Detector]
     device: torch.device
+    real: Mapping[str, torch.Tensor] | None = None
 
     def score(self, batches: Iterable[torch.Tensor]) -> dict[str, float]:
-        """The Frechet distance by metric of this and all other ranks' images; see `image_statistics`."""
-        count, statistics = image_statistics(batches, self.detectors, self.device)
+        """The Frechet distance by metric of this and all other ranks' images; see `image_statistics`.
+
+        With `real` also "METRIC.precision" and so on; see `metrics.neighbours.neighbour_scores`.
+        """
+        detectors = self.detectors if self.real is None else [Keeping(detector) for detector in self.detectors]
+        count, statistics = image_statistics(batches, detectors, self.device)
         for detector in self.detectors:
             if count <= detector.num_features:
                 dist.warn0(
                     f"{detector.name} has {detector.num_features} features: a distance from {count} images is far too "
                     "large, and compares only with one from as many images"
                 )
-        return distances(statistics, self.reference)
+        result = distances(statistics, self.reference)
+        if self.real is not None:
+            for detector in detectors:
+                features = detector.features()
+                found = dist.on_rank0(_among, self.real[detector.name], features, self.device)
+                result |= {f"{detector.name}.{name}": value for name, value in found.items()}
+        return result
+
+
+def _among(real: torch.Tensor, features: torch.Tensor, device: torch.device) -> dict[str, float]:
+    where = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
+    return neighbour_scores(real.to(where), features.to(where))
 
 
 def distances(statistics: Mapping[str, FeatureStatistics], reference: Reference) -> dict[str, float]:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from guidance.interval import guided_steps
 from guidance.registry import METHODS, NO_GUIDANCE, Choice, Parts, guide, methods_of
@@ -25,6 +24,7 @@ from sampling.solvers import PUBLISHED, Sampler
 from torch_utils import dist
 from torch_utils.files import fetch, sha256_of
 from torch_utils.precision import slow_precision
+from torch_utils.progress import progress_bar
 from training.encoders import RGBEncoder, StabilityVAEEncoder, make_encoder
 from training.inference import freeze_
 from training.snapshot import Snapshot, load_snapshot
@@ -64,7 +64,7 @@ class Generation:
     def batches(self, seeds: Sequence[int], batch_size: int) -> Generator[ImageBatch]:
         """The images of this rank's share of `seeds`, possibly none, with a progress bar on rank 0."""
         share = share_of_rank(seeds)
-        with tqdm(total=len(share), unit="img", disable=dist.rank() != 0 or not share, dynamic_ncols=True) as bar:
+        with progress_bar(len(share), hidden=not share) as bar:
             for batch in self.engine.batches(share, batch_size):
                 yield batch
                 bar.update(len(batch.seeds))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from torch_utils import dist
+from torch_utils.progress import progress_bar
 from training.archive import open_archive
 from training.images import IMAGE_EXTENSIONS, open_image, to_8bit
 
@@ -114,7 +114,7 @@ def image_batches(
     ahead: deque = deque()
     with (
         ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(starts), unit="batch", disable=dist.rank() != 0, dynamic_ncols=True) as bar,
+        progress_bar(len(starts), "batch") as bar,
     ):
         for start in starts:
             ahead.append([pool.submit(_read, images, index, expected) for index in indices[start : start + batch_size]])

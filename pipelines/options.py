@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -132,6 +132,20 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed((*_NETWORKS, *_method_options(), *_SAMPLER)):
         with_request = option(with_request)
     return with_request
+
+
+def parse_request(words: Sequence[str]) -> Request:
+    """The request that these words of a command line ask for; ValueError, with the reason, where they make none."""
+
+    @click.command()
+    @generation_options
+    def ask(request: Request) -> Request:
+        return request
+
+    try:
+        return ask.main(list(words), standalone_mode=False)
+    except click.ClickException as error:
+        raise ValueError(f"{' '.join(words)!r} asks for no images: {error.format_message()}") from error
 
 
 def _print_table(ctx: click.Context, param: click.Parameter, value: bool) -> None:

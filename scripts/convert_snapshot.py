@@ -1,5 +1,6 @@
 """Turn published snapshots (NVIDIA's pickles) into snapshots of this project."""
 
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch_utils import cli
 from torch_utils.files import fetch
+from torch_utils.progress import progress_bar
 from training.published import convert_published
 from training.snapshot import is_published_pickle, read_header
 
@@ -33,13 +35,15 @@ def main(source: str, dest: Path, workers: int, overwrite: bool) -> None:
     """
     jobs = _jobs(source, dest)
     failures, kept = [], 0
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool, progress_bar(len(jobs), "file", hidden=len(jobs) == 1) as bar:
         try:
             running = {pool.submit(_convert, path, target, overwrite): path for path, target in jobs}
-            for done in tqdm(as_completed(running), total=len(jobs), unit="file", disable=len(jobs) == 1):
+            for done in as_completed(running):
+                bar.update()
                 if isinstance(done.exception(), (ValueError, OSError)):
                     failures.append(str(done.exception()))
-                    tqdm.write(f"Error: {failures[-1]}", file=sys.stderr)
+                    if len(jobs) > 1:
+                        tqdm.write(f"Error: {failures[-1]}", file=sys.stderr)
                 else:
                     kept += not done.result()
         except BaseException:
@@ -84,4 +88,5 @@ def _convert(path: Path, target: Path, overwrite: bool) -> bool:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # unwinds, so that no temporary file is left
     main()

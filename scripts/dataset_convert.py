@@ -8,12 +8,14 @@ from pathlib import Path
 import click
 import numpy as np
 
+from pipelines.image_folder import RECORD
 from scripts.dataset_output import PartialDataset, is_finished
-from scripts.dataset_workers import progress_bar, run_in_order
+from scripts.dataset_workers import run_in_order
+from torch_utils.progress import progress_bar
 from training.archive import FolderArchive, ZipArchive, open_archive
 from training.crops import TRANSFORMS
 from training.images import IMAGE_EXTENSIONS, encode_png, is_grey, open_header, open_image, to_8bit
-from training.labels import LABELS_FILE, Labels, folder_labels, read_labels
+from training.labels import LABELS_FILE, Labels, folder_labels, noted_labels, read_labels
 
 Archive = FolderArchive | ZipArchive
 
@@ -116,7 +118,10 @@ def check_transform(transform: str, resolution: tuple[int, int] | None) -> None:
 
 
 def find_labels(archive: Archive, label_source: str) -> Labels | None:
-    """The labels of the source images: from dataset.json (json), top-level folders, either (auto), or None."""
+    """The labels of the source images: from dataset.json (json), top-level folders, whichever is there (auto), or None.
+
+    What generate.py drew lies in folders that are no classes, and says itself which class it is of.
+    """
     has_file = archive.read_extra(LABELS_FILE) is not None
     if label_source == "json" and not has_file:
         raise ValueError(f"{archive.path}: holds no {LABELS_FILE}; use --labels folders or --labels none")
@@ -124,6 +129,8 @@ def find_labels(archive: Archive, label_source: str) -> Labels | None:
         return read_labels(archive)
     if label_source == "none":
         return None
+    if label_source == "auto" and archive.read_extra(RECORD) is not None:
+        return noted_labels(archive)
     labels = folder_labels(archive.names)
     if labels is None and label_source == "folders":
         raise ValueError(f"{archive.path}: the images do not lie in two or more class folders")
@@ -240,7 +247,7 @@ def _digest(archive: Archive, indices: np.ndarray, labels: Labels | None) -> str
 def _describe(archive: Archive, indices: np.ndarray, labels: Labels | None, converter: Converter) -> str:
     colour = "grey" if converter.channels == 1 else "RGB"
     lines = [f"{archive.path}: {len(archive.names)} images; converting {len(indices)} to {colour}"]
-    others = [name for name in archive.ignored if name != LABELS_FILE]
+    others = [name for name in archive.ignored if name not in (LABELS_FILE, RECORD)]
     if others:
         lines.append(f"Passing over {len(others)} other files, such as {others[0]}")
     if labels is None:

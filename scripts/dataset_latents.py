@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from scripts.dataset_output import PartialDataset, is_finished
-from scripts.dataset_workers import progress_bar
 from torch_utils import dist
+from torch_utils.progress import progress_bar
 from training.dataset import ImageDataset
 from training.images import encode_png
 from training.latents import ENCODER_FILE, LatentSource, read_latent_source
@@ -137,7 +136,7 @@ def run(job: Job, batch: int, workers: int) -> None:
     with _Output(job) as output:
         todo = [k for k, name in enumerate(job.names) if name not in output.names]
         told = False
-        with _progress(len(job.names), len(job.names) - len(todo)) as bar:
+        with progress_bar(len(job.names), initial=len(job.names) - len(todo)) as bar:
             for names, files in _results(job, todo, batch, workers):
                 if not told:
                     dist.on_rank0(_check_disk, job, files, len(todo))
@@ -165,10 +164,6 @@ def _results(job: Job, todo: Sequence[int], batch: int, workers: int) -> Iterato
                 error = caught
             dist.raise_together(error)
             yield [job.names[k] for k in this], files
-
-
-def _progress(total: int, initial: int) -> tqdm:
-    return progress_bar(total, initial) if dist.rank() == 0 else tqdm(disable=True)
 
 
 def _check_disk(job: Job, files: Sequence[bytes], num_left: int) -> None:

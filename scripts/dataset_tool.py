@@ -53,15 +53,17 @@ def main() -> None:
     type=click.Choice(["auto", "json", "folders", "none"]),
     default="auto",
     show_default=True,
-    help="Classes from dataset.json in the source, from top-level folders, or whichever there is.",
+    help="Classes from dataset.json in the source, from top-level folders, or (auto) whichever there is; images of "
+    "generate.py keep theirs.",
 )
 @click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read, and name them.")
 @_WORKERS
 def convert(**options: Any) -> None:
     """Turn images into a training set: square PNG files of one size, and dataset.json.
 
-    The work is kept in DEST.partial until it is whole; a command that was stopped goes on when it is run again. A
-    .zip is stored without compression, which is quickest to read.
+    The work is kept in DEST.partial until it is whole; a command that was stopped goes on when it is run again.
+    Neither the .zip nor the PNG files in it are compressed: training reads them without decoding. To make an existing
+    training set faster to read, convert it once more, without --resolution and --transform.
 
     \b
     --transform

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -11,8 +10,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any
-
-from tqdm import tqdm
 
 _CHUNK = 16
 _work: Callable[[int], Any]  # what a worker process does; set once, as it starts
@@ -38,12 +35,6 @@ def run_in_order(
     # submitted here, not in the generator: processes are best forked before a progress bar starts its thread
     pending = deque(pool.submit(_run_chunk, chunk) for chunk in islice(chunks, 3 * workers))
     return _collect(pool, pending, chunks)
-
-
-def progress_bar(total: int, initial: int = 0) -> tqdm:
-    """A bar that counts images: lively on a terminal, a line now and then in a log file."""
-    interval_sec = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(total=total, initial=initial, unit="img", dynamic_ncols=True, mininterval=interval_sec, maxinterval=60)
 
 
 def _collect(

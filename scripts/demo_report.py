@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts._document import fill_in
 from torch_utils import cli
 from torch_utils.files import atomic_write
 
@@ -21,7 +22,6 @@ ROWS = {  # record -> how the table names it
 _ZOOM = 2
 _MARGIN = 12
 _TITLE_HEIGHT = 34
-_BEGIN, _END = "<!-- demo: begin -->", "<!-- demo: end -->"
 
 
 def read_records(folder: Path) -> dict[str, dict]:
@@ -70,13 +70,6 @@ def picture(left: list[Image.Image], right: list[Image.Image], titles: tuple[str
     return sheet
 
 
-def fill_in(text: str, part: str) -> str:
-    """`text` with `part` between its two demo marks. Raises ValueError where it has no such marks."""
-    if text.count(_BEGIN) != 1 or text.count(_END) != 1:
-        raise ValueError(f"expected one {_BEGIN} and, below it, one {_END}")
-    return f"{text.split(_BEGIN)[0]}{_BEGIN}\n{part}\n{_END}{text.split(_END)[1]}"
-
-
 def _first_images(folder: Path, count: int) -> list[Image.Image]:
     files = sorted(folder.rglob("*.png"))[:count]
     if len(files) < count:
@@ -110,7 +103,7 @@ def _publish(records: dict[str, dict], docs: Path) -> None:
     with atomic_write(docs / "demo.json", "w") as file:
         json.dump(records, file, indent=1)
     readme = docs.parent / "README.md"
-    text = fill_in(readme.read_text(encoding="utf-8"), table(records))
+    text = fill_in(readme.read_text(encoding="utf-8"), "demo", table(records))
     with atomic_write(readme, "w") as file:
         file.write(text)
 

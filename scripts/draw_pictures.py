@@ -14,11 +14,11 @@ from pathlib import Path
 import click
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch_utils import cli
+from torch_utils.progress import progress_bar
 
 SIDE = 32
 _BATCH = 256
@@ -230,7 +230,7 @@ def main(dest: Path, num: int, seed: int) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     for name in NAMES:
         (partial / name).mkdir(parents=True)
-    progress = tqdm(total=num, unit="img", disable=None)
+    progress = progress_bar(num)
     for start in range(0, num, 10 * _BATCH):
         indices = range(start, min(start + 10 * _BATCH, num))
         for index, image, label in zip(indices, *draw(seed, indices), strict=True):

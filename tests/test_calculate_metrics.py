@@ -122,6 +122,30 @@ def test_a_seed_selects_a_subset(place):
     assert value(score("calc", place, "--images", place / "fake", "--seed", "1", num=20)) == values[1]
 
 
+def test_real_images_tell_precision_and_coverage_too(place):
+    names = [f"fd_random.{name}" for name in ("precision", "recall", "density", "coverage")]
+    same = score("calc", place, "--images", place / "real", "--real", place / "real.zip")["results"]
+    assert list(same) == ["fd_random", *names]
+    assert [same[name]["min"] for name in names] == pytest.approx([1, 1, 1.2, 1])
+    drawn = score("gen", place, *network(place), "--real", place / "real")["results"]
+    assert all(drawn[name]["min"] < 0.5 for name in names)
+    told = score("calc", place, "--images", place / "fake", "--real", place / "three", code=1)
+    assert f"holds 3 images, --num asks for as many as {NUM}" in told
+
+
+def test_two_ranks_see_the_same_neighbours(place, tmp_path):
+    words = ["calc", "--images", place / "fake", "--ref", place / "ref.npz", "--real", place / "real", "--batch", 4]
+    alone = score(words[0], place, *words[1:3], *words[5:])["results"]
+    common = ["--num-images", NUM, "--device", "cpu", "--record", tmp_path / "record.json"]
+    done = run_script("calculate_metrics.py", *words, *common, ranks=2)
+    assert done.returncode == 0, done.stderr
+    together = json.loads((tmp_path / "record.json").read_text())["results"]
+    assert {name: found["min"] for name, found in together.items()} == pytest.approx(
+        {name: found["min"] for name, found in alone.items()}, rel=1e-6
+    )
+    assert together["fd_random.density"]["min"] > 0
+
+
 @pytest.mark.parametrize(("ranks", "num"), [(2, NUM), (4, 3)], ids=["shares", "an empty share"])
 def test_ranks_score_as_one(place, tmp_path, ranks, num):
     job = ["calc", "--images", place / "fake"] if num == NUM else ["gen", *network(place)]

@@ -39,6 +39,7 @@ METHODS = {
     "input-noise": "--guidance-method input-noise",
     "sum": "--guidance-method cfg --guidance 1.5 --guidance-also pag=3 --guidance-also icg=1.5 --interval 0,20",
     "apg": "--guidance-method seg --guidance-rule apg --guidance-schedule cosine",
+    "loss": "--guidance-method loss --loss-kind colour --loss-colour 200,30,30 --loss-augment 2 --loss-average 3",
     "erk": "--guidance-method sag --solver erk",
 }
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from guidance.blocks import attend
-from guidance.pag import identity_attention
+from guidance.pag import identity_attention, matched_identity_attention
 from guidance.registry import Choice, Parts, guide
 from tests import golden
 from training.networks import Precond
@@ -55,6 +55,29 @@ def test_one_block_or_several():
     D_neg = guide(choice, Parts(net))(arrays["x"], torch.tensor(1.0), arrays["labels"])
     torch.testing.assert_close(D_neg, expected, atol=1e-5, rtol=1e-5)
     assert (expected - net(arrays["x"], 1.0, arrays["labels"])).abs().max() > 1e-3
+
+
+def test_attention_that_does_not_count_can_be_changed_at_will():
+    # the block's sum takes a share of 0 from its attention
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = Precond(**{**golden.architecture("cond"), "attn_balance": 0.0}).eval().requires_grad_(False)
+    net.unet.out_gain.fill_(1)
+    arrays = golden.load("network_cond.npz")
+    D_neg = guide(Choice("pag", 0.0), Parts(net))(arrays["x"], torch.tensor(1.0), arrays["labels"])
+    torch.testing.assert_close(D_neg, net(arrays["x"], 1.0, arrays["labels"]), atol=1e-6, rtol=1e-6)
+
+
+def test_matched_it_is_as_loud_as_the_attention_it_replaces():
+    matched, usual = matched_identity_attention(Q, K, V), attend(Q, K, V)
+    rms = [t.square().mean(dim=(2, 3)).sqrt() for t in (matched, usual, V)]
+    torch.testing.assert_close(rms[0], rms[1])
+    assert (rms[2] > 1.5 * rms[1]).all()
+    torch.testing.assert_close(matched / matched[..., :1, :1], V / V[..., :1, :1])
+    assert matched_identity_attention(Q, K, torch.zeros_like(V)).abs().max() == 0
+    chosen = Choice("pag", 4.0, options={"pag_match": "yes"})
+    assert guide(chosen, Parts(golden.network("cond"))).negs[0].change.edit is matched_identity_attention
+    assert guide(Choice("pag", 4.0), Parts(golden.network("cond"))).negs[0].change.edit is identity_attention
 
 
 def test_a_guided_denoiser_has_no_inside():

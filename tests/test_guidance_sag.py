@@ -45,6 +45,13 @@ def test_of_a_linear_denoiser_it_is_an_unsharp_mask():
     assert (D_neg - D).abs().max() > 0.1
 
 
+def test_attention_everywhere_makes_it_blur_guidance():
+    D, everywhere = NET(X, SIGMA), torch.full([3, 2, 64, 64], 2 / 64)
+    assert attended(everywhere, 16, 16).min() == 1
+    D_neg = Blurred(NET, "b", 1.5).beside(D, {"b": everywhere}, X, SIGMA, None)
+    assert torch.equal(D_neg, NET(X + (blur(D, 1.5, kernel_size(2.0)) - D), SIGMA))
+
+
 def test_latents_are_blurred_with_nine_taps_at_sigma_1():
     assert kernel_size(4 / 3) == 9
 

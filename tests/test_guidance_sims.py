@@ -1,15 +1,22 @@
 """SIMS has no code of its own; docs/guidance.md gives its commands, and these are its promises."""
 
+import contextlib
 import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+import generate
+import train
 from guidance.registry import Choice, Parts, guide
 from sampling.solvers import edm_sampler
-from tests.fakes import Gaussian
+from scripts import dataset_tool
+from tests import tiny
+from tests.fakes import Gaussian, tiny_snapshot
+from training.dataset import ImageDataset
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,6 +40,34 @@ def test_omega_1_undoes_a_drift_that_repeats_itself(drift):
 def test_an_untrained_copy_changes_nothing():
     base = Gaussian(0.2, 0.3)
     assert spread(base, Gaussian(0.2, 0.3), 3.0, 32) == spread(base, base, 1.0, 32)
+
+
+def test_the_recipe_runs_and_the_copy_learns_each_image_under_its_own_class(tmp_path):
+    tiny_snapshot(tmp_path / "base.safetensors")
+    commands = [
+        (generate, "--net base.safetensors --seeds 995-1014 --balanced --outdir synthetic --subdirs --steps 2"),
+        (dataset_tool, "convert --source synthetic --dest synthetic.zip"),
+        (
+            train,
+            "--config tiny.yaml --init-from base.safetensors --data synthetic.zip --lr 0.002 --decay 0 --rampup 0 "
+            "--duration 32 --samples 0 --outdir sims",
+        ),
+        (
+            generate,
+            "--net base.safetensors --gnet sims/network-snapshot-0000000-0.100.safetensors --guidance 2 --seeds 0 "
+            "--outdir out --steps 2",
+        ),
+    ]
+    tiny.write_config(tmp_path / "tiny.yaml", network={})
+    with contextlib.chdir(tmp_path):
+        for module, words in commands:
+            words += "" if module is dataset_tool else " --device cpu"
+            done = CliRunner().invoke(module.main, words.split())
+            assert done.exit_code == 0, done.output
+    synthetic = ImageDataset(tmp_path / "synthetic.zip")
+    # seed s was drawn in class s % 4, whatever folder it lies in
+    assert [int(synthetic[k][1].argmax()) for k in range(20)] == [seed % 4 for seed in range(995, 1015)]
+    assert len(list((tmp_path / "out").glob("*.png"))) == 1
 
 
 def test_the_commands_in_the_document_exist():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from guidance.guided import Guided
 from guidance.registry import Choice, Parts, guide
 from guidance.truncation import truncated
 from sampling.solvers import edm_sampler
@@ -32,3 +33,11 @@ def test_a_gaussian_shrinks_to_its_closed_form(steps, error):
     std = (x[1] - x[0]).item() / 2
     assert x.mean().item() == pytest.approx(m, abs=1e-9)
     assert std / (v**0.5 * (v / (v + T**2)) ** ((s - 1) / 2)) == pytest.approx(1 + error, abs=0.05 * error)
+
+
+def test_it_is_guidance_away_from_a_gaussian_as_wide_as_can_be():
+    # specs section 5: C1 with v0 -> infinity, at the same T
+    noise = points(4, torch.float64)
+    wide = Guided(Gaussian(0.2, 0.25), Gaussian(0.2, 1e12), 1.4)
+    x = edm_sampler(truncated(Gaussian(0.2, 0.25), 1.4), noise, num_steps=16, dtype=torch.float64)
+    torch.testing.assert_close(edm_sampler(wide, noise, num_steps=16, dtype=torch.float64), x, rtol=1e-6, atol=1e-7)

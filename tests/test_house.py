@@ -1,5 +1,6 @@
 """The house itself: who may import whom, each dependency named once, every command line answering --help."""
 
+import ast
 import json
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from guidance.registry import METHODS, RULES
 from tests import house
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +57,13 @@ def test_every_command_line_answers_help_without_loading_optional_packages(file,
 
 def test_imports_point_downward():
     assert house.import_problems(ROOT) == []
+
+
+def test_no_solver_names_a_guidance_method():
+    named = {*METHODS, *RULES} - {"none", "linear"}
+    for file in sorted((ROOT / "sampling").glob("*.py")):
+        words = {n.value for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Constant)}
+        assert named & {word for word in words if isinstance(word, str)} == set(), file
 
 
 def test_no_file_names_the_place_it_was_written_or_a_package_address():

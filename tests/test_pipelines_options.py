@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from guidance.guided import Guided
 from guidance.registry import METHODS, NO_GUIDANCE, Choice, Method, Option
 from pipelines.generation import Request
-from pipelines.options import generation_options
+from pipelines.options import generation_options, parse_request
 from sampling.solvers import Churn, Sampler
 from sampling.time_travel import TimeTravel
 
@@ -108,6 +108,7 @@ def test_methods_add_up_under_a_rule_and_a_schedule():
     assert (choice.rule, choice.schedule) == ("apg", "cosine")
     assert choice.options == {
         "pag_blocks": ("dec.8x8_in0",),
+        "pag_match": "no",
         "icg_kind": "class",
         "apg_parallel": 0.0,
         "apg_norm": 15.0,
@@ -116,7 +117,9 @@ def test_methods_add_up_under_a_rule_and_a_schedule():
 
 
 def test_a_method_has_its_published_weight():
-    assert parse("--guidance-method", "pag")[0].guidance == Choice("pag", 4.0, options={"pag_blocks": None})
+    assert parse("--guidance-method", "seg")[0].guidance.weight == 4.0
+    options = {"pag_blocks": None, "pag_match": "no"}
+    assert parse("--guidance-method", "pag")[0].guidance == Choice("pag", 4.0, options=options)
     assert parse("--guidance-method", "pag", "--guidance", "2")[0].guidance.weight == 2
 
 
@@ -159,3 +162,12 @@ def test_the_table_needs_no_network():
     for name, method in METHODS.items():
         assert f"{name}: {method.summary}\n" in output
         assert method.evaluations in output
+
+
+def test_words_make_a_request_without_a_command_around_them():
+    words = ["--net", "a", "--gnet", "b", "--guidance", "2", "--interval", "0.2,5", "--steps", "8"]
+    request = parse_request(words)
+    assert (request.net, request.gnet, request.sampler.num_steps) == ("a", "b", 8)
+    assert request.guidance == Choice("pair", 2.0, (0.2, 5.0))
+    with pytest.raises(ValueError, match=r"'--net a --guidance 2' asks for no images: --guidance 2 needs a guide"):
+        parse_request(["--net", "a", "--guidance", "2"])

@@ -147,7 +147,7 @@ def test_nothing_but_an_earlier_result_is_replaced(walk, folder, tmp_path):
         (["--outstd", "0.07", "--outnimg", "256001"], 1, "no snapshot at 256001 images"),
         (["--outstd", "0.07", "--instd", "0.2"], 1, "has the EMA length 0.2; there are: 0.05, 0.1"),
         (["--outstd", "0.07", "--batch", "0"], 2, "'--batch'"),
-        (["--outstd", "0.07", "--indir", "nowhere"], 1, "nowhere is not a folder"),
+        (["--outstd", "0.07", "--indir", "nowhere"], 1, "nowhere: no such file or folder"),
         ([], 2, "'--outstd'"),
     ],
 )

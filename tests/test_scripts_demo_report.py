@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from scripts import demo_report
+from scripts._document import fill_in
 
 ROOT = Path(demo_report.__file__).resolve().parents[1]
 VALUES = {"real": [1.0, 1.5], "unguided": [30.25, 31.0], "autoguided": [12.0, 13.0]}
@@ -68,16 +69,9 @@ def test_an_unfinished_or_uneven_demo_is_refused(outcome, spoil, reason):
     assert not (outcome / "demo.png").exists()
 
 
-def test_text_between_the_marks_is_replaced_and_the_rest_kept():
-    once = demo_report.fill_in("a\n<!-- demo: begin -->\nold\n<!-- demo: end -->\nb\n", "new")
-    assert once == "a\n<!-- demo: begin -->\nnew\n<!-- demo: end -->\nb\n"
-    with pytest.raises(ValueError, match="expected one"):
-        demo_report.fill_in("no marks", "new")
-
-
 @pytest.mark.skipif(not (ROOT / "docs" / "demo.json").exists(), reason="no demo was published yet")
 def test_the_readme_shows_the_table_of_the_published_records():
     records = json.loads((ROOT / "docs" / "demo.json").read_text())
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert demo_report.table(records) in readme
-    assert demo_report.fill_in(readme, demo_report.table(records)) == readme
+    assert fill_in(readme, "demo", demo_report.table(records)) == readme

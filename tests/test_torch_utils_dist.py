@@ -57,15 +57,39 @@ assert not torch.distributed.is_initialized()
 """
 
 
+_FAILING = """
+import sys
+import click
+from torch_utils import cli, dist
+
+@click.command(cls=cli.Command)
+@click.argument("how")
+def main(how):
+    with dist.session("cpu"):
+        if how == "alike":
+            raise ValueError("no such file: data.zip")
+        if how == "apart":
+            raise ValueError(f"rank {dist.rank()} lacks memory")
+        dist.on_rank0(open, "/nowhere/at/all")
+
+main()
+"""
+
+
+def launch(script: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """Run `script` as two ranks under torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*torchrun, str(script), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What two processes under torchrun found, and what they printed."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "run.py").write_text(_TWO_RANKS)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*launch, str(folder / "run.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = launch(folder / "run.py", folder)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)], done
 
@@ -91,6 +115,22 @@ def test_where_one_fails_all_raise(ranks):
     assert (first["both failed"], second["both failed"]) == ("KeyError: 0", "KeyError: 1")
     assert first["on_rank0 failed"] == "OSError: rank 0 alone met this"
     assert second["on_rank0 failed"] == "ValueError: rank 0 alone met this"
+
+
+@pytest.mark.parametrize(
+    ("how", "lines"),
+    [
+        ("alike", {"Error: no such file: data.zip"}),
+        ("apart", {"Error: rank 0 lacks memory", "Error: rank 1 lacks memory"}),
+        ("on rank 0", {"Error: [Errno 2] No such file or directory: '/nowhere/at/all'"}),
+    ],
+)
+def test_an_error_that_ranks_share_is_told_once(tmp_path, how, lines):
+    (tmp_path / "fail.py").write_text(_FAILING)
+    done = launch(tmp_path / "fail.py", how)
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert sorted(told) == sorted(lines)
 
 
 def test_rank_0_speaks_alone(ranks):

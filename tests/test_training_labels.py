@@ -1,13 +1,15 @@
 """Labels from dataset.json, held to what it may say; and from folders."""
 
+import io
 import json
 
 import numpy as np
 import pytest
+from PIL import Image, PngImagePlugin
 
 from tests.pictures import with_labels, write_folder
 from training.archive import open_archive
-from training.labels import folder_labels, read_labels
+from training.labels import folder_labels, noted_labels, read_labels
 
 FILES = {"a.png": b"1", "b/c.png": b"2", "b/d.png": b"3"}
 
@@ -87,3 +89,25 @@ def test_one_folder_or_none_makes_no_classes(names):
 def test_images_beside_class_folders_are_told():
     with pytest.raises(ValueError, match=r"2\.png lies outside the class folders"):
         folder_labels(["cat/1.png", "2.png", "dog/3.png"])
+
+
+def noted(index):
+    """A PNG with the class that generate.py would note, or none."""
+    notes, file = PngImagePlugin.PngInfo(), io.BytesIO()
+    if index is not None:
+        notes.add_text("class", str(index))
+    Image.new("RGB", (2, 2)).save(file, "PNG", pnginfo=notes)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("classes", "found"), [([7, 0, 11], [7, 0, 11]), ([None] * 3, None)])
+def test_classes_may_be_noted_in_the_images(tmp_path, classes, found):
+    files = {name: noted(index) for name, index in zip(FILES, classes, strict=True)}
+    labels = noted_labels(open_archive(write_folder(tmp_path / "d", files), (".png",)))
+    assert (None if labels is None else labels.classes.tolist()) == found
+
+
+def test_classes_noted_in_some_images_only_are_refused(tmp_path):
+    files = {"a.png": noted(1), "b.png": noted(None), "c.png": noted(None)}
+    with pytest.raises(ValueError, match=r"no class is noted in b\.png and 1 more"):
+        noted_labels(open_archive(write_folder(tmp_path / "d", files), (".png",)))

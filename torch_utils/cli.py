@@ -24,7 +24,7 @@ class _Exiting(click.Command):
 
 
 class Command(_Exiting):
-    """A command whose ValueError and OSError become one line and exit code 1.
+    """A command whose ValueError and OSError become one line and exit code 1; of ranks that say the same, one speaks.
 
     Set EDM2_TRACEBACK=1 to see the whole traceback instead.
     """
@@ -35,6 +35,8 @@ class Command(_Exiting):
         except (ValueError, OSError) as error:
             if os.environ.get("EDM2_TRACEBACK") == "1":
                 raise
+            if isinstance(error, dist.SaidElsewhere):
+                raise click.exceptions.Exit(1) from error
             raise click.ClickException(str(error)) from error
 
 

@@ -1,6 +1,7 @@
 """The process group, and everything that depends on which rank this is."""
 
 import contextlib
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -76,9 +77,26 @@ def session(device: str = "auto", timeout_minutes: float = 30) -> Iterator[torch
         started = _had_group = True
     try:
         yield picked
+    except (ValueError, OSError) as error:
+        if started and not _is_first_to_say(str(error)):
+            raise SaidElsewhere(str(error)) from error
+        raise
     finally:
         if started:
             torch.distributed.destroy_process_group()
+
+
+class SaidElsewhere(ValueError):
+    """An error that another rank has met in the same words, and tells."""
+
+
+def _is_first_to_say(text: str) -> bool:
+    """Whether no other rank has asked about the same words; true where nobody can be asked any more."""
+    try:
+        store = torch.distributed.distributed_c10d._get_default_store()
+        return store.add(f"error/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
+    except (RuntimeError, AttributeError):  # the node that keeps the store is gone, or a torch without this function
+        return True
 
 
 def print0(*args: object) -> None:
@@ -104,6 +122,27 @@ def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def broadcast_(tensor: torch.Tensor, source: int) -> torch.Tensor:
+    """Replace `tensor` by rank `source`'s, in place; returns it."""
+    if world_size() > 1:
+        torch.distributed.broadcast(tensor, source)
+    return tensor
+
+
+def send_to_rank0(tensor: torch.Tensor | None, source: int, like: torch.Tensor) -> torch.Tensor | None:
+    """Rank `source`'s `tensor` in rank 0's host memory, shaped and laid out as `like`; None elsewhere."""
+    if rank() == source:
+        tensor = tensor.detach().cpu()
+        if source == 0:
+            return tensor
+        torch.distributed.send(tensor.contiguous(), 0)
+    elif rank() == 0:
+        received = torch.empty(like.shape, dtype=like.dtype)
+        torch.distributed.recv(received, source)
+        return torch.empty_like(like, device="cpu").copy_(received)
+    return None
 
 
 def any_rank(flag: bool) -> bool:

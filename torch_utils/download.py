@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import requests
-from tqdm import tqdm
 
-from torch_utils import dist
+from torch_utils.progress import progress_bar
 
 _CHUNK_BYTES = 1 << 16  # a cut connection loses the chunk it was in
 _PROGRESS_BYTES = 16 << 20  # an attempt that brings this much does not count as failed
@@ -101,23 +100,26 @@ def _attempt(url: str, partial: Path, size_bytes: int | None, patience: Patience
         start = start if response.status_code == 206 else 0
         total = _total_bytes(response, start)
         _check_size(url, partial, start, total, size_bytes)
-        _write_note(url, partial, response)
-        _read_body(response, partial, start, total)
+        try:
+            _write_note(url, partial, response)
+            _read_body(response, partial, start, total, size_bytes)
+        except OSError as error:
+            if isinstance(error, requests.RequestException):  # these are OSErrors, too
+                raise
+            raise ValueError(
+                f"cannot download {url}: {error.strerror or error}, writing {partial}; the next call goes on from the "
+                f"{_size(partial)} bytes that arrived"
+            ) from error
     return start > 0
 
 
-def _read_body(response: requests.Response, partial: Path, start: int, total: int | None) -> None:
-    shown = dist.rank() == 0
+def _read_body(
+    response: requests.Response, partial: Path, start: int, total: int | None, size_bytes: int | None
+) -> None:
     with (
         open(partial, "r+b" if start else "wb") as file,
-        tqdm(
-            desc=partial.name.removeprefix(".").removesuffix(".partial"),
-            total=total,
-            initial=start,
-            unit="B",
-            unit_scale=True,
-            disable=not shown,
-            leave=False,
+        progress_bar(
+            total, "B", start, what=partial.name.removeprefix(".").removesuffix(".partial"), scaled=True
         ) as bar,
     ):
         file.truncate(start)
@@ -125,6 +127,8 @@ def _read_body(response: requests.Response, partial: Path, start: int, total: in
         for chunk in response.iter_content(_CHUNK_BYTES):
             file.write(chunk)
             bar.update(len(chunk))
+            if size_bytes is not None and file.tell() > size_bytes:  # a server that told no length
+                raise ValueError(f"cannot download {response.url}: it sends more than the {size_bytes} bytes expected")
         file.flush()
         os.fsync(file.fileno())
     if total is not None and _size(partial) != total:

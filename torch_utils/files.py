@@ -1,14 +1,16 @@
 """Files that are either whole or not there: atomic writing, hashes, and a cache of downloads."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 import yaml
@@ -81,8 +83,13 @@ class Pin:
 
 def pinned(url: str) -> Pin | None:
     """The pinned hash of `url`, or None where configs/hashes.yaml has none."""
-    entry = yaml.safe_load(_MANIFEST.read_text(encoding="utf-8")).get(url) if _MANIFEST.exists() else None
+    entry = _manifest(_MANIFEST).get(url)
     return None if entry is None else Pin(str(entry["sha256"]), entry.get("bytes"), entry["source"])
+
+
+@functools.cache
+def _manifest(path: Path) -> Mapping[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def fetch(
@@ -129,6 +136,16 @@ def cached(url: str | Path) -> Path | None:
     folder = _mirror_folder()
     places = [] if folder is None else [folder / remote.path, folder / remote.path.name]
     return next((p for p in [*places, _cache_root(None) / remote.host / remote.path] if p.is_file()), None)
+
+
+def cache_folder() -> Path:
+    """Where `fetch` puts what it downloads, unless told otherwise; it need not exist yet."""
+    return _cache_root(None)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes where `folder` is, or will be made."""
+    return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
 
 
 def _existing(path: Path, sha256: str | None) -> Path:

@@ -85,7 +85,7 @@ def _one_thread_each() -> Iterator[int]:
 
 
 def _stretches(weights: Weights) -> Iterator[_Stretch]:
-    net = build_network(weights.header)
+    net = build_network(weights.header, weights.name)
     averaged = {name for name, _ in net.named_parameters()}
     for name, tensor in net.state_dict().items():
         for start in range(0, tensor.numel(), _STRETCH):

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from training.networks import Block, Precond
+from training.blocks import Block
+from training.networks import Precond
 from training.primitives import MPConv, convolve
 
 # which of a module's gains goes with which of its layers

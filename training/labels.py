@@ -1,4 +1,4 @@
-"""The class of each image: dataset.json, or the folders that images lie in."""
+"""The class of each image: dataset.json, the folders that images lie in, or a note in the image."""
 
 import json
 from collections import Counter
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.archive import FolderArchive, ZipArchive
+from training.images import open_header
 
 LABELS_FILE = "dataset.json"
 _MAX_CLASSES = 1 << 20
@@ -81,6 +82,20 @@ def folder_labels(names: list[str]) -> Labels | None:
     class_names = sorted(set(tops))
     number = {name: k for k, name in enumerate(class_names)}
     return Labels(np.array([number[top] for top in tops], dtype=np.int64), tuple(class_names))
+
+
+def noted_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
+    """The class that generate.py noted in each image it drew; None where it noted none.
+
+    Raises ValueError where some images have a class and others none.
+    """
+    notes = [open_header(archive.read(k), archive.where(k)).info.get("class") for k in range(len(archive.names))]
+    if all(note is None for note in notes):
+        return None
+    without = [name for name, note in zip(archive.names, notes, strict=True) if note is None]
+    if without:
+        raise ValueError(f"{archive.path}: no class is noted in {_some(without)}; label every image, or none")
+    return Labels(np.array([int(note) for note in notes], dtype=np.int64), None)
 
 
 def _check_entries(entries: object, where: str) -> dict[str, int]:

@@ -14,12 +14,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_utils import dist
 from torch_utils.rng import StackedGenerator, derive_seed
 from torch_utils.stats import RunningStats
-from training.checkpoint import list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
+from training.checkpoint import (
+    checkpoint_state,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from training.config import TrainConfig
 from training.encoders import Encoder
 from training.finetune import start_from_
 from training.label_dropout import drop_labels
-from training.loss import EDM2Loss
+from training.loss import EDM2Loss, TrainingLoss
 from training.networks import Precond, normalize_weights_
 from training.order import MicroBatch
 from training.phema import PowerFunctionEMA
@@ -34,10 +40,17 @@ _SIGMA_BINS = (-1.28, -0.67, 0.0, 0.67, 1.28)  # in units of P_std around P_mean
 class Trainer:
     """The state of a run on one rank, and the one step that changes it.
 
-    `header` is the snapshots' header with nimg and ema_std still open.
+    `header` is the snapshots' header with nimg and ema_std still open; `loss_fn` is EDM2's unless given.
     """
 
-    def __init__(self, config: TrainConfig, header: Header, encoder: Encoder, device: torch.device):
+    def __init__(
+        self,
+        config: TrainConfig,
+        header: Header,
+        encoder: Encoder,
+        device: torch.device,
+        loss_fn: TrainingLoss | None = None,
+    ):
         torch.manual_seed(derive_seed(config.seed, "init"))
         torch.backends.cudnn.benchmark = config.cudnn_benchmark
         self.config, self.header, self.encoder, self.device = config, header, encoder, device
@@ -46,15 +59,9 @@ class Trainer:
         self.net.compute_dtype = COMPUTE_DTYPES[config.precision]
         if config.init_from is not None:
             start_from_(self.net, config.init_from)
-        self.optimizer = torch.optim.Adam(
-            self.net.parameters(),
-            lr=config.ref_lr,
-            betas=config.adam_betas,
-            eps=config.adam_eps,
-            fused=device.type != "mps",
-        )
-        self.ema = PowerFunctionEMA(self.net, config.ema_stds)
-        self.loss_fn = EDM2Loss(config.P_mean, config.P_std, config.sigma_data)
+        self.net.unet.recompute_in_training = config.recompute
+        self.optimizer, self.ema = _optimizer_and_averages(self.net, config, device)
+        self.loss_fn = loss_fn or EDM2Loss(config.P_mean, config.P_std, config.sigma_data)
         self.stats = RunningStats(device)
         self.nimg, self.elapsed_sec = 0, 0.0
         self.ddp = _distribute(self.net, device)
@@ -122,14 +129,15 @@ class Trainer:
 
     def save_snapshots(self, run_dir: Path) -> None:
         """Write both averages as snapshots."""
-        for std, average in zip(self.ema.stds, self.ema.averages, strict=True):
+        for number, std in enumerate(self.ema.stds):
             header = dataclasses.replace(self.header, nimg=self.nimg, ema_std=std)
-            dist.on_rank0(save_snapshot, run_dir / snapshot_name(self.nimg, std), average.state_dict(), header)
+            dist.on_rank0(save_snapshot, run_dir / snapshot_name(self.nimg, std), self.ema.weights(number), header)
 
     def save_checkpoint(self, run_dir: Path) -> None:
         """Write the state to resume from; older ones go once it is safely there."""
         progress = {"nimg": self.nimg, "elapsed_sec": self.elapsed_sec, "run_id": self.header.run_id}
-        dist.on_rank0(save_checkpoint, run_dir, self.net, self.optimizer, self.ema, progress)
+        state = checkpoint_state(self.net, self.optimizer, self.ema, progress)
+        dist.on_rank0(save_checkpoint, run_dir, state)
         dist.on_rank0(prune_checkpoints, run_dir, self.config.keep_checkpoints)
 
     def resume(self, run_dir: Path) -> None:
@@ -139,6 +147,18 @@ class Trainer:
             self.nimg, self.elapsed_sec = progress["nimg"], progress["elapsed_sec"]
 
 
+def _optimizer_and_averages(
+    net: Precond, config: TrainConfig, device: torch.device
+) -> tuple[torch.optim.Optimizer, PowerFunctionEMA]:
+    arguments = {"lr": config.ref_lr, "betas": config.adam_betas, "eps": config.adam_eps, "fused": device.type != "mps"}
+    if config.shard and dist.world_size() > 1:
+        from training.sharding import ShardedAdam, ShardedEMA  # what it needs takes two seconds to load
+
+        optimizer = ShardedAdam(net.parameters(), **arguments)
+        return optimizer, ShardedEMA(net, optimizer, config.ema_stds)
+    return torch.optim.Adam(net.parameters(), **arguments), PowerFunctionEMA(net, config.ema_stds)
+
+
 def _distribute(net: Precond, device: torch.device) -> torch.nn.Module:
     """The network whose gradients are averaged over ranks; the network itself where there is one rank."""
     if dist.world_size() == 1:
@@ -146,7 +166,9 @@ def _distribute(net: Precond, device: torch.device) -> torch.nn.Module:
     # the buffers never change; torch 2.13 renamed the option that says so
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None, **{option: False})
+    ids = [device] if device.type == "cuda" else None
+    # gradients that are views of what travels: else there is a second copy of them all
+    return DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True, **{option: False})
 
 
 def training_loop(
@@ -177,7 +199,7 @@ def training_loop(
                 log.status(trainer.nimg, trainer.elapsed_sec, trainer.stats.collect())
             if done or trainer.crossed(config.snapshot_every_nimg):
                 trainer.save_snapshots(run_dir)
-                on_snapshot(trainer.ema.averages[-1], trainer.nimg)
+                on_snapshot(trainer.ema.network(len(config.ema_stds) - 1), trainer.nimg)
             if done or stopping or trainer.crossed(config.checkpoint_every_nimg):
                 trainer.save_checkpoint(run_dir)
             if stopping and not done:

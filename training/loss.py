@@ -5,6 +5,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
+from torch_utils.rng import StackedGenerator
+
 
 class RandomSource(Protocol):
     """Where the loss draws from: torch itself, or one generator per image."""
@@ -18,6 +20,14 @@ class LossTerms(NamedTuple):
 
     loss: torch.Tensor
     sigma: torch.Tensor
+
+
+class TrainingLoss(Protocol):
+    """What the training loop asks of a loss: unreduced terms, from one generator per image."""
+
+    def terms(
+        self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor | None, rng: StackedGenerator
+    ) -> LossTerms: ...
 
 
 class _GlobalRandom:

@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,141 +10,18 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from training.primitives import (
-    SILU_GAIN,
-    MPConv,
-    MPFourier,
-    balance,
-    downsample,
-    mp_cat,
-    mp_silu,
-    mp_sum,
-    normalize,
-    normalize_weights_,
-    reusable,
-    upsample,
-)
+from training.blocks import AttentionEdit, Block, DropoutEdit, Edits
+from training.primitives import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize_weights_
 
 __all__ = ["AttentionEdit", "Precond", "UNet", "full_architecture", "normalize_weights_"]
-
-# (q, k, v), each [N, heads, H*W, C/heads], q and k normalised -> what attention puts out, same shape
-AttentionEdit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-# (block name, activations [N, C, H, W]) -> activations: dropout of the caller's own making
-DropoutEdit = Callable[[str, torch.Tensor], torch.Tensor]
-
-
-@dataclass
-class Edits:
-    """What one call changes or reads inside the network; `maps` receives the attention maps asked for."""
-
-    attention: Mapping[str, AttentionEdit] = field(default_factory=dict)
-    embedding: Callable[[torch.Tensor], torch.Tensor] | None = None
-    dropout: DropoutEdit | None = None
-    return_attention: Sequence[str] = ()
-    maps: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-class Block(nn.Module):
-    """One encoder or decoder block: optional resampling, residual branch, optional cosine-like attention."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        emb_channels: int,
-        *,
-        decoder: bool,
-        resample: str = "keep",
-        attention: bool = False,
-        channels_per_head: int = 64,
-        dropout: float = 0.0,
-        res_balance: float = 0.3,
-        attn_balance: float = 0.3,
-        clip_act: float | None = 256.0,
-    ):
-        super().__init__()
-        self.decoder, self.resample = decoder, {"keep": nn.Identity(), "down": downsample, "up": upsample}[resample]
-        self.dropout, self.clip_act = dropout, clip_act
-        # sums and SiLUs without their constants, which the weights of the convolutions around them take up
-        self.res_keep, res_add = balance(res_balance)
-        self.attn_keep, attn_add = balance(attn_balance)
-        self.num_heads = _num_heads(out_channels, channels_per_head) if attention else 0
-        self.emb_gain = nn.Parameter(torch.zeros([]))
-        self.conv_res0 = MPConv(in_channels if decoder else out_channels, out_channels, [3, 3], SILU_GAIN)
-        self.emb_linear = MPConv(emb_channels, out_channels, [])
-        self.conv_res1 = MPConv(out_channels, out_channels, [3, 3], SILU_GAIN * res_add)
-        skip = MPConv(in_channels, out_channels, [1, 1], self.res_keep if decoder else 1.0)
-        self.conv_skip = skip if in_channels != out_channels else None
-        self.attn_qkv = QKV(out_channels, self.num_heads) if attention else None
-        self.attn_proj = MPConv(out_channels, out_channels, [1, 1], attn_add) if attention else None
-
-    def forward(self, x: torch.Tensor, emb: torch.Tensor, name: str, edits: Edits) -> torch.Tensor:
-        x = self.resample(x)
-        if not self.decoder:
-            x = normalize(x if self.conv_skip is None else self.conv_skip(x), dims=[1])
-        y = self.conv_res0(nn.functional.silu(x))
-        scale = self.emb_linear(emb, gain=self.emb_gain) + 1
-        y = torch.mul(y, scale[:, :, None, None].to(y.dtype), out=reusable(y))
-        y = nn.functional.silu(y, inplace=reusable(y) is not None)
-        if edits.dropout is not None:
-            y = edits.dropout(name, y)
-        elif self.training and self.dropout:
-            y = nn.functional.dropout(y, p=self.dropout)
-        y = self.conv_res1(y)
-        if self.decoder and self.conv_skip is not None:
-            x = torch.add(y, self.conv_skip(x), out=reusable(y))
-        else:
-            x = torch.add(y, x, alpha=self.res_keep, out=reusable(y))
-        if self.num_heads:
-            y = self.attn_proj(self._attend(x, name, edits))
-            x = torch.add(y, x, alpha=self.attn_keep, out=reusable(y))
-        return x if self.clip_act is None else torch.clamp(x, -self.clip_act, self.clip_act, out=reusable(x))
-
-    def _attend(self, x: torch.Tensor, name: str, edits: Edits) -> torch.Tensor:
-        n, c, h, w = x.shape
-        qkv = self.attn_qkv(x).permute(0, 2, 3, 1).reshape(n, h * w, 3, self.num_heads, c // self.num_heads)
-        q, k, v = normalize(qkv, dims=[4]).permute(2, 0, 3, 1, 4)  # each [N, heads, H*W, C/heads]
-        if name in edits.attention:
-            y = edits.attention[name](q, k, v)
-        elif name in edits.return_attention:
-            edits.maps[name] = (q.float() @ k.float().transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3)
-            y = edits.maps[name].to(v.dtype) @ v
-        else:
-            y = nn.functional.scaled_dot_product_attention(q, k, v)
-        return y.transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
-
-
-class QKV(MPConv):
-    """The 1x1 convolution to queries, keys and values, whose outputs come as [3, heads, C/heads].
-
-    Published weights interleave the three inside each head, [heads, C/heads, 3], and stay so in `weight`: attention
-    is up to twice as fast over channels that lie together.
-    """
-
-    def __init__(self, channels: int, num_heads: int):
-        super().__init__(channels, channels * 3, [1, 1])
-        self.num_heads = num_heads
-
-    def effective_weight(self, gain: torch.Tensor | None = None) -> torch.Tensor:
-        weight = super().effective_weight(gain)
-        interleaved = weight.reshape(self.num_heads, -1, 3, weight.shape[1])
-        return interleaved.permute(2, 0, 1, 3).reshape(weight.shape)
-
-
-def _num_heads(channels: int, channels_per_head: int) -> int:
-    if channels < channels_per_head or channels % channels_per_head:
-        raise ValueError(
-            f"attention over {channels} channels with channels_per_head={channels_per_head}: the channels must be a "
-            f"multiple of it; set channels_per_head to a divisor of {channels}"
-        )
-    return channels // channels_per_head
 
 
 class UNet(nn.Module):
     """The raw network F: x [N, C, H, W], c_noise [N], labels [N, label_dim] -> [N, C, H, W], all unit magnitude.
 
     Half-precision `x` computes in half precision; the embedding path stays float32. With `recompute` (an attribute) a
-    gradient by `x` outside of training holds no block's activations: they are computed again on the way back.
+    gradient by `x` outside of training holds no block's activations: they are computed again on the way back. With
+    `recompute_in_training` neither does training, dropout included, to the same bits.
     """
 
     def __init__(
@@ -174,7 +50,7 @@ class UNet(nn.Module):
         noise_width = widths[0] if channel_mult_noise is None else model_channels * channel_mult_noise
         emb_width = max(widths) if channel_mult_emb is None else model_channels * channel_mult_emb
         self.label_balance, self.concat_balance = label_balance, concat_balance
-        self.recompute = True
+        self.recompute, self.recompute_in_training = True, False
         self.out_gain = nn.Parameter(torch.zeros([]))
         self.emb_fourier = MPFourier(noise_width)
         self.emb_noise = MPConv(noise_width, emb_width, [])
@@ -246,9 +122,10 @@ class UNet(nn.Module):
         emb = self.embed(c_noise, labels, edits)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         run = Block.__call__
+        again = self.recompute_in_training if self.training else self.recompute and x.requires_grad
         # what an edit draws or reads, it may not draw or read again
-        if self.recompute and not self.training and x.requires_grad and not (edits.dropout or edits.return_attention):
-            run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        if again and torch.is_grad_enabled() and not (edits.dropout or edits.return_attention):
+            run = partial(checkpoint, use_reentrant=False, preserve_rng_state=self.training)
         skips = []
         for name, module in self.enc.items():
             x = run(module, x, emb, f"enc.{name}", edits) if isinstance(module, Block) else module(x)

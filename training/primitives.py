@@ -89,7 +89,9 @@ class MPConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int], factor: float = 1.0):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+        weight = torch.empty(out_channels, in_channels, *kernel)
+        # on the meta device there is nothing to draw, and torch takes most of the time to build a network for it
+        self.weight = nn.Parameter(weight if weight.is_meta else weight.normal_())
         self.factor = factor
 
     def effective_weight(self, gain: torch.Tensor | None = None) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from training.encoders import ENCODERS, make_encoder
 from training.finetune import adopt_source, check_source
 from training.latents import read_latent_source
 from training.networks import full_architecture
-from training.order import micro_batch_sizes
+from training.order import GlobalOrder, MicroBatch, micro_batch_sizes, training_batches
 from training.snapshot import Header
 
 CONFIG_NAME = "config.yaml"
@@ -73,7 +73,19 @@ def resolve(config: TrainConfig, dataset: ImageDataset) -> Run:
         training_config=config_to_dict(config),
     )
     sizes = micro_batch_sizes(config.batch_size, dist.world_size(), config.batch_gpu)
-    return Run(config, header, check_source(config, architecture, header.label_names), identity, sizes)
+    notices = [*reading_notices(dataset), *check_source(config, architecture, header.label_names)]
+    return Run(config, header, notices, identity, sizes)
+
+
+def reading_notices(dataset: ImageDataset) -> list[str]:
+    """What a user could do for images to be read faster."""
+    if not dataset.needs_decoding:
+        return []
+    return [
+        f"the images of {dataset.path} are decoded one by one, in --workers processes. `python scripts/dataset_tool.py "
+        f"convert --source {dataset.path} --dest FASTER.zip` stores them as they are, to be read some twenty times as "
+        "fast; a run whose images keep their names (00000/img00000000.png, ...) can go on with either"
+    ]
 
 
 def _encoder_spec(config: TrainConfig, dataset: ImageDataset) -> dict[str, Any]:
@@ -138,3 +150,17 @@ def write_records(run: Run, run_dir: Path, provenance: Mapping[str, str], comman
     with atomic_write(run_dir / RECORD_NAME, "w") as file:
         json.dump(record, file, indent=2)
     write_config(run.config, run_dir / CONFIG_NAME)
+
+
+def stream_batches(run: Run, dataset: ImageDataset, start_nimg: int) -> Iterator[MicroBatch]:
+    """This rank's micro-batches from image number `start_nimg` on."""
+    return training_batches(
+        dataset,
+        GlobalOrder(len(dataset), run.config.seed),
+        start_nimg,
+        run.config.batch_size,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        batch_gpu=run.config.batch_gpu,
+        workers=run.config.workers,
+    )

@@ -31,7 +31,7 @@ class RunLog:
         """Say where the run starts."""
         self._last = (nimg, elapsed_sec)
         dist.on_rank0(_drop_later_lines, self.run_dir / STATS_NAME, nimg)
-        dist.print0(f"Resuming at {nimg} images" if nimg else "Starting from random weights")
+        dist.print0(f"Resuming at {nimg} images" if nimg else "Starting at image 0")
 
     def status(self, nimg: int, elapsed_sec: float, stats: dict[str, tuple[float, int]]) -> None:
         """Record the means since the last status."""

@@ -19,6 +19,7 @@ from pipelines.generation import Generation, Request, plain, prepare
 from scripts.reproduction.networks import obtain
 from scripts.reproduction.tables import Cell, Table
 from torch_utils import dist
+from torch_utils.arrays import read_npz
 from torch_utils.files import atomic_write, fetch
 from torch_utils.provenance import provenance
 
@@ -71,9 +72,9 @@ def load_progress(path: Path, owner: Mapping[str, Any], save_every: int) -> Prog
     """What `path` holds, if it is of `owner`, else the beginning. Raises ValueError where the file is damaged."""
     if path.exists():
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                header = json.loads(str(arrays["header"]))
-                statistics = FeatureStatistics(arrays["mu"], arrays["sigma"], header.pop("fingerprint"))
+            arrays = read_npz(path)
+            header = json.loads(str(arrays["header"]))
+            statistics = FeatureStatistics(arrays["mu"], arrays["sigma"], header.pop("fingerprint"))
             if header["owner"] == owner:
                 return Progress(**header, statistics=statistics)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -126,8 +127,8 @@ def read_record(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
         return {"asked": dict(asked), "runs": {}}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        found = record["asked"]
-    except (ValueError, KeyError) as error:
+        found, _ = record["asked"], record["runs"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to measure this cell anew") from error
     _refuse_difference(path, found, asked)
     return record
