@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.utils
 
 from benchmarks.plain import PlainNetwork
 from guidance.loss_guided import slope
@@ -10,7 +11,7 @@ from guidance.perturbed import Call, in_one_call
 from sampling.solvers import edm_sampler
 from tests import golden
 from tests.memory import PeakBytes
-from training.inference import freeze_
+from training.inference import compile_, freeze_
 from training.networks import Precond
 
 LEVELS = [0.002, 0.02, 0.3, 1.0, 7.0, 80.0]
@@ -159,3 +160,19 @@ def test_a_frozen_network_cannot_be_taken_for_a_live_one():
         frozen.load_state_dict(live.state_dict())
     with pytest.raises(ValueError, match="frozen already"):
         freeze_(frozen)
+
+
+def test_compiled_calls_answer_the_same_and_edited_ones_are_not_compiled():
+    _, net, x, labels = pair()
+    with torch.no_grad():
+        plain = net(x, 1.0, labels)
+        edited = net(x, 1.0, labels, **EDITS["attention"])
+        compile_(net, backend="eager")
+        assert torch.equal(net(x, 1.0, labels), plain)
+        counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert counted > 0
+        assert not torch._dynamo.utils.counters["graph_break"]
+        assert torch.equal(net(x, 1.0, labels, **EDITS["attention"]), edited)
+    leaf = x.clone().requires_grad_()
+    assert torch.autograd.grad(net(leaf, 1.0, labels).sum(), leaf)[0].abs().max() > 0.1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted

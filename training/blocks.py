@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from training.primitives import SILU_GAIN, MPConv, balance, downsample, normalize, reusable, upsample
+from training.primitives import SILU_GAIN, MPConv, balance, downsample, normalize, upsample
 
 # (q, k, v), each [N, heads, H*W, C/heads], q and k normalised -> what attention puts out, same shape
 AttentionEdit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -24,6 +24,9 @@ class Edits:
     dropout: DropoutEdit | None = None
     return_attention: Sequence[str] = ()
     maps: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.attention or self.embedding or self.dropout or self.return_attention)
 
 
 class Block(nn.Module):
@@ -66,21 +69,19 @@ class Block(nn.Module):
             x = normalize(x if self.conv_skip is None else self.conv_skip(x), dims=[1])
         y = self.conv_res0(nn.functional.silu(x))
         scale = self.emb_linear(emb, gain=self.emb_gain) + 1
-        y = torch.mul(y, scale[:, :, None, None].to(y.dtype), out=reusable(y))
-        y = nn.functional.silu(y, inplace=reusable(y) is not None)
+        y = _silu(_times(y, scale[:, :, None, None].to(y.dtype)))
         if edits.dropout is not None:
             y = edits.dropout(name, y)
         elif self.training and self.dropout:
             y = nn.functional.dropout(y, p=self.dropout)
         y = self.conv_res1(y)
         if self.decoder and self.conv_skip is not None:
-            x = torch.add(y, self.conv_skip(x), out=reusable(y))
+            x = _plus(y, self.conv_skip(x))
         else:
-            x = torch.add(y, x, alpha=self.res_keep, out=reusable(y))
+            x = _plus(y, x, self.res_keep)
         if self.num_heads:
-            y = self.attn_proj(self._attend(x, name, edits))
-            x = torch.add(y, x, alpha=self.attn_keep, out=reusable(y))
-        return x if self.clip_act is None else torch.clamp(x, -self.clip_act, self.clip_act, out=reusable(x))
+            x = _plus(self.attn_proj(self._attend(x, name, edits)), x, self.attn_keep)
+        return x if self.clip_act is None else _clamp(x, self.clip_act)
 
     def _attend(self, x: torch.Tensor, name: str, edits: Edits) -> torch.Tensor:
         n, c, h, w = x.shape
@@ -95,6 +96,25 @@ class Block(nn.Module):
         else:
             y = nn.functional.scaled_dot_product_attention(q, k, v)
         return y.transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
+
+
+# y is a result that nobody else holds: overwritten, which saves fresh memory, unless a gradient may ask for it
+
+
+def _times(y: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return y * factor if torch.is_grad_enabled() else y.mul_(factor)
+
+
+def _plus(y: torch.Tensor, x: torch.Tensor, share: float = 1.0) -> torch.Tensor:
+    return torch.add(y, x, alpha=share) if torch.is_grad_enabled() else y.add_(x, alpha=share)
+
+
+def _silu(y: torch.Tensor) -> torch.Tensor:
+    return nn.functional.silu(y, inplace=not torch.is_grad_enabled())
+
+
+def _clamp(y: torch.Tensor, limit: float) -> torch.Tensor:
+    return y.clamp(-limit, limit) if torch.is_grad_enabled() else y.clamp_(-limit, limit)
 
 
 class QKV(MPConv):

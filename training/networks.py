@@ -205,7 +205,9 @@ class Precond(nn.Module):
         c_out = s * self.sigma_data / (s**2 + self.sigma_data**2).sqrt()
         c_in = 1 / (self.sigma_data**2 + s**2).sqrt()
         c_noise = sigma.log() / 4
-        f = self.unet((c_in * x).to(self.compute_dtype), c_noise, self._labels(x, labels), edits)
+        # what is compiled (`training.inference.compile_`) knows neither edits nor gradients
+        unet = self.unet.forward if edits or x.requires_grad else self.unet
+        f = unet((c_in * x).to(self.compute_dtype), c_noise, self._labels(x, labels), edits)
         outputs = [c_skip * x + c_out * f.float()]
         if return_logvar:
             outputs.append(self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1))

@@ -22,11 +22,6 @@ def normalize(
     return x * (magnitude / (eps + norm)).to(x.dtype)
 
 
-def reusable(x: torch.Tensor) -> torch.Tensor | None:
-    """`x`, which nobody else holds, as the place (`out=`) for what is made of it, unless a gradient will ask for it."""
-    return None if x.requires_grad else x
-
-
 def mp_silu(x: torch.Tensor) -> torch.Tensor:
     """SiLU that keeps unit-variance input at unit magnitude. Eq. 81."""
     return nn.functional.silu(x) * SILU_GAIN
