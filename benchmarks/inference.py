@@ -15,7 +15,7 @@ from benchmarks.plain import PlainNetwork
 from torch_utils import cli
 from torch_utils.precision import slow_precision
 from training.flops import evaluation_cost
-from training.inference import freeze_
+from training.inference import compile_, freeze_
 
 # job -> architecture, batch size, goals
 JOBS = {
@@ -30,15 +30,16 @@ _HALF = torch.bfloat16
 @click.option("--runs", default=harness.RUNS, show_default=True, help="Times that the contenders take turns.")
 @click.option("--only", type=click.Choice(list(JOBS)), multiple=True, help="These jobs.")
 @click.option("--half", is_flag=True, help="Time bf16 also where the CPU has no instructions for it.")
+@click.option("--compiled", is_flag=True, help="Also compile the networks, which takes minutes.")
 @click.option("--out", type=click.Path(path_type=Path), default=harness.RECORDS, help="Folder of the records.")
-def main(runs: int, only: tuple[str, ...], half: bool, out: Path) -> None:
+def main(runs: int, only: tuple[str, ...], half: bool, compiled: bool, out: Path) -> None:
     """Compare ways to evaluate D(x; sigma, labels), and write inference_*.json."""
     for name in only or JOBS:
         with torch.no_grad():
-            harness.save(harness.measure(make_job(name, half), runs), out)
+            harness.save(harness.measure(make_job(name, half, compiled), runs), out)
 
 
-def make_job(name: str, half: bool) -> Job:
+def make_job(name: str, half: bool, compiled: bool) -> Job:
     """Build the networks of one job, and say how their answers differ."""
     architecture, size, goals = JOBS[name]
     live, batch = networks.random_network(architecture).eval(), networks.random_batch(architecture, size)
@@ -50,6 +51,8 @@ def make_job(name: str, half: bool) -> Job:
         rough = copy.deepcopy(live)
         rough.compute_dtype = _HALF
         nets["frozen, bf16"] = freeze_(rough)
+    if compiled:
+        nets["frozen and compiled"] = compile_(freeze_(copy.deepcopy(live)))
     exact = plain(x, batch.sigma, batch.labels)
     return Job(
         name,
@@ -68,6 +71,8 @@ def half_errors() -> dict[str, float]:
     live, batch = networks.random_network(architecture).eval(), networks.random_batch(architecture, 2)
     x = batch.x * batch.sigma.reshape(-1, 1, 1, 1)
     plain = PlainNetwork(architecture, live.state_dict())
+    if compiled:
+        nets["frozen and compiled"] = compile_(freeze_(copy.deepcopy(live)))
     exact = plain(x, batch.sigma, batch.labels)
     with torch.autocast("cpu", _HALF):
         autocast = plain(x, batch.sigma, batch.labels).float()
