@@ -71,8 +71,6 @@ def half_errors() -> dict[str, float]:
     live, batch = networks.random_network(architecture).eval(), networks.random_batch(architecture, 2)
     x = batch.x * batch.sigma.reshape(-1, 1, 1, 1)
     plain = PlainNetwork(architecture, live.state_dict())
-    if compiled:
-        nets["frozen and compiled"] = compile_(freeze_(copy.deepcopy(live)))
     exact = plain(x, batch.sigma, batch.labels)
     with torch.autocast("cpu", _HALF):
         autocast = plain(x, batch.sigma, batch.labels).float()
