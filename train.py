@@ -17,13 +17,14 @@ from sampling.solvers import Sampler
 from torch_utils import cli, dist
 from torch_utils.files import atomic_write
 from torch_utils.locks import exclusive
+from torch_utils.precision import slow_precision
 from torch_utils.provenance import provenance
 from torch_utils.stopping import StopRequest, parse_duration_sec
 from training.config import TrainConfig, config_from_dict, preset_names, preset_path, read_yaml
 from training.dataset import ImageDataset
 from training.encoders import Encoder, make_encoder
 from training.forecast import make_forecast
-from training.loop import Trainer, training_loop
+from training.loop import COMPUTE_DTYPES, Trainer, training_loop
 from training.networks import Precond
 from training.run import Run, check_run_dir, resolve, stream_batches, write_records
 from training.runlog import RunLog
@@ -91,6 +92,8 @@ def main(
         run = resolve(config, dataset)
         check_run_dir(run, Path(outdir))
         describe(run, dataset)
+        if slow := slow_precision(COMPUTE_DTYPES[run.config.precision], picked):
+            dist.warn0(f"--precision {run.config.precision}: {slow}")
         encoder = make_encoder(run.config.encoder)
         if dry_run:
             return

@@ -19,6 +19,7 @@ from sampling.solvers import edm_sampler
 from training.config import TrainConfig
 from training.flops import evaluation_cost
 from training.forecast import make_forecast
+from training.inference import freeze_
 from training.loop import COMPUTE_DTYPES, Trainer
 from training.networks import Precond, full_architecture
 from training.phema import std_to_exp
@@ -233,13 +234,13 @@ def networks(setting: Setting, shape: str, precision: str) -> tuple[Precond, Hal
     torch.manual_seed(0)
     architecture = setting.architecture(setting.config(shape, precision), shape)
     with setting.device:
-        net = Precond(**architecture).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        net = Precond(**architecture).eval().requires_grad_(False)
     for name, parameter in net.named_parameters():
         if name.endswith("gain"):
             parameter.fill_(1)  # gains start at 0: such a network would say nothing
     net.compute_dtype = COMPUTE_DTYPES[precision]
     state = {name: value.contiguous() for name, value in net.state_dict().items()}
-    return net, HalfPlainNetwork(architecture, state, net.compute_dtype)
+    return freeze_(net), HalfPlainNetwork(architecture, state, net.compute_dtype)
 
 
 def inputs(net: Precond, batch: int, setting: Setting) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

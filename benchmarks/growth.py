@@ -18,6 +18,7 @@ from torch_utils import cli
 from torch_utils.provenance import provenance
 from training.config import TrainConfig
 from training.flops import evaluation_cost
+from training.inference import freeze_
 from training.networks import Precond, full_architecture
 
 BASE = {"batch": 8, "resolution": 32, "channels": 32}
@@ -76,8 +77,7 @@ def architecture(batch: int, resolution: int, channels: int) -> dict[str, Any]:
 
 def evaluation(batch: int, resolution: int, channels: int) -> Callable[[], object]:
     """One evaluation of `batch` images, as sampling makes them."""
-    net = Precond(**architecture(batch, resolution, channels)).eval().requires_grad_(False)
-    net.to(memory_format=torch.channels_last)
+    net = freeze_(Precond(**architecture(batch, resolution, channels)))
     x, sigma = torch.randn(batch, 3, resolution, resolution), torch.ones(batch)
     labels = torch.eye(10)[torch.arange(batch) % 10]
     return torch.no_grad()(partial(net, x, sigma, labels))

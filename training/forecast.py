@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from training.blocks import Block
 from training.config import TrainConfig
 from training.loop import COMPUTE_DTYPES
 from training.loss import EDM2Loss
-from training.networks import Block, Precond
+from training.networks import Precond
 
 _GB = 1e9
 

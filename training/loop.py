@@ -111,10 +111,15 @@ class Trainer:
         gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
         if self.config.loss_scaling != 1:
             torch._foreach_div_(gradients, self.config.loss_scaling)
-        count = torch.stack([(~g.isfinite()).sum() for g in gradients]).sum()
-        for gradient in gradients:
-            torch.nan_to_num(gradient, nan=0, posinf=0, neginf=0, out=gradient)
-        self.stats.add("gradient_norm", torch.stack(torch._foreach_norm(gradients)).norm())
+        norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        count = torch.zeros([], device=self.device)
+        # a finite norm leaves nothing to replace; an accelerator would stall for us to look at it
+        if self.device.type != "cpu" or not norm.isfinite():
+            count = torch.stack([(~g.isfinite()).sum() for g in gradients]).sum()
+            for gradient in gradients:
+                torch.nan_to_num(gradient, nan=0, posinf=0, neginf=0, out=gradient)
+            norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        self.stats.add("gradient_norm", norm)
         # every rank holds the same gradients: share the count so that the sum over ranks is the count
         self.stats.add("nonfinite_gradients", count / dist.world_size())
 

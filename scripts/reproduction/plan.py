@@ -19,6 +19,7 @@ from torch_utils.files import cached, pinned
 from torch_utils.rng import StackedGenerator
 from training.config import config_from_dict, preset_names, preset_path, read_yaml
 from training.flops import Cost, evaluation_cost
+from training.inference import freeze_
 from training.networks import Precond, full_architecture
 from training.vae import PINNED_REVISIONS, STABILITY_VAE, VAE_FILES
 from training.weights import open_weights
@@ -157,8 +158,9 @@ def measure_flops(cell: Cell, device: torch.device, precision: str, batch: int, 
     `precision` is a key of PRECISIONS; two operations make a multiply-add.
     """
     architecture = _architecture(cell.net, cell.dataset)
-    net = Precond(**architecture).to(device).eval().requires_grad_(False)
+    net = Precond(**architecture).to(device)
     net.compute_dtype = PRECISIONS[precision]
+    freeze_(net)
     x = torch.randn(batch, net.img_channels, net.img_resolution, net.img_resolution, device=device)
     labels = torch.zeros(batch, net.label_dim, device=device) if net.label_dim else None
     sigma = torch.ones(batch, device=device)
