@@ -119,11 +119,11 @@ def ceilings(setting: Setting) -> Iterator[Result]:
 def training(setting: Setting, shape: str, precision: str) -> Iterator[Result]:
     """A training step: plain, as train.py does it, and compiled."""
     config, batch = setting.config(shape, precision), setting.shapes[shape].batch
-    net, _ = networks(setting, shape, precision)
+    net, yardstick = networks(setting, shape, precision)
     x, _, labels = inputs(net, batch, setting)
-    architecture, state = setting.architecture(config, shape), net.state_dict()
+    architecture, state = setting.architecture(config, shape), yardstick.state
     exponents, dtype = tuple(std_to_exp(list(config.ema_stds)).tolist()), COMPUTE_DTYPES[precision]
-    del net
+    del net, yardstick
 
     def plain() -> Callable[[], object]:
         return partial(HalfPlainTraining(architecture, state, exponents, dtype).step, x, labels, 0.01)

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from benchmarks import gpu, gpu_items, harness
 from benchmarks.half_plain import HalfPlainNetwork, HalfPlainTraining
 from benchmarks.plain import PlainNetwork, PlainTraining
-from tests import golden, tiny
+from tests import golden
 
 
 def invoke(*arguments):
@@ -106,16 +106,15 @@ def test_the_half_precision_yardstick_is_the_plain_one_at_full_precision():
 
 
 @pytest.mark.slow
-def test_every_item_runs_through_on_tiny_networks(tmp_path):
-    out = tmp_path / "gpu.json"
-    done = tiny.run("benchmarks/gpu.py", "--toy", "--out", out)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())["items"]
-    assert set(found) == set(gpu_items.items(gpu_items.toy_setting()))
-    for name, item in found.items():
-        assert item.get("complete"), (name, item)
-    training = found["training-img512-xs-bf16"]["contenders"]
-    assert list(training) == ["plain", "default", "compiled"]
-    evaluation = found["evaluation-img512-s-bf16"]["contenders"]
-    assert all(0 < row["error"] < 0.1 for row in evaluation.values())  # bfloat16, all of them
-    assert found["guided-img512-s-bf16"]["numbers"]["guided over unguided"] > 1
+@pytest.mark.parametrize("name", list(gpu_items.items(gpu_items.toy_setting())))
+def test_every_item_runs_through_on_tiny_networks(name):
+    limit_sec, run = gpu_items.items(gpu_items.toy_setting())[name]
+    *_, last = run()
+    assert limit_sec > 0
+    assert all(value >= 0 for value in last["numbers"].values())
+    if "contenders" in last:
+        assert next(iter(last["contenders"])) == "plain"
+        assert list(last["contenders"])[-1] == "compiled"
+        assert all(row["error"] is None or 0 < row["error"] < 0.1 for row in last["contenders"].values())  # bfloat16
+    if name.startswith("guided"):
+        assert last["numbers"]["guided over unguided"] > 1
