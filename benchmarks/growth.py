@@ -24,7 +24,11 @@ from training.networks import Precond, full_architecture
 BASE = {"batch": 8, "resolution": 32, "channels": 32}
 AXES = {"batch": (1, 2, 4, 8, 16, 32), "resolution": (8, 16, 32, 64), "channels": (16, 32, 64, 128)}
 TOY_AXES = {"batch": (1, 2), "resolution": (8, 16), "channels": (8, 16)}
-UNITS = {"batch": "images", "resolution": "pixels a side", "channels": "channels of the first level"}
+UNITS = {
+    "batch": "batch: images",
+    "resolution": "resolution: pixels a side",
+    "channels": "size: channels of the first level",
+}
 
 
 @click.command(cls=cli.Command)

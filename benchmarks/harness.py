@@ -63,7 +63,7 @@ def interleave(
     From here on the process keeps the memory that it frees. A virtual machine takes ten times as long as a real one to
     hand out a page, which would tell more of the machine than of the contenders.
     """
-    _keep_memory()
+    keep_memory()
     seconds: dict[str, list[float]] = {label: [] for label in contenders}
     for round_number in range(-warmup, runs):
         for label, run in contenders.items():
@@ -77,7 +77,8 @@ def interleave(
     return seconds
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
+    """Let this process keep the memory that it frees."""
     # glibc: blocks below 32 MB (more it does not allow) are not mapped one by one, and the heap never shrinks
     with contextlib.suppress(OSError, AttributeError):
         for option, value in ((-3, 1 << 25), (-1, (1 << 31) - 1), (-2, 1 << 28)):

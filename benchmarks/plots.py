@@ -12,12 +12,13 @@ _WAYS = {"evaluation": ("one evaluation", "C0", "o"), "training": ("a training s
 def growth_plot(records: dict[str, dict[str, Any]], path: Path) -> None:
     """Images a second along every axis that `records`, by job, hold; a panel without a record says so."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(12, 6.6), layout="constrained")
     panels = figure.subplots(2, 3).flatten()
     growth = records.get("growth")
     for panel, axis in zip(panels, UNITS, strict=False):
-        panel.set_title(f"{axis} ({UNITS[axis]})", fontsize=10)
+        panel.set_title(UNITS[axis], fontsize=10)
         if growth is None:
             _absent(panel, "growth")
             continue
@@ -37,8 +38,10 @@ def growth_plot(records: dict[str, dict[str, Any]], path: Path) -> None:
             )
         panel.set_xticks([row[axis] for row in rows], [str(row[axis]) for row in rows])
         panel.minorticks_off()
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.set_ylabel("images a second")
-        panel.grid(alpha=0.3, which="both")
+        panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     _rank_panel(panels[3], records.get("scaling"))
     _memory_panel(panels[4], records.get("memory"))
@@ -77,7 +80,7 @@ def _memory_panel(panel: Any, record: dict[str, Any] | None) -> None:
     for shift, key, color in ((-0.2, "forecast_bytes", "C0"), (0.2, "measured_bytes", "C1")):
         values = [row[key] / 1e9 for row in rows]
         panel.bar([p + shift for p in places], values, width=0.38, color=color, label=key.removesuffix("_bytes"))
-    panel.set_xticks(list(places), [row["name"].replace(", ", "\n") for row in rows], fontsize=7)
+    panel.set_xticks(list(places), [row["name"].replace(", ", "\n").replace(" + ", " +\n") for row in rows], fontsize=7)
     panel.set_ylabel("GB")
     panel.legend(fontsize=8)
 

@@ -83,13 +83,14 @@ def comparison_table(records: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for record in sorted(records, key=lambda record: record["job"]):
+        first = next(iter(record["contenders"]))
         for label, row in record["contenders"].items():
             low, high = row["ratio_range"]
             cells = [
                 record["job"],
                 label,
                 duration(row["median_sec"]),
-                f"**{row['ratio']:.2f}** ({low:.2f} to {high:.2f})",
+                f"**{row['ratio']:.2f}** ({low:.2f} to {high:.2f})" if label != first else "1",
                 goal(row),
                 "" if row.get("error") is None else f"{row['error']:.1e}",
                 f"{row['share_of_ceiling']:.0%}" if "share_of_ceiling" in row else "",

@@ -161,6 +161,7 @@ def work(steps: int, batch: int, channels: int, out: Path) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[core]})
     torch.set_num_threads(1)
+    harness.keep_memory()
     with dist.session("cpu"):
         found = time_steps(steps, batch, channels)
         (out / f"{core}.json").write_text(json.dumps(found))
@@ -232,6 +233,7 @@ def watch_overlap(trainer: Any, stream: Any) -> dict[str, Any]:
     return {
         "buckets": len(sent),
         "bucket_bytes": [count for _, count in sent],
+        "sent_before_end_sec": [ended[0] - when for when, _ in sent],
         "share_before_the_last": 1 - sent[-1][1] / total,
         "first_bucket_before_end_sec": ended[0] - began,
         "waited_after_last_gradient_sec": ended[0] - sent[-1][0],

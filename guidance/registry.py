@@ -114,14 +114,21 @@ def guide(choice: Choice, parts: Parts) -> Denoiser:
         negs = [negative(parts, **options[name]) for name, negative in negatives.items()]
         rule = RULES[choice.rule].make(**options["rule"])
         guided = _lead_away(parts.net, negs, [weights[name] for name in negatives], rule)
-        if choice.schedule != "constant":
-            guided = WeightSchedule(guided, SCHEDULES[choice.schedule])
-    elif choice.rule != "linear" or choice.schedule != "constant":
-        raise ValueError(f"a rule or a schedule needs a weighted difference; guidance method {choice.method} has none")
+        guided = _scheduled(guided, choice)
+    elif choice.rule != "linear":
+        raise ValueError(f"a rule needs a weighted difference; guidance method {choice.method} has none")
     for name, weight in weights.items():
         if name not in negatives:
-            guided = METHODS[name].build(replace(parts, net=guided), weight, **options[name])
+            guided = _scheduled(METHODS[name].build(replace(parts, net=guided), weight, **options[name]), choice)
     return guided if choice.interval is None else GuidanceInterval(guided, parts.net, *choice.interval)
+
+
+def _scheduled(guided: Any, choice: Choice) -> Denoiser:
+    if choice.schedule == "constant":
+        return guided
+    if not hasattr(guided, "scaled"):
+        raise ValueError(f"a schedule needs a weight to change; guidance method {choice.method} has none")
+    return WeightSchedule(guided, SCHEDULES[choice.schedule])
 
 
 def _lead_away(net: Denoiser, negs: Sequence[Any], weights: Sequence[float], rule: Combine) -> Guided | Combined:

@@ -202,13 +202,21 @@ def run(
     """Measure the cells of a table, on all GPUs under torchrun.
 
     Finished cells are passed over, and a command that was killed goes on within a cell when it is run again, also
-    on another number of GPUs.
+    on another number of GPUs. A network that cannot be had does not stop the cells that do without it.
     """
     loaded = load_table(table)
     cells = loaded.cells(rows, metrics)
+    left_out = 0
     with dist.session(device, timeout_minutes=_WAIT_MINUTES) as picked:
         for cell in cells:
-            run_cell(loaded, cell, How(**how), _folder(outdir, loaded.name), picked)
+            missing = run_cell(loaded, cell, How(**how), _folder(outdir, loaded.name), picked)
+            if missing is not None:
+                left_out += 1
+                dist.warn0(f"{cell.name} is left out: {missing}")
+    if left_out:
+        raise ValueError(
+            f"{left_out} of {len(cells)} cells were left out, for the reasons above; run this again for them"
+        )
 
 
 @main.command()

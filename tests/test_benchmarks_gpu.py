@@ -4,10 +4,13 @@ import json
 import time
 
 import pytest
+import torch
 from click.testing import CliRunner
 
-from benchmarks import gpu, gpu_items
-from tests import tiny
+from benchmarks import gpu, gpu_items, harness
+from benchmarks.half_plain import HalfPlainNetwork, HalfPlainTraining
+from benchmarks.plain import PlainNetwork, PlainTraining
+from tests import golden, tiny
 
 
 def invoke(*arguments):
@@ -81,6 +84,25 @@ def test_an_item_without_time_left_waits_for_the_next_run(tmp_path):
 def test_the_memory_item_forecasts_what_it_measures():
     last = list(gpu_items.xxl_memory(gpu_items.toy_setting()))[-1]["numbers"]
     assert last["recompute true: forecast GB"] < last["recompute false: forecast GB"]
+
+
+def test_the_half_precision_yardstick_is_the_plain_one_at_full_precision():
+    arrays = golden.load("network_cond.npz")
+    architecture, state = golden.architecture("cond"), golden.part(arrays, "state/")
+    x, sigma, labels = (arrays[name] for name in ("x", "sigma", "labels"))
+    plain = PlainNetwork(architecture, state)(x, sigma, labels)
+    assert torch.equal(HalfPlainNetwork(architecture, state, torch.float32)(x, sigma, labels), plain)
+    half = HalfPlainNetwork(architecture, state, torch.bfloat16)(x, sigma, labels)
+    assert half.dtype == torch.float32
+    assert 1e-4 < harness.relative_error(half, plain) < 0.02
+    losses = []
+    for training in (
+        PlainTraining(architecture, state, (5.0,), -0.4, 1.0),
+        HalfPlainTraining(architecture, state, (5.0,), torch.float32),
+    ):
+        torch.manual_seed(0)
+        losses.append(training.step(x, labels, 0.01))
+    assert torch.equal(*losses)
 
 
 @pytest.mark.slow

@@ -102,7 +102,8 @@ def test_a_method_that_takes_any_denoiser_goes_around_the_sum(monkeypatch):
         (Choice("truncation", 2.0, also=(("none", 1.0),)), Parts(MIXTURE), "none does not combine"),
         (Choice("truncation", 2.0, also=(("pair", 3.0),)), Parts(MIXTURE), "needs a guide network"),
         (Choice("truncation", 2.0), Parts(MIXTURE, None, MIXTURE), "takes no unconditional network"),
-        (Choice(schedule="cosine"), Parts(MIXTURE), "needs a weighted difference"),
+        (Choice(schedule="cosine"), Parts(MIXTURE), "a schedule needs a weight to change; guidance method none"),
+        (Choice(rule="apg"), Parts(MIXTURE), "a rule needs a weighted difference"),
     ],
 )
 def test_what_does_not_combine_is_refused(choice, parts, wrong):

@@ -7,11 +7,12 @@ import torch
 from guidance.combined import Combined
 from guidance.guided import Guided
 from guidance.interval import GuidanceInterval
-from guidance.registry import Choice, Parts, guide
+from guidance.registry import METHODS, Choice, Parts, guide
 from guidance.schedule import SCHEDULES, WeightSchedule, level_of
 from sampling.schedule import karras_sigmas
 from sampling.solvers import edm_sampler
 from tests.fakes import Counting, Following, Gaussian
+from torch_utils.denoiser import after_step, for_images, for_step
 from torch_utils.rng import StackedGenerator
 
 X = torch.randn([3, 1, 2, 2], generator=torch.Generator().manual_seed(0))
@@ -87,3 +88,28 @@ def test_by_name_and_only_in_a_run():
     assert scheduled == WeightSchedule(Guided(POS, NEG, 2.0), SCHEDULES["cosine"])
     with pytest.raises(ValueError, match="whole steps"):
         scheduled(X, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("rule", ["score", "dps", "tfg"])
+def test_a_loss_follows_the_noise_level_too(rule):
+    # "increasing" in a run of two steps: the whole strength in the first, none in the last
+    options = {option.keyword: option.default for option in METHODS["loss"].options}
+    options |= {"loss_kind": "colour", "loss_colour": (0.5, 0.5, 0.5), "loss_rule": rule}
+    x, sigmas = torch.randn([2, 3, 8, 8], generator=torch.Generator().manual_seed(0)), torch.tensor([5.0, 0.5, 0.0])
+
+    def step(i, schedule):
+        guided = guide(Choice("loss", 2.0, options=options, schedule=schedule), Parts(POS))
+        denoiser = for_step(for_images(guided, StackedGenerator("cpu", range(2))), i, sigmas)
+        return after_step(denoiser, denoiser(x, sigmas[i]), i, sigmas)
+
+    assert torch.equal(step(0, "increasing"), step(0, "constant"))
+    assert torch.equal(step(1, "increasing"), POS(x, sigmas[1]))
+    assert (step(1, "constant") - POS(x, sigmas[1])).abs().max() > 1e-4
+
+
+def test_methods_that_go_around_others_are_scheduled_with_them():
+    options = {option.keyword: option.default for option in METHODS["loss"].options}
+    options |= {"loss_kind": "colour", "loss_colour": (0.5, 0.5, 0.5), "loss_rule": "score"}
+    choice = Choice("pair", 2.0, options=options, also=(("loss", 2.0),), schedule="increasing")
+    x, sigmas = torch.randn([2, 3, 8, 8], generator=torch.Generator().manual_seed(0)), torch.tensor([5.0, 0.5, 0.0])
+    assert torch.equal(for_step(guide(choice, Parts(POS, NEG)), 1, sigmas)(x, sigmas[1]), POS(x, sigmas[1]))

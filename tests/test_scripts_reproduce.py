@@ -218,6 +218,24 @@ def test_a_file_that_cannot_be_had_does_not_stop_the_others(table, tmp_path, mir
     assert (tmp_path / "out" / "networks" / f"{GUIDE}.safetensors").is_file()
 
 
+def test_a_network_that_cannot_be_had_costs_its_own_cells_only(table, tmp_path, mirror):
+    raw = f"/edm2/raw-snapshots/toy/toy-{(2 << 25) // 1000:07d}-0.100.pkl"
+    missing, line = mirror.files.pop(raw), options(table, tmp_path / "out", "--rows", "guided,plain", "--seeds", 1)
+    try:
+        got = invoke(*line)
+    finally:
+        mirror.files[raw] = missing
+    assert got.exit_code == 1
+    assert re.search(
+        r"Warning: guided-fd_random is left out: .*toy-0067108-0\.100\.pkl: the server answered 404", got.output
+    )
+    assert got.output.endswith("Error: 1 of 2 cells were left out, for the reasons above; run this again for them\n")
+    assert len(values(tmp_path / "out", "plain")) == 1
+    again = invoke(*line)
+    assert again.exit_code == 0, again.output
+    assert "plain-fd_random: finished before" in again.output
+
+
 def test_throughput_is_measured(table):
     [cell] = load_table(table).cells(["guided"])
     small = dataclasses.replace(cell, net=cell.gnet)

@@ -87,6 +87,14 @@ def test_training_depends_on_its_seed_and_recipe_alone(quick, monkeypatch):
     assert not torch.equal(first["layers.0.weight"], other["layers.0.weight"])
 
 
+def test_the_learned_density_falls_off_far_away_whatever_the_seed(quick):
+    far = torch.tensor([[1e3, 0.0], [-1e3, 1e3]])
+    for seed in range(6):
+        net = train(Recipe("A", 16, 15), seed, compiled=False)
+        assert net.gain < -0.005
+        assert (net(far, torch.tensor(0.05)) < net(far / 2, torch.tensor(0.05))).all()
+
+
 def test_networks_are_kept_with_what_they_were_made_from(tmp_path, monkeypatch):
     net = golden_net()
     monkeypatch.setitem(training.RECIPES, "guide", Recipe("A", 32, 5))

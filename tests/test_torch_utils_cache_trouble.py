@@ -8,10 +8,12 @@ import threading
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests import tiny
 from tests.fake_server import serve
 from torch_utils import download as room
+from torch_utils import files
 from torch_utils.download import Patience
 from torch_utils.files import fetch
 
@@ -80,6 +82,17 @@ def test_a_disk_too_full_for_a_note_is_told_too(monkeypatch):
         monkeypatch.setattr(room, "_write_note", refuse)
         with pytest.raises(ValueError, match=r"cannot download .*: No space left on device, writing .*\.a\.partial"):
             fetch(server.url("/a"))
+
+
+@pytest.mark.parametrize(("source", "told"), [("third party", True), ("file name", False)])
+def test_a_reported_hash_may_be_wrong_itself(tmp_path, monkeypatch, source, told):
+    with serve({"/a": BODY}) as server:
+        manifest = tmp_path / "hashes.yaml"
+        manifest.write_text(yaml.safe_dump({server.url("/a"): {"source": source, "sha256": "00"}}))
+        monkeypatch.setattr(files, "_MANIFEST", manifest)
+        with pytest.raises(ValueError, match="expected 00") as error:
+            fetch(server.url("/a"))
+    assert (f"correct its entry in {manifest}" in str(error.value)) == told
 
 
 def test_a_stream_beyond_the_pinned_size_is_cut(tmp_path):

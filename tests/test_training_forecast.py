@@ -75,6 +75,9 @@ def test_what_other_options_would_need_is_what_they_need():
     assert len(plain.choices) == 3
     assert lean.memory.activations < plain.memory.activations / 2
     assert lean.memory.total < plain.memory.total
+    whole = f"{lean.parameters * 4 * 4 / 1e9:.2f} GB of rank 0's memory"
+    assert whole in lean.lines()[-1]
+    assert "rank 0" not in plain.lines()[-1]
 
 
 def test_one_process_has_nobody_to_share_with():

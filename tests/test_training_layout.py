@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from benchmarks.plain_io import PlainDataset
+from tests.dataset_tool import convert, run
 from tests.pictures import encoded, npy, picture, some_files, with_labels, write_folder, write_zip
 from training.dataset import ImageDataset
 from training.images import encode_png
 from training.layout import find_layout
-from training.run import data_identity
+from training.run import data_identity, reading_notices
 
 COUNT = 7
 INDICES = np.array([3, 0, 6, 6, 1, 5])
@@ -92,6 +93,17 @@ def test_the_same_images_are_the_same_data_however_they_are_stored(tmp_path):
     assert (slow.needs_decoding, fast.needs_decoding) == (True, False)
     assert data_identity(slow) == data_identity(fast)
     np.testing.assert_array_equal(slow.read_batch(np.arange(6))[0], fast.read_batch(np.arange(6))[0])
+
+
+def test_who_trains_on_files_that_need_decoding_hears_what_would_be_faster(tmp_path):
+    slow = write_folder(tmp_path / "slow", some_files())
+    assert "Read by decoding each image; convert makes a faster copy" in run("check", "--source", slow)
+    (notice,) = reading_notices(ImageDataset(slow))
+    assert f"convert --source {slow} --dest" in notice
+    convert(slow, tmp_path / "fast.zip")
+    assert "Read without decoding" in run("check", "--source", tmp_path / "fast.zip")
+    assert reading_notices(ImageDataset(tmp_path / "fast.zip")) == []
+    assert data_identity(ImageDataset(slow)) == data_identity(ImageDataset(tmp_path / "fast.zip"))
 
 
 def test_other_files_among_them_are_decoded(tmp_path, decoded):

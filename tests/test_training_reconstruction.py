@@ -130,8 +130,9 @@ def test_sums_in_float32_equal_those_in_float64(walk):
 
 def test_stretches_threads_and_groups_of_inputs_do_not_matter(walk, monkeypatch):
     whole, _ = reconstruct(walk.snapshots, 0.07)
-    monkeypatch.setattr(averaging, "_STRETCH", 500)
     monkeypatch.setattr(averaging, "_INPUTS_AT_ONCE", 3)
+    monkeypatch.setattr(averaging, "_SCRATCH_BYTES", 4 * (1 + 3) * 500)
+    assert averaging._stretch_length(1) == 256
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -140,6 +141,13 @@ def test_stretches_threads_and_groups_of_inputs_do_not_matter(walk, monkeypatch)
     finally:
         torch.set_num_threads(threads)
     assert relative(state, whole) < 2e-7
+
+
+def test_memory_knows_no_number_of_outputs():
+    for count in (1, 8, 31, 128, 1000):
+        scratch = averaging._Scratch(count, num_inputs=48)
+        assert (scratch._sums.numel() + scratch._rows.numel()) * 4 <= averaging._SCRATCH_BYTES
+        assert scratch.sums(count, averaging._stretch_length(count)).shape[0] == count
 
 
 def test_many_outputs_of_one_pass_equal_each_alone(walk, tmp_path):
@@ -236,6 +244,18 @@ def test_bad_values_are_refused_by_name(walk):
     weight[1, 2] = torch.inf
     refused([*others, changed(with_tensors(last, **{WEIGHT: weight}), "x")], f"x: {WEIGHT} is not finite")
     refused([*others, changed(with_tensors(last, **{FREQS: freqs}), "x")], f"x and .* differ in the buffer {FREQS}")
+
+
+def test_bad_values_are_refused_where_the_first_output_has_no_use_for_them(walk, tmp_path):
+    *others, last = walk.snapshots
+    weight = last.tensors[WEIGHT].clone()
+    weight[1, 2] = torch.inf
+    inputs = [*others, changed(with_tensors(last, **{WEIGHT: weight}), "x")]
+    outputs = plan_outputs(inputs, [0.07], [128_000, 256_000])
+    assert outputs[0].coefficients[-1] == 0
+    with pytest.raises(ValueError, match=f"x: {WEIGHT} is not finite"):
+        write_outputs(inputs, outputs, [tmp_path / "0", tmp_path / "1"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_times_and_lengths_out_of_reach_are_refused(walk):

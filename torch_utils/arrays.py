@@ -1,5 +1,6 @@
 """Arrays of .npz files from anywhere: nothing in them is executed, no size in them believed."""
 
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -9,9 +10,9 @@ import numpy as np
 
 _MAX_BYTES = 1 << 30  # of all arrays of a file, uncompressed; statistics of three detectors take 0.06 of it
 # what numpy and zipfile raise for damaged and for hostile files
-_BROKEN = (
+BROKEN = (
     *(zipfile.BadZipFile, zlib.error, TokenError, OSError, ValueError, KeyError, TypeError, EOFError, SyntaxError),
-    *(AttributeError, NotImplementedError, OverflowError, RecursionError, MemoryError),
+    *(AttributeError, IndexError, NotImplementedError, OverflowError, RecursionError, MemoryError, struct.error),
 )
 
 
@@ -30,7 +31,7 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
             file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
                 return {name: _array(name, arrays[name]) for name in arrays.files}
-        except _BROKEN as error:
+        except BROKEN as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}".strip()
             raise ValueError((reason.splitlines() or ["it is damaged"])[0]) from error
 

@@ -25,6 +25,7 @@ except ImportError:  # Windows: each process then keeps its own partial file ins
 
 _CHUNK_BYTES = 1 << 20
 _MANIFEST = Path(__file__).resolve().parent.parent / "configs" / "hashes.yaml"
+_REPORTED = "third party"  # what configs/hashes.yaml calls a hash that the publisher of a file does not give
 
 
 @contextlib.contextmanager
@@ -298,4 +299,6 @@ def _record(note: Path, path: Path) -> None:
 
 
 def _mismatch(what: str | Path, found: str, pin: Pin) -> str:
-    return f"{what}: sha256 is {found}, expected {pin.sha256} (according to {pin.source})"
+    # reported hashes may be wrong themselves, and nothing else would let a right file pass
+    hint = f"; if you know the file to be right, correct its entry in {_MANIFEST}" if pin.source == _REPORTED else ""
+    return f"{what}: sha256 is {found}, expected {pin.sha256} (according to {pin.source}){hint}"

@@ -60,6 +60,8 @@ class Forecast:
     def lines(self) -> list[str]:
         """The forecast for people."""
         memory = self.memory
+        # a whole average is drawn from where averages are kept in shares, and there checkpoints are put together
+        gathered = f", put together in {(self.checkpoint_bytes - memory.weights // 2) / _GB:.2f} GB of rank 0's memory"
         return [
             f"parameters        {self.parameters / 1e6:.1f} M",
             f"optimizer steps   {self.steps}",
@@ -68,7 +70,8 @@ class Forecast:
             f"{memory.activations / _GB:.2f} for the activations of a micro-batch",
             *(f"  with {name:34s}{choice.total / _GB:.2f} GB" for name, choice in self.choices.items()),
             f"disk              {self.disk_bytes / _GB:.2f} GB: {self.num_snapshots} snapshots of "
-            f"{self.snapshot_bytes / _GB:.3f}, {self.num_checkpoints} checkpoints of {self.checkpoint_bytes / _GB:.3f}",
+            f"{self.snapshot_bytes / _GB:.3f}, {self.num_checkpoints} checkpoints of {self.checkpoint_bytes / _GB:.3f}"
+            + (gathered if memory.drawing else ""),
         ]
 
 

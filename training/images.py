@@ -3,10 +3,11 @@
 import io
 import struct
 import zlib
-from tokenize import TokenError
 
 import numpy as np
 from PIL import Image
+
+from torch_utils.arrays import BROKEN
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -118,7 +119,7 @@ def decode_array(data: bytes, where: str) -> np.ndarray:
 def _decode_npy(data: bytes, where: str) -> np.ndarray:
     try:
         values = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except (*_BROKEN, TokenError) as error:
+    except BROKEN as error:
         raise ValueError(f"{where}: the .npy file is damaged or cut short: {error}") from error
     if values.ndim != 3 or values.dtype not in (np.uint8, np.float16, np.float32):
         raise ValueError(
