@@ -119,6 +119,7 @@ def crooked(tmp_path):
         (tmp_path / room).mkdir()
         (tmp_path / room / "a.py").write_text("import math\n")
     (tmp_path / "scripts").mkdir()
+    (tmp_path / "benchmarks").mkdir()
     (tmp_path / "scripts" / "tool.py").write_text('if __name__ == "__main__":\n    pass\n')
     (tmp_path / "scripts" / "part.py").write_text("import torch\n")
     (tmp_path / "train.py").write_text("from training.a import x\nfrom guidance.a import y\n")
@@ -136,6 +137,8 @@ def crooked(tmp_path):
         ("sampling/b.py", "from pipelines import a", "sampling may import only torch_utils"),
         ("pipelines/b.py", "from train import main", "a command line"),
         ("pipelines/b.py", "from scripts.part import x", "scripts is not a room"),
+        ("benchmarks/b.py", "from scripts.tool import x", "a command line"),
+        ("scripts/b.py", "from benchmarks.b import x", "benchmarks is not a room"),
         ("scripts/b.py", "from scripts.tool import x", "a command line"),
         ("metrics/b.py", "try:\n    import matplotlib.pyplot\nexcept ImportError:\n    pass", "inside the function"),
         ("training/b.py", "from torch.utils.tensorboard import SummaryWriter", "inside the function"),
@@ -157,6 +160,7 @@ def test_a_crooked_import_is_told(crooked, file, source, reason):
         ("metrics/b.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import diffusers"),
         ("pipelines/b.py", "from sampling.a import x\nfrom metrics.a import y"),
         ("scripts/b.py", "from scripts.part import x"),
+        ("benchmarks/b.py", "from scripts.part import x\nfrom metrics.a import y"),
     ],
 )
 def test_a_straight_import_is_left_alone(crooked, file, source):
