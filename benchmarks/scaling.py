@@ -1,4 +1,4 @@
-"""Weak scaling on one machine: two ranks of one thread against two processes that know nothing of each other."""
+"""Weak scaling on one machine: two ranks of one thread against the same two when they do nothing together."""
 
 import dataclasses
 import io
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,23 +30,25 @@ from torch_utils.provenance import provenance
 from training.config import TrainConfig, preset_names
 from training.flops import evaluation_cost
 from training.images import decode_array
+from training.loop import Trainer
 from training.networks import full_architecture
+from training.order import MicroBatch
 
 GOAL = 0.85
 # way -> processes, share of the batch
-WAYS = {"quarter": (1, 0.25), "half": (1, 0.5), "alone": (1, 1), "independent": (2, 1), "ranks": (2, 1)}
+WAYS = {"quarter": (1, 0.25), "half": (1, 0.5), "alone": (1, 1), "pair": (2, 1)}
 _ALL_REDUCE_BYTES = 32 << 20
 
 
 @click.command(cls=cli.Command)
-@click.option("--rounds", default=3, show_default=True, help="Times that the ways take turns.")
-@click.option("--steps", default=5, show_default=True, help="Steps measured in each.")
+@click.option("--rounds", default=2, show_default=True, help="Times that the ways take turns.")
+@click.option("--steps", default=4, show_default=True, help="Steps measured in each.")
 @click.option("--batch", default=8, show_default=True, help="Images of a rank and step.")
 @click.option("--channels", default=64, show_default=True, help="Width of the network.")
 @click.option("--out", type=click.Path(path_type=Path), default=harness.RECORDS, help="Folder of the record.")
 @click.option("--worker", is_flag=True, hidden=True, help="Be one of the processes that are measured.")
 def main(rounds: int, steps: int, batch: int, channels: int, out: Path, worker: bool) -> None:
-    """Time one process alone, two side by side and two ranks, in turns, and write scaling.json.
+    """Time one process alone, and two with and without each other in turns, and write scaling.json.
 
     One process with a quarter and with half of the batch gives the step model its speeds, so that the others test it.
     """
@@ -68,37 +71,38 @@ def _run(way: str, folder: Path, steps: int, batch: int, channels: int) -> list[
     processes, share = WAYS[way]
     options = {"--steps": steps, "--batch": round(batch * share), "--channels": channels, "--out": folder}
     worker = [__file__, "--worker", *(str(part) for option in options.items() for part in option)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if way == "ranks" else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen([sys.executable, *launcher, *worker], env={**environment, "LOCAL_RANK": str(k)})
-        for k in range(1 if way == "ranks" else processes)
-    ]
-    if any([process.wait() for process in started]):  # a list: wait for all of them
-        raise ValueError(f"a process of the way {way!r} failed")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if processes > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_RANK": "0"}
+    subprocess.run([sys.executable, *launcher, *worker], env=environment, check=True)
     return [json.loads((folder / f"{k}.json").read_text()) for k in range(processes)]
 
 
 def summary(ways: dict[str, list[list[dict[str, Any]]]], batch: int, channels: int) -> dict[str, Any]:
-    """The record: medians over rounds, the slowest process of each counting."""
-    slowest = {way: [max(process["step_sec"] for process in found) for found in ways[way]] for way in ways}
-    step_sec = {way: statistics.median(seconds) for way, seconds in slowest.items()}
-    by_round = [two / ranks for two, ranks in zip(slowest["independent"], slowest["ranks"], strict=True)]
-    middle = {way: seconds.index(statistics.median_low(seconds)) for way, seconds in slowest.items()}
+    """The record: medians over rounds; of two processes the slower one counts."""
+    seconds = {way: [found[0]["step_sec"] for found in rounds] for way, rounds in ways.items()}
+    step_sec = {way: statistics.median(found) for way, found in seconds.items()}
+    middle = {way: found.index(statistics.median_low(found)) for way, found in seconds.items()}
     first = {way: rounds[middle[way]][0] for way, rounds in ways.items()}
+    for way in ("independent", "ranks"):
+        seconds[way] = [
+            max(both) for found in ways["pair"] for both in zip(*(part["blocks"][way] for part in found), strict=True)
+        ]
+        step_sec[way] = statistics.median(seconds[way])
+    by_block = [apart / together for apart, together in zip(seconds["independent"], seconds["ranks"], strict=True)]
     return {
         "job": "scaling",
         "kind": "scaling",
         "channels": channels,
         "batch": batch,
-        "parameters": first["ranks"]["parameters"],
+        "parameters": first["pair"]["parameters"],
         "step_sec": step_sec,
-        "efficiency": statistics.median(by_round),
-        "efficiency_range": [min(by_round), max(by_round)],
+        "efficiency": statistics.median(by_block),
+        "efficiency_range": [min(by_block), max(by_block)],
+        "blocks": len(by_block),
         "goal": GOAL,
         "phases_sec": {way: found["phases_sec"] for way, found in first.items()},
-        "overlap": first["ranks"]["overlap"],
-        "all_reduce_bytes_per_sec": first["ranks"]["all_reduce_bytes_per_sec"],
+        "overlap": first["pair"]["overlap"],
+        "all_reduce_bytes_per_sec": first["pair"]["all_reduce_bytes_per_sec"],
         "model": check_model(step_sec, first, batch),
         "command": " ".join(["python", *sys.argv]),
         "provenance": provenance(),
@@ -107,7 +111,7 @@ def summary(ways: dict[str, list[list[dict[str, Any]]]], batch: int, channels: i
 
 def check_model(step_sec: dict[str, float], found: dict[str, dict[str, Any]], batch: int) -> dict[str, Any]:
     """The step model against measurements; its speeds are those of smaller batches and of an all-reduce by itself."""
-    half, bandwidth = found["half"], found["ranks"]["all_reduce_bytes_per_sec"]
+    half, bandwidth = found["half"], found["pair"]["all_reduce_bytes_per_sec"]
     links = Links(group=2, inside=bandwidth, between=bandwidth, latency_sec=0)
     job = Job(half["parameters"], half["multiply_adds"], batch // 2)
     passes = {way: found[way]["phases_sec"]["compute and communication"] for way in ("quarter", "half")}
@@ -194,9 +198,30 @@ def time_steps(steps: int, batch: int, channels: int) -> dict[str, Any]:
         "multiply_adds": evaluation_cost(trainer.header.architecture).multiply_adds,
     }
     if dist.world_size() > 1:
+        found["blocks"] = apart_and_together(trainer, stream, steps)
         found["all_reduce_bytes_per_sec"] = all_reduce_speed()
         found["overlap"] = watch_overlap(trainer, stream)
     return found
+
+
+def apart_and_together(trainer: Trainer, stream: Iterator[MicroBatch], blocks: int) -> dict[str, list[float]]:
+    """Seconds a step in blocks of two, in turns: as if each process were alone, and with what ranks do together.
+
+    In turns within the same processes, since the pace of a machine differs more from minute to minute than what is
+    looked for.
+    """
+    together, seconds = trainer.ddp, {"independent": [], "ranks": []}
+    for _ in range(blocks):
+        for way, found in seconds.items():
+            trainer.ddp = together if way == "ranks" else trainer.net
+            dist.barrier()
+            began = time.perf_counter()
+            for _ in range(2):
+                trainer.step(stream, 1)
+                if way == "ranks":
+                    dist.any_rank(False)  # as the training loop asks after each step
+            found.append((time.perf_counter() - began) / 2)
+    return seconds
 
 
 def all_reduce_speed() -> float:
@@ -211,7 +236,7 @@ def all_reduce_speed() -> float:
     return all_reduce_sec(_ALL_REDUCE_BYTES, unit, dist.world_size()) / statistics.median(seconds)
 
 
-def watch_overlap(trainer: Any, stream: Any) -> dict[str, Any]:
+def watch_overlap(trainer: Trainer, stream: Iterator[MicroBatch]) -> dict[str, Any]:
     """How much of the gradients is on its way before the last of them is computed, and how long is waited then."""
     sent: list[tuple[float, int]] = []
 

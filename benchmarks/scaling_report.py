@@ -54,11 +54,11 @@ def measured_text(record: Mapping[str, Any]) -> str:
         "| way | seconds a step |",
         "|---|---|",
         f"| one process alone | {seconds['alone']:.3f} |",
-        f"| two processes that know nothing of each other | {seconds['independent']:.3f} |",
+        f"| two processes, nothing done together | {seconds['independent']:.3f} |",
         f"| two ranks | {seconds['ranks']:.3f} |",
         "",
         f"Two ranks train at **{record['efficiency']:.1%}** of the speed of two independent processes ({low:.1%} to "
-        f"{high:.1%} over rounds; goal {record['goal']:.0%}: {reached}).",
+        f"{high:.1%} over {record['blocks']} blocks of two steps, in turns; goal {record['goal']:.0%}: {reached}).",
         "",
         f"Communication overlaps with the backward pass: gradients travel in {overlap['buckets']} buckets, the first "
         f"of them {overlap['first_bucket_before_end_sec']:.2f} s before the backward pass ends, "

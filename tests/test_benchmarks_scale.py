@@ -36,7 +36,7 @@ def test_the_model_is_checked_against_what_it_has_not_seen():
     machine = Machine(1e9, 1e9, Links(2, 1e8, 1e8, 0), overlap=0, pass_sec=0.3)
     quarter, half, whole = (step_time(Job(10**6, 1e6, n), machine, 1) for n in (2, 4, 8))
     both = step_time(Job(10**6, 1e6, 16), machine, 2)
-    found = {"ranks": {"all_reduce_bytes_per_sec": 1e8}}
+    found = {"pair": {"all_reduce_bytes_per_sec": 1e8}}
     for way, time in (("quarter", quarter), ("half", half)):
         found[way] = {"step_sec": time.total, "phases_sec": {"compute and communication": time.compute}}
         found[way] |= {"parameters": 10**6, "multiply_adds": 1e6}
@@ -55,10 +55,13 @@ def test_two_ranks_are_held_against_the_slower_of_two_processes():
         return [{**process, "step_sec": v, "phases_sec": {"compute and communication": v - 0.1}} for v in found]
 
     ways = {"quarter": [seconds(0.4)] * 2, "half": [seconds(0.6)] * 2, "alone": [seconds(1.0)] * 2}
-    ways |= {"independent": [seconds(1.0, 1.8), seconds(1.7, 1.0)], "ranks": [seconds(2.0, 1.9)] * 2}
-    record = scaling.summary(ways, 8, 64)
+    pair = seconds(1.9, 2.0)
+    pair[0]["blocks"] = {"independent": [1.0, 1.8], "ranks": [2.0, 1.0]}
+    pair[1]["blocks"] = {"independent": [1.7, 1.0], "ranks": [1.9, 2.0]}
+    record = scaling.summary({**ways, "pair": [pair, pair]}, 8, 64)
     assert record["efficiency_range"] == [pytest.approx(0.85), pytest.approx(0.9)]
     assert record["step_sec"]["ranks"] == 2.0
+    assert record["blocks"] == 4
 
 
 def test_memory_of_a_process_is_measured_and_forecast():
