@@ -11,7 +11,7 @@ from torch_utils import cli, dist
 from torch_utils.progress import progress_bar
 from training.reconstruction import Output, count_values, plan_outputs, write_outputs
 from training.snapshot import Header, read_header, snapshot_name
-from training.weights import Weights, open_folder
+from training.weights import Weights, open_sources
 
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _POOR_FIT = 0.1  # from about here on, the rebuilt profile's width is off by more than a twentieth
@@ -29,7 +29,13 @@ class Job:
 
 
 @click.command(cls=cli.Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--indir", metavar="DIR", required=True, help="Folder with a run's snapshots")
+@click.option(
+    "--indir",
+    metavar="DIR|PATH|URL",
+    required=True,
+    multiple=True,
+    help="Folder with a run's snapshots, or a snapshot; may be repeated",
+)
 @click.option("--inprefix", metavar="TEXT", default="", help="Use only files whose names start so")
 @click.option("--instd", metavar="LIST", type=cli.FloatSeries(), help="Use only snapshots of these EMA lengths")
 @click.option("--outdir", metavar="DIR", required=True, type=click.Path(path_type=Path), help="Folder for the results")
@@ -44,7 +50,7 @@ class Job:
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), default="fp16", show_default=True, help="Stored precision")
 @click.option("-n", "--dry-run", is_flag=True, help="Print how well each length can be rebuilt, and stop")
 def main(
-    indir: str,
+    indir: Sequence[str],
     inprefix: str,
     instd: Sequence[float] | None,
     outdir: Path,
@@ -78,7 +84,7 @@ def main(
 
 
 def _prepare(
-    indir: str,
+    indir: Sequence[str],
     inprefix: str,
     instd: Sequence[float] | None,
     outdir: Path,
@@ -89,7 +95,7 @@ def _prepare(
     skip: bool,
     dtype: str,
 ) -> Job:
-    inputs = open_folder(indir, inprefix, instd)
+    inputs = open_sources(indir, inprefix, instd)
     times = [*(_time_of(kimg, inputs) for kimg in outkimg or ()), *outnimg]
     outputs = plan_outputs(inputs, list(dict.fromkeys(outstd)), list(dict.fromkeys(times)) or None, _DTYPES[dtype])
     paths = [outdir / snapshot_name(output.header.nimg, output.header.ema_std, outprefix) for output in outputs]

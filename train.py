@@ -17,13 +17,14 @@ from sampling.solvers import Sampler
 from torch_utils import cli, dist
 from torch_utils.files import atomic_write
 from torch_utils.locks import exclusive
+from torch_utils.precision import slow_precision
 from torch_utils.provenance import provenance
 from torch_utils.stopping import StopRequest, parse_duration_sec
 from training.config import TrainConfig, config_from_dict, preset_names, preset_path, read_yaml
 from training.dataset import ImageDataset
 from training.encoders import Encoder, make_encoder
 from training.forecast import make_forecast
-from training.loop import Trainer, training_loop
+from training.loop import COMPUTE_DTYPES, Trainer, training_loop
 from training.networks import Precond
 from training.run import Run, check_run_dir, resolve, stream_batches, write_records
 from training.runlog import RunLog
@@ -52,6 +53,8 @@ SAMPLE_BATCH = 16
 @click.option("--rampup", "rampup_nimg", metavar="NIMG", type=cli.Size(), help="Images of linear warm-up; 0: none")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), help="Precision inside the network")
 @click.option("--fp16", type=bool, help="The same as --precision fp16 (true) or fp32 (false)")
+@click.option("--recompute", type=bool, help="Hold no activations, compute them again: a third more time, same bits")
+@click.option("--shard", type=bool, help="Share Adam's moments and the averages out over the processes: same bits")
 @click.option("--ls", "loss_scaling", metavar="FLOAT", type=float, help="Loss scaling, undone before the optimizer")
 @click.option("--bench", "cudnn_benchmark", type=bool, help="Let cuDNN pick its fastest algorithms")
 @click.option("--seed", metavar="N", type=int, help="Random seed of the whole run")
@@ -89,6 +92,8 @@ def main(
         run = resolve(config, dataset)
         check_run_dir(run, Path(outdir))
         describe(run, dataset)
+        if slow := slow_precision(COMPUTE_DTYPES[run.config.precision], picked):
+            dist.warn0(f"--precision {run.config.precision}: {slow}")
         encoder = make_encoder(run.config.encoder)
         if dry_run:
             return
@@ -134,7 +139,8 @@ def describe(run: Run, dataset: ImageDataset) -> None:
     dist.print0(f"data              {dataset.path}: {len(dataset)} items of {shape}, {classes}")
     sizes = "+".join(map(str, run.micro_batches[:3])) + ("+..." if len(run.micro_batches) > 3 else "")
     dist.print0(f"batch             {config.batch_size} images: {dist.world_size()} processes, {sizes} images each")
-    for line in make_forecast(config, dict(run.header.architecture), max(run.micro_batches)).lines():
+    forecast = make_forecast(config, dict(run.header.architecture), max(run.micro_batches), dist.world_size())
+    for line in forecast.lines():
         dist.print0(line)
     for notice in run.notices:
         dist.print0(f"Note: {notice}")

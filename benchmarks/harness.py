@@ -1,5 +1,7 @@
 """Honest timing: the contenders of a job take turns in one process, and the median of their ratios counts."""
 
+import contextlib
+import ctypes
 import json
 import statistics
 import sys
@@ -35,8 +37,9 @@ class Work:
 class Job:
     """One comparison: the first contender is A, the plain way; the others are ways to do the same faster.
 
-    A contender is called without arguments and does the whole job once. `goals` are the ratios to A to reach,
-    `errors` the numerical differences from A, `error_kind` says how they were measured; `notes` go into the record.
+    A contender is called without arguments and does the whole job once; one that does a part of it, and would take
+    as long for every other, counts `times` as long. `goals` are the ratios to A to reach, `errors` the numerical
+    differences from A, `error_kind` says how they were measured; `notes` go into the record.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Job:
     errors: Mapping[str, float] = field(default_factory=dict)
     error_kind: str = ""
     notes: Mapping[str, Any] = field(default_factory=dict)
+    times: Mapping[str, int] = field(default_factory=dict)
 
 
 def interleave(
@@ -54,7 +58,12 @@ def interleave(
     warmup: int = WARMUP,
     synchronize: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each run of each contender, A B C A B C ...; the first `warmup` rounds are not counted."""
+    """Seconds of each run of each contender, A B C A B C ...; the first `warmup` rounds are not counted.
+
+    From here on the process keeps the memory that it frees. A virtual machine takes ten times as long as a real one to
+    hand out a page, which would tell more of the machine than of the contenders.
+    """
+    keep_memory()
     seconds: dict[str, list[float]] = {label: [] for label in contenders}
     for round_number in range(-warmup, runs):
         for label, run in contenders.items():
@@ -68,17 +77,33 @@ def interleave(
     return seconds
 
 
+def keep_memory() -> None:
+    """Let this process keep the memory that it frees."""
+    # glibc: blocks below 32 MB (more it does not allow) are not mapped one by one, and the heap never shrinks
+    with contextlib.suppress(OSError, AttributeError):
+        for option, value in ((-3, 1 << 25), (-1, (1 << 31) - 1), (-2, 1 << 28)):
+            ctypes.CDLL(None).mallopt(option, value)
+
+
 def measure(job: Job, runs: int = RUNS, warmup: int = WARMUP, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Time a job and describe it as a JSON record; prints its table."""
     cuda = torch.device(device).type == "cuda"
     seconds = interleave(job.contenders, runs, warmup, torch.cuda.synchronize if cuda else lambda: None)
+    return describe(job, seconds, warmup, device)
+
+
+def describe(
+    job: Job, seconds: Mapping[str, list[float]], warmup: int = WARMUP, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """The record of a job whose contenders, as `interleave` tells, took `seconds`; prints its table."""
     record = {
         "job": job.name,
-        "runs": runs,
+        "runs": len(next(iter(seconds.values()))),
         "warmup": warmup,
-        "contenders": _describe(job, seconds, device),
+        "contenders": _rows(job, seconds, device),
         "error_kind": job.error_kind,
         "work": None if job.work is None else vars(job.work),
+        "times": dict(job.times),
         "notes": dict(job.notes),
         "command": " ".join(["python", *sys.argv]),
         "provenance": provenance(device),
@@ -87,7 +112,8 @@ def measure(job: Job, runs: int = RUNS, warmup: int = WARMUP, device: torch.devi
     return record
 
 
-def _describe(job: Job, seconds: Mapping[str, list[float]], device: torch.device | str) -> dict[str, Any]:
+def _rows(job: Job, seconds: Mapping[str, list[float]], device: torch.device | str) -> dict[str, Any]:
+    seconds = {label: [job.times.get(label, 1) * s for s in found] for label, found in seconds.items()}
     plain = next(iter(seconds.values()))
     rows = {}
     for label, times in seconds.items():

@@ -1,22 +1,21 @@
 """Reference statistics on disk: mean and covariance of real images' features, and what they were made with."""
 
 import json
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 
 from metrics.detectors import DETECTORS
+from torch_utils.arrays import read_npz
 from torch_utils.files import atomic_write
 from torch_utils.unpickle import load_pickle
 
 FORMAT_VERSION = 1
-_BROKEN = (zipfile.BadZipFile, zlib.error, OSError, ValueError, KeyError, TypeError, EOFError, TokenError)
+# what values of other kinds than statistics lead to
+_STRANGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def load_reference(path: str | Path) -> Reference:
         is_zip = file.read(2) == b"PK"
     try:
         reference = _read_npz(path) if is_zip else _read_pickle(path)
-    except _BROKEN as error:
+    except _STRANGE as error:
         reason = f"it has no entry {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is damaged or holds no reference statistics: {reason.splitlines()[0]}") from error
     if not reference.statistics:
@@ -95,17 +94,17 @@ def load_reference(path: str | Path) -> Reference:
 
 
 def _read_npz(path: str | Path) -> Reference:
-    with np.load(path, allow_pickle=False) as arrays:
-        if "header" not in arrays:
-            return Reference(None, {"fid": FeatureStatistics(*_pair(arrays["mu"], arrays["sigma"]), None)})
-        header = json.loads(str(arrays["header"]))
-        if header["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"its format is version {header['format_version']}; this program reads {FORMAT_VERSION}")
-        statistics = {
-            metric: FeatureStatistics(*_pair(arrays[f"{metric}.mu"], arrays[f"{metric}.sigma"]), fingerprint)
-            for metric, fingerprint in header["fingerprints"].items()
-        }
-        return Reference(header["num_images"], statistics, header["source"])
+    arrays = read_npz(path)
+    if "header" not in arrays:
+        return Reference(None, {"fid": FeatureStatistics(*_pair(arrays["mu"], arrays["sigma"]), None)})
+    header = json.loads(str(arrays["header"]))
+    if header["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"its format is version {header['format_version']}; this program reads {FORMAT_VERSION}")
+    statistics = {
+        metric: FeatureStatistics(*_pair(arrays[f"{metric}.mu"], arrays[f"{metric}.sigma"]), fingerprint)
+        for metric, fingerprint in header["fingerprints"].items()
+    }
+    return Reference(header["num_images"], statistics, header["source"])
 
 
 def _read_pickle(path: str | Path) -> Reference:

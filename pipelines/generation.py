@@ -23,8 +23,10 @@ from sampling.engine import Engine, ImageBatch, share_of_rank
 from sampling.solvers import PUBLISHED, Sampler
 from torch_utils import dist
 from torch_utils.files import fetch, sha256_of
+from torch_utils.precision import slow_precision
 from torch_utils.progress import progress_bar
 from training.encoders import RGBEncoder, StabilityVAEEncoder, make_encoder
+from training.inference import compile_, freeze_
 from training.snapshot import Snapshot, load_snapshot
 from training.vae import vae_sha256
 
@@ -38,7 +40,8 @@ class Request:
     `net`, `gnet`, `uncond`: paths or URLs of snapshots. `classes`: None for a class drawn from each seed; a text such
     as "3,7" or "cat,dog" to take turns by seed (seed modulo the length of the list); "" for all classes in turn.
     `precision`, inside the networks, is a key of PRECISIONS or "auto": fp16 on a CUDA device, fp32 elsewhere.
-    `vae`: hub name or folder that stands in for the VAE that the snapshot names.
+    `vae`: hub name or folder that stands in for the VAE that the snapshot names. `compiled`: have torch compile the
+    networks, which takes minutes and pays for thousands of images.
     """
 
     net: str
@@ -49,6 +52,7 @@ class Request:
     precision: str = "auto"
     vae: str | None = None
     uncond: str | None = None
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,13 @@ def prepare(request: Request, device: torch.device) -> Generation:
     guidance method refuses its settings.
     """
     precision = request.precision if request.precision != "auto" else "fp16" if device.type == "cuda" else "fp32"
-    main = _with_vae(load_snapshot(request.net, device, PRECISIONS[precision]), request.vae)
+    if slow := slow_precision(PRECISIONS[precision], device):
+        dist.warn0(f"--precision {precision}: {slow}")
+    main = _with_vae(_load(request, request.net, device, precision), request.vae)
     net = main.net
     classes = parse_classes(request.classes, net.label_dim, main.header.label_names)
-    gmain = None if request.gnet is None else load_snapshot(request.gnet, device, PRECISIONS[precision])
-    umain = None if request.uncond is None else load_snapshot(request.uncond, device, PRECISIONS[precision])
+    gmain = None if request.gnet is None else _load(request, request.gnet, device, precision)
+    umain = None if request.uncond is None else _load(request, request.uncond, device, precision)
     for other in (gmain, umain):
         if other is not None:
             check_pair(main, other)
@@ -102,6 +108,12 @@ def prepare(request: Request, device: torch.device) -> Generation:
         "device": device.type,  # generators on another kind of device give other numbers
     }
     return Generation(engine, settings, _summary(request, main, gmain, classes, precision))
+
+
+def _load(request: Request, source: str, device: torch.device, precision: str) -> Snapshot:
+    snapshot = load_snapshot(source, device, PRECISIONS[precision])
+    net = freeze_(snapshot.net)
+    return dataclasses.replace(snapshot, net=compile_(net) if request.compiled else net)
 
 
 def _check_empty_labels(request: Request, main: Snapshot) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from torch_utils import dist
+from torch_utils.arrays import BROKEN
 from torch_utils.progress import progress_bar
 from training.archive import open_archive
 from training.images import IMAGE_EXTENSIONS, open_image, to_8bit
@@ -56,7 +57,7 @@ class NpzImages:
         self._path = path
         try:
             self._images = _map_member(path, "images.npy")
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+        except BROKEN as error:
             raise ValueError(f"{path}: holds no array of images, or is damaged: {error}") from error
         if self._images.dtype != np.uint8 or self._images.ndim != 4 or self._images.shape[3] not in (1, 3):
             raise ValueError(

@@ -1,5 +1,6 @@
 """Turn published snapshots (NVIDIA's pickles) into snapshots of this project."""
 
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -41,7 +42,8 @@ def main(source: str, dest: Path, workers: int, overwrite: bool) -> None:
                 bar.update()
                 if isinstance(done.exception(), (ValueError, OSError)):
                     failures.append(str(done.exception()))
-                    tqdm.write(f"Error: {failures[-1]}", file=sys.stderr)
+                    if len(jobs) > 1:
+                        tqdm.write(f"Error: {failures[-1]}", file=sys.stderr)
                 else:
                     kept += not done.result()
         except BaseException:
@@ -86,4 +88,5 @@ def _convert(path: Path, target: Path, overwrite: bool) -> bool:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # unwinds, so that no temporary file is left
     main()

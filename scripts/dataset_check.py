@@ -11,7 +11,7 @@ import numpy as np
 from scripts.dataset_workers import run_in_order
 from torch_utils.progress import progress_bar
 from training.archive import FolderArchive, ZipArchive, open_archive
-from training.dataset import CONVERT_HINT, FILE_EXTENSIONS, check_first
+from training.dataset import CONVERT_HINT, FILE_EXTENSIONS, ImageDataset, check_first
 from training.images import decode_array
 from training.labels import Labels, read_labels
 
@@ -90,6 +90,9 @@ def _report(
         click.echo(f"{labels.num_classes} classes:")
         for k, count in enumerate(np.bincount(labels.classes, minlength=labels.num_classes)):
             click.echo(f"  {k} {names[k]}: {count}".replace(" :", ":"))
+    if not problems:
+        decoded = ImageDataset(archive.path).needs_decoding
+        click.echo("Read by decoding each image; convert makes a faster copy" if decoded else "Read without decoding")
     for problem in problems:
         click.echo(f"Problem: {problem}")
     click.echo(f"{len(problems)} problems" if problems else "Ready for training")

@@ -11,11 +11,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipelines.generation import PRECISIONS
 from scripts.reproduction import report as reporting
-from scripts.reproduction.plan import Download, Need, measure_flops, need_of
+from scripts.reproduction.networks import obtain
+from scripts.reproduction.plan import Download, Need, files_beside, measure_flops, need_of
 from scripts.reproduction.run import How, run_cell
 from scripts.reproduction.tables import load_table, table_names
 from torch_utils import cli, dist
-from torch_utils.files import atomic_write
+from torch_utils.files import atomic_write, cache_folder, fetch, free_bytes
 
 _DEFAULT_OUTDIR = "runs/reproduce"
 _WAIT_MINUTES = 24 * 60  # one rank downloads while the others wait
@@ -57,6 +58,7 @@ def main() -> None:
     \b
     python scripts/reproduce.py list
     python scripts/reproduce.py plan --table autoguidance-1 --tflops 200
+    python scripts/reproduce.py download --table autoguidance-1 --rows img512-s-autog
     torchrun --standalone --nproc-per-node 8 scripts/reproduce.py run --table autoguidance-1 --rows img512-s-autog
     python scripts/reproduce.py report --table autoguidance-1
     """
@@ -111,7 +113,7 @@ def _plan_lines(needs: Sequence[Need], images: int, tflops: float | None) -> lis
     """The plan for people: cells, sums, downloads."""
     lines = [f"{'cell':36s}{'evaluations an image':>22s}{'multiply-adds':>16s}{'GPU-hours':>12s}"]
     for need in needs:
-        evaluations = f"{need.net_evaluations} + {need.gnet_evaluations}"
+        evaluations = f"{need.net_evaluations:g} + {need.gnet_evaluations:g}"
         lines.append(
             f"{need.cell.name:36s}{evaluations:>22s}{need.multiply_adds * images:>16.3g}"
             f"{_hours(need.multiply_adds * images, tflops):>12s}"
@@ -122,7 +124,11 @@ def _plan_lines(needs: Sequence[Need], images: int, tflops: float | None) -> lis
     files = {download.url: download for need in needs for download in need.downloads}
     missing = [download for download in files.values() if not download.is_here]
     size = sum(download.num_bytes or 0 for download in missing)
-    lines.append(f"\n{len(files)} files, {len(missing)} of them to download, about {size / 1e9:.2f} GB:")
+    free = free_bytes(cache_folder())
+    lines.append(
+        f"\n{len(files)} files, {len(missing)} of them to download, about {size / 1e9:.2f} GB, to {cache_folder()} "
+        f"({free / 1e9:.2f} GB free{': not enough' if size > free else ''}):"
+    )
     folders: dict[str, list[Download]] = {}
     for download in files.values():
         folder = download.url.rsplit("/", 1)[0] + "/" if "/raw-snapshots/" in download.url else download.url
@@ -150,6 +156,32 @@ def _hours(multiply_adds: float, tflops: float | None) -> str:
 
 @main.command()
 @_table_options
+@_outdir
+def download(table: str, rows: Sequence[str] | None, metrics: Sequence[str] | None, outdir: Path | None) -> None:
+    """Get every file that a run will need, and rebuild the networks that are not published.
+
+    For a machine with a connection, before `run` on one without: set EDM2_OFFLINE=1 there. Needs no GPU. What is
+    there already is only checked; a file that cannot be had does not stop the others.
+    """
+    loaded = load_table(table)
+    cells = loaded.cells(rows, metrics)
+    networks = {network.name: network for cell in cells for network in cell.networks}
+    folder = _folder(outdir, loaded.name) / "networks"
+    jobs = [(fetch, (url,)) for url in dict.fromkeys(url for cell in cells for url in files_beside(cell))]
+    jobs += [(obtain, (network, folder)) for network in networks.values()]
+    failures = 0
+    for job, arguments in jobs:
+        try:
+            click.echo(job(*arguments))
+        except (ValueError, OSError) as error:
+            failures += 1
+            click.echo(f"Error: {error}", err=True)
+    if failures:
+        raise ValueError(f"{failures} of {len(jobs)} could not be had, for the reasons above; run this again for them")
+
+
+@main.command()
+@_table_options
 @_num
 @_seeds
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Images at once, per process.")
@@ -170,13 +202,21 @@ def run(
     """Measure the cells of a table, on all GPUs under torchrun.
 
     Finished cells are passed over, and a command that was killed goes on within a cell when it is run again, also
-    on another number of GPUs.
+    on another number of GPUs. A network that cannot be had does not stop the cells that do without it.
     """
     loaded = load_table(table)
     cells = loaded.cells(rows, metrics)
+    left_out = 0
     with dist.session(device, timeout_minutes=_WAIT_MINUTES) as picked:
         for cell in cells:
-            run_cell(loaded, cell, How(**how), _folder(outdir, loaded.name), picked)
+            missing = run_cell(loaded, cell, How(**how), _folder(outdir, loaded.name), picked)
+            if missing is not None:
+                left_out += 1
+                dist.warn0(f"{cell.name} is left out: {missing}")
+    if left_out:
+        raise ValueError(
+            f"{left_out} of {len(cells)} cells were left out, for the reasons above; run this again for them"
+        )
 
 
 @main.command()

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.toy import closeup, evaluation, overview, page, report, tradeoff
+from scripts.toy import closeup, drawing, evaluation, overview, page, report, tradeoff
 from scripts.toy.methods import load_nets
 from scripts.toy.mixture import can_compile
 from scripts.toy.training import RECIPES, load_network, network_path, save_network, train
@@ -88,7 +88,13 @@ def document(outdir: Path, docs: Path) -> None:
 
 
 def _train_missing(outdir: Path, seeds: Sequence[int], compiled: bool) -> None:
-    jobs = [(role, seed) for seed in seeds for role in RECIPES if not network_path(outdir, role, seed).exists()]
+    outdir.mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for role, seed in ((role, seed) for seed in seeds for role in RECIPES):
+        if network_path(outdir, role, seed).exists():
+            load_network(outdir, role, seed)  # a damaged one is to be told now, not after training the others
+        else:
+            jobs.append((role, seed))
     if jobs and not compiled:
         print0("Training without torch.compile, about three times slower; with a C++ compiler it would be used")
     for role, seed in jobs:
@@ -104,6 +110,8 @@ def _train_missing(outdir: Path, seeds: Sequence[int], compiled: bool) -> None:
 
 
 def _evaluate(outdir: Path, seeds: Sequence[int], samples: int, compiled: bool) -> None:
+    evaluation.check_num_samples(samples)
+    drawing.check_can_draw()
     _train_missing(outdir, seeds, compiled)
     record = evaluation.evaluate(outdir, seeds, samples, compiled)
     evaluation.save_record(outdir, record)
@@ -113,6 +121,7 @@ def _evaluate(outdir: Path, seeds: Sequence[int], samples: int, compiled: bool) 
 
 
 def _plot(outdir: Path, seed: int, html: bool) -> None:
+    drawing.check_can_draw()
     nets = load_nets(outdir, seed)
     overview.draw(nets, seed, outdir / "figure1")
     closeup.draw(load_network(outdir, "main", seed), load_network(outdir, "guide", seed), seed, outdir / "figure2")

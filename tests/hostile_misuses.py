@@ -143,6 +143,14 @@ MISUSES: dict[str, tuple[str, Callable[[str], bytes]]] = {
         "a tensor of shape [4] reaches beyond its 4 numbers",
         lambda f: whole(tensor(number(1), tup(number(4)), tup(number(1)))),
     ),
+    "tensor of nothing far beyond its storage": (
+        "a tensor of shape [0] reaches beyond its 4 numbers",
+        lambda f: whole(tensor(long_number(1 << 61), tup(number(0)), tup(number(1)))),
+    ),
+    "tensor of nothing, endlessly often": (
+        "a tensor's shape is not one",
+        lambda f: whole(tensor(number(0), tup(long_number(1 << 61), number(0)), tup(number(1), number(1)))),
+    ),
     "tensor before its storage": (
         "a tensor's shape is not one",
         lambda f: whole(tensor(number(-1), tup(number(4)), tup(number(1)))),
@@ -209,6 +217,10 @@ MISUSES: dict[str, tuple[str, Callable[[str], bytes]]] = {
     "array of a terabyte": (
         "an array claims 8796093022208 bytes and has 8",
         lambda f: whole(array(tup(long_number(1 << 40)), dtype("f8"), blob(bytes(8)))),
+    ),
+    "array of nothing, endlessly often": (
+        "it holds an array in an unknown layout",
+        lambda f: whole(array(tup(long_number(1 << 61), number(0)), dtype("f8"), blob(b""))),
     ),
     "array of negative size": (
         "it holds an array in an unknown layout",
@@ -281,6 +293,10 @@ MISUSES: dict[str, tuple[str, Callable[[str], bytes]]] = {
         lambda f: whole(b"}q\x00" + text("me") + persistent(b"h\x00") + b"s"),
     ),
     "a billion laughs": ("it repeats its parts without bounds", lambda f: whole(doubled_lists(60))),
+    "one long list, as often as it is long": (
+        "it repeats its parts without bounds",
+        lambda f: whole(MARK, b"]q\x00(" + b"N" * 3000 + b"e", b"](" + b"h\x00" * 3000 + b"e", b"t"),
+    ),
     "deep lists": ("it is nested more than 200 levels deep", lambda f: whole(b"]" * 20_000 + b"a" * 19_999)),
     "deep tuples": ("it is nested more than 200 levels deep", lambda f: whole(b")" + b"\x85" * 20_000)),
     "deep tuples as a key": (

@@ -34,6 +34,14 @@ def test_ratios_are_taken_round_by_round_so_that_a_drifting_machine_does_not_cou
     assert row["median_sec"] == 6
 
 
+def test_a_contender_that_does_a_part_counts_as_often_as_there_are_parts(clock):
+    job = Job("parts", {"plain": lambda: clock(3.0), "whole": lambda: clock(6.0)}, times={"plain": 8})
+    record = harness.measure(job, runs=2, warmup=0)
+    assert record["contenders"]["plain"]["median_sec"] == 24
+    assert record["contenders"]["whole"]["ratio"] == 4
+    assert record["times"] == {"plain": 8}
+
+
 def test_work_is_told_per_second_and_as_a_share_of_the_ceiling(clock, monkeypatch):
     monkeypatch.setattr(harness, "ceiling", lambda name, device: 100.0)
     job = Job("work", {"plain": lambda: clock(2.0)}, work=Work(50, "bytes", "memory_copy"))

@@ -98,6 +98,20 @@ def test_precision_is_that_inside_the_networks(snapshots):
     assert generation.engine.draw([0]).latents.dtype == torch.float32
 
 
+def test_networks_are_frozen(snapshots):
+    guided = prepare(request(snapshots, "guide"), CPU).engine.denoiser
+    for net in (guided.pos, guided.neg):
+        assert not any(name.endswith("weight") for name in net.state_dict())
+
+
+def test_a_precision_that_makes_this_machine_slower_is_warned_of(snapshots, capsys, monkeypatch):
+    monkeypatch.setattr("pipelines.generation.slow_precision", lambda dtype, device: dtype == torch.bfloat16 and "slow")
+    prepare(request(snapshots), CPU)
+    assert capsys.readouterr().err == ""
+    prepare(request(snapshots, precision="bf16"), CPU)
+    assert "--precision bf16: slow" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("gnet", "wrong"),
     [

@@ -1,11 +1,14 @@
 """Images to be scored, from folders, zips and .npz files."""
 
+import zipfile
+
 import numpy as np
 import pytest
 import torch
 
 from pipelines.image_source import image_batches, open_images
 from pipelines.npz import write_npz
+from tests.hostile_arrays import HOSTILE
 from tests.pictures import encoded, npy, picture, some_files, write_folder, write_zip
 
 
@@ -155,3 +158,12 @@ def test_no_more_than_a_few_batches_are_read_ahead(tmp_path):
     next(batches)
     assert len(images.asked) <= 1 + 3 * 2
     batches.close()
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_npz_is_refused_in_one_line(tmp_path, case):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", HOSTILE[case][0])
+    with pytest.raises(ValueError, match=r"a\.npz: holds no array of images, or is damaged") as error:
+        open_images(tmp_path / "a.npz")
+    assert "\n" not in str(error.value)

@@ -49,7 +49,8 @@ def test_series_of_lengths_becomes_files(folder, tmp_path):
         snapshot = load_snapshot(tmp_path / "out" / f"phema-0000256-{std:.3f}.safetensors")
         assert (snapshot.header.ema_std, snapshot.header.nimg, snapshot.header.dtype) == (std, 256_000, "float16")
     fit = snapshot.header.recipe["fit"]
-    assert f"{fit['width']:.4f}" in output.splitlines()[-2]
+    [row] = [line for line in output.splitlines() if line.endswith("phema-0000256-0.100.safetensors")]
+    assert f"{fit['width']:.4f}" in row
     assert "Warning" not in output
 
 
@@ -147,7 +148,7 @@ def test_nothing_but_an_earlier_result_is_replaced(walk, folder, tmp_path):
         (["--outstd", "0.07", "--outnimg", "256001"], 1, "no snapshot at 256001 images"),
         (["--outstd", "0.07", "--instd", "0.2"], 1, "has the EMA length 0.2; there are: 0.05, 0.1"),
         (["--outstd", "0.07", "--batch", "0"], 2, "'--batch'"),
-        (["--outstd", "0.07", "--indir", "nowhere"], 1, "nowhere is not a folder"),
+        (["--outstd", "0.07", "--indir", "nowhere"], 1, "nowhere: no such file or folder"),
         ([], 2, "'--outstd'"),
     ],
 )

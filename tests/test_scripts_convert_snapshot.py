@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from tests import fake_published, tiny
 from tests.fake_published import ARCHITECTURE
 from tests.fake_server import serve
 from tests.golden import DATA
-from training.networks import Precond
+from training.config import config_from_dict, preset_path, read_yaml
+from training.networks import Precond, full_architecture
 from training.published import load_published
 from training.snapshot import load_snapshot, read_header
 
@@ -78,9 +80,36 @@ def test_what_is_there_of_another_origin_is_not_taken_for_it(folder, tmp_path):
     out = tmp_path / "a.safetensors"
     assert run("--source", DATA / "published_layout_rgb.pkl", "--dest", out).exit_code == 0
     result = run("--source", DATA / "published_layout_vae.pkl", "--dest", out)
-    assert (result.exit_code, result.output.count("\n")) == (1, 2)
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
     assert "does not come from published_layout_vae.pkl; --overwrite replaces it" in result.output
     assert run("--source", DATA / "published_layout_vae.pkl", "--dest", out, "--overwrite").exit_code == 0
+
+
+STOPPED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+sys.argv[0] = {root!r} + "/scripts/convert_snapshot.py"
+from training import snapshot
+write = snapshot.SnapshotWriter.write
+def write_then_stop(self, name, tensor):
+    write(self, name, tensor)
+    if name == "unet.out_conv.weight":
+        os.kill(os.getpid(), signal.SIGTERM)
+snapshot.SnapshotWriter.write = write_then_stop
+import runpy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_stopped_command_leaves_whole_files_only(folder, tmp_path):
+    line = ["--source", str(folder), "--dest", str(tmp_path / "out"), "--workers", "1"]
+    code = STOPPED.format(root=str(tiny.ROOT))
+    stopped = subprocess.run([sys.executable, "-c", code, *line], env=tiny.environment(), capture_output=True)
+    assert stopped.returncode != 0
+    left = list((tmp_path / "out").iterdir())
+    assert len(left) < 3
+    assert all(path.suffix == ".safetensors" and read_header(path) for path in left)
+    assert f"{3 - len(left)} converted" in run(*line).output
 
 
 def test_wrong_sources_are_told(folder, tmp_path):
@@ -98,14 +127,26 @@ def test_wrong_sources_are_told(folder, tmp_path):
 
 
 _MEASURE = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from training.published import convert_published
 from training.snapshot import build_network
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# ru_maxrss would still know of the process that started this one
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+convert_published(Path("tests/data/published_layout_rgb.pkl"), Path(sys.argv[2]))  # torch loads more at first use
+before = peak()
 convert_published(Path(sys.argv[1]), Path(sys.argv[2]))
-print(1024 * base, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(before, peak())
 """
+
+
+def write_zeros(path: Path, architecture: Mapping[str, object]) -> int:
+    """A published snapshot of a network of zeros; returns its size in bytes."""
+    with torch.device("meta"):
+        net = Precond(**architecture).half()
+    state = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in net.state_dict().items()}
+    net.load_state_dict(state, assign=True)
+    return fake_published.write_snapshot(path, net, architecture).stat().st_size
 
 
 def peak_bytes(path: Path, out: Path) -> tuple[int, int]:
@@ -116,13 +157,27 @@ def peak_bytes(path: Path, out: Path) -> tuple[int, int]:
     return before, peak
 
 
+on_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+
+
+@on_linux
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    architecture = {**ARCHITECTURE, "model_channels": 128, "num_blocks": 6}
-    with torch.device("meta"):
-        net = Precond(**architecture).half()
-    state = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in net.state_dict().items()}
-    net.load_state_dict(state, assign=True)
-    path = fake_published.write_snapshot(tmp_path / "a.pkl", net, architecture)
-    before, peak = peak_bytes(path, tmp_path / "out.safetensors")
-    assert path.stat().st_size > 50 << 20
-    assert peak - before < 0.5 * path.stat().st_size
+    size = write_zeros(tmp_path / "a.pkl", {**ARCHITECTURE, "model_channels": 128, "num_blocks": 6})
+    before, peak = peak_bytes(tmp_path / "a.pkl", tmp_path / "out.safetensors")
+    assert size > 50 << 20
+    assert peak - before < 0.15 * size
+
+
+@pytest.mark.slow
+@on_linux
+def test_the_largest_network_is_converted_in_less_memory_than_its_file(tmp_path):
+    """XXL, 1.5 billion parameters: writes 6 GB below pytest's --basetemp."""
+    network = config_from_dict(read_yaml(preset_path("edm2-img512-xxl")), "xxl").network
+    size = write_zeros(tmp_path / "a.pkl", full_architecture(64, 4, 1000, 0.5, network))
+    _, peak = peak_bytes(tmp_path / "a.pkl", tmp_path / "out.safetensors")
+    print(f"{size} bytes, at the peak {peak}: {peak / size:.3f} of the file")
+    assert size > 3_000_000_000
+    assert (tmp_path / "out.safetensors").stat().st_size == pytest.approx(size, rel=0.01)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    assert peak < 1.3 * size

@@ -1,7 +1,8 @@
-"""Reproduction: plans, and the whole path at toy scale, killed and continued."""
+"""Reproduction: the whole path at toy scale, killed and continued."""
 
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -20,8 +21,8 @@ from pipelines.generation import Request, prepare
 from sampling.solvers import Sampler
 from scripts import reproduce
 from scripts.reproduction import run
-from scripts.reproduction.plan import count_evaluations, measure_flops, need_of
-from scripts.reproduction.tables import Network, load_table, table_names
+from scripts.reproduction.plan import measure_flops
+from scripts.reproduction.tables import Network, load_table
 from tests import tiny
 from tests.fake_server import FakeServer, serve
 from tests.golden import DATA
@@ -35,62 +36,6 @@ NUM, SAVE_EVERY = 24, 8
 
 def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(reproduce.main, [str(a) for a in arguments])
-
-
-def test_unknown_names_are_answered_with_the_nearest():
-    assert "did you mean 'autoguidance-1'" in invoke("plan", "--table", "autoguidance1").output
-    refused = invoke("plan", "--table", "autoguidance-1", "--rows", "img512-s-autogg")
-    assert refused.exit_code == 1
-    assert "did you mean 'img512-s-autog'" in refused.output
-
-
-def test_list_names_every_row():
-    output = invoke("list").output
-    for name in table_names():
-        for row in load_table(name).rows:
-            assert f"  {row.name} " in output
-
-
-# plans
-
-
-def cell_of(row: str, metric: str = "fid"):
-    [cell] = load_table("autoguidance-1").cells([row], [metric])
-    return cell
-
-
-@pytest.mark.parametrize(
-    ("row", "evaluations"), [("img512-s", (63, 0)), ("img512-s-autog", (63, 63)), ("img512-s-interval", (63, 14))]
-)
-def test_evaluations_are_counted(row, evaluations):
-    # (0.28, 2.90] holds the steps 15 to 21 of 32
-    assert count_evaluations(cell_of(row), Sampler()) == evaluations
-
-
-def test_a_plan_downloads_nothing_and_adds_up(monkeypatch, tmp_path):
-    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("EDM2_OFFLINE", "1")
-    need = need_of(cell_of("img512-s-autog"), Sampler())
-    assert need.multiply_adds / 1e9 == pytest.approx(63 * (100.8 + 45.0), rel=0.005)
-    sizes = {download.url.rsplit("/", 1)[1]: download for download in need.downloads}
-    assert sizes["edm2-img512-s-2147483-0.070.pkl"].num_bytes == pytest.approx(560565890, rel=0.005)
-    assert sizes["diffusion_pytorch_model.safetensors"].num_bytes == 334643276
-    assert not any(download.is_here for download in need.downloads)
-    here = tmp_path / "nvlabs-fi-cdn.nvidia.com/edm2/dataset-refs/img512.pkl"
-    here.parent.mkdir(parents=True)
-    here.write_bytes(b"12345")
-    found = {d.url.rsplit("/", 1)[1]: d for d in need_of(cell_of("img512-s-autog"), Sampler()).downloads}
-    assert (found["img512.pkl"].num_bytes, found["img512.pkl"].is_here) == (5, True)
-
-
-def test_plan_tells_hours_for_a_given_throughput():
-    result = invoke("plan", "--table", "autoguidance-1", "--rows", "img512-s", "--metrics", "fid", "--tflops", 100)
-    assert result.exit_code == 0, result.output
-    # 150,000 images of 63 evaluations of 100.8e9 multiply-adds, two operations each, at 100e12 a second
-    hours = 150_000 * 63 * 100.8e9 * 2 / 100e12 / 3600
-    [line] = [line for line in result.output.splitlines() if line.startswith("img512-s-fid")]
-    assert float(line.split()[-1]) == pytest.approx(hours, rel=0.01)
-    assert "edm2-img512-s-2147483-0.130.pkl" in result.output
 
 
 # the whole path, at toy scale
@@ -244,6 +189,51 @@ def check_report(text: str, found: dict[str, float]) -> None:
     assert len(guided["commit"]) >= 7
     for note in ("50,000 images", "least of three", "CUDA generators"):
         assert note in text
+
+
+def test_what_was_downloaded_serves_where_there_is_no_connection(table, tmp_path, mirror, monkeypatch):
+    got = invoke("download", "--table", table, "--outdir", tmp_path / "out")
+    assert got.exit_code == 0, got.output
+    shown = [Path(path) for path in re.findall(rf"{tmp_path}\S+(?=\n)", got.output)]
+    assert [path.name for path in shown] == ["toy.npz", f"{MAIN}.pkl", f"{GUIDE}.safetensors"]
+    assert all(path.is_file() for path in shown)
+    asked_for = len(mirror.seen)
+    monkeypatch.setenv("EDM2_OFFLINE", "1")
+    assert invoke("download", "--table", table, "--outdir", tmp_path / "out").exit_code == 0
+    done = invoke(*options(table, tmp_path / "out", "--rows", "guided", "--seeds", 1))
+    assert done.exit_code == 0, done.output
+    assert "rebuilding" not in done.output
+    assert len(mirror.seen) == asked_for
+
+
+def test_a_file_that_cannot_be_had_does_not_stop_the_others(table, tmp_path, mirror):
+    missing = mirror.files.pop("/refs/toy.npz")
+    try:
+        got = invoke("download", "--table", table, "--outdir", tmp_path / "out")
+    finally:
+        mirror.files["/refs/toy.npz"] = missing
+    assert got.exit_code == 1
+    assert "refs/toy.npz: the server answered 404" in got.output
+    assert "Error: 1 of 3 could not be had" in got.output
+    assert (tmp_path / "out" / "networks" / f"{GUIDE}.safetensors").is_file()
+
+
+def test_a_network_that_cannot_be_had_costs_its_own_cells_only(table, tmp_path, mirror):
+    raw = f"/edm2/raw-snapshots/toy/toy-{(2 << 25) // 1000:07d}-0.100.pkl"
+    missing, line = mirror.files.pop(raw), options(table, tmp_path / "out", "--rows", "guided,plain", "--seeds", 1)
+    try:
+        got = invoke(*line)
+    finally:
+        mirror.files[raw] = missing
+    assert got.exit_code == 1
+    assert re.search(
+        r"Warning: guided-fd_random is left out: .*toy-0067108-0\.100\.pkl: the server answered 404", got.output
+    )
+    assert got.output.endswith("Error: 1 of 2 cells were left out, for the reasons above; run this again for them\n")
+    assert len(values(tmp_path / "out", "plain")) == 1
+    again = invoke(*line)
+    assert again.exit_code == 0, again.output
+    assert "plain-fd_random: finished before" in again.output
 
 
 def test_throughput_is_measured(table):

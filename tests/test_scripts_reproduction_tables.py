@@ -7,11 +7,13 @@ import pytest
 import yaml
 
 from pipelines.presets import load_presets
+from scripts.reproduction.report import html_page, lines_of, markdown
 from scripts.reproduction.tables import Network, load_table, table_names
 from tests.golden import DATA
 
 RAW = "https://nvlabs-fi-cdn.nvidia.com/edm2/raw-snapshots/"
 PUBLISHED = "edm2-img512-xs-2147483-0.135"
+PAG = {"net": PUBLISHED, "method": "pag", "guidance": 3, "value": 1}
 
 
 def published_rows() -> list[list[str]]:
@@ -84,6 +86,12 @@ def test_no_more_raw_snapshots_are_taken_than_a_good_fit_needs():
         ({"fid": {"net": PUBLISHED, "wait": 2, "value": 1}}, "unknown key 'wait'"),
         ({"fid": {"net": PUBLISHED, "method": "pair", "value": 1}}, "needs a gnet"),
         ({"fid": {"net": PUBLISHED}}, "'value' is missing"),
+        ({"name": "../a", "fid": {"net": PUBLISHED, "value": 1}}, "its name becomes that of a file"),
+        ({"fid": {"net": "run-0000000-0.130", "value": 1}}, "expected RUN-KIMG-EMA"),
+        ({"fid": {**PAG, "options": {"pag_blokcs": "auto"}}}, "no option 'pag_blokcs'; did you mean 'pag_blocks'"),
+        ({"fid": {**PAG, "options": {"pag-blocks": "everywhere"}}}, "'everywhere' is not a list of blocks"),
+        ({"fid": {**PAG, "interval": [1]}}, "interval is [1]; expected two noise levels"),
+        ({"fid": {**PAG, "interval": "all"}}, "interval is 'all'; expected two noise levels"),
     ],
 )
 def test_a_crooked_table_is_told(tmp_path, changes, message):
@@ -91,3 +99,22 @@ def test_a_crooked_table_is_told(tmp_path, changes, message):
     (tmp_path / "t.yaml").write_text(yaml.safe_dump({"title": "t", "source": "s", "rows": [row]}))
     with pytest.raises(ValueError, match=re.escape(message)):
         load_table(tmp_path / "t.yaml")
+
+
+def test_a_report_has_the_columns_of_every_method_that_a_row_uses(tmp_path):
+    common = {"group": "g", "setting": "s", "dataset": "img512"}
+    cells = [
+        {"net": PUBLISHED, "value": 1},
+        {**PAG, "options": {"pag_blocks": "enc.8x8_block0,dec.8x8_in0"}},
+        {"net": PUBLISHED, "method": "tsg", "guidance": 2, "options": {"tsg_scale": 0.5}, "value": 1},
+    ]
+    rows = [{"name": f"r{k}", **common, "fid": cell} for k, cell in enumerate(cells)]
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump({"title": "t", "source": "s", "rows": rows}))
+    table = load_table(tmp_path / "t.yaml")
+    plain, pag, tsg = lines_of(table, tmp_path)
+    assert (plain["method"], pag["method"], tsg["method"]) == ("", "pag", "tsg")
+    assert (plain["weight"], pag["weight"], tsg["weight"]) == ("", "3", "2")
+    assert (pag["pag_blocks"], tsg["pag_blocks"]) == ("enc.8x8_block0,dec.8x8_in0", "")
+    assert (pag["tsg_scale"], tsg["tsg_scale"], tsg["tsg_power"]) == ("", "0.5", "0.0")
+    assert "| pag_blocks |" in markdown(table, [plain, pag, tsg], [])
+    assert "<th>tsg_scale</th>" in html_page(table, [plain, pag, tsg], [])

@@ -1,5 +1,6 @@
 """The toy's command line, its record, page and pictures."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -63,7 +64,7 @@ def record():
 
 @pytest.mark.slow
 def test_evaluate_writes_a_record_with_its_origin_and_a_row_for_everything(outdir):
-    result = run("evaluate", "--outdir", outdir, "--training-seeds", 2, "--samples", 16, "--no-compile")
+    result = run("evaluate", "--outdir", outdir, "--training-seeds", 2, "--samples", 1400, "--no-compile")
     assert result.exit_code == 0, result.output
     found = evaluation.load_record(outdir)
     assert found["training_seeds"] == [0, 1]
@@ -134,10 +135,10 @@ def test_the_page_holds_all_it_needs(slider_page):
     assert list(data["methods"]) == list(METHODS)
     for one in data["methods"].values():
         assert one["weights"][0] == 1
-        assert len(one["weights"]) == len(one["points"]) == len(one["outside"]) == len(one["lost"])
+        assert len(one["weights"]) == len(one["stops"])
         # no guidance is the same for all
-        assert one["points"][0] == data["methods"]["cfg"]["points"][0]
-        assert one["points"][-1] != one["points"][0]
+        assert one["stops"][0] == data["methods"]["cfg"]["stops"][0]
+        assert one["stops"][-1]["points"] != one["stops"][0]["points"]
 
 
 @pytest.mark.slow
@@ -150,7 +151,7 @@ def test_a_browser_shows_the_page_and_moves_the_slider(slider_page, tmp_path):
 
     data = data_of(slider_page)["methods"]["cfg"]
     assert shown(slider_page).startswith(f"{METHODS['autoguidance'].title}, w = 1: ")
-    at_four = f"{METHODS['cfg'].title}, w = 4: {100 * data['outside'][-1]:.1f}% of the samples"
+    at_four = f"{METHODS['cfg'].title}, w = 4: {100 * data['stops'][-1]['measured']['outside']:.1f}% of the samples"
     assert shown(slider_page, "#method=cfg&w=4").startswith(at_four)
     moved = tmp_path / "moved.html"
     script = """<script>
@@ -161,7 +162,19 @@ def test_a_browser_shows_the_page_and_moves_the_slider(slider_page, tmp_path):
     assert shown(moved).startswith(at_four)
 
 
+def test_outlines_are_closed_also_where_the_window_cuts_the_tree(slider_page):
+    for lines in data_of(slider_page)["outlines"].values():
+        for line in lines:
+            assert max(abs(line[0] - line[-2]), abs(line[1] - line[-1])) < 0.02
+
+
 # ---- refusals
+
+
+def told_in_one_line(result) -> str:
+    assert result.exit_code == 1
+    assert len(result.output.strip().splitlines()) == 1
+    return result.output
 
 
 @pytest.mark.parametrize(
@@ -169,10 +182,32 @@ def test_a_browser_shows_the_page_and_moves_the_slider(slider_page, tmp_path):
     [
         (["plot"], "no such network; train it with"),
         (["document"], "no such record; make it with"),
+        (["all", "--samples", 1000], "1000 samples are too few to tell a lost branch from chance"),
     ],
 )
-def test_what_is_missing_is_told_in_one_line(tmp_path, arguments, wrong):
-    result = run(*arguments, "--outdir", tmp_path / "none")
-    assert result.exit_code == 1
-    assert wrong in result.output
-    assert len(result.output.strip().splitlines()) == 1
+def test_what_is_missing_or_too_little_is_told_in_one_line(tmp_path, arguments, wrong):
+    assert wrong in told_in_one_line(run(*arguments, "--outdir", tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_damaged_network_is_told_before_another_is_trained(outdir):
+    network_path(outdir, "main", 0).unlink()
+    network_path(outdir, "both", 1).write_bytes(b"")
+    assert "both-seed1.safetensors is not a whole network file" in told_in_one_line(
+        run("train", "--outdir", outdir, "--seeds", "0-1")
+    )
+
+
+def test_pictures_without_matplotlib_are_refused_before_training(tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    for command in ("plot", "evaluate", "all"):
+        assert "the pictures need matplotlib: pip install" in told_in_one_line(run(command, "--outdir", tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_record_is_told(tmp_path, record):
+    evaluation.save_record(tmp_path, record)
+    path = tmp_path / evaluation.RECORD_NAME
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "evaluation.json is not whole JSON" in told_in_one_line(run("document", "--outdir", tmp_path))

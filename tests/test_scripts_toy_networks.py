@@ -87,6 +87,14 @@ def test_training_depends_on_its_seed_and_recipe_alone(quick, monkeypatch):
     assert not torch.equal(first["layers.0.weight"], other["layers.0.weight"])
 
 
+def test_the_learned_density_falls_off_far_away_whatever_the_seed(quick):
+    far = torch.tensor([[1e3, 0.0], [-1e3, 1e3]])
+    for seed in range(6):
+        net = train(Recipe("A", 16, 15), seed, compiled=False)
+        assert net.gain < -0.005
+        assert (net(far, torch.tensor(0.05)) < net(far / 2, torch.tensor(0.05))).all()
+
+
 def test_networks_are_kept_with_what_they_were_made_from(tmp_path, monkeypatch):
     net = golden_net()
     monkeypatch.setitem(training.RECIPES, "guide", Recipe("A", 32, 5))
@@ -97,8 +105,23 @@ def test_networks_are_kept_with_what_they_were_made_from(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no such network; train it with"):
         load_network(tmp_path, "guide", 4)
     monkeypatch.setitem(training.RECIPES, "guide", Recipe("A", 32, 6))
-    with pytest.raises(ValueError, match=r"was trained as .*'iterations': '5'.*; expected .*iterations=6"):
+    with pytest.raises(ValueError, match=r"was trained as .*'iterations': '5'.*; expected .*'iterations': '6'"):
         load_network(tmp_path, "guide", 3)
+
+
+def test_a_file_that_is_damaged_renamed_or_of_another_width_is_refused(tmp_path):
+    path = network_path(tmp_path, "guide", 3)
+    save_network(path, golden_net(), training.RECIPES["guide"], 3)
+    path.rename(network_path(tmp_path, "guide", 4))
+    with pytest.raises(ValueError, match=r"was trained as .*'seed': '3'.*; expected .*'seed': '4'.* Delete it"):
+        load_network(tmp_path, "guide", 4)
+    save_network(path, ToyNet(16), training.RECIPES["guide"], 3)
+    with pytest.raises(ValueError, match="does not hold the weights of a network of width 32"):
+        load_network(tmp_path, "guide", 3)
+    for damaged in (path.read_bytes()[:-10], b"", b"no network"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is not a whole network file"):
+            load_network(tmp_path, "guide", 3)
 
 
 # ---- methods and sampling

@@ -53,7 +53,7 @@ def test_density_and_score_are_finite_however_far_away(dtype):
 @pytest.mark.slow
 @pytest.mark.skipif(not can_compile(), reason="no C++ compiler")
 def test_compiled_blocks_give_the_same_numbers():
-    x, sigma = torch.randn([4096 + 100, 2], generator=generator()), torch.rand(4196, generator=generator()) * 2
+    x, sigma = torch.randn([1000, 2], generator=generator()), torch.rand(1000, generator=generator()) * 2
     plain = Mixture(components("A")).logp_and_score(x, sigma)
     for found, expected in zip(Mixture(components("A"), compiled=True).logp_and_score(x, sigma), plain, strict=True):
         golden.assert_close(found, expected, 1e-4)

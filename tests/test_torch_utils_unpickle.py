@@ -15,7 +15,7 @@ import torch
 
 from tests import hostile_misuses, hostile_pickles
 from tests.golden import DATA
-from torch_utils import pickle_machine, unpickle
+from torch_utils import pickle_machine, pickle_values, unpickle
 from torch_utils.unpickle import Record, StoredTensor, UnsafePickleError, load_pickle
 
 
@@ -218,6 +218,15 @@ def test_endless_pickles_end(tmp_path, monkeypatch):
     monkeypatch.setattr(unpickle, "_MAX_OPCODES", 1000)
     data = hostile_pickles.whole(b"]" + b"Na" * 600)
     assert "far more parts than any snapshot" in refused(tmp_path, data)
+
+
+def test_what_is_shared_is_walked_once(monkeypatch):
+    """Else a file of 300 kB, one long list named as often as it is long, would take hours."""
+    seen, children = [], pickle_values._children
+    monkeypatch.setattr(pickle_values, "_children", lambda node: seen.append(node) or children(node))
+    inner = [None] * 50
+    assert through_pickle([[inner] * 50, [inner] * 50]) == [[inner] * 50, [inner] * 50]
+    assert len(seen) < 50
 
 
 def test_long_texts_are_refused_before_they_are_read(tmp_path, monkeypatch):

@@ -195,6 +195,13 @@ def test_resuming_on_other_images_is_refused(uninterrupted, data, tmp_path):
     assert "differs in num_images, sha256" in refused.output
 
 
+def test_a_precision_that_makes_this_machine_slower_is_warned_of(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "slow_precision", lambda dtype, device: dtype == torch.bfloat16 and "slow")
+    arguments = [*options(tmp_path, data), "--outdir", tmp_path / "run", "--dry-run"]
+    assert "slow" not in invoke(*arguments).output
+    assert "--precision bf16: slow" in invoke(*arguments, "--precision", "bf16").output
+
+
 def test_dry_run_writes_nothing(data, tmp_path):
     done = invoke(*options(tmp_path, data), "--outdir", tmp_path / "run", "--dry-run")
     assert done.exit_code == 0

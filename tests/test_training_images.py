@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.hostile_arrays import HOSTILE
 from tests.pictures import encoded, npy, picture
 from training.images import decode_array, encode_png, is_grey, open_header, open_image, to_8bit
 
@@ -40,6 +41,12 @@ def test_other_arrays_are_refused(array):
 def test_pickled_arrays_are_refused():
     with pytest.raises(ValueError, match=r"^x\.npy: the \.npy file is damaged"):
         decode_array(npy(np.array([{}], dtype=object)), "x.npy")
+
+
+@pytest.mark.parametrize("case", [case for case in HOSTILE if case != "no array"])
+def test_a_hostile_npy_is_refused_in_one_line(case):
+    with pytest.raises(ValueError, match=r"^x\.npy: the \.npy file is damaged"):
+        decode_array(HOSTILE[case][0], "x.npy")
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "bmp", "gif", "tiff", "ppm", "npy"])

@@ -1,5 +1,7 @@
 """Power-function EMA: reference values, the width its name promises, and reconstruction of known averages."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from training.phema import (
     PowerFunctionEMA,
     exp_to_std,
     power_function_beta,
+    profile_fit,
     profile_inner_product,
     solve_posthoc_coefficients,
     std_to_exp,
@@ -111,3 +114,22 @@ def test_buffers_are_copied_and_state_round_trips():
     assert torch.equal(other.averages[0].weight, ema.averages[0].weight)
     with pytest.raises(ValueError, match=r"0\.050"):
         PowerFunctionEMA(net, [0.05]).load_state_dict(ema.state_dict())
+
+
+def test_the_fit_of_a_rebuilt_profile_is_that_of_the_curves_themselves():
+    """Against sums over a fine grid: distance of the curves, and spread of the sum of them."""
+    ofs, stds, coefficients = np.array([0.5, 1.0, 1.0]), np.array([0.05, 0.05, 0.1]), np.array([0.2, -0.3, 1.1])
+    grid = (np.arange(400_000) + 0.5) / 400_000
+
+    def curve(end: float, std: float) -> np.ndarray:
+        exp = std_to_exp(std)
+        return np.where(grid < end, (exp + 1) * (grid / end) ** exp / end, 0)
+
+    ours = sum(c * curve(end, std) for c, end, std in zip(coefficients, ofs, stds, strict=True))
+    wanted = curve(1.0, 0.12)
+    error, width = profile_fit(coefficients, ofs, stds, 1.0, 0.12)
+    assert error == pytest.approx(math.sqrt(((ours - wanted) ** 2).mean() / (wanted**2).mean()), rel=1e-4)
+    mean = (ours * grid).mean()
+    assert width == pytest.approx(math.sqrt((ours * grid**2).mean() - mean**2), rel=1e-4)
+    assert profile_fit(np.array([1.0]), ofs[1:2], stds[2:], 1.0, 0.1) == (0, pytest.approx(0.1, rel=1e-6))
+    assert profile_fit(np.array([-1.0]), ofs[1:2], stds[2:], 1.0, 0.1)[1] is None

@@ -16,7 +16,7 @@ from training.networks import Precond
 from training.phema import std_to_exp
 from training.reconstruction import plan_outputs, reconstruct, write_outputs
 from training.snapshot import load_snapshot, read_header, snapshot_name
-from training.weights import Weights, open_folder, open_weights
+from training.weights import Weights, open_sources, open_weights
 
 FREQS, WEIGHT = "unet.emb_fourier.freqs", "unet.out_conv.weight"
 
@@ -130,8 +130,9 @@ def test_sums_in_float32_equal_those_in_float64(walk):
 
 def test_stretches_threads_and_groups_of_inputs_do_not_matter(walk, monkeypatch):
     whole, _ = reconstruct(walk.snapshots, 0.07)
-    monkeypatch.setattr(averaging, "_STRETCH", 500)
     monkeypatch.setattr(averaging, "_INPUTS_AT_ONCE", 3)
+    monkeypatch.setattr(averaging, "_SCRATCH_BYTES", 4 * (1 + 3) * 500)
+    assert averaging._stretch_length(1) == 256
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -142,8 +143,15 @@ def test_stretches_threads_and_groups_of_inputs_do_not_matter(walk, monkeypatch)
     assert relative(state, whole) < 2e-7
 
 
+def test_memory_knows_no_number_of_outputs():
+    for count in (1, 8, 31, 128, 1000):
+        scratch = averaging._Scratch(count, num_inputs=48)
+        assert (scratch._sums.numel() + scratch._rows.numel()) * 4 <= averaging._SCRATCH_BYTES
+        assert scratch.sums(count, averaging._stretch_length(count)).shape[0] == count
+
+
 def test_many_outputs_of_one_pass_equal_each_alone(walk, tmp_path):
-    inputs = open_folder(runs.write(tmp_path / "in", walk.snapshots))
+    inputs = open_sources([runs.write(tmp_path / "in", walk.snapshots)])
     assert [w.name for w in inputs] == [w.name for w in walk.snapshots]
     outputs = plan_outputs(inputs, [0.03, 0.07, 0.2], [128_000, 256_000], dtype="float32")
     assert [(o.header.nimg, o.header.ema_std) for o in outputs] == [
@@ -161,7 +169,7 @@ def test_many_outputs_of_one_pass_equal_each_alone(walk, tmp_path):
 
 
 def test_header_records_the_recipe(walk, tmp_path):
-    inputs = open_folder(runs.write(tmp_path, walk.snapshots, dtype="float16"))
+    inputs = open_sources([runs.write(tmp_path, walk.snapshots, dtype="float16")])
     [output] = plan_outputs(inputs, [0.07])
     write_outputs(inputs, [output], [tmp_path / "out"])
     header = read_header(tmp_path / "out")
@@ -189,7 +197,7 @@ def test_published_pickles_are_inputs_too(walk, tmp_path):
         fake_published.write_snapshot(path, net.half(), fake_published.ARCHITECTURE)
         halves.append({name: value.clone() for name, value in net.state_dict().items()})
         net.float()
-    inputs = open_folder(tmp_path / "raw")
+    inputs = open_sources([tmp_path / "raw"])
     assert [(w.header.nimg >> 20, w.header.ema_std) for w in inputs] == [(4, 0.05), (4, 0.1), (6, 0.05), (6, 0.1)]
     state, header = reconstruct(inputs, 0.07)
     pairs = zip(header.recipe["coefficients"], halves, strict=True)
@@ -238,6 +246,18 @@ def test_bad_values_are_refused_by_name(walk):
     refused([*others, changed(with_tensors(last, **{FREQS: freqs}), "x")], f"x and .* differ in the buffer {FREQS}")
 
 
+def test_bad_values_are_refused_where_the_first_output_has_no_use_for_them(walk, tmp_path):
+    *others, last = walk.snapshots
+    weight = last.tensors[WEIGHT].clone()
+    weight[1, 2] = torch.inf
+    inputs = [*others, changed(with_tensors(last, **{WEIGHT: weight}), "x")]
+    outputs = plan_outputs(inputs, [0.07], [128_000, 256_000])
+    assert outputs[0].coefficients[-1] == 0
+    with pytest.raises(ValueError, match=f"x: {WEIGHT} is not finite"):
+        write_outputs(inputs, outputs, [tmp_path / "0", tmp_path / "1"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_times_and_lengths_out_of_reach_are_refused(walk):
     refused(walk.snapshots, "no snapshot at 100000 images; .*16 times are 80000, 96000, 112000, 128000", nimg=100_000)
     refused(walk.snapshots, r"at most 0\.2887; got \[0\.29\]", std=0.29)
@@ -247,24 +267,24 @@ def test_times_and_lengths_out_of_reach_are_refused(walk):
 
 
 def test_folders_are_refused_with_a_reason(walk, tmp_path):
-    with pytest.raises(ValueError, match="nowhere is not a folder"):
-        open_folder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="nowhere: no such file or folder"):
+        open_sources([tmp_path / "nowhere"])
     with pytest.raises(ValueError, match="no training snapshot in "):
-        open_folder(tmp_path)
+        open_sources([tmp_path])
     runs.write(tmp_path, walk.snapshots[:4])
     with pytest.raises(ValueError, match="a name that starts with 'other'"):
-        open_folder(tmp_path, prefix="other")
+        open_sources([tmp_path], prefix="other")
     with pytest.raises(ValueError, match=r"has the EMA length 0\.2; there are: 0\.05, 0\.1"):
-        open_folder(tmp_path, stds=[0.05, 0.2])
-    assert {w.header.ema_std for w in open_folder(tmp_path, stds=[0.05])} == {0.05}
+        open_sources([tmp_path], stds=[0.05, 0.2])
+    assert {w.header.ema_std for w in open_sources([tmp_path], stds=[0.05])} == {0.05}
     whole = (tmp_path / walk.snapshots[0].name).read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-1])
     with pytest.raises(ValueError, match=r"cut\.safetensors is not a whole snapshot"):
-        open_folder(tmp_path)
+        open_sources([tmp_path])
 
 
 def test_file_cut_short_in_the_middle_of_a_run_is_named_and_nothing_written(walk, tmp_path):
-    inputs = open_folder(runs.write(tmp_path / "in", walk.snapshots[-4:]))
+    inputs = open_sources([runs.write(tmp_path / "in", walk.snapshots[-4:])])
     outputs = plan_outputs(inputs, [0.07, 0.08])
     os.truncate(inputs[2].path, inputs[2].path.stat().st_size // 2)
     with pytest.raises(ValueError, match=rf"{inputs[2].name} was cut short"):
@@ -284,9 +304,9 @@ def test_weights_open_without_being_read(walk, tmp_path):
 PEAK = """
 import resource, sys, torch
 from training.reconstruction import plan_outputs, write_outputs
-from training.weights import open_folder
+from training.weights import open_sources
 folder, count = sys.argv[1], int(sys.argv[2])
-inputs = open_folder(folder)[-count:]
+inputs = open_sources([folder])[-count:]
 outputs = plan_outputs(inputs, [0.06, 0.07, 0.08, 0.09])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 write_outputs(inputs, outputs, [f"{folder}/out/{i}" for i in range(4)])

@@ -85,6 +85,8 @@ def test_truncated_file_is_refused_by_name(net, header, tmp_path, keep):
 def test_other_files_are_refused_with_a_reason(net, header, tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
         load_snapshot(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=f"no snapshot at {tmp_path}"):
+        load_snapshot(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign")
     with pytest.raises(ValueError, match="not a snapshot of this project"):
         load_snapshot(tmp_path / "foreign")
@@ -99,6 +101,27 @@ def test_other_files_are_refused_with_a_reason(net, header, tmp_path):
     save_snapshot(tmp_path / "s", net.state_dict(), dataclasses.replace(header, architecture=strange))
     with pytest.raises(ValueError, match=r"does not fit this code.*wings"):
         load_snapshot(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("[]", "damaged"), ("[" * 100_000, "damaged"), ("{}", "damaged"), ("null", "damaged"), ("{", "damaged")],
+)
+def test_a_damaged_header_is_told(tmp_path, text, said):
+    save_file({"a": torch.zeros(1)}, tmp_path / "s", {"edm2_snapshot": text})
+    with pytest.raises(ValueError, match=f"s: the snapshot header is {said}"):
+        read_header(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_blocks": 10**9}, {"img_channels": -1}, {"channels_per_head": 0}, {"channel_mult": "12"}]
+)
+def test_an_architecture_that_is_none_is_told_with_the_file(net, header, tmp_path, change):
+    crooked = {**header.architecture, "num_blocks": 1, "channel_mult": [1, 2], "attn_resolutions": [8], **change}
+    save_snapshot(tmp_path / "s", net.state_dict(), dataclasses.replace(header, architecture=crooked))
+    with pytest.raises(ValueError, match=r"s: its architecture does not fit this code: .") as error:
+        load_snapshot(tmp_path / "s")
+    assert "\n" not in str(error.value)
 
 
 def test_failed_write_leaves_the_old_file_and_no_other(net, header, tmp_path):

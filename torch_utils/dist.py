@@ -124,6 +124,27 @@ def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def broadcast_(tensor: torch.Tensor, source: int) -> torch.Tensor:
+    """Replace `tensor` by rank `source`'s, in place; returns it."""
+    if world_size() > 1:
+        torch.distributed.broadcast(tensor, source)
+    return tensor
+
+
+def send_to_rank0(tensor: torch.Tensor | None, source: int, like: torch.Tensor) -> torch.Tensor | None:
+    """Rank `source`'s `tensor` in rank 0's host memory, shaped and laid out as `like`; None elsewhere."""
+    if rank() == source:
+        tensor = tensor.detach().cpu()
+        if source == 0:
+            return tensor
+        torch.distributed.send(tensor.contiguous(), 0)
+    elif rank() == 0:
+        received = torch.empty(like.shape, dtype=like.dtype)
+        torch.distributed.recv(received, source)
+        return torch.empty_like(like, device="cpu").copy_(received)
+    return None
+
+
 def any_rank(flag: bool) -> bool:
     """True on every rank if `flag` is true on one (a tiny CPU all-reduce)."""
     return bool(all_reduce_sum_(torch.tensor(int(flag))).item())

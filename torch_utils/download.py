@@ -100,12 +100,22 @@ def _attempt(url: str, partial: Path, size_bytes: int | None, patience: Patience
         start = start if response.status_code == 206 else 0
         total = _total_bytes(response, start)
         _check_size(url, partial, start, total, size_bytes)
-        _write_note(url, partial, response)
-        _read_body(response, partial, start, total)
+        try:
+            _write_note(url, partial, response)
+            _read_body(response, partial, start, total, size_bytes)
+        except OSError as error:
+            if isinstance(error, requests.RequestException):  # these are OSErrors, too
+                raise
+            raise ValueError(
+                f"cannot download {url}: {error.strerror or error}, writing {partial}; the next call goes on from the "
+                f"{_size(partial)} bytes that arrived"
+            ) from error
     return start > 0
 
 
-def _read_body(response: requests.Response, partial: Path, start: int, total: int | None) -> None:
+def _read_body(
+    response: requests.Response, partial: Path, start: int, total: int | None, size_bytes: int | None
+) -> None:
     with (
         open(partial, "r+b" if start else "wb") as file,
         progress_bar(
@@ -117,6 +127,8 @@ def _read_body(response: requests.Response, partial: Path, start: int, total: in
         for chunk in response.iter_content(_CHUNK_BYTES):
             file.write(chunk)
             bar.update(len(chunk))
+            if size_bytes is not None and file.tell() > size_bytes:  # a server that told no length
+                raise ValueError(f"cannot download {response.url}: it sends more than the {size_bytes} bytes expected")
         file.flush()
         os.fsync(file.fileno())
     if total is not None and _size(partial) != total:

@@ -1,14 +1,16 @@
 """Files that are either whole or not there: atomic writing, hashes, and a cache of downloads."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 import yaml
@@ -23,6 +25,7 @@ except ImportError:  # Windows: each process then keeps its own partial file ins
 
 _CHUNK_BYTES = 1 << 20
 _MANIFEST = Path(__file__).resolve().parent.parent / "configs" / "hashes.yaml"
+_REPORTED = "third party"  # what configs/hashes.yaml calls a hash that the publisher of a file does not give
 
 
 @contextlib.contextmanager
@@ -81,8 +84,13 @@ class Pin:
 
 def pinned(url: str) -> Pin | None:
     """The pinned hash of `url`, or None where configs/hashes.yaml has none."""
-    entry = yaml.safe_load(_MANIFEST.read_text(encoding="utf-8")).get(url) if _MANIFEST.exists() else None
+    entry = _manifest(_MANIFEST).get(url)
     return None if entry is None else Pin(str(entry["sha256"]), entry.get("bytes"), entry["source"])
+
+
+@functools.cache
+def _manifest(path: Path) -> Mapping[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def fetch(
@@ -129,6 +137,16 @@ def cached(url: str | Path) -> Path | None:
     folder = _mirror_folder()
     places = [] if folder is None else [folder / remote.path, folder / remote.path.name]
     return next((p for p in [*places, _cache_root(None) / remote.host / remote.path] if p.is_file()), None)
+
+
+def cache_folder() -> Path:
+    """Where `fetch` puts what it downloads, unless told otherwise; it need not exist yet."""
+    return _cache_root(None)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes where `folder` is, or will be made."""
+    return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
 
 
 def _existing(path: Path, sha256: str | None) -> Path:
@@ -281,4 +299,6 @@ def _record(note: Path, path: Path) -> None:
 
 
 def _mismatch(what: str | Path, found: str, pin: Pin) -> str:
-    return f"{what}: sha256 is {found}, expected {pin.sha256} (according to {pin.source})"
+    # reported hashes may be wrong themselves, and nothing else would let a right file pass
+    hint = f"; if you know the file to be right, correct its entry in {_MANIFEST}" if pin.source == _REPORTED else ""
+    return f"{what}: sha256 is {found}, expected {pin.sha256} (according to {pin.source}){hint}"

@@ -106,10 +106,12 @@ def settle(root: Any, size_bytes: int) -> Any:
     tensor_bytes = 0
     while path:
         node = path[-1]
-        nested = [child for child in _children(node) if type(child) in _NODES]
         if id(node) in extents:
+            # before its children are looked at: what is shared ten thousand times is walked once
             path.pop()
-        elif id(node) in entered:
+            continue
+        nested = [child for child in _children(node) if type(child) in _NODES]
+        if id(node) in entered:
             extents[id(node)] = _extent([extents[id(child)] for child in nested], len(_children(node)))
             tensor_bytes += node.num_bytes if type(node) is StoredTensor else 0
             _unbox(node)

@@ -24,7 +24,8 @@ from torch_utils.pickle_values import ArrayBox, DtypeBox, Record, Storage, Store
 
 __all__ = ["Record", "StoredTensor", "UnsafePickleError", "load_pickle"]
 
-_MAX_OPCODES = 4_000_000  # an XXL snapshot takes about a hundredth of this
+_MAX_OPCODES = 1_000_000  # an XXL snapshot takes about a twentieth of this
+_MAX_ELEMENTS = 1 << 40  # of one tensor or array; numpy and torch overflow on more even where one of the sizes is 0
 
 _EMPTY_DICTS = ("dnnlib.util.EasyDict", "collections.OrderedDict")
 _MODULES = ("torch.nn.modules.container.ModuleDict",)
@@ -81,9 +82,13 @@ def _require(condition: bool, reason: str) -> None:
         raise UnsafePickleError(reason)
 
 
-def _is_shape(value: Any) -> bool:
+def _are_counts(value: Any) -> bool:
     # type() and not isinstance: a bool is an int as well
     return type(value) is tuple and len(value) <= 32 and all(type(n) is int and 0 <= n < 1 << 62 for n in value)
+
+
+def _is_shape(value: Any) -> bool:
+    return _are_counts(value) and math.prod(max(n, 1) for n in value) <= _MAX_ELEMENTS
 
 
 class _SnapshotRules(NoNames):
@@ -183,12 +188,12 @@ def _fill_array(box: ArrayBox, state: Any, budget: Budget) -> None:
 def _tensor(args: tuple) -> StoredTensor:
     _require(len(args) in (6, 7) and type(args[0]) is Storage, "it rebuilds a tensor in an unknown way")
     storage, offset, shape, stride = args[:4]
-    _require(_is_shape((offset,)) and _is_shape(shape) and _is_shape(stride), "a tensor's shape is not one")
+    _require(_are_counts((offset,)) and _is_shape(shape) and _are_counts(stride), "a tensor's shape is not one")
     _require(len(shape) == len(stride), "a tensor has not as many strides as sizes")
     count = math.prod(shape)
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     # count: strides of zero would let a byte become a terabyte
-    inside = count <= storage.count and (count == 0 or last < storage.count)
+    inside = count <= storage.count and (offset <= storage.count if count == 0 else last < storage.count)
     _require(inside, f"a tensor of shape {list(shape)} reaches beyond its {storage.count} numbers")
     return StoredTensor(storage, offset, shape, stride)
 
@@ -215,7 +220,7 @@ class _StorageRules(NoNames):
 
     def persistent(self, key: Any) -> _Numbers:
         known = type(key) is tuple and len(key) == 6 and key[0] == "storage" and key[5] is None
-        known = known and type(key[1]) is Symbol and _is_shape((key[4],))
+        known = known and type(key[1]) is Symbol and _are_counts((key[4],))
         _require(known, "its nested tensor data refer to something that is not numbers")
         return _Numbers(_STORAGES[key[1].name], key[4])
 

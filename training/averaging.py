@@ -16,8 +16,8 @@ import torch
 from training.snapshot import build_network
 from training.weights import WeightReader, Weights
 
-_STRETCH = 1 << 17  # values of a tensor that are summed at once: memory knows no size of network
-_INPUTS_AT_ONCE = 16  # and no number of inputs
+_SCRATCH_BYTES = 1 << 24  # for the values of a tensor that are summed at once: memory knows no size of network
+_INPUTS_AT_ONCE = 16  # no number of inputs, and no number of outputs
 _MAX_THREADS = 4
 
 
@@ -49,7 +49,7 @@ def weighted_sums(inputs: Sequence[Weights], coefficients: np.ndarray) -> Iterat
         # used again and again: fresh pages for every stretch cost a fifth of the time
         scratch = [_Scratch(len(matrix), len(readers)) for _ in range(threads + 1)]
         under_way: deque[tuple[str, Future[torch.Tensor]]] = deque()
-        for index, stretch in enumerate(_stretches(inputs[used[0]])):
+        for index, stretch in enumerate(_stretches(inputs[used[0]], _stretch_length(len(matrix)))):
             work = _sum if stretch.averaged else _same
             under_way.append((stretch.name, pool.submit(work, readers, stretch, matrix, scratch[index % len(scratch)])))
             if len(under_way) > threads:
@@ -63,8 +63,9 @@ class _Scratch:
     """Where one stretch is summed."""
 
     def __init__(self, num_outputs: int, num_inputs: int):
-        self._sums = torch.empty(num_outputs * _STRETCH)
-        self._rows = torch.empty(min(num_inputs, _INPUTS_AT_ONCE) * _STRETCH)
+        length = _stretch_length(num_outputs)
+        self._sums = torch.empty(num_outputs * length)
+        self._rows = torch.empty(min(num_inputs, _INPUTS_AT_ONCE) * length)
 
     def sums(self, num_outputs: int, length: int) -> torch.Tensor:
         return self._sums[: num_outputs * length].view(num_outputs, length)
@@ -84,12 +85,18 @@ def _one_thread_each() -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-def _stretches(weights: Weights) -> Iterator[_Stretch]:
-    net = build_network(weights.header)
+def _stretch_length(num_outputs: int) -> int:
+    """Values that fit, with those of all outputs, into one scratch: a power of two, the more the faster."""
+    fitting = _SCRATCH_BYTES // (4 * (num_outputs + _INPUTS_AT_ONCE))
+    return 1 << max(fitting.bit_length() - 1, 0)
+
+
+def _stretches(weights: Weights, length: int) -> Iterator[_Stretch]:
+    net = build_network(weights.header, weights.name)
     averaged = {name for name, _ in net.named_parameters()}
     for name, tensor in net.state_dict().items():
-        for start in range(0, tensor.numel(), _STRETCH):
-            yield _Stretch(name, start, min(start + _STRETCH, tensor.numel()), name in averaged)
+        for start in range(0, tensor.numel(), length):
+            yield _Stretch(name, start, min(start + length, tensor.numel()), name in averaged)
 
 
 def _sum(readers: Sequence[WeightReader], stretch: _Stretch, matrix: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
@@ -101,7 +108,8 @@ def _sum(readers: Sequence[WeightReader], stretch: _Stretch, matrix: torch.Tenso
         for row, reader in zip(rows, group, strict=True):
             row.copy_(reader.read(*where))
         sums.addmm_(matrix[:, first : first + len(group)], rows)
-    if not torch.stack(torch.aminmax(sums)).isfinite().all():
+    # whatever its coefficient, 0 included, an input that is not finite leaves no output finite
+    if not torch.stack(torch.aminmax(sums[0])).isfinite().all():
         for reader in readers:
             if not reader.read(*where).isfinite().all():
                 raise ValueError(f"{reader.weights.name}: {stretch.name} is not finite; leave this snapshot out")

@@ -25,13 +25,21 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def save_checkpoint(
-    run_dir: Path, net: nn.Module, optimizer: torch.optim.Optimizer, ema: PowerFunctionEMA, progress: Mapping[str, Any]
-) -> None:
-    """Write net, optimizer, averages and `progress` (plain numbers and strings, "nimg" among them), atomically."""
-    state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
-    with atomic_write(checkpoint_path(run_dir, progress["nimg"])) as file:
-        torch.save({**state, "progress": dict(progress)}, file)
+def checkpoint_state(
+    net: nn.Module, optimizer: torch.optim.Optimizer, ema: PowerFunctionEMA, progress: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that a checkpoint holds, `progress` being plain numbers and strings, "nimg" among them.
+
+    Every rank must ask for it, since each may keep a share; rank 0 gets the whole.
+    """
+    states = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
+    return {**states, "progress": dict(progress)}
+
+
+def save_checkpoint(run_dir: Path, state: Mapping[str, Any]) -> None:
+    """Write what `checkpoint_state` gave, atomically."""
+    with atomic_write(checkpoint_path(run_dir, state["progress"]["nimg"])) as file:
+        torch.save(state, file)
 
 
 def load_checkpoint(
@@ -39,7 +47,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Set everything to what `save_checkpoint` saw and return its progress; ValueError for a damaged file."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        # a GPU has no room for a second copy: what it needs is copied there from the mapped file
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=device.type != "cpu")
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])

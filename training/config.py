@@ -27,7 +27,9 @@ class TrainConfig:
 
     `network` holds the U-Net arguments that differ from its defaults. The learning rate follows
     `training.schedule.learning_rate` (`ref_batches`, `rampup_nimg`: 0 switches off). `batch_gpu` limits the images
-    of one forward pass (None: this rank's whole share); `keep_checkpoints` 0 keeps all. `init_from` is a snapshot
+    of one forward pass (None: this rank's whole share); `recompute` computes activations again on the way back instead
+    of holding them, `shard` leaves each rank its share of Adam's moments and of the averages: both save memory and
+    change no bit of the result. `keep_checkpoints` 0 keeps all. `init_from` is a snapshot
     to start from, `init_sha256` its hash. `label_dropout` is the share of images shown without their label, for
     classifier-free guidance by one network. Fields marked "free" may change when a run is resumed; a change in any
     other is refused.
@@ -53,6 +55,8 @@ class TrainConfig:
     batch_size: int = field(default=2048, metadata={"option": "--batch"})
     batch_gpu: int | None = field(default=None, metadata={"option": "--batch-gpu", "free": True})
     precision: str = field(default="fp32", metadata={"option": "--precision"})
+    recompute: bool = field(default=False, metadata={"option": "--recompute", "free": True})
+    shard: bool = field(default=False, metadata={"option": "--shard", "free": True})
     loss_scaling: float = field(default=1.0, metadata={"option": "--ls"})
     cudnn_benchmark: bool = field(default=True, metadata={"option": "--bench", "free": True})
     seed: int = field(default=0, metadata={"option": "--seed"})

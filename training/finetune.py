@@ -49,7 +49,8 @@ def check_source(
         return []
     source = open_weights(config.init_from)
     header, where = source.header, f"--init-from {config.init_from}"
-    net, theirs_net = build_network(dataclasses.replace(header, architecture=architecture)), build_network(header)
+    net = build_network(dataclasses.replace(header, architecture=architecture), "this run")
+    theirs_net = build_network(header, where)
     for what, ours, theirs in (
         ("resolution", net.img_resolution, theirs_net.img_resolution),
         ("number of channels", net.img_channels, theirs_net.img_channels),

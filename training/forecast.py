@@ -1,10 +1,14 @@
 """What a run will need, known before it starts: parameters, memory, disk."""
 
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from training.blocks import Block
 from training.config import TrainConfig
 from training.loop import COMPUTE_DTYPES
 from training.loss import EDM2Loss
@@ -14,21 +18,39 @@ _GB = 1e9
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Bytes on each process; the allocator's own overhead and work space come on top."""
+
+    weights: int  # and their gradients
+    optimizer: int
+    averages: int
+    activations: int  # saved for the backward pass of one micro-batch
+    drawing: int = 0  # a whole average, put together to draw samples with where it is kept in shares
+
+    @property
+    def state(self) -> int:
+        return self.weights + self.optimizer + self.averages
+
+    @property
+    def total(self) -> int:
+        return self.state + max(self.activations, self.drawing)
+
+
+@dataclass(frozen=True)
 class Forecast:
-    """`parameters` counts; memory per process and disk in bytes; `steps` optimizer steps in all."""
+    """`parameters` counts; `steps` optimizer steps in all; disk in bytes.
+
+    `memory` of the run as configured; `choices` what it would be with other options, by their names.
+    """
 
     parameters: int
     steps: int
-    state_bytes: int  # weights, gradients, Adam's two moments, averages
-    activation_bytes: int  # saved for the backward pass of one micro-batch
+    memory: Memory
+    choices: dict[str, Memory]
     snapshot_bytes: int  # one file
     num_snapshots: int
     checkpoint_bytes: int  # one file
     num_checkpoints: int
-
-    @property
-    def memory_bytes(self) -> int:
-        return self.state_bytes + self.activation_bytes
 
     @property
     def disk_bytes(self) -> int:
@@ -37,31 +59,44 @@ class Forecast:
 
     def lines(self) -> list[str]:
         """The forecast for people."""
+        memory = self.memory
+        # a whole average is drawn from where averages are kept in shares, and there checkpoints are put together
+        gathered = f", put together in {(self.checkpoint_bytes - memory.weights // 2) / _GB:.2f} GB of rank 0's memory"
         return [
             f"parameters        {self.parameters / 1e6:.1f} M",
             f"optimizer steps   {self.steps}",
-            f"memory a process  {self.memory_bytes / _GB:.2f} GB at least: {self.state_bytes / _GB:.2f} for weights, "
-            f"gradients, Adam and averages, {self.activation_bytes / _GB:.2f} for the activations of a micro-batch",
+            f"memory a process  {memory.total / _GB:.2f} GB at least: {memory.weights / _GB:.2f} for weights and "
+            f"gradients, {memory.optimizer / _GB:.2f} for Adam, {memory.averages / _GB:.2f} for averages, "
+            f"{memory.activations / _GB:.2f} for the activations of a micro-batch",
+            *(f"  with {name:34s}{choice.total / _GB:.2f} GB" for name, choice in self.choices.items()),
             f"disk              {self.disk_bytes / _GB:.2f} GB: {self.num_snapshots} snapshots of "
-            f"{self.snapshot_bytes / _GB:.3f}, {self.num_checkpoints} checkpoints of {self.checkpoint_bytes / _GB:.3f}",
+            f"{self.snapshot_bytes / _GB:.3f}, {self.num_checkpoints} checkpoints of {self.checkpoint_bytes / _GB:.3f}"
+            + (gathered if memory.drawing else ""),
         ]
 
 
-def make_forecast(config: TrainConfig, architecture: dict[str, Any], micro_batch: int) -> Forecast:
+def make_forecast(config: TrainConfig, architecture: dict[str, Any], micro_batch: int, world_size: int) -> Forecast:
     """Compute the forecast without allocating the network (on the meta device)."""
     with torch.device("meta"):
         net = Precond(**architecture).train()
     net.compute_dtype = COMPUTE_DTYPES[config.precision]
-    parameters = sum(p.numel() for p in net.parameters())
-    num_averages = len(config.ema_stds)
+    sizes = [p.numel() for p in net.parameters()]
+    parameters, num_averages = sum(sizes), len(config.ema_stds)
+    activations = {again: activation_bytes(net, micro_batch, again) for again in (False, True)}
+
+    def memory(recompute: bool, shard: bool) -> Memory:
+        kept = max(shares(sizes, world_size)) if shard else parameters
+        drawing = parameters * 4 if shard and world_size > 1 else 0
+        return Memory(parameters * 8, kept * 8, kept * 4 * num_averages, activations[recompute], drawing)
+
     half = 2 if config.snapshot_dtype != "float32" else 4
     snapshots = -(-config.duration_nimg // config.snapshot_every_nimg)
     checkpoints = -(-config.duration_nimg // config.checkpoint_every_nimg)
     return Forecast(
         parameters=parameters,
         steps=-(-config.duration_nimg // config.batch_size),
-        state_bytes=parameters * 4 * (4 + num_averages),
-        activation_bytes=activation_bytes(net, micro_batch),
+        memory=memory(config.recompute, config.shard),
+        choices={name: memory(*given) for name, given in _choices(config, world_size)},
         snapshot_bytes=parameters * half,
         num_snapshots=snapshots * num_averages,
         checkpoint_bytes=parameters * 4 * (3 + num_averages),
@@ -69,26 +104,74 @@ def make_forecast(config: TrainConfig, architecture: dict[str, Any], micro_batch
     )
 
 
-def activation_bytes(net: Precond, micro_batch: int) -> int:
+def _choices(config: TrainConfig, world_size: int) -> Iterable[tuple[str, tuple[bool, bool]]]:
+    for recompute, shard in itertools.product((False, True), (False, True) if world_size > 1 else (config.shard,)):
+        if (recompute, shard) != (config.recompute, config.shard):
+            sharing = f" --shard {str(shard).lower()}" if world_size > 1 else ""
+            yield f"--recompute {str(recompute).lower()}{sharing}", (recompute, shard)
+
+
+def shares(sizes: Sequence[int], world_size: int) -> list[int]:
+    """How many weights each rank keeps of tensors with `sizes` weights: the largest first, each to the emptiest rank.
+
+    It is how ZeroRedundancyOptimizer shares tensors out.
+    """
+    kept = [0] * world_size
+    for size in sorted(sizes, reverse=True):
+        kept[kept.index(min(kept))] += size
+    return kept
+
+
+def activation_bytes(net: Precond, micro_batch: int, recompute: bool = False) -> int:
     """Bytes that autograd keeps for the backward pass of the loss of `micro_batch` images; `net` on meta.
 
-    Each storage counts once, weights do not. The allocator's own overhead and work space come on top.
+    Each storage counts once, weights do not. With `recompute` blocks keep what goes into them, and on the way back
+    one at a time has its insides.
     """
     weights = {p.untyped_storage()._cdata for p in net.parameters()}
-    saved: dict[int, torch.UntypedStorage] = {}
+    # holding a storage keeps its identity from being used again
+    outside: dict[int, torch.UntypedStorage] = {}
+    inside: dict[Block, dict[int, torch.UntypedStorage]] = {}
+    where = [outside]
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            saved[storage._cdata] = storage  # holding it keeps its identity from being used again
+            where[-1][storage._cdata] = storage
         return tensor
 
-    images = torch.empty(1, net.img_channels, net.img_resolution, net.img_resolution, device="meta")
-    labels = torch.empty(1, net.label_dim, device="meta") if net.label_dim else None
+    def enter(block: Block, inputs: tuple[Any, ...]) -> None:
+        for tensor in inputs[:2] if recompute else ():
+            keep(tensor)
+        where.append(inside.setdefault(block, {}))
+
+    def leave(block: Block, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        where.pop()
+
+    blocks = [module for module in net.modules() if isinstance(module, Block)]
+    hooks = [h for b in blocks for h in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))]
+    images = torch.empty(micro_batch, net.img_channels, net.img_resolution, net.img_resolution, device="meta")
+    labels = torch.empty(micro_batch, net.label_dim, device="meta") if net.label_dim else None
+    fused = partial(net, attention=dict.fromkeys(net.attention_blocks, _FusedAttention.apply))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = EDM2Loss()(net, images, labels).sum()
-    per_image = sum(s.nbytes() for s in saved.values())
+        loss = EDM2Loss()(fused, images, labels).sum()
+    for hook in hooks:
+        hook.remove()
     del loss
-    # normalised weights are saved once, whatever the batch
-    once = sum(p.numel() for p in net.parameters()) * (4 + net.compute_dtype.itemsize)
-    return max(per_image - once, 0) * micro_batch + once
+    if recompute:
+        return _nbytes(outside) + max(_nbytes(found, but=outside) for found in inside.values())
+    return _nbytes(outside | {key: storage for found in inside.values() for key, storage in found.items()})
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What fused attention keeps; the meta device itself would keep all the products of attention."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        answer = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, answer)
+        return answer
+
+
+def _nbytes(storages: dict[int, torch.UntypedStorage], but: Iterable[int] = ()) -> int:
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in but)

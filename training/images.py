@@ -2,10 +2,12 @@
 
 import io
 import struct
-from tokenize import TokenError
+import zlib
 
 import numpy as np
 from PIL import Image
+
+from torch_utils.arrays import BROKEN
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -58,11 +60,41 @@ def to_8bit(image: Image.Image, channels: int, where: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
+def to_image(raw: np.ndarray) -> Image.Image:
+    """uint8 [1 or 3, H, W] as a grey or RGB image."""
+    return Image.fromarray(raw[0] if len(raw) == 1 else raw.transpose(1, 2, 0))
+
+
 def encode_png(image: Image.Image) -> bytes:
-    """`image` as PNG without compression: it decodes twice as fast and photographs are a third larger."""
-    file = io.BytesIO()
-    image.save(file, format="png", compress_level=0)
-    return file.getvalue()
+    """`image`, 8-bit grey or RGB, as PNG without compression and row filters: its pixels lie there as they are.
+
+    Written and, by training.layout, read some twenty times as fast as Pillow can; photographs are a third larger than
+    compressed.
+    """
+    pixels = np.asarray(image)
+    height, width = pixels.shape[:2]
+    rows = np.zeros([height, 1 + pixels[0].size], np.uint8)  # each begins with its filter: 0, none
+    rows[:, 1:] = pixels.reshape(height, -1)
+    data = rows.tobytes()
+    stream = [b"\x78\x01"]
+    for start, stop in png_blocks(*rows.shape):
+        last = stop == len(data)
+        stream.append(struct.pack("<B2H", last, stop - start, stop - start ^ 0xFFFF) + data[start:stop])
+    stream.append(struct.pack(">L", zlib.adler32(data)))
+    header = struct.pack(">2L5B", width, height, 8, 0 if pixels.ndim == 2 else 2, 0, 0, 0)
+    chunks = [_chunk(b"IHDR", header), _chunk(b"IDAT", b"".join(stream)), _chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def png_blocks(height: int, row_bytes: int) -> list[tuple[int, int]]:
+    """Start and stop, in the image's bytes, of the stretches that encode_png stores: whole rows, but for huge ones."""
+    limit = 0xFFFF if row_bytes > 0xFFFF else 0xFFFF // row_bytes * row_bytes
+    total = height * row_bytes
+    return [(start, min(start + limit, total)) for start in range(0, total, limit)]
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">L", len(data)) + kind + data + struct.pack(">L", zlib.crc32(data, zlib.crc32(kind)))
 
 
 def decode_array(data: bytes, where: str) -> np.ndarray:
@@ -87,7 +119,7 @@ def decode_array(data: bytes, where: str) -> np.ndarray:
 def _decode_npy(data: bytes, where: str) -> np.ndarray:
     try:
         values = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except (*_BROKEN, TokenError) as error:
+    except BROKEN as error:
         raise ValueError(f"{where}: the .npy file is damaged or cut short: {error}") from error
     if values.ndim != 3 or values.dtype not in (np.uint8, np.float16, np.float32):
         raise ValueError(

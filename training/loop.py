@@ -14,7 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_utils import dist
 from torch_utils.rng import StackedGenerator, derive_seed
 from torch_utils.stats import RunningStats
-from training.checkpoint import list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
+from training.checkpoint import (
+    checkpoint_state,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from training.config import TrainConfig
 from training.encoders import Encoder
 from training.finetune import start_from_
@@ -53,14 +59,8 @@ class Trainer:
         self.net.compute_dtype = COMPUTE_DTYPES[config.precision]
         if config.init_from is not None:
             start_from_(self.net, config.init_from)
-        self.optimizer = torch.optim.Adam(
-            self.net.parameters(),
-            lr=config.ref_lr,
-            betas=config.adam_betas,
-            eps=config.adam_eps,
-            fused=device.type != "mps",
-        )
-        self.ema = PowerFunctionEMA(self.net, config.ema_stds)
+        self.net.unet.recompute_in_training = config.recompute
+        self.optimizer, self.ema = _optimizer_and_averages(self.net, config, device)
         self.loss_fn = loss_fn or EDM2Loss(config.P_mean, config.P_std, config.sigma_data)
         self.stats = RunningStats(device)
         self.nimg, self.elapsed_sec = 0, 0.0
@@ -111,10 +111,15 @@ class Trainer:
         gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
         if self.config.loss_scaling != 1:
             torch._foreach_div_(gradients, self.config.loss_scaling)
-        count = torch.stack([(~g.isfinite()).sum() for g in gradients]).sum()
-        for gradient in gradients:
-            torch.nan_to_num(gradient, nan=0, posinf=0, neginf=0, out=gradient)
-        self.stats.add("gradient_norm", torch.stack(torch._foreach_norm(gradients)).norm())
+        norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        count = torch.zeros([], device=self.device)
+        # a finite norm leaves nothing to replace; an accelerator would stall for us to look at it
+        if self.device.type != "cpu" or not norm.isfinite():
+            count = torch.stack([(~g.isfinite()).sum() for g in gradients]).sum()
+            for gradient in gradients:
+                torch.nan_to_num(gradient, nan=0, posinf=0, neginf=0, out=gradient)
+            norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        self.stats.add("gradient_norm", norm)
         # every rank holds the same gradients: share the count so that the sum over ranks is the count
         self.stats.add("nonfinite_gradients", count / dist.world_size())
 
@@ -124,14 +129,15 @@ class Trainer:
 
     def save_snapshots(self, run_dir: Path) -> None:
         """Write both averages as snapshots."""
-        for std, average in zip(self.ema.stds, self.ema.averages, strict=True):
+        for number, std in enumerate(self.ema.stds):
             header = dataclasses.replace(self.header, nimg=self.nimg, ema_std=std)
-            dist.on_rank0(save_snapshot, run_dir / snapshot_name(self.nimg, std), average.state_dict(), header)
+            dist.on_rank0(save_snapshot, run_dir / snapshot_name(self.nimg, std), self.ema.weights(number), header)
 
     def save_checkpoint(self, run_dir: Path) -> None:
         """Write the state to resume from; older ones go once it is safely there."""
         progress = {"nimg": self.nimg, "elapsed_sec": self.elapsed_sec, "run_id": self.header.run_id}
-        dist.on_rank0(save_checkpoint, run_dir, self.net, self.optimizer, self.ema, progress)
+        state = checkpoint_state(self.net, self.optimizer, self.ema, progress)
+        dist.on_rank0(save_checkpoint, run_dir, state)
         dist.on_rank0(prune_checkpoints, run_dir, self.config.keep_checkpoints)
 
     def resume(self, run_dir: Path) -> None:
@@ -141,6 +147,18 @@ class Trainer:
             self.nimg, self.elapsed_sec = progress["nimg"], progress["elapsed_sec"]
 
 
+def _optimizer_and_averages(
+    net: Precond, config: TrainConfig, device: torch.device
+) -> tuple[torch.optim.Optimizer, PowerFunctionEMA]:
+    arguments = {"lr": config.ref_lr, "betas": config.adam_betas, "eps": config.adam_eps, "fused": device.type != "mps"}
+    if config.shard and dist.world_size() > 1:
+        from training.sharding import ShardedAdam, ShardedEMA  # what it needs takes two seconds to load
+
+        optimizer = ShardedAdam(net.parameters(), **arguments)
+        return optimizer, ShardedEMA(net, optimizer, config.ema_stds)
+    return torch.optim.Adam(net.parameters(), **arguments), PowerFunctionEMA(net, config.ema_stds)
+
+
 def _distribute(net: Precond, device: torch.device) -> torch.nn.Module:
     """The network whose gradients are averaged over ranks; the network itself where there is one rank."""
     if dist.world_size() == 1:
@@ -148,7 +166,9 @@ def _distribute(net: Precond, device: torch.device) -> torch.nn.Module:
     # the buffers never change; torch 2.13 renamed the option that says so
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None, **{option: False})
+    ids = [device] if device.type == "cuda" else None
+    # gradients that are views of what travels: else there is a second copy of them all
+    return DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True, **{option: False})
 
 
 def training_loop(
@@ -179,7 +199,7 @@ def training_loop(
                 log.status(trainer.nimg, trainer.elapsed_sec, trainer.stats.collect())
             if done or trainer.crossed(config.snapshot_every_nimg):
                 trainer.save_snapshots(run_dir)
-                on_snapshot(trainer.ema.averages[-1], trainer.nimg)
+                on_snapshot(trainer.ema.network(len(config.ema_stds) - 1), trainer.nimg)
             if done or stopping or trainer.crossed(config.checkpoint_every_nimg):
                 trainer.save_checkpoint(run_dir)
             if stopping and not done:

@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,115 +10,18 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from training.primitives import (
-    MPConv,
-    MPFourier,
-    downsample,
-    mp_cat,
-    mp_silu,
-    mp_sum,
-    normalize,
-    normalize_weights_,
-    upsample,
-)
+from training.blocks import AttentionEdit, Block, DropoutEdit, Edits
+from training.primitives import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize_weights_
 
 __all__ = ["AttentionEdit", "Precond", "UNet", "full_architecture", "normalize_weights_"]
-
-# (q, k, v), each [N, heads, H*W, C/heads], q and k normalised -> what attention puts out, same shape
-AttentionEdit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-# (block name, activations [N, C, H, W]) -> activations: dropout of the caller's own making
-DropoutEdit = Callable[[str, torch.Tensor], torch.Tensor]
-
-
-@dataclass
-class Edits:
-    """What one call changes or reads inside the network; `maps` receives the attention maps asked for."""
-
-    attention: Mapping[str, AttentionEdit] = field(default_factory=dict)
-    embedding: Callable[[torch.Tensor], torch.Tensor] | None = None
-    dropout: DropoutEdit | None = None
-    return_attention: Sequence[str] = ()
-    maps: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-class Block(nn.Module):
-    """One encoder or decoder block: optional resampling, residual branch, optional cosine-like attention."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        emb_channels: int,
-        *,
-        decoder: bool,
-        resample: str = "keep",
-        attention: bool = False,
-        channels_per_head: int = 64,
-        dropout: float = 0.0,
-        res_balance: float = 0.3,
-        attn_balance: float = 0.3,
-        clip_act: float | None = 256.0,
-    ):
-        super().__init__()
-        self.decoder, self.resample = decoder, {"keep": nn.Identity(), "down": downsample, "up": upsample}[resample]
-        self.dropout, self.res_balance, self.attn_balance, self.clip_act = dropout, res_balance, attn_balance, clip_act
-        self.num_heads = _num_heads(out_channels, channels_per_head) if attention else 0
-        self.emb_gain = nn.Parameter(torch.zeros([]))
-        self.conv_res0 = MPConv(in_channels if decoder else out_channels, out_channels, [3, 3])
-        self.emb_linear = MPConv(emb_channels, out_channels, [])
-        self.conv_res1 = MPConv(out_channels, out_channels, [3, 3])
-        self.conv_skip = MPConv(in_channels, out_channels, [1, 1]) if in_channels != out_channels else None
-        self.attn_qkv = MPConv(out_channels, out_channels * 3, [1, 1]) if attention else None
-        self.attn_proj = MPConv(out_channels, out_channels, [1, 1]) if attention else None
-
-    def forward(self, x: torch.Tensor, emb: torch.Tensor, name: str, edits: Edits) -> torch.Tensor:
-        x = self.resample(x)
-        if not self.decoder:
-            x = normalize(x if self.conv_skip is None else self.conv_skip(x), dims=[1])
-        y = self.conv_res0(mp_silu(x))
-        scale = self.emb_linear(emb, gain=self.emb_gain) + 1
-        y = mp_silu(y * scale[:, :, None, None].to(y.dtype))
-        if edits.dropout is not None:
-            y = edits.dropout(name, y)
-        elif self.training and self.dropout:
-            y = nn.functional.dropout(y, p=self.dropout)
-        y = self.conv_res1(y)
-        if self.decoder and self.conv_skip is not None:
-            x = self.conv_skip(x)
-        x = mp_sum(x, y, self.res_balance)
-        if self.num_heads:
-            x = mp_sum(x, self.attn_proj(self._attend(x, name, edits)), self.attn_balance)
-        return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
-
-    def _attend(self, x: torch.Tensor, name: str, edits: Edits) -> torch.Tensor:
-        n, c, h, w = x.shape
-        # published weights interleave q, k, v inside each head's channels
-        qkv = self.attn_qkv(x).reshape(n, self.num_heads, c // self.num_heads, 3, h * w)
-        q, k, v = (t.transpose(2, 3).contiguous() for t in normalize(qkv, dims=[2]).unbind(3))
-        if name in edits.attention:
-            y = edits.attention[name](q, k, v)
-        elif name in edits.return_attention:
-            edits.maps[name] = (q.float() @ k.float().transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3)
-            y = edits.maps[name].to(v.dtype) @ v
-        else:
-            y = nn.functional.scaled_dot_product_attention(q, k, v)
-        return y.transpose(2, 3).reshape(n, c, h, w)
-
-
-def _num_heads(channels: int, channels_per_head: int) -> int:
-    if channels < channels_per_head or channels % channels_per_head:
-        raise ValueError(
-            f"attention over {channels} channels with channels_per_head={channels_per_head}: the channels must be a "
-            f"multiple of it; set channels_per_head to a divisor of {channels}"
-        )
-    return channels // channels_per_head
 
 
 class UNet(nn.Module):
     """The raw network F: x [N, C, H, W], c_noise [N], labels [N, label_dim] -> [N, C, H, W], all unit magnitude.
 
     Half-precision `x` computes in half precision; the embedding path stays float32. With `recompute` (an attribute) a
-    gradient by `x` outside of training holds no block's activations: they are computed again on the way back.
+    gradient by `x` outside of training holds no block's activations: they are computed again on the way back. With
+    `recompute_in_training` neither does training, dropout included, to the same bits.
     """
 
     def __init__(
@@ -148,11 +50,12 @@ class UNet(nn.Module):
         noise_width = widths[0] if channel_mult_noise is None else model_channels * channel_mult_noise
         emb_width = max(widths) if channel_mult_emb is None else model_channels * channel_mult_emb
         self.label_balance, self.concat_balance = label_balance, concat_balance
-        self.recompute = True
+        self.recompute, self.recompute_in_training = True, False
         self.out_gain = nn.Parameter(torch.zeros([]))
         self.emb_fourier = MPFourier(noise_width)
         self.emb_noise = MPConv(noise_width, emb_width, [])
         self.emb_label = MPConv(label_dim, emb_width, []) if label_dim else None
+        self.emb_shared = nn.Identity()  # what all blocks' emb_linear have in common: nothing, unless frozen
 
         def block(c_in: int, c_out: int, decoder: bool, resample: str = "keep", attention: bool = False) -> Block:
             return Block(
@@ -211,7 +114,7 @@ class UNet(nn.Module):
         if self.emb_label is not None:
             # one-hot labels have RMS 1/sqrt(label_dim)
             emb = mp_sum(emb, self.emb_label(labels * math.sqrt(labels.shape[1])), self.label_balance)
-        return mp_silu(emb)
+        return self.emb_shared(mp_silu(emb))
 
     def forward(
         self, x: torch.Tensor, c_noise: torch.Tensor, labels: torch.Tensor | None, edits: Edits
@@ -219,12 +122,13 @@ class UNet(nn.Module):
         emb = self.embed(c_noise, labels, edits)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         run = Block.__call__
+        again = self.recompute_in_training if self.training else self.recompute and x.requires_grad
         # what an edit draws or reads, it may not draw or read again
-        if self.recompute and not self.training and x.requires_grad and not (edits.dropout or edits.return_attention):
-            run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        if again and torch.is_grad_enabled() and not (edits.dropout or edits.return_attention):
+            run = partial(checkpoint, use_reentrant=False, preserve_rng_state=self.training)
         skips = []
         for name, module in self.enc.items():
-            x = module(x) if isinstance(module, MPConv) else run(module, x, emb, f"enc.{name}", edits)
+            x = run(module, x, emb, f"enc.{name}", edits) if isinstance(module, Block) else module(x)
             skips.append(x)
         for name, module in self.dec.items():
             if "_block" in name:
@@ -301,7 +205,9 @@ class Precond(nn.Module):
         c_out = s * self.sigma_data / (s**2 + self.sigma_data**2).sqrt()
         c_in = 1 / (self.sigma_data**2 + s**2).sqrt()
         c_noise = sigma.log() / 4
-        f = self.unet((c_in * x).to(self.compute_dtype), c_noise, self._labels(x, labels), edits)
+        # what is compiled (`training.inference.compile_`) knows neither edits nor gradients
+        unet = self.unet.forward if edits or x.requires_grad else self.unet
+        f = unet((c_in * x).to(self.compute_dtype), c_noise, self._labels(x, labels), edits)
         outputs = [c_skip * x + c_out * f.float()]
         if return_logvar:
             outputs.append(self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1))

@@ -159,10 +159,9 @@ class _Reader:
     def __getitem__(self, key: tuple[np.ndarray, np.ndarray]) -> MicroBatch | Exception:
         positions, indices = key
         try:
-            items = [self.dataset[int(index)] for index in indices]
+            raw, labels = map(torch.from_numpy, self.dataset.read_batch(indices))
         except (ValueError, OSError) as error:
             return error
-        raw, labels = (torch.from_numpy(np.stack(column)) for column in zip(*items, strict=True))
         return MicroBatch(raw, labels, torch.from_numpy(positions))
 
 

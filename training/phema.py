@@ -1,6 +1,7 @@
 """Power-function EMA and its post-hoc reconstruction (Karras et al. 2023, Section 3 and Appendix C)."""
 
 import copy
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -71,6 +72,25 @@ def solve_posthoc_coefficients(
     return coefficients
 
 
+def profile_fit(
+    coefficients: np.ndarray, in_ofs: np.ndarray, in_std: np.ndarray, out_ofs: float, out_std: float
+) -> tuple[float, float | None]:
+    """How near the sum of profiles that `coefficients` make comes to the wanted one.
+
+    The L2 distance of the two, relative to the wanted one's norm; and the sum's own relative std, None where it
+    oscillates too much to have one. Karras et al. 2023, Section 3.2. All inputs [N].
+    """
+    exp, out_exp = std_to_exp(in_std), std_to_exp(out_std)
+    own = float(profile_inner_product(out_ofs, out_exp, out_ofs, out_exp))
+    cross = profile_inner_product(in_ofs, exp, out_ofs, out_exp)
+    square = coefficients @ profile_inner_product(in_ofs[:, None], exp[:, None], in_ofs, exp) @ coefficients
+    distance = float(square - 2 * coefficients @ cross) + own
+    # moments of the profile t^gamma on [0, t]
+    mean = coefficients @ (in_ofs * (exp + 1) / (exp + 2))
+    variance = coefficients @ (in_ofs**2 * (exp + 1) / (exp + 3)) - mean**2
+    return math.sqrt(max(distance, 0.0) / own), math.sqrt(variance) / out_ofs if variance > 0 else None
+
+
 class PowerFunctionEMA:
     """Running power-function averages of a network's weights, one per relative std. Eq. 127.
 
@@ -92,9 +112,17 @@ class PowerFunctionEMA:
             for target, source in zip(average.buffers(), self.net.buffers(), strict=True):
                 target.copy_(source)
 
+    def weights(self, number: int) -> dict[str, torch.Tensor]:
+        """The state dict of average `number`."""
+        return self.averages[number].state_dict()
+
+    def network(self, number: int) -> nn.Module:
+        """Average `number` as a network to call."""
+        return self.averages[number]
+
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
         """Every average's state dict, keyed by its std."""
-        return {f"{std:.3f}": avg.state_dict() for std, avg in zip(self.stds, self.averages, strict=True)}
+        return {f"{std:.3f}": self.weights(number) for number, std in enumerate(self.stds)}
 
     def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
         """Take averages up where `state_dict` left them; raises ValueError where the lengths differ."""

@@ -6,23 +6,31 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-_SILU_GAIN = 1 / 0.596  # Eq. 81: the RMS of silu(N(0,1))
+SILU_GAIN = 1 / 0.596  # Eq. 81: the RMS of silu(N(0,1))
 
 
-def normalize(x: torch.Tensor, dims: Sequence[int] | None = None, eps: float = 1e-4) -> torch.Tensor:
-    """Scale `x` to unit RMS over `dims` (default: all but the first), in float32; returns x's dtype.
+def normalize(
+    x: torch.Tensor, dims: Sequence[int] | None = None, eps: float = 1e-4, magnitude: float = 1.0
+) -> torch.Tensor:
+    """Scale `x` to an RMS of `magnitude` over `dims` (default: all but the first), in float32; returns x's dtype.
 
     A tensor of unit-variance entries keeps its scale: x / (eps + ||x|| * sqrt(#norms / #entries)). Eq. 30.
     """
     dims = list(range(1, x.ndim)) if dims is None else list(dims)
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
     norm = norm * math.sqrt(norm.numel() / x.numel()) if x.numel() else norm
-    return x / (eps + norm).to(x.dtype)
+    return x * (magnitude / (eps + norm)).to(x.dtype)
 
 
 def mp_silu(x: torch.Tensor) -> torch.Tensor:
     """SiLU that keeps unit-variance input at unit magnitude. Eq. 81."""
-    return nn.functional.silu(x) * _SILU_GAIN
+    return nn.functional.silu(x) * SILU_GAIN
+
+
+def balance(t: float) -> tuple[float, float]:
+    """The factors of a and b in a magnitude-preserving sum with weight `t` for b. Eq. 88."""
+    size = math.sqrt((1 - t) ** 2 + t**2)
+    return (1 - t) / size, t / size
 
 
 def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float = 0.5) -> torch.Tensor:
@@ -60,22 +68,34 @@ class MPFourier(nn.Module):
         return (y.cos() * math.sqrt(2)).to(x.dtype)
 
 
+def convolve(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A linear layer, or a convolution that keeps height and width, by the shape of its weight [out, in, *kernel]."""
+    if weight.ndim == 2:
+        return nn.functional.linear(x, weight)
+    return nn.functional.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
 class MPConv(nn.Module):
     """Bias-free convolution (kernel [k, k]) or linear layer (kernel []) whose weight is normalised on use. Eq. 47.
 
-    The effective weight has unit-norm filters times `gain`, so activations keep their magnitude.
+    The effective weight has unit-norm filters times `gain`, so activations keep their magnitude. `factor` are the
+    constants of what comes before or after the layer: on the weight they cost nothing, on activations a pass each.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int]):
+    def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int], factor: float = 1.0):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+        weight = torch.empty(out_channels, in_channels, *kernel)
+        # on the meta device there is nothing to draw, and torch takes most of the time to build a network for it
+        self.weight = nn.Parameter(weight if weight.is_meta else weight.normal_())
+        self.factor = factor
 
-    def forward(self, x: torch.Tensor, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
-        weight = normalize(self.weight.float())
-        weight = (weight * (gain / math.sqrt(weight[0].numel()))).to(x.dtype)
-        if weight.ndim == 2:
-            return nn.functional.linear(x, weight)
-        return nn.functional.conv2d(x, weight, padding=weight.shape[-1] // 2)
+    def effective_weight(self, gain: torch.Tensor | None = None) -> torch.Tensor:
+        """The weight as it is used, float32 [out, in, *kernel]."""
+        weight = normalize(self.weight.float(), magnitude=self.factor / math.sqrt(self.weight[0].numel()))
+        return weight if gain is None else weight * gain
+
+    def forward(self, x: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
+        return convolve(x, self.effective_weight(gain).to(x.dtype))
 
 
 @torch.no_grad()

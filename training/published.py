@@ -1,6 +1,5 @@
 """NVIDIA's published snapshots, read without executing them, as networks and headers of this project."""
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,7 +39,7 @@ def load_published(
     Raises ValueError, in one line, for a pickle that is not such a snapshot.
     """
     header, tensors = _open(Path(path))
-    net = build_network(header)
+    net = build_network(header, path)
     _check_fit(path, net.state_dict(), tensors)
     state = {name: tensor.read().to(device, torch.float32) for name, tensor in tensors.items()}
     net.load_state_dict(state, assign=True)
@@ -54,7 +53,7 @@ def convert_published(path: str | Path, dest: str | Path) -> Header:
     Holds one tensor at a time. Raises ValueError, in one line, for a pickle that is not such a snapshot.
     """
     header, tensors = _open(Path(path))
-    state = build_network(header).state_dict()
+    state = build_network(header, path).state_dict()
     _check_fit(path, state, tensors)
     with SnapshotWriter(dest, header, {name: tensor.shape for name, tensor in state.items()}) as writer:
         for name in state:
@@ -82,7 +81,13 @@ def _open(path: Path) -> tuple[Header, dict[str, StoredTensor]]:
             raise ValueError("its weights are larger than the file")
         return _header(path, contents, tensors), tensors
     except ValueError as error:
-        raise ValueError(f"{path}: not a published snapshot: {error}") from error
+        raise ValueError(f"{path}: not a published snapshot: {_readable(error)}") from error
+
+
+def _readable(error: ValueError) -> str:
+    """The message on one short line: names in it are the file's, and might move a terminal's cursor."""
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(error)[:400])
+    return text if len(str(error)) <= 400 else f"{text}..."
 
 
 def _header(path: Path, contents: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Header:
@@ -120,11 +125,11 @@ def _scalars(values: Any) -> dict[str, Any]:
 def _named_tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, StoredTensor]]:
     """Parameters and buffers under the names of `Module.state_dict()`."""
     if type(module) is not Record:
-        raise ValueError(f"{prefix or 'ema'!r} is not a module")
+        raise ValueError(f"{prefix or 'ema'!r:.100} is not a module")
     transient = module.state.get("_non_persistent_buffers_set", ())
     for name, tensor in [*_entries(module, "_parameters", prefix), *_entries(module, "_buffers", prefix)]:
         if name not in transient and type(tensor) is not StoredTensor:
-            raise ValueError(f"{prefix + name!r} is not a tensor")
+            raise ValueError(f"{prefix + name!r:.100} is not a tensor")
         if name not in transient:
             yield prefix + name, tensor
     for name, child in _entries(module, "_modules", prefix):
@@ -134,7 +139,7 @@ def _named_tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, StoredT
 def _entries(module: Record, kind: str, prefix: str) -> list[tuple[str, Any]]:
     entries = module.state.get(kind) if module.state else None
     if type(entries) is not dict:
-        raise ValueError(f"{prefix or 'ema'!r} has no {kind}")
+        raise ValueError(f"{prefix or 'ema'!r:.100} has no {kind}")
     return [(name, value) for name, value in entries.items() if value is not None]
 
 
@@ -145,7 +150,7 @@ def _architecture(ema: Record, num_tensors: int) -> dict[str, Any]:
         numbers = value if type(value) in (list, tuple) else [value]
         # each block brings weights of its own, so no count exceeds theirs by much
         limit = max(num_tensors, 1) if name == "num_blocks" else _MAX_SIZE
-        if len(numbers) > 100 or not all(_is_number(number, limit) for number in numbers):
+        if len(numbers) > 100 or not all(_is_size(number, limit) for number in numbers):
             raise ValueError(f"the network's {name!r:.60} is {value!r:.60}")
     try:
         given = [arguments.pop(name) for name in ("img_resolution", "img_channels", "label_dim")]
@@ -154,8 +159,8 @@ def _architecture(ema: Record, num_tensors: int) -> dict[str, Any]:
     return full_architecture(*given, arguments.pop("sigma_data", 0.5), arguments)
 
 
-def _is_number(value: Any, limit: int) -> bool:
-    return value is None or (type(value) in (bool, int, float) and math.isfinite(value) and abs(value) <= limit)
+def _is_size(value: Any, limit: int) -> bool:
+    return value is None or (type(value) in (bool, int, float) and 0 <= value <= limit)
 
 
 def _arguments(record: Any) -> dict[str, Any]:
@@ -171,7 +176,7 @@ def _arguments(record: Any) -> dict[str, Any]:
 def _check_fit(path: str | Path, state: Mapping[str, torch.Tensor], tensors: Mapping[str, StoredTensor]) -> None:
     for name in {**state, **tensors}:
         if name not in state or name not in tensors or tuple(state[name].shape) != tensors[name].shape:
-            raise ValueError(f"{path}: weights do not fit the network's arguments (first at {name!r})")
+            raise ValueError(f"{path}: weights do not fit the network's arguments (first at {name!r:.100})")
 
 
 def _span(tensor: StoredTensor) -> Span | torch.Tensor:
@@ -199,9 +204,12 @@ def _vae_spec(record: Record, arguments: dict[str, Any]) -> dict[str, Any]:
     if arguments.get("vae_name", _VAE) != _VAE:
         raise ValueError(f"its VAE is {arguments['vae_name']!r:.60}; published networks use {_VAE}")
     try:
-        encoder = StabilityVAEEncoder(**arguments)
-    except (TypeError, ValueError) as error:
+        with np.errstate(all="ignore"):  # told below
+            encoder = StabilityVAEEncoder(**arguments)
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"unknown VAE encoder: {error}") from error
+    if any(one.numel() != 4 or not one.isfinite().all() for one in (encoder.scale, encoder.bias)):
+        raise ValueError("scale and bias of the VAE encoder are not four finite numbers")
     for name in ("scale", "bias"):
         stored, ours = record.state.get(name), getattr(encoder, name).flatten().numpy()
         if stored is None:

@@ -16,7 +16,7 @@ import torch
 
 from torch_utils.provenance import code_commit
 from training.averaging import weighted_sums
-from training.phema import profile_inner_product, solve_posthoc_coefficients, std_to_exp
+from training.phema import profile_fit, solve_posthoc_coefficients
 from training.snapshot import DTYPES, Header, SnapshotWriter, build_network
 from training.weights import Weights, open_weights
 
@@ -154,20 +154,10 @@ def check_inputs(inputs: Sequence[Weights]) -> None:
 
 def _fit(inputs: Sequence[Weights], coefficients: np.ndarray, nimg: int, std: float) -> Fit:
     used = np.flatnonzero(coefficients)
-    c, t, exp = coefficients[used], _column(inputs, "nimg")[used], std_to_exp(_column(inputs, "ema_std")[used])
-    out_exp = std_to_exp(std)
-    own = float(profile_inner_product(nimg, out_exp, nimg, out_exp))
-    cross = profile_inner_product(t, exp, nimg, out_exp)
-    square = c @ profile_inner_product(t[:, None], exp[:, None], t, exp) @ c - 2 * c @ cross + own
-    # moments of the profile t^gamma on [0, t]
-    mean, mean_square = c @ (t * (exp + 1) / (exp + 2)), c @ (t**2 * (exp + 1) / (exp + 3))
-    variance = mean_square - mean**2
+    c, t, stds = coefficients[used], _column(inputs, "nimg")[used], _column(inputs, "ema_std")[used]
+    error, width = profile_fit(c, t, stds, nimg, std)
     eps = np.array([torch.finfo(DTYPES[inputs[i].header.dtype][1]).eps for i in used])
-    return Fit(
-        error=math.sqrt(max(square, 0) / own),
-        width=math.sqrt(variance) / nimg if variance > 0 else None,
-        rounding=_ROUNDING * float(np.linalg.norm(c * eps)),
-    )
+    return Fit(error, width, rounding=_ROUNDING * float(np.linalg.norm(c * eps)))
 
 
 def _header(inputs: Sequence[Weights], coefficients: np.ndarray, nimg: int, std: float, fit: Fit, dtype: str) -> Header:

@@ -19,6 +19,7 @@ from training.networks import Precond
 
 FORMAT_VERSION = 1
 _HEADER_KEY = "edm2_snapshot"
+_MAX_BLOCKS = 1000  # of an encoder, all its levels together; XXL has 12
 DTYPES = {"float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bfloat16), "float32": ("F32", torch.float32)}
 
 
@@ -171,7 +172,7 @@ def read_header(path: str | Path) -> Header:
         raise ValueError(f"{path} is a safetensors file but not a snapshot of this project (no {_HEADER_KEY} header)")
     try:
         return Header.from_json(text)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: the snapshot header is damaged ({error})") from error
 
 
@@ -191,14 +192,21 @@ def _open(path: str | Path) -> Any:
         raise ValueError(f"{path} is not a whole snapshot ({error}); copy or write it again") from error
 
 
-def build_network(header: Header) -> Precond:
-    """A network of the header's architecture, weights not yet set; ValueError for arguments it does not know."""
+def build_network(header: Header, source: str | Path = "the snapshot") -> Precond:
+    """A network of the header's architecture, weights not yet set.
+
+    Raises ValueError, beginning with `source`, for arguments that make none or that this code does not know.
+    """
     try:
+        # a file may ask for a network that takes a year to draw
+        blocks = header.architecture.get("num_blocks", 0) * len(header.architecture.get("channel_mult", ()))
+        if blocks > _MAX_BLOCKS:
+            raise ValueError(f"it asks for {blocks} blocks, where {_MAX_BLOCKS} are the most")
         with torch.device("meta"):
             return Precond(**header.architecture)
-    except TypeError as error:
-        message = re.sub(r"\w+\.__init__\(\) ", "", str(error))
-        raise ValueError(f"the snapshot's architecture does not fit this code: {message}") from error
+    except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        message = re.sub(r"\w+\.__init__\(\) ", "", str(error).partition("\n")[0])
+        raise ValueError(f"{source}: its architecture does not fit this code: {message}") from error
 
 
 def load_snapshot(
@@ -210,12 +218,12 @@ def load_snapshot(
     ValueError with the reason where the file is missing, damaged, or does not fit its own header.
     """
     path = fetch(path_or_url)
-    if is_published_pickle(path):
+    if path.is_file() and is_published_pickle(path):
         from training.published import load_published
 
         return load_published(path, device, dtype)
     header = read_header(path)
-    net = build_network(header)
+    net = build_network(header, path)
     state = {name: tensor.to(device, torch.float32) for name, tensor in read_tensors(path)}
     _assign(net, state, path)
     net.compute_dtype = dtype

@@ -11,7 +11,7 @@ from torch_utils.files import fetch, sha256_of
 STABILITY_VAE = "stabilityai/sd-vae-ft-mse"
 # the revision whose weights made the published ImageNet-512 latents
 PINNED_REVISIONS = {STABILITY_VAE: "31f26fdeee1355a5c34592e401dd41e45d25a493"}
-_CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+VAE_FILES = _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _BATCH = 8  # 512x512 pixels of more images at once gain nothing and cost gigabytes
 
 
@@ -22,7 +22,7 @@ def vae_folder(name: str) -> Path:
     """
     folder = Path(name)
     if folder.is_dir():
-        missing = [file for file in (_CONFIG, _WEIGHTS) if not (folder / file).is_file()]
+        missing = [file for file in VAE_FILES if not (folder / file).is_file()]
         if missing:
             raise ValueError(f"the VAE folder {name} has no {missing[0]}; it takes {_CONFIG} and {_WEIGHTS}")
         return folder
@@ -30,7 +30,7 @@ def vae_folder(name: str) -> Path:
         raise ValueError(f"no VAE folder at {name}; give a folder, or a name such as {STABILITY_VAE}")
     remote = f"hf://{name}@{PINNED_REVISIONS.get(name, 'main')}"
     try:
-        config, weights = (fetch(f"{remote}/{file}") for file in (_CONFIG, _WEIGHTS))
+        config, weights = (fetch(f"{remote}/{file}") for file in VAE_FILES)
     except ValueError as error:
         raise ValueError(
             f"cannot get the VAE {name}: {error}. Or put its {_CONFIG} and {_WEIGHTS} in a folder, and name that "

@@ -1,7 +1,7 @@
 """Weights that stay in their file until a stretch of them is asked for."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -55,28 +55,34 @@ def open_weights(path_or_url: str | Path) -> Weights:
     return Weights(path.name, header, tensors, path)
 
 
-def open_folder(folder: str | Path, prefix: str = "", stds: Iterable[float] | None = None) -> list[Weights]:
-    """The training snapshots in a folder, sorted by time and EMA length.
+def open_sources(sources: Sequence[str | Path], prefix: str = "", stds: Iterable[float] | None = None) -> list[Weights]:
+    """The training snapshots in folders, or at paths and URLs one by one, sorted by time and EMA length.
 
-    `prefix` of their file names; `stds` keeps these EMA lengths only, None all. Reconstructions that lie there as
-    well are left out. Raises ValueError for a file that is not a snapshot, and where nothing is found.
+    `prefix` of their file names; `stds` keeps these EMA lengths only, None all. Reconstructions that lie in a folder
+    as well are left out. Raises ValueError for a file that is not a snapshot, and where nothing is found.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; expected the one that a training run wrote its snapshots to")
-    paths = sorted(p for p in folder.iterdir() if p.suffix in _SUFFIXES and p.name.startswith(prefix) and p.is_file())
-    found = [weights for weights in map(open_weights, paths) if weights.header.recipe is None]
+    where = ", ".join(map(str, sources))
+    found = [weights for source in sources for weights in _opened(source, prefix)]
     if not found:
         raise ValueError(
-            f"no training snapshot in {folder}" + (f" has a name that starts with {prefix!r}" * bool(prefix))
+            f"no training snapshot in {where}" + (f" has a name that starts with {prefix!r}" * bool(prefix))
         )
     if stds is not None:
         stds, there = set(stds), {weights.header.ema_std for weights in found}
         if missing := stds - there:
             lengths = ", ".join(str(std) for std in sorted(std for std in there if std is not None))
-            raise ValueError(f"no snapshot in {folder} has the EMA length {min(missing)}; there are: {lengths}")
+            raise ValueError(f"no snapshot in {where} has the EMA length {min(missing)}; there are: {lengths}")
         found = [weights for weights in found if weights.header.ema_std in stds]
     return sorted(found, key=lambda weights: (weights.header.nimg, weights.header.ema_std or 0))
+
+
+def _opened(source: str | Path, prefix: str) -> list[Weights]:
+    if "://" in str(source) or not Path(source).is_dir():
+        weights = open_weights(source)
+        return [weights] if weights.name.startswith(prefix) else []
+    files = (path for path in Path(source).iterdir() if path.suffix in _SUFFIXES and path.is_file())
+    found = [open_weights(path) for path in sorted(files) if path.name.startswith(prefix)]
+    return [weights for weights in found if weights.header.recipe is None]
 
 
 class WeightReader:

@@ -1,5 +1,6 @@
 """What reproducing some cells will need: downloads, evaluations, multiply-adds, time."""
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,26 +14,48 @@ from metrics.detectors import DETECTORS
 from pipelines.generation import PRECISIONS
 from sampling.solvers import Sampler
 from scripts.reproduction.tables import Cell, Dataset, Network
+from torch_utils.denoiser import for_images
 from torch_utils.files import cached, pinned
+from torch_utils.rng import StackedGenerator
 from training.config import config_from_dict, preset_names, preset_path, read_yaml
 from training.flops import Cost, evaluation_cost
+from training.inference import freeze_
 from training.networks import Precond, full_architecture
-from training.vae import PINNED_REVISIONS, STABILITY_VAE
+from training.vae import PINNED_REVISIONS, STABILITY_VAE, VAE_FILES
 from training.weights import open_weights
 
-_VAE_URL = f"hf://{STABILITY_VAE}@{PINNED_REVISIONS[STABILITY_VAE]}/diffusion_pytorch_model.safetensors"
+_VAE_URLS = tuple(f"hf://{STABILITY_VAE}@{PINNED_REVISIONS[STABILITY_VAE]}/{name}" for name in VAE_FILES)
 _HALF_BYTES = 2  # published networks are stored in float16
+_PUBLISHED_METRICS = ("fid", "fd_dinov2")
+# float64 mean and covariance of each
+_REFERENCE_BYTES = sum(8 * (n + n * n) for n in (DETECTORS[name].num_features for name in _PUBLISHED_METRICS))
 
 
-@dataclass
 class CountedCalls:
-    """A denoiser that only counts how often it is called."""
+    """Stands in for a network of `architecture`: does nothing, and counts how often its area was evaluated."""
 
-    calls: int = 0
+    def __init__(self, architecture: Mapping[str, Any]):
+        self.architecture, self.calls = architecture, 0.0
+        self.label_dim = architecture["label_dim"]
 
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        self.calls += 1
-        return torch.zeros_like(x)
+    @property
+    def attention_blocks(self) -> list[str]:
+        return _attention_blocks(json.dumps(dict(self.architecture)))
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        *,
+        return_attention: Sequence[str] = (),
+        **edits: Any,
+    ) -> Any:
+        whole = self.architecture["img_channels"] * self.architecture["img_resolution"] ** 2
+        self.calls += x.numel() / whole  # several calls may come as one batch, and crops are less than one
+        sides = {block: int(block.partition("x")[2].partition("_")[0]) for block in return_attention}
+        maps = {block: torch.full([len(x), 1, side**2, side**2], side**-2.0) for block, side in sides.items()}
+        return (x * 0, maps) if return_attention else x * 0
 
 
 @dataclass(frozen=True)
@@ -52,9 +75,9 @@ class Need:
     """
 
     cell: Cell
-    net_evaluations: int
-    gnet_evaluations: int
-    multiply_adds: int
+    net_evaluations: float
+    gnet_evaluations: float
+    multiply_adds: float
     downloads: Sequence[Download] = field(repr=False)
 
 
@@ -68,25 +91,48 @@ def need_of(cell: Cell, sampler: Sampler) -> Need:
         for network, cost in zip(cell.networks, costs, strict=True)
         for url in network.urls
     ]
-    weights = DETECTORS[cell.metric].weights
-    others = [cell.dataset.reference, *([weights.url] if weights else [])]
-    if _architecture(cell.net, cell.dataset)["img_channels"] == 4:
-        others.append(_VAE_URL)
-    files = [Download(url, _size(url, None), cached(url) is not None) for url in others]
+    files = [Download(url, _size(url, size), cached(url) is not None) for url, size in files_beside(cell).items()]
     return Need(cell, main, guide_calls, total, (*networks, *files))
 
 
-def count_evaluations(cell: Cell, sampler: Sampler) -> tuple[int, int]:
-    """Calls of the main and the guide network for one image, counted by a run on networks that do nothing."""
-    net, gnet = CountedCalls(), CountedCalls()
-    denoiser = guide(cell.guidance, Parts(net, None if cell.gnet is None else gnet))
-    sampler(denoiser, torch.zeros(1, 1, 1, 1))
-    return net.calls, gnet.calls
+def files_beside(cell: Cell) -> dict[str, int | None]:
+    """What a cell needs besides its networks: URLs, and sizes in bytes where they follow from what is inside."""
+    weights = DETECTORS[cell.metric].weights
+    files = {cell.dataset.reference: _REFERENCE_BYTES} | ({weights.url: None} if weights else {})
+    if _architecture(cell.net, cell.dataset)["img_channels"] == 4:
+        files |= {url: None for url in _VAE_URLS}
+    return files
+
+
+def count_evaluations(cell: Cell, sampler: Sampler) -> tuple[float, float]:
+    """Evaluations of the main and the guide network for one image, counted by a run on networks that do nothing.
+
+    Raises ValueError where the method refuses its settings.
+    """
+    nets = [CountedCalls(_architecture(network, cell.dataset)) for network in cell.networks]
+    denoiser = for_images(guide(cell.guidance, Parts(*nets)), StackedGenerator(torch.device("cpu"), [0]))
+    shape = (1, cell.dataset.img_channels, cell.dataset.img_resolution, cell.dataset.img_resolution)
+    labels = torch.eye(1, nets[0].label_dim) if nets[0].label_dim else None
+    sampler(denoiser, torch.zeros(shape), labels)
+    counts = [int(net.calls) if net.calls.is_integer() else net.calls for net in nets]
+    return counts[0], counts[1] if len(counts) > 1 else 0
 
 
 def cost_of(network: Network, dataset: Dataset) -> Cost:
     """Parameters and multiply-adds of one evaluation."""
-    return evaluation_cost(_architecture(network, dataset))
+    return _cost(json.dumps(_architecture(network, dataset)))
+
+
+@cache
+def _cost(architecture: str) -> Cost:
+    # seconds for a large network, and a table names each of them many times
+    return evaluation_cost(json.loads(architecture))
+
+
+@cache
+def _attention_blocks(architecture: str) -> list[str]:
+    with torch.device("meta"):
+        return Precond(**json.loads(architecture)).attention_blocks
 
 
 @cache
@@ -112,8 +158,9 @@ def measure_flops(cell: Cell, device: torch.device, precision: str, batch: int, 
     `precision` is a key of PRECISIONS; two operations make a multiply-add.
     """
     architecture = _architecture(cell.net, cell.dataset)
-    net = Precond(**architecture).to(device).eval().requires_grad_(False)
+    net = Precond(**architecture).to(device)
     net.compute_dtype = PRECISIONS[precision]
+    freeze_(net)
     x = torch.randn(batch, net.img_channels, net.img_resolution, net.img_resolution, device=device)
     labels = torch.zeros(batch, net.label_dim, device=device) if net.label_dim else None
     sigma = torch.ones(batch, device=device)

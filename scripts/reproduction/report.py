@@ -100,13 +100,19 @@ def _line(table: Table, row: Row, cell: Cell, record: Mapping[str, Any] | None) 
         "interval": "({:g}, {:g}]".format(*choice.interval) if choice.interval else "",
     }
     line |= {name: "" for other in table.cells() for name in other.guidance.options}
-    line |= {name: str(value) for name, value in choice.options.items()}
+    line |= {name: _text(value) for name, value in choice.options.items()}
     return line | {
         "images": str(record["asked"]["num_images"]) if values else "",
         "seeds": ", ".join(f"{run['first_seed']}-{run['first_seed'] + run['num_images'] - 1}" for run in runs),
         "hardware": _all(f"{maker['processes']} x {maker['hardware']}" for maker in made_by),
         "commit": _all(maker["commit"][:12] + maker["commit"][40:] for maker in made_by),
     }
+
+
+def _text(value: Any) -> str:
+    if value is None:  # what the method usually does
+        return ""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _all(texts: Any) -> str:

@@ -19,6 +19,7 @@ from pipelines.generation import Generation, Request, plain, prepare
 from scripts.reproduction.networks import obtain
 from scripts.reproduction.tables import Cell, Table
 from torch_utils import dist
+from torch_utils.arrays import read_npz
 from torch_utils.files import atomic_write, fetch
 from torch_utils.provenance import provenance
 
@@ -71,9 +72,9 @@ def load_progress(path: Path, owner: Mapping[str, Any], save_every: int) -> Prog
     """What `path` holds, if it is of `owner`, else the beginning. Raises ValueError where the file is damaged."""
     if path.exists():
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                header = json.loads(str(arrays["header"]))
-                statistics = FeatureStatistics(arrays["mu"], arrays["sigma"], header.pop("fingerprint"))
+            arrays = read_npz(path)
+            header = json.loads(str(arrays["header"]))
+            statistics = FeatureStatistics(arrays["mu"], arrays["sigma"], header.pop("fingerprint"))
             if header["owner"] == owner:
                 return Progress(**header, statistics=statistics)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -81,18 +82,22 @@ def load_progress(path: Path, owner: Mapping[str, Any], save_every: int) -> Prog
     return Progress(owner, save_every)
 
 
-def run_cell(table: Table, cell: Cell, how: How, outdir: Path, device: torch.device) -> None:
+def run_cell(table: Table, cell: Cell, how: How, outdir: Path, device: torch.device) -> str | None:
     """Measure what is left of a cell, on all ranks together, and write it to OUTDIR/CELL.json.
 
-    Raises ValueError where the folder holds the cell measured otherwise, or a file cannot be had.
+    Returns the reason where networks or reference cannot be had, None otherwise: other cells can still be measured.
+    Raises ValueError where the folder holds the cell measured otherwise, or other files cannot be had.
     """
     path = outdir / f"{cell.name}.json"
     record = dist.on_rank0(read_record, path, describe(table, cell, how))
     left = [k * how.num for k in range(how.seeds) if str(k * how.num) not in record["runs"]]
     if not left:
         dist.print0(f"{cell.name}: finished before")
-        return
-    generation, scorer = _load(table, cell, how, outdir, device)
+        return None
+    paths, missing = dist.on_rank0(_obtain, cell, outdir / "networks")
+    if missing is not None:
+        return missing
+    generation, scorer = _load(table, cell, how, paths, device)
     dist.on_rank0(_claim, path, record, generation, scorer)
     record["settings"] = generation.settings
     dist.print0(f"{cell.name}: {generation.summary}")
@@ -102,6 +107,7 @@ def run_cell(table: Table, cell: Cell, how: How, outdir: Path, device: torch.dev
         record["runs"][str(first)] = value
         dist.on_rank0(_finish_range, path, partial, record)
         dist.print0(f"{cell.name}, seeds {first}-{first + how.num - 1}: {value['value']:.6g} (published {cell.value})")
+    return None
 
 
 def describe(table: Table, cell: Cell, how: How) -> dict[str, Any]:
@@ -126,8 +132,8 @@ def read_record(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
         return {"asked": dict(asked), "runs": {}}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        found = record["asked"]
-    except (ValueError, KeyError) as error:
+        found, _ = record["asked"], record["runs"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to measure this cell anew") from error
     _refuse_difference(path, found, asked)
     return record
@@ -147,12 +153,19 @@ def _short(value: Any) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-def _load(table: Table, cell: Cell, how: How, outdir: Path, device: torch.device) -> tuple[Generation, Scorer]:
-    paths = [str(dist.on_rank0(obtain, network, outdir / "networks")) for network in cell.networks]
-    gnet = paths[1] if len(paths) > 1 else None
-    request = Request(paths[0], gnet, cell.guidance, table.sampler, None, how.precision, how.vae)
-    generation = prepare(request, device)
-    return generation, make_scorer(fetch(cell.dataset.reference), device, [cell.metric], how.weights_dir)
+def _obtain(cell: Cell, folder: Path) -> tuple[list[str], str | None]:
+    """Paths of the networks, then of the reference; or why one of them cannot be had."""
+    try:
+        return [*(str(obtain(network, folder)) for network in cell.networks), str(fetch(cell.dataset.reference))], None
+    except ValueError as error:
+        return [], str(error)
+
+
+def _load(table: Table, cell: Cell, how: How, paths: list[str], device: torch.device) -> tuple[Generation, Scorer]:
+    *networks, reference = paths
+    gnet = networks[1] if len(networks) > 1 else None
+    request = Request(networks[0], gnet, cell.guidance, table.sampler, None, how.precision, how.vae)
+    return prepare(request, device), make_scorer(reference, device, [cell.metric], how.weights_dir)
 
 
 def _claim(path: Path, record: dict[str, Any], generation: Generation, scorer: Scorer) -> None:

@@ -1,18 +1,17 @@
 """Tables of published results: rows, cells, and the files of the networks behind them."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from guidance.registry import METHODS, Choice
 from metrics.detectors import DETECTORS
 from pipelines.presets import Preset, find_preset, load_presets
 from sampling.solvers import Sampler
-from scripts.reproduction.raw_snapshots import STORED_STDS, fit_error, raw_times
+from scripts.reproduction.raw_snapshots import STORED_STDS, fit, raw_times
 from training.config import nearest, read_yaml
 from training.published import published_time
 
@@ -28,7 +27,8 @@ class Network:
     name: str
 
     def __post_init__(self) -> None:
-        if published_time(f"{self.name}.pkl") is None:
+        told = published_time(f"{self.name}.pkl")
+        if told is None or not told[1]:
             raise ValueError(f"network {self.name!r}: expected RUN-KIMG-EMA, such as edm2-img512-s-2147483-0.130")
 
     @property
@@ -59,12 +59,17 @@ class Network:
         return tuple(self._raw(nimg, std) for nimg in times for std in STORED_STDS)
 
     @property
-    def fit_error(self) -> float | None:
-        """Relative error of the EMA profile where the network has to be rebuilt, else None."""
+    def fit(self) -> tuple[float, float | None] | None:
+        """Where the network has to be rebuilt: relative error of its EMA profile, and the length that this one has."""
         if len(self.urls) == 1:
             return None
         every = published()["raw_snapshots_every_nimg"]
-        return fit_error(raw_times(self.nimg, self.ema_std, every), self.nimg, self.ema_std)
+        return fit(raw_times(self.nimg, self.ema_std, every), self.nimg, self.ema_std)
+
+    @property
+    def fit_error(self) -> float | None:
+        """The first of these."""
+        return None if self.fit is None else self.fit[0]
 
     def _raw(self, nimg: int, std: float) -> str:
         return f"{published()['raw_snapshots_url']}{self.run}/{self.run}-{nimg // 1000:07d}-{std:.3f}.pkl"
@@ -171,7 +176,7 @@ def load_table(name: str | Path) -> Table:
         table = Table(path.stem, content["title"], content["source"], sampler, rows)
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing") from error
-    except (TypeError, AttributeError, yaml.YAMLError) as error:
+    except (TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -184,6 +189,8 @@ def _row(fields: Mapping[str, Any], datasets: Mapping[str, Dataset]) -> Row:
     metrics = [key for key in fields if key in DETECTORS]
     if unknown := [key for key in fields if key not in (*_ROW_KEYS, *metrics)]:
         raise ValueError(f"row {fields.get('name')}: unknown key {unknown[0]!r}{nearest(unknown[0], list(_ROW_KEYS))}")
+    if not re.fullmatch(r"[\w.-]+", str(fields["name"])):
+        raise ValueError(f"row {fields['name']!r}: its name becomes that of a file; use letters, digits, - and _")
     if fields["dataset"] not in datasets:
         raise ValueError(
             f"row {fields['name']}: unknown data set {fields['dataset']!r}; there is {', '.join(datasets)}"
@@ -207,10 +214,11 @@ def _cell(row: str, metric: str, fields: Mapping[str, Any], dataset: Dataset) ->
         raise ValueError(f"row {row}, {metric}: unknown guidance method {method!r}{nearest(method, list(METHODS))}")
     if METHODS[method].needs_gnet != (gnet is not None):
         raise ValueError(f"row {row}, {metric}: method {method} {'takes no' if gnet else 'needs a'} gnet")
-    interval = fields.get("interval")
-    options = {option.keyword: option.default for option in METHODS[method].options} | fields.get("options", {})
     weight = float(fields.get("guidance", 1.0))
-    choice = Choice(method, weight, None if interval is None else tuple(interval), options)
+    try:
+        choice = Choice(method, weight, _interval(fields.get("interval")), _options(method, fields.get("options", {})))
+    except ValueError as error:
+        raise ValueError(f"row {row}, {metric}: {error}") from error
     return Cell(
         row,
         metric,
@@ -220,6 +228,26 @@ def _cell(row: str, metric: str, fields: Mapping[str, Any], dataset: Dataset) ->
         choice,
         dataset,
     )
+
+
+def _interval(ends: Any) -> tuple[float, float] | None:
+    if ends is None:
+        return None
+    if not isinstance(ends, list | tuple) or len(ends) != 2:
+        raise ValueError(f"interval is {ends!r}; expected two noise levels, such as [0.28, 2.90]")
+    return float(ends[0]), float(ends[1])
+
+
+def _options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option of a method: as given, in the words of the command line, or its default."""
+    known = {option.keyword: option for option in METHODS[method].options}
+    taken = {keyword: option.default for keyword, option in known.items()}
+    for name, value in given.items():
+        keyword = name.replace("-", "_")
+        if keyword not in known:
+            raise ValueError(f"method {method} has no option {name!r}{nearest(keyword, list(known))}")
+        taken[keyword] = known[keyword].parse(str(value))
+    return taken
 
 
 def _of_preset(preset: Preset) -> dict[str, Any]:

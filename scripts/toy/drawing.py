@@ -1,5 +1,6 @@
 """What the toy's pictures share: colours, the plane, the outline of the truth, and files of print quality."""
 
+import importlib.util
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +25,7 @@ COLOURS = {  # of the methods; distinguishable for the colour-blind
     "autoguidance": "#0072b2",
     "cfg": "#d55e00",
     "mixed": "#9467bd",
+    "cfg-apg": "#cc79a7",
     "cfg-interval": "#e69f00",
     "auto-interval": "#56b4e9",
     "input-noise": "#8c6d31",
@@ -60,6 +62,12 @@ class Window:
         """Which of the points [N,2] lie inside, bool [N]."""
         inside_x = (x[:, 0] > self.left) & (x[:, 0] < self.right)
         return inside_x & (x[:, 1] > self.bottom) & (x[:, 1] < self.top)
+
+
+def check_can_draw() -> None:
+    """Raises ValueError where matplotlib is not installed: better before minutes of training than after them."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the pictures need matplotlib: pip install 'matplotlib>=3.8'")
 
 
 def style() -> AbstractContextManager[None]:

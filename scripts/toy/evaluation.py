@@ -1,6 +1,7 @@
 """The comparison of all methods over training seeds, as a record that tables and pictures are made from."""
 
 import json
+import math
 import statistics
 import sys
 import time
@@ -24,11 +25,23 @@ RECORD_NAME = "evaluation.json"
 TRUTH, UNGUIDED = "truth", "unguided"
 
 
+def check_num_samples(num: int) -> None:
+    """Raises ValueError for so few samples that a branch may well get none of the exact distribution's."""
+    enough = math.ceil(1 / components("A").branch_mass.min())
+    if num < enough:
+        raise ValueError(
+            f"{num} samples are too few to tell a lost branch from chance: the thinnest one expects "
+            f"{num / enough:.2g} of them; give --samples {enough} or more"
+        )
+
+
 def evaluate(outdir: Path, seeds: Sequence[int], num: int, compiled: bool) -> dict[str, Any]:
     """The MEASURES of `num` samples of every method at every weight, for the networks of each training seed.
 
-    Seed s also decides the samples' starting points. Raises ValueError where a network is missing.
+    Seed s also decides the samples' starting points. Raises ValueError where a network is missing, and for too few
+    samples.
     """
+    check_num_samples(num)
     began = time.monotonic()
     rows = []
     for seed in seeds:
@@ -71,11 +84,14 @@ def save_record(outdir: Path, record: dict[str, Any]) -> None:
 
 
 def load_record(outdir: Path) -> dict[str, Any]:
-    """The record in `outdir`; raises ValueError where there is none."""
+    """The record in `outdir`; raises ValueError where there is none, or only a damaged one."""
     path = outdir / RECORD_NAME
     if not path.is_file():
         raise ValueError(f"{path}: no such record; make it with `toy_example.py evaluate --outdir {outdir}` first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole JSON ({error}); delete it and evaluate again") from error
 
 
 @dataclass(frozen=True)

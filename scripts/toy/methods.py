@@ -78,6 +78,7 @@ METHODS = {
     "autoguidance": Method("Autoguidance", Choice("pair"), _auto, _WEIGHTS, 3.0),
     "cfg": Method("Classifier-free guidance", Choice("pair"), _cfg, _WEIGHTS, 4.0),
     "mixed": Method("CFG and autoguidance, half each", Choice("mixed"), _both, _FEW_WEIGHTS),
+    "cfg-apg": Method("CFG, projected (APG)", Choice("pair", rule="apg"), _cfg, _FEW_WEIGHTS),
     "cfg-interval": Method("CFG at low noise", Choice("pair", interval=_INTERVAL), _cfg, _FEW_WEIGHTS),
     "auto-interval": Method("Autoguidance at low noise", Choice("pair", interval=_INTERVAL), _auto, _FEW_WEIGHTS),
     "input-noise": Method("Away from noisier input", Choice("input-noise", options=_NOISE), _alone, _FEW_WEIGHTS),

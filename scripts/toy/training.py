@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from scripts.toy.mixture import Mixture
@@ -22,6 +22,8 @@ BATCH_SIZE = 4096
 P_MEAN, P_STD = -2.3, 1.5
 REF_LR, REF_BATCHES = 0.01, 512
 EMA_STD = 0.010
+_MAX_GAIN = -1e-3  # not 0, where no weight would have a gradient
+_TRAIN_AGAIN = "Delete it to have it trained again, or give another --outdir"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def train(
         torch.manual_seed(generator.initial_seed())
         net = ToyNet(recipe.width)
     truth = Mixture(components(recipe.classes), compiled)
-    loss_of = torch.compile(score_matching_loss) if compiled else score_matching_loss
+    loss_of = torch.compile(score_matching_loss, dynamic=False) if compiled else score_matching_loss
     optimizer = torch.optim.Adam(net.parameters(), lr=REF_LR, betas=(0.9, 0.99))
     ema = PowerFunctionEMA(net, [EMA_STD])
     for i in range(recipe.iterations):
@@ -65,10 +67,22 @@ def train(
         loss.backward()
         optimizer.param_groups[0]["lr"] = learning_rate(i * BATCH_SIZE, BATCH_SIZE, REF_LR, REF_BATCHES, 0)
         optimizer.step()
+        keep_a_density_(net)
         ema.update((i + 1) * BATCH_SIZE, BATCH_SIZE)
         if on_iteration is not None:
             on_iteration(i, loss.item())
     return ema.averages[0]
+
+
+@torch.no_grad()
+def keep_a_density_(net: ToyNet) -> None:
+    """Bound the gain, in place, to below 0; it starts at 0, and left alone goes either way by chance, for good.
+
+    The paper does not say this. With a positive gain log p grows without bound far away: no density, and samples that
+    start far out escape. A main network and a guide of different signs also err in different ways, and autoguidance
+    then throws out more samples than it brings back.
+    """
+    net.gain.clamp_(max=_MAX_GAIN)
 
 
 def noisy_batch(truth: Mixture, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,16 +110,32 @@ def save_network(path: Path, net: ToyNet, recipe: Recipe, seed: int) -> None:
 
 
 def load_network(outdir: Path, role: str, seed: int) -> ToyNet:
-    """The network trained for `role` from `seed`; raises ValueError where there is none, or one of another recipe."""
+    """The network trained for `role` from `seed`.
+
+    Raises ValueError where there is none, where the file is damaged, and where it is of another recipe or seed.
+    """
     path, recipe = network_path(outdir, role, seed), RECIPES[role]
     if not path.is_file():
         raise ValueError(f"{path}: no such network; train it with `toy_example.py train --outdir {outdir}` first")
-    with safe_open(path, "pt") as file:
-        notes = file.metadata() or {}
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    found = {key: notes.get(key) for key in asdict(recipe)}
-    if found != {key: str(value) for key, value in asdict(recipe).items()}:
-        raise ValueError(f"{path} was trained as {found}; expected {recipe}. Train again, or give another --outdir")
+    notes, state = _read(path)
+    expected = {key: str(value) for key, value in {**asdict(recipe), "seed": seed}.items()}
+    found = {key: notes.get(key) for key in expected}
+    if found != expected:
+        raise ValueError(f"{path} was trained as {found}; expected {expected}. {_TRAIN_AGAIN}")
     net = ToyNet(recipe.width)
-    net.load_state_dict(state)
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} does not hold the weights of a network of width {recipe.width}. {_TRAIN_AGAIN}"
+        ) from error
     return net.eval().requires_grad_(False)
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """The notes and the weights in a file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole network file ({error}). {_TRAIN_AGAIN}") from error

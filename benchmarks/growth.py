@@ -1,0 +1,93 @@
+"""How cost grows: images a second against batch, resolution and width of the network."""
+
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import harness
+from benchmarks.trainers import SMALL, images_for, make_trainer
+from torch_utils import cli
+from torch_utils.provenance import provenance
+from training.config import TrainConfig
+from training.flops import evaluation_cost
+from training.inference import freeze_
+from training.networks import Precond, full_architecture
+
+BASE = {"batch": 8, "resolution": 32, "channels": 32}
+AXES = {"batch": (1, 2, 4, 8, 16, 32), "resolution": (8, 16, 32, 64), "channels": (16, 32, 64, 128)}
+TOY_AXES = {"batch": (1, 2), "resolution": (8, 16), "channels": (8, 16)}
+UNITS = {
+    "batch": "batch: images",
+    "resolution": "resolution: pixels a side",
+    "channels": "size: channels of the first level",
+}
+
+
+@click.command(cls=cli.Command)
+@click.option("--runs", default=5, show_default=True, help="Times that the points of an axis take turns.")
+@click.option("--toy", is_flag=True, help="Tiny shapes, to see that it runs.")
+@click.option("--out", type=click.Path(path_type=Path), default=harness.RECORDS, help="Folder of the record.")
+def main(runs: int, toy: bool, out: Path) -> None:
+    """Measure one axis after the other around batch 8, 32x32 pixels, 32 channels, and write growth.json."""
+    base = {"batch": 2, "resolution": 8, "channels": 8} if toy else BASE
+    axes = {axis: measure_axis(axis, values, base, runs) for axis, values in (TOY_AXES if toy else AXES).items()}
+    record = {
+        "job": "growth",
+        "kind": "growth",
+        "base": base,
+        "axes": axes,
+        "runs": runs,
+        "command": " ".join(["python", *sys.argv]),
+        "provenance": provenance(),
+    }
+    harness.save(record, out)
+
+
+def measure_axis(axis: str, values: tuple[int, ...], base: Mapping[str, int], runs: int) -> list[dict[str, Any]]:
+    """Images a second of evaluations and of training steps, at each value of one axis, the others at `base`."""
+    points = [{**base, axis: value} for value in values]
+    ways = {"evaluation": evaluation, "training": training_step}
+    contenders = {f"{way} {k}": make(**point) for way, make in ways.items() for k, point in enumerate(points)}
+    seconds = {label: statistics.median(found) for label, found in harness.interleave(contenders, runs, 1).items()}
+    rows = []
+    for k, point in enumerate(points):
+        row = {axis: point[axis], "multiply_adds": evaluation_cost(architecture(**point)).multiply_adds}
+        for way in ways:
+            row[f"{way}_images_per_sec"] = point["batch"] / seconds[f"{way} {k}"]
+        rows.append(row)
+        click.echo("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
+    return rows
+
+
+def network(channels: int) -> dict[str, Any]:
+    return {**SMALL, "model_channels": channels, "channels_per_head": min(channels, 64)}
+
+
+def architecture(batch: int, resolution: int, channels: int) -> dict[str, Any]:
+    return full_architecture(resolution, 3, 10, 0.5, network(channels))
+
+
+def evaluation(batch: int, resolution: int, channels: int) -> Callable[[], object]:
+    """One evaluation of `batch` images, as sampling makes them."""
+    net = freeze_(Precond(**architecture(batch, resolution, channels)))
+    x, sigma = torch.randn(batch, 3, resolution, resolution), torch.ones(batch)
+    labels = torch.eye(10)[torch.arange(batch) % 10]
+    return torch.no_grad()(partial(net, x, sigma, labels))
+
+
+def training_step(batch: int, resolution: int, channels: int) -> Callable[[], object]:
+    """One whole training step on `batch` images."""
+    trainer = make_trainer(TrainConfig(network=network(channels), batch_size=batch, rampup_nimg=0), resolution)
+    return partial(trainer.step, images_for(trainer, batch), 1)
+
+
+if __name__ == "__main__":
+    main()

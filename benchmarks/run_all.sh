@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Every benchmark that this machine can run, one after the other, then the documents. Nothing else should run meanwhile.
+#   bash benchmarks/run_all.sh              bash benchmarks/run_all.sh memory growth
+# A benchmark that fails does not stop the others; it is named at the end, and the exit code is 1. Needs an environment
+# with this project's packages (scripts/test.sh makes one). What needs a GPU is benchmarks/gpu.sh.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python="${PYTHON:-python}"
+failed=()
+for file in benchmarks/*.py; do
+    name="$(basename "$file" .py)"
+    if ! grep -q __main__ "$file" || [[ $name == report || $name == gpu ]]; then continue; fi
+    if [[ $# -gt 0 && " $* " != *" $name "* ]]; then continue; fi
+    echo "== $name"
+    "$python" "$file" || failed+=("$name")
+done
+"$python" benchmarks/report.py || failed+=(report)
+if [[ ${#failed[@]} -gt 0 ]]; then
+    echo "failed: ${failed[*]}"
+    exit 1
+fi

@@ -1,0 +1,82 @@
+"""Whole guided images: two networks, 32 Heun steps, plain and as a user gets them."""
+
+import copy
+import sys
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import harness, networks
+from benchmarks.harness import Job, Work, relative_error
+from benchmarks.plain import PlainNetwork, guided_heun
+from guidance.guided import Guided
+from guidance.pag import METHOD as PAG
+from guidance.perturbed import Perturbed
+from guidance.registry import Choice, Parts, guide
+from sampling.solvers import edm_sampler
+from torch_utils import cli
+from training.flops import evaluation_cost
+from training.inference import freeze_
+from training.networks import Precond
+
+_STEPS, _BATCH, _WEIGHT = 32, 8, 1.7
+_EVALUATIONS = 2 * _STEPS - 1
+
+
+@click.command(cls=cli.Command)
+@click.option("--runs", default=3, show_default=True, help="Times that the contenders take turns.")
+@click.option("--only", type=click.Choice(["pair", "batched"]), multiple=True, help="These jobs.")
+@click.option("--out", type=click.Path(path_type=Path), default=harness.RECORDS, help="Folder of the records.")
+@torch.no_grad()
+def main(runs: int, only: tuple[str, ...], out: Path) -> None:
+    """Compare guided sampling, and two guided calls as one, and write sampling_*.json."""
+    net, guide_net = (networks.random_network(a, k).eval() for k, a in enumerate((networks.SMALL, networks.GUIDE)))
+    if "pair" in only or not only:
+        harness.save(harness.measure(pair_job(net, guide_net), runs, warmup=0), out)
+    if "batched" in only or not only:
+        harness.save(harness.measure(batched_job(freeze_(copy.deepcopy(net))), harness.RUNS), out)
+
+
+def pair_job(net: Precond, guide_net: Precond) -> Job:
+    """The main network led away from a narrower one, all steps."""
+    plain = [PlainNetwork(a, n.state_dict()) for a, n in ((networks.SMALL, net), (networks.GUIDE, guide_net))]
+    frozen = Guided(*(freeze_(copy.deepcopy(n)) for n in (net, guide_net)), _WEIGHT)
+    noise, _, labels = networks.random_batch(networks.SMALL, _BATCH)
+    ways = {"plain": partial(guided_heun, *plain, _WEIGHT), "frozen": partial(edm_sampler, frozen)}
+    work = sum(evaluation_cost(a).multiply_adds for a in (networks.SMALL, networks.GUIDE)) * _BATCH * _EVALUATIONS
+    images = {way: run(noise, labels, num_steps=_STEPS) for way, run in ways.items()}
+    return Job(
+        "sampling_guided_pair",
+        {way: partial(run, noise, labels, num_steps=_STEPS) for way, run in ways.items()},
+        work=Work(work, "multiply-adds", "matmul_fp32"),
+        goals={"frozen": 1.8},
+        errors={way: relative_error(found, images["plain"]) for way, found in images.items()},
+        error_kind="of the finished images, relative norm, at the same noise",
+        notes={"images": _BATCH, "steps": _STEPS, "weight": _WEIGHT},
+    )
+
+
+def batched_job(net: Precond) -> Job:
+    """The main network and itself with attention perturbed (PAG): two calls, or one of twice the batch."""
+    batch = networks.random_batch(networks.SMALL, 4)
+    x = batch.x * batch.sigma.reshape(-1, 1, 1, 1)
+    perturbed = PAG.negative(Parts(net), pag_blocks=None)
+    assert isinstance(perturbed, Perturbed)
+    ways = {"two calls": Guided(net, perturbed, 2.0), "one call": guide(Choice("pag", 2.0), Parts(net))}
+    D = {way: way_to(x, batch.sigma, batch.labels) for way, way_to in ways.items()}
+    return Job(
+        "sampling_batched_calls",
+        {way: partial(way_to, x, batch.sigma, batch.labels) for way, way_to in ways.items()},
+        work=Work(2 * len(x) * evaluation_cost(networks.SMALL).multiply_adds, "multiply-adds", "matmul_fp32"),
+        errors={way: relative_error(found, D["two calls"]) for way, found in D.items()},
+        error_kind="of guided D, relative norm",
+        notes={"images": len(x), "plain": "here: the frozen network, called twice"},
+    )
+
+
+if __name__ == "__main__":
+    main()

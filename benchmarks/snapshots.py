@@ -1,0 +1,146 @@
+"""Writing and reading snapshots of edm2-img512-xxs: time, and memory that writing adds."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import harness, plain_io
+from benchmarks.harness import Job, Work
+from torch_utils import cli
+from training.config import config_from_dict, preset_path, read_yaml
+from training.networks import Precond, full_architecture
+from training.snapshot import Header, load_snapshot, save_snapshot
+
+
+@click.command(cls=cli.Command)
+@click.option("--runs", default=harness.RUNS, show_default=True, help="Times that the contenders take turns.")
+@click.option("--only", type=click.Choice(["save", "save_to_disk", "load"]), multiple=True, help="These jobs.")
+@click.option("--preset", default="edm2-img512-xxs", show_default=True, help="Whose architecture.")
+@click.option("--out", type=click.Path(path_type=Path), default=harness.RECORDS, help="Folder of the records.")
+@click.option("--worker", nargs=2, hidden=True, help="Be a process whose memory is measured: WAY PRESET.")
+def main(runs: int, only: tuple[str, ...], preset: str, out: Path, worker: tuple[str, str] | None) -> None:
+    """Compare with a copied network in torch's own file, and write snapshot_*.json."""
+    if worker:
+        print(json.dumps(added_memory(*worker)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        for job in jobs(Path(name), preset):
+            if not only or job.name.removeprefix("snapshot_") in only:
+                harness.save(harness.measure(job, runs), out)
+
+
+def jobs(folder: Path, preset: str) -> list[Job]:
+    """Saving as far as the operating system's cache, saving to disk, and loading as float32."""
+    net, arguments = make_network(preset), architecture(preset)
+    ours = partial(save, net, Header(arguments, {"kind": "rgb"}, 1 << 23, 0.05), folder / "ours")
+    plain = partial(plain_io.save_network, folder / "plain", net)
+    ours()
+    plain()
+    work = partial(Work, os.path.getsize(folder / "ours"), "bytes")
+    memory = {way: memory_of(way, preset) for way in ("plain", "tensor by tensor")}
+    notes = {"parameters": sum(p.numel() for p in net.parameters())}
+    load = {
+        "plain": partial(plain_io.load_network, folder / "plain", **arguments),
+        "load_snapshot": lambda: load_snapshot(folder / "ours").net,
+    }
+    return [
+        Job(
+            "snapshot_save",
+            {"plain": plain, "tensor by tensor": partial(not_flushed, ours)},
+            work=work("memory_copy"),
+            goals={"tensor by tensor": 2},
+            notes={**notes, "added_memory_bytes": memory, "flushed": False},
+        ),
+        Job(
+            "snapshot_save_to_disk",
+            {"plain": partial(flushed, plain, folder / "plain"), "tensor by tensor": ours},
+            work=work(None),
+            notes={**notes, "flushed": True},
+        ),
+        Job(
+            "snapshot_load",
+            load,
+            work=work("file_read"),
+            goals={"load_snapshot": 4},
+            errors={"load_snapshot": difference(load["load_snapshot"](), load["plain"]())},
+            error_kind="of the weights, relative norm",
+            notes=notes,
+        ),
+    ]
+
+
+def architecture(preset: str) -> dict[str, Any]:
+    """Precond's arguments for a preset."""
+    config = config_from_dict(read_yaml(preset_path(preset)), preset)
+    size, channels = (64, 3) if "img64" in preset else (64, 4)
+    return full_architecture(size, channels, 1000, config.sigma_data, config.network)
+
+
+def make_network(preset: str) -> Precond:
+    torch.manual_seed(0)
+    return Precond(**architecture(preset)).requires_grad_(False)
+
+
+def save(net: Precond, header: Header, path: Path) -> None:
+    """What training does."""
+    save_snapshot(path, net.state_dict(), header)
+
+
+def not_flushed(run: Callable[[], None]) -> None:
+    """As far as the operating system's cache, where the plain way stops."""
+    with mock.patch("os.fsync"):
+        run()
+
+
+def flushed(run: Callable[[], None], path: Path) -> None:
+    """To the disk, as snapshots always are."""
+    run()
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def difference(net: Precond, plain: Precond) -> float:
+    state, other = net.state_dict(), plain.state_dict()
+    return harness.relative_error(*(torch.cat([part[name].flatten() for name in other]) for part in (state, other)))
+
+
+def memory_of(way: str, preset: str) -> int:
+    """Bytes that saving adds to the peak of a process of its own."""
+    command = [sys.executable, __file__, "--worker", way, preset]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def added_memory(way: str, preset: str) -> int:
+    """Bytes that saving adds to this process, which holds the network already and has saved a tiny one."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "network"
+        tiny = Precond(8, 3, 0, model_channels=8, channel_mult=[1], attn_resolutions=[], channels_per_head=8)
+        for net in (tiny, make_network(preset)):
+            before = peak_rss()
+            if way == "plain":
+                plain_io.save_network(path, net)
+            else:
+                save(net, Header(architecture(preset), {"kind": "rgb"}, 1 << 23, 0.05), path)
+    return peak_rss() - before
+
+
+def peak_rss() -> int:
+    """The most bytes that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Trainers to measure: the real training step on made-up images, without a data set or a run folder."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from torch_utils import dist
+from training.config import TrainConfig, config_from_dict, preset_path, read_yaml
+from training.encoders import RGBEncoder
+from training.loop import Trainer
+from training.networks import full_architecture
+from training.order import MicroBatch
+from training.snapshot import Header
+
+SMALL = {"model_channels": 64, "channel_mult": [1, 2, 2], "num_blocks": 2}
+
+
+def preset_config(preset: str, **changes: Any) -> TrainConfig:
+    """A preset's configuration with `changes`."""
+    return config_from_dict({**read_yaml(preset_path(preset)), **changes}, preset)
+
+
+def make_trainer(
+    config: TrainConfig, resolution: int = 32, channels: int = 3, classes: int = 10, device: torch.device | str = "cpu"
+) -> Trainer:
+    """A trainer as train.py makes it; images are its latents."""
+    architecture = full_architecture(resolution, channels, classes, config.sigma_data, config.network)
+    header = Header(architecture, {"kind": "rgb"}, 0, None)
+    return Trainer(config, header, RGBEncoder(), torch.device(device))
+
+
+def images_for(trainer: Trainer, batch: int) -> Iterator[MicroBatch]:
+    """The same `batch` random images over and over, under new positions in the order."""
+    net = trainer.net
+    shape = (batch, net.img_channels, net.img_resolution, net.img_resolution)
+    raw = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(dist.rank()))
+    labels = torch.eye(max(net.label_dim, 1))[torch.arange(batch) % max(net.label_dim, 1)]
+    for first in itertools.count(dist.rank() * batch, batch * dist.world_size()):
+        yield MicroBatch(raw, labels, torch.arange(first, first + batch))
+
+
+class Clock:
+    """Seconds spent in functions, by name; each call to `watch` puts a stopwatch around one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def watch(self, owner: object, method: str, name: str) -> None:
+        """Time every call of `owner.method` from now on under `name`."""
+        setattr(owner, method, self.timed(getattr(owner, method), name))
+
+    def timed(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+        return run

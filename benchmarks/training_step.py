@@ -1,0 +1,90 @@
+"""One training step with Adam and both averages: plain, and as the training loop takes it."""
+
+import statistics
+import sys
+from pathlib import Path
+
+import click
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import harness, networks
+from benchmarks.harness import Job, Work
+from benchmarks.plain import PlainTraining
+from torch_utils import cli
+from training.config import TrainConfig
+from training.encoders import make_encoder
+from training.flops import evaluation_cost
+from training.loop import Trainer
+from training.order import MicroBatch
+from training.phema import std_to_exp
+from training.snapshot import Header
+
+JOBS = {"training_small": (networks.SMALL, 16), "training_xs64": (networks.XS64, 4)}
+_LR = 1e-3
+CPU = torch.device("cpu")
+
+
+@click.command(cls=cli.Command)
+@click.option("--runs", default=harness.RUNS, show_default=True, help="Times that the contenders take turns.")
+@click.option("--only", type=click.Choice(list(JOBS)), multiple=True, help="These jobs.")
+@click.option("--out", type=click.Path(path_type=Path), default=harness.RECORDS, help="Folder of the records.")
+def main(runs: int, only: tuple[str, ...], out: Path) -> None:
+    """Compare training steps, and what of them the averages cost, and write training_*.json."""
+    for name in only or JOBS:
+        record = harness.measure(make_job(name), runs, warmup=1)
+        notes, step_sec = record["notes"], record["contenders"]["training loop"]["median_sec"]
+        notes["averages_share"] = notes["averages_sec"] / step_sec
+        print(f"both averages take {notes['averages_share']:.1%} of a step")
+        harness.save(record, out)
+
+
+def make_job(name: str) -> Job:
+    """Build both ways to train one network from the same weights, on images of noise."""
+    architecture, size = JOBS[name]
+    state = networks.random_network(architecture).state_dict()
+    config = TrainConfig(batch_size=size, ref_lr=_LR, ref_batches=0, rampup_nimg=0)
+    trainer = Trainer(config, Header(architecture, {"kind": "rgb"}, 0, None), make_encoder({"kind": "rgb"}), CPU)
+    trainer.net.load_state_dict(state)
+    plain = PlainTraining(architecture, state, tuple(std_to_exp(config.ema_stds)), config.P_mean, config.P_std)
+    labels = networks.random_batch(architecture, size).labels
+    raw = torch.randint(256, [size, 3, *2 * [architecture["img_resolution"]]]).to(torch.uint8)
+    images = raw.float() / 127.5 - 1
+    batch = MicroBatch(raw, labels, torch.arange(size))
+    errors = compare(plain, trainer, images, labels)
+    averages = harness.interleave({"both": lambda: trainer.ema.update(size, size)})["both"]
+    return Job(
+        name,
+        {
+            "plain": lambda: plain.step(images, labels, _LR),
+            "training loop": lambda: trainer.step(iter([batch]), rounds=1),
+        },
+        # backward is two of forward's products for each
+        work=Work(3 * size * evaluation_cost(architecture).multiply_adds, "multiply-adds", "matmul_fp32"),
+        goals={"training loop": 1.3},
+        errors={"training loop": errors["gradient"]},
+        error_kind="of the gradient at the same weights and noise, relative norm",
+        notes={"batch": size, "error_of_loss": errors["loss"], "averages_sec": statistics.median(averages)},
+    )
+
+
+def compare(plain: PlainTraining, trainer: Trainer, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Relative errors of the loss and of its gradient by all weights, at the same draws."""
+    torch.manual_seed(0)
+    expected = plain.loss(images, labels)
+    expected.sum().backward()
+    torch.manual_seed(0)
+    found = trainer.loss_fn(trainer.net, images, labels)
+    found.sum().backward()
+    pairs = [(p.grad.flatten(), plain.weights[n].grad.flatten()) for n, p in trainer.net.named_parameters()]
+    ours, theirs = (torch.cat(side) for side in zip(*pairs, strict=True))
+    errors = {"loss": harness.relative_error(found.detach(), expected.detach())}
+    errors["gradient"] = harness.relative_error(ours, theirs)
+    trainer.optimizer.zero_grad()
+    plain.adam.zero_grad()
+    return errors
+
+
+if __name__ == "__main__":
+    main()
