@@ -52,18 +52,18 @@ def main(runs: int, only: tuple[str, ...], preset: str, out: Path, worker: tuple
             if count == min(GOALS):
                 contenders[f"{count}, not flushed"] = partial(not_flushed, partial(one_pass, folder, count))
         seconds = harness.interleave(contenders, runs, 1)
-        error = compare(folder)
+        error, plain_bytes = compare(folder), memory_of("plain", folder, 1)
         for count in counts:
-            harness.save(describe(count, seconds, folder, error), out)
+            memory = {"plain": plain_bytes, "one pass": memory_of("one pass", folder, count)}
+            harness.save(describe(count, seconds, folder, error, memory), out)
 
 
-def describe(count: int, seconds: dict[str, list[float]], folder: Path, error: float) -> dict:
+def describe(count: int, seconds: dict[str, list[float]], folder: Path, error: float, memory: dict[str, int]) -> dict:
     """The record of `count` outputs. The plain way does one after another: each takes as long as the first."""
     labels = {"plain": "plain", f"{count}": "one pass", f"{count}, not flushed": "one pass, not flushed to disk"}
     chosen = {labels[label]: found for label, found in seconds.items() if label in labels}
     read = sum(path.stat().st_size for path in folder.glob("network*"))
     written = sum(path.stat().st_size for path in folder.glob("out/0.safetensors"))
-    memory = {way: memory_of(way, folder, count) for way in ("plain", "one pass")}
     job = Job(
         f"posthoc_ema_{count:02d}",
         dict.fromkeys(chosen),
@@ -126,13 +126,13 @@ def memory_of(way: str, folder: Path, count: int) -> int:
 
 
 def added_memory(way: str, folder: Path, count: int) -> int:
-    """Bytes that the work adds to this process's peak; the plain way needs no more for many outputs than for one."""
+    """Bytes that the work adds to this process's peak."""
     plan(folder, count)
     with tempfile.TemporaryDirectory() as name:
         for path in folder.glob("network*"):
             os.symlink(path, Path(name) / path.name)
         before = peak_rss()
-        one_pass(Path(name), count) if way == "one pass" else one_by_one(Path(name), 1)
+        one_pass(Path(name), count) if way == "one pass" else one_by_one(Path(name), count)
     return peak_rss() - before
 
 

@@ -64,7 +64,7 @@ def batched_job(net: Precond) -> Job:
     """The main network and itself with attention perturbed (PAG): two calls, or one of twice the batch."""
     batch = networks.random_batch(networks.SMALL, 4)
     x = batch.x * batch.sigma.reshape(-1, 1, 1, 1)
-    perturbed = PAG.negative(Parts(net), pag_blocks=None)
+    perturbed = PAG.negative(Parts(net), **{option.keyword: option.default for option in PAG.options})
     assert isinstance(perturbed, Perturbed)
     ways = {"two calls": Guided(net, perturbed, 2.0), "one call": guide(Choice("pag", 2.0), Parts(net))}
     D = {way: way_to(x, batch.sigma, batch.labels) for way, way_to in ways.items()}

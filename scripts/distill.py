@@ -118,14 +118,16 @@ def _check_request(request: Request) -> None:
 def check_teacher(teacher: Denoiser, sigmas: torch.Tensor, shape: tuple[int, int, int], label_dim: int) -> None:
     """ValueError where `teacher` moves images between evaluations, which no network could learn."""
     device = sigmas.device
-    x = StackedGenerator(device, [0]).randn([1, *shape]) * sigmas[0]
-    labels = torch.eye(label_dim, device=device)[:1] if label_dim else None
-    step = for_step(for_images(teacher, StackedGenerator(device, [0])), 0, sigmas)
-    with torch.no_grad():
-        step(x, sigmas[0], labels)
-        moved = after_step(step, x, 0, sigmas)
-    if not torch.equal(moved, x):
-        raise ValueError("this guidance moves images after each step instead of changing D: no network can learn it")
+    own = StackedGenerator(device, [0])
+    x, labels = own.randn([1, *shape]), torch.eye(label_dim, device=device)[:1] if label_dim else None
+    teacher = for_images(teacher, own)
+    for i in range(len(sigmas) - 1):
+        step = for_step(teacher, i, sigmas)
+        with torch.no_grad():
+            step(x * sigmas[i], sigmas[i], labels)
+            moved = after_step(step, x, i, sigmas)
+        if not torch.equal(moved, x):
+            raise ValueError("this guidance moves images after steps instead of changing D: no network can learn it")
 
 
 def configure(request: Request, options: dict[str, Any], precision: str) -> TrainConfig:

@@ -119,6 +119,7 @@ def crooked(tmp_path):
         (tmp_path / room).mkdir()
         (tmp_path / room / "a.py").write_text("import math\n")
     (tmp_path / "scripts").mkdir()
+    (tmp_path / "benchmarks").mkdir()
     (tmp_path / "scripts" / "tool.py").write_text('if __name__ == "__main__":\n    pass\n')
     (tmp_path / "scripts" / "part.py").write_text("import torch\n")
     (tmp_path / "train.py").write_text("from training.a import x\nfrom guidance.a import y\n")
@@ -137,6 +138,7 @@ def crooked(tmp_path):
         ("pipelines/b.py", "from train import main", "a command line"),
         ("pipelines/b.py", "from scripts.part import x", "scripts is not a room"),
         ("scripts/b.py", "from scripts.tool import x", "a command line"),
+        ("scripts/b.py", "from benchmarks.a import x", "only benchmarks itself uses it"),
         ("metrics/b.py", "try:\n    import matplotlib.pyplot\nexcept ImportError:\n    pass", "inside the function"),
         ("training/b.py", "from torch.utils.tensorboard import SummaryWriter", "inside the function"),
         ("training/b.py", "def f():\n    import torchvision", "torchvision is not used here"),
@@ -157,6 +159,7 @@ def test_a_crooked_import_is_told(crooked, file, source, reason):
         ("metrics/b.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import diffusers"),
         ("pipelines/b.py", "from sampling.a import x\nfrom metrics.a import y"),
         ("scripts/b.py", "from scripts.part import x"),
+        ("benchmarks/b.py", "from scripts.part import x"),
     ],
 )
 def test_a_straight_import_is_left_alone(crooked, file, source):

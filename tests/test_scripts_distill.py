@@ -105,6 +105,16 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(place, whole, tmp_path):
         assert all(torch.equal(ours["ema"][std][name], value) for name, value in average.items())
 
 
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_does(place, whole, tmp_path):
+    words = ["--net", place / "main.safetensors", "--gnet", place / "guide.safetensors", "--guidance", W, "--steps", 8]
+    words += ["--data", place / "data", "--outdir", tmp_path / "run", "--batch", 16, "--duration", 160]
+    done = tiny.run("scripts/distill.py", *words, "--checkpoint", 96, "--workers", 0, "--device", "cpu", ranks=2)
+    assert done.returncode == 0, done.stderr
+    for name, value in final(whole)["net"].items():
+        torch.testing.assert_close(final(tmp_path / "run")["net"][name], value, atol=2e-3, rtol=2e-3, msg=name)
+
+
 def test_an_interval_and_random_draws_can_be_learnt(place, tmp_path):
     run(place, tmp_path / "interval", "--interval", "0.3,5")
     words = ["--net", place / "main.safetensors", "--guidance-method", "tsg", "--guidance", 2, "--data", place / "data"]
@@ -126,7 +136,8 @@ PUSH = "--guidance-method loss --loss-kind colour --loss-colour 9,9,9 --loss-rul
         ([], "there is no guidance to distil"),
         (["--guidance-method", "pag", "--guidance", "2", "--balanced"], "leave out --class and --balanced"),
         (["--guidance-method", "pag", "--guidance", "2", "--guidance-rule", "apg"], "add --apg-momentum 0"),
-        (PUSH.split(), "moves images after each step"),
+        ([*PUSH.split(), "--interval", "0.1,2"], "moves images after steps"),
+        (PUSH.split(), "moves images after steps"),
         (["--guidance-method", "pag", "--guidance", "2", "--data", "other"], "has 3 classes, the network 4"),
     ],
 )

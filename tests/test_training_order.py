@@ -13,6 +13,7 @@ import torch
 
 from tests.pictures import encoded, picture, some_files, with_labels, write_folder, write_zip
 from training.dataset import ImageDataset
+from training.images import encode_png
 from training.order import GlobalOrder, micro_batch_sizes, training_batches
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,7 +79,10 @@ def test_shares_that_would_differ_are_refused(batch_size, world_size):
 
 @pytest.fixture
 def dataset(tmp_path):
-    return ImageDataset(write_zip(tmp_path / "d.zip", with_labels(some_files(11), [k % 3 for k in range(11)])))
+    files = {name: encode_png(picture(k)) for k, name in enumerate(some_files(11))}  # read without decoding
+    dataset = ImageDataset(write_zip(tmp_path / "d.zip", with_labels(files, [k % 3 for k in range(11)])))
+    assert not dataset.needs_decoding
+    return dataset
 
 
 def take(dataset, steps, start=0, batch_size=8, world_size=1, batch_gpu=None, workers=0):

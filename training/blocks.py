@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -58,8 +59,8 @@ class Block(nn.Module):
         self.conv_res0 = MPConv(in_channels if decoder else out_channels, out_channels, [3, 3], SILU_GAIN)
         self.emb_linear = MPConv(emb_channels, out_channels, [])
         self.conv_res1 = MPConv(out_channels, out_channels, [3, 3], SILU_GAIN * res_add)
-        skip = MPConv(in_channels, out_channels, [1, 1], self.res_keep if decoder else 1.0)
-        self.conv_skip = skip if in_channels != out_channels else None
+        skip = partial(MPConv, in_channels, out_channels, [1, 1], self.res_keep if decoder else 1.0)
+        self.conv_skip = skip() if in_channels != out_channels else None
         self.attn_qkv = QKV(out_channels, self.num_heads) if attention else None
         self.attn_proj = MPConv(out_channels, out_channels, [1, 1], attn_add) if attention else None
 

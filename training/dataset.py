@@ -7,7 +7,7 @@ import numpy as np
 from training.archive import open_archive
 from training.images import decode_array
 from training.labels import read_labels
-from training.layout import find_layout
+from training.layout import Layout, find_layout
 
 FILE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".npy")
 CONVERT_HINT = (
@@ -33,7 +33,7 @@ class ImageDataset:
         self._archive = open_archive(path, FILE_EXTENSIONS)
         self._picked = _spread(len(self._archive.names), max_images)
         self._shape, self._dtype = check_first(self._read(0), self._archive.where(self._picked[0]))
-        self._layout = find_layout(self._archive.read(self._picked[0]))
+        self._layout = self._find_layout()
         found = read_labels(self._archive) if use_labels else None
         self.labels = None if found is None else found.classes[self._picked]
         self.label_names = None if found is None else found.class_names
@@ -72,6 +72,14 @@ class ImageDataset:
             raw[k] = self[int(indices[k])][0]
         return raw, labels
 
+    def _find_layout(self) -> Layout | None:
+        """The first file's layout; None where it has none, or cannot be read but by unpacking it."""
+        layout = find_layout(self._archive.read(self._picked[0]))
+        if layout is None:
+            return None
+        *_, whole = self._archive.read_stored(self._picked[:1], layout.num_bytes, len(layout.start))
+        return layout if whole[0] else None
+
     def _read(self, index: int) -> np.ndarray:
         number = self._picked[index]
         return decode_array(self._archive.read(number), self._archive.where(number))
@@ -83,7 +91,7 @@ class ImageDataset:
 
     @property
     def needs_decoding(self) -> bool:
-        """Whether the files, by the first of them, hold something else than the numbers as they are."""
+        """Whether the files, by the first of them, hold something else than the numbers as they are, or compressed."""
         return self._layout is None
 
     @property

@@ -51,7 +51,7 @@ class Layout:
             rows = [np.concatenate([part[:, :, self.margin :] for part in rows], axis=1)]
         values = rows[0].reshape(len(rests), -1).view(self.dtype).reshape(len(rests), *self.shape)
         if self.dtype == np.float16:
-            values = torch.from_numpy(values).float().numpy()  # five times faster than NumPy's
+            values = torch.from_numpy(values).float().numpy()  # NumPy converts halves one by one
         return (values.transpose(0, 3, 1, 2) if self.channels_last else values), fitting
 
 
