@@ -6,11 +6,11 @@ import torch
 from guidance.guided import Guided
 from guidance.interval import GuidanceInterval
 from guidance.mixed import Mixed
-from scripts.toy import training
+from scripts.toy import model, training
 from scripts.toy.closeup import Recorder
 from scripts.toy.methods import METHODS, SIGMA_MAX, Nets, sample, start
 from scripts.toy.mixture import Mixture
-from scripts.toy.model import ScoreDenoiser, ToyNet
+from scripts.toy.model import Blockwise, ScoreDenoiser, ToyNet, fast_score
 from scripts.toy.training import Recipe, load_network, network_path, save_network, train
 from scripts.toy.tree import components
 from tests import golden
@@ -32,6 +32,22 @@ def test_the_network_is_golden():
     net, x, sigma = golden_net(), GOLDEN["points"], GOLDEN["sigma"]
     golden.assert_close(net(x, sigma).detach(), GOLDEN["toynet_logp"], 1e-4)
     golden.assert_close(net.score(x, sigma).detach(), GOLDEN["toynet_score"], 1e-4)
+
+
+def test_the_score_of_many_points_is_that_of_each(monkeypatch):
+    monkeypatch.setattr(model, "_BLOCK", 4)
+    net, x, sigma = golden_net(), GOLDEN["points"][:11], GOLDEN["sigma"][:11]
+    torch.testing.assert_close(fast_score(net, compiled=False)(x, sigma), net.score(x, sigma))
+    sizes = []
+
+    def whole(p, s):
+        sizes.append(len(p))
+        return net.score(p, s) + 100
+
+    mixed = Blockwise(net.score, whole)(x, sigma)
+    assert sizes == [4, 4]  # a rest of another size would have to be compiled anew
+    torch.testing.assert_close(mixed[8:], net.score(x[8:], sigma[8:]))
+    torch.testing.assert_close(mixed[:8], net.score(x[:8], sigma[:8]) + 100)
 
 
 def test_the_score_stays_differentiable_and_works_inside_a_solver():

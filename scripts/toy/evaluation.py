@@ -60,7 +60,7 @@ def evaluate(outdir: Path, seeds: Sequence[int], num: int, compiled: bool) -> di
 
 
 def _rows_of_seed(outdir: Path, seed: int, num: int, compiled: bool) -> list[dict[str, Any]]:
-    nets, noise = load_nets(outdir, seed), start(num, seed)
+    nets, noise = load_nets(outdir, seed, compiled), start(num, seed)
     truth = Mixture(components("A"), compiled)
     yardstick = Yardstick.of(truth, num, seed)
     exact = truth.sample(num, torch.Generator().manual_seed(derive_seed(seed, "toy exact")))

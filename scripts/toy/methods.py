@@ -9,7 +9,7 @@ import torch
 from guidance.registry import Choice, Parts, guide
 from sampling.solvers import edm_sampler
 from scripts.toy.mixture import Mixture
-from scripts.toy.model import ScoreDenoiser
+from scripts.toy.model import ScoreDenoiser, fast_score
 from scripts.toy.training import RECIPES, load_network
 from scripts.toy.tree import components
 from torch_utils.denoiser import Denoiser, for_images
@@ -28,9 +28,9 @@ class Nets:
     both: Denoiser
 
 
-def load_nets(outdir: Path, seed: int) -> Nets:
-    """The three trained networks; raises ValueError where one is missing."""
-    return Nets(**{role: ScoreDenoiser(load_network(outdir, role, seed).score) for role in RECIPES})
+def load_nets(outdir: Path, seed: int, compiled: bool = False) -> Nets:
+    """The three trained networks, by torch.compile if `compiled`; raises ValueError where one is missing."""
+    return Nets(**{role: ScoreDenoiser(fast_score(load_network(outdir, role, seed), compiled)) for role in RECIPES})
 
 
 @dataclass(frozen=True)
