@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts.dataset_workers import num_cpus
 from scripts.toy import evaluation
 from scripts.toy.measures import Yardstick
 from scripts.toy.methods import METHODS, load_nets, sample, start
@@ -67,7 +68,7 @@ def test_the_published_record_shows_the_findings_in_every_seed():
 @pytest.fixture
 def all_cores():
     threads = torch.get_num_threads()
-    torch.set_num_threads(len(torch.multiprocessing.os.sched_getaffinity(0)))
+    torch.set_num_threads(num_cpus())
     yield
     torch.set_num_threads(threads)
 
