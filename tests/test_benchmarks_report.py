@@ -26,7 +26,12 @@ def test_the_documents_are_current():
         assert report.fill_in((report.DOCS / name).read_text(), text) == (report.DOCS / name).read_text(), (
             f"docs/{name} is older than its records: run python benchmarks/report.py"
         )
-    assert (report.DOCS / "growth.png").exists()
+    assert (report.DOCS / "growth.png").exists() == ("growth" in records)
+
+
+def test_the_plot_of_growing_cost_is_shown_once_there_is_one():
+    assert "growth.png" not in report.performance_text({})
+    assert "![" in report.performance_text({"growth": comparison("growth")}).split("### How cost grows")[1]
 
 
 def test_goals_stand_beside_results():
