@@ -43,7 +43,8 @@ def test_the_record_holds_today_s_tables(record):
 
 def test_the_record_s_fits_are_today_s(record):
     for name, kept in record["rebuilt"].items():
-        assert kept == pytest.approx(document._rebuilt(Network(name)), rel=1e-6), AGAIN
+        # an error is the root of what is left of numbers near 1: those near 1e-5 are exact to some 1e-10
+        assert kept == pytest.approx(document._rebuilt(Network(name)), rel=1e-6, abs=1e-9), AGAIN
     # what docs/reproduction.md says of the worst: guides of 128Mi images, and all of training's snapshots would do
     worst = {name: kept for name, kept in record["rebuilt"].items() if kept["error"] > 0.02}
     names = ("s-0134217-0.130", "s-0134217-0.170", "xs-0134217-0.115")

@@ -35,6 +35,7 @@ with dist.session("cpu"):
                       f"{{folder}}/{{name}}-then-alone")
     run("plain-then-lean", "--shard", "true")
     run("lean-then-plain")
+dist.exit_process(0)  # as the command lines do: gloo's threads now and then abort an interpreter that ends by itself
 """
 
 
