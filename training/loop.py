@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -167,6 +168,8 @@ def _distribute(net: Precond, device: torch.device) -> torch.nn.Module:
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     ids = [device] if device.type == "cuda" else None
+    # of 1x1 convolutions: channels last or not is the same memory, told by other strides
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # gradients that are views of what travels: else there is a second copy of them all
     return DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True, **{option: False})
 
