@@ -84,8 +84,7 @@ samples each. The 99% level is that of the exact density; mean log-density, in n
 samples to it; a branch is one of 127, held if it gets at least half of its true mass, otherwise that mass is lost;
 the sliced Wasserstein distance (order 2, 128 directions) is to as many exact samples, so exact samples have one too.
 A sample far from the tree weighs in the mean log-density as hundreds beside it: that is why strong autoguidance lowers
-it although fewer samples lie outside the level. The networks here are pushed too far out where both know little; at
-low noise only (last section) autoguidance does no such thing.
+it although fewer samples lie outside the level. At low noise only (last section) autoguidance raises it.
 
 ## The trade-off
 
