@@ -159,7 +159,7 @@ def table(records: list[dict[str, Any]]) -> str:
             cells = [
                 record["job"],
                 label,
-                _duration(row["median_sec"]),
+                duration(row["median_sec"]),
                 f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})",
                 "" if row["goal"] is None else f"{row['goal']:g}",
                 "" if row["error"] is None else f"{row['error']:.1e}",
@@ -169,7 +169,8 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds for people, in ms below one."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 

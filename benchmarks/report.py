@@ -10,6 +10,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import harness
+from benchmarks.harness import duration
 from benchmarks.plots import growth_plot
 from benchmarks.scaling_report import scaling_text
 from torch_utils import cli
@@ -112,10 +113,6 @@ def goal(row: Mapping[str, Any]) -> str:
     if row.get("goal") is None:
         return ""
     return f"{row['goal']:g}: " + ("reached" if row["ratio"] >= row["goal"] else "**missed**")
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def memory_text(record: Mapping[str, Any]) -> str:
