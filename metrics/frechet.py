@@ -4,8 +4,14 @@ import numpy as np
 import scipy.linalg
 from scipy.linalg import lapack
 
-# The quick route is taken where rounding can move its answer by no more than this share of tr S1 + tr S2.
+# The quick route is taken where rounding is not expected to move its answer by more than this share of tr S1 + tr S2,
 _QUICK_ERROR = 1e-9
+# ... its estimate taken this many times (of 60 pairs of spectra that pass, the worst reached a fifth of the estimate
+# wherever that was above 1e-15 of the traces), ...
+_MARGIN = 10
+# ... and no eigenvalue comes nearer than this to the rounding of the largest: below, the estimate no longer holds.
+_NOISE_DISTANCE = 500
+_TILE = 256
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
@@ -37,25 +43,41 @@ def _checked(mu, sigma, which: str) -> tuple[np.ndarray, np.ndarray]:
         )
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError(f"the {which} distribution holds values that are not finite (NaN or infinity)")
-    if np.abs(sigma - sigma.T).max() > 1e-6 * np.abs(sigma).max():
+    if _asymmetry(sigma) > 1e-6 * max(sigma.max(), -sigma.min()):
         raise ValueError(f"the covariance of the {which} distribution is not symmetric")
     return mu, sigma
+
+
+def _asymmetry(sigma: np.ndarray) -> float:
+    """Largest difference between an entry and its mirror image; tile by tile, as a whole transpose is slow to read."""
+    starts = range(0, len(sigma), _TILE)
+    differences = (
+        sigma[a : a + _TILE, b : b + _TILE] - sigma[b : b + _TILE, a : a + _TILE].T
+        for a in starts
+        for b in starts
+        if a <= b
+    )
+    return max(float(np.abs(difference).max()) for difference in differences)
 
 
 def _trace_sqrt_regular(sigma1: np.ndarray, sigma2: np.ndarray, max_error: float) -> float | None:
     """Trace of (S1 S2)^(1/2) from the eigenvalues of L^T S2 L, where S1 = L L^T; None where too inexact.
 
-    An eigenvalue is exact to `noise`; its root is exact to noise / (2 root), and near zero to the root of noise.
+    An eigenvalue is exact to about `noise`; its root to noise / (2 root). These errors are as often up as down.
     """
     # LAPACK wants columns first: the transpose of a symmetric matrix is itself, and spares a copy
     lower, failed = lapack.dpotrf(sigma1.T, lower=1, clean=0)
     if failed:
         return None
     product, _ = lapack.dsygst(sigma2.T, lower, itype=2, lower=1)
-    eigenvalues = scipy.linalg.eigh(product, lower=True, eigvals_only=True, check_finite=False, driver="evd")
+    eigenvalues = scipy.linalg.eigh(
+        product, lower=True, eigvals_only=True, overwrite_a=True, check_finite=False, driver="evd"
+    )
     noise = np.finfo(np.float64).eps * np.abs(eigenvalues).max() + np.finfo(np.float64).tiny
-    roots = np.sqrt(np.maximum(eigenvalues, noise))
-    if np.sum(noise / roots) + np.sqrt(np.maximum(-eigenvalues, 0)).sum() > max_error:
+    if eigenvalues.min() < _NOISE_DISTANCE * noise:
+        return None
+    roots = np.sqrt(eigenvalues)
+    if _MARGIN * np.linalg.norm(noise / (2 * roots)) > max_error:
         return None
     return float(roots.sum())
 

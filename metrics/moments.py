@@ -25,23 +25,23 @@ class Moments:
         self._count = 0
         self._sum = torch.zeros(num_features, dtype=torch.float64, device=self._device)
         self._outer = torch.zeros(num_features, num_features, dtype=torch.float64, device=self._device)
-        self._buffer: list[torch.Tensor] = []
+        self._buffer = torch.empty(_BUFFER_ROWS, num_features, dtype=torch.float64, device=self._device)
         self._buffered_rows = 0
 
     def add(self, features: torch.Tensor) -> None:
         """Take in rows, float32 [N, F]; N may be 0. Raises ValueError for another shape."""
         if features.ndim != 2 or features.shape[1] != self.num_features:
             raise ValueError(f"features have shape {list(features.shape)}; expected [N, {self.num_features}]")
-        self._buffer.append(features.detach().to(self._device))
-        self._buffered_rows += len(features)
-        if self._buffered_rows >= _BUFFER_ROWS:
-            self._flush()
+        for part in features.detach().to(self._device).split(_BUFFER_ROWS):
+            if self._buffered_rows + len(part) > _BUFFER_ROWS:
+                self._flush()
+            self._buffer[self._buffered_rows : self._buffered_rows + len(part)] = part
+            self._buffered_rows += len(part)
 
     def _flush(self) -> None:
         if self._buffered_rows == 0:
             return
-        rows = torch.cat(self._buffer).double()
-        self._buffer, self._buffered_rows = [], 0
+        rows, self._buffered_rows = self._buffer[: self._buffered_rows], 0
         self._count += len(rows)
         self._sum += rows.sum(dim=0)
         for start in range(0, self.num_features, _BLOCK_COLUMNS):

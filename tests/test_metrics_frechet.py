@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from metrics.frechet import frechet_distance
+from metrics.frechet import _trace_sqrt_regular, frechet_distance
 from tests.golden import DATA
 
 
@@ -59,6 +59,20 @@ def test_is_symmetric_and_zero_for_equals(count1, count2):
     assert there == pytest.approx(back, rel=1e-9)
     for one in (first, second):
         assert frechet_distance(*one, *one) <= 1e-9 * np.trace(one[1])
+
+
+@pytest.mark.parametrize("decay", [0.5, 1.0, 2.0, 3.0])
+def test_the_quick_route_is_taken_only_where_it_is_exact(decay):
+    """Common eigenvectors, spectra that fall as features' do: tr (S1 S2)^(1/2) is known."""
+    random = np.random.default_rng(5)
+    basis = np.linalg.qr(random.normal(size=(400, 400)))[0]
+    first, second = np.arange(1, 401.0) ** -decay * random.uniform(0.5, 2, (2, 400))
+    covariances = [(basis * spectrum) @ basis.T for spectrum in (first, second)]
+    traces = first.sum() + second.sum()
+    root = _trace_sqrt_regular(*covariances, max_error=1e-9 * traces)
+    assert (root is not None) == (decay < 3)
+    if root is not None:
+        assert root == pytest.approx(np.sqrt(first * second).sum(), abs=1e-12 * traces)
 
 
 def test_singular_covariances_in_closed_form():
