@@ -39,7 +39,8 @@ class Job:
 
     A contender is called without arguments and does the whole job once; one that does a part of it, and would take
     as long for every other, counts `times` as long. `goals` are the ratios to A to reach, `errors` the numerical
-    differences from A, `error_kind` says how they were measured; `notes` go into the record.
+    differences from A, `error_kind` says how they were measured; `notes` go into the record. `prepare` is called
+    before every run, outside its time.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Job:
     error_kind: str = ""
     notes: Mapping[str, Any] = field(default_factory=dict)
     times: Mapping[str, int] = field(default_factory=dict)
+    prepare: Callable[[], object] = lambda: None
 
 
 def interleave(
@@ -57,8 +59,11 @@ def interleave(
     runs: int = RUNS,
     warmup: int = WARMUP,
     synchronize: Callable[[], object] = lambda: None,
+    prepare: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds of each run of each contender, A B C A B C ...; the first `warmup` rounds are not counted.
+
+    `prepare` is called before every run, outside its time.
 
     From here on the process keeps the memory that it frees. A virtual machine takes ten times as long as a real one to
     hand out a page, which would tell more of the machine than of the contenders.
@@ -67,6 +72,7 @@ def interleave(
     seconds: dict[str, list[float]] = {label: [] for label in contenders}
     for round_number in range(-warmup, runs):
         for label, run in contenders.items():
+            prepare()
             synchronize()
             began = time.perf_counter()
             run()
@@ -88,7 +94,8 @@ def keep_memory() -> None:
 def measure(job: Job, runs: int = RUNS, warmup: int = WARMUP, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Time a job and describe it as a JSON record; prints its table."""
     cuda = torch.device(device).type == "cuda"
-    seconds = interleave(job.contenders, runs, warmup, torch.cuda.synchronize if cuda else lambda: None)
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
+    seconds = interleave(job.contenders, runs, warmup, synchronize, job.prepare)
     return describe(job, seconds, warmup, device)
 
 

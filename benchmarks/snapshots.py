@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,12 +46,14 @@ def main(runs: int, only: tuple[str, ...], preset: str, out: Path, worker: tuple
 def jobs(folder: Path, preset: str) -> list[Job]:
     """Saving as far as the operating system's cache, saving to disk, and loading as float32."""
     net, arguments = make_network(preset), architecture(preset)
-    ours = partial(save, net, Header(arguments, {"kind": "rgb"}, 1 << 23, 0.05), folder / "ours")
-    plain = partial(plain_io.save_network, folder / "plain", net)
-    ours()
-    plain()
+    header = Header(arguments, {"kind": "rgb"}, 1 << 23, 0.05)
+    save(net, header, folder / "ours")
+    plain_io.save_network(folder / "plain", net)
+    ours = partial(save, net, header, folder / "saved" / "ours")
+    plain = partial(plain_io.save_network, folder / "saved" / "plain", net)
     work = partial(Work, os.path.getsize(folder / "ours"), "bytes")
     memory = {way: memory_of(way, preset) for way in ("plain", "tensor by tensor")}
+    remove = partial(empty, folder / "saved")
     notes = {"parameters": sum(p.numel() for p in net.parameters())}
     load = {
         "plain": partial(plain_io.load_network, folder / "plain", **arguments),
@@ -63,12 +66,14 @@ def jobs(folder: Path, preset: str) -> list[Job]:
             work=work("memory_copy"),
             goals={"tensor by tensor": 2},
             notes={**notes, "added_memory_bytes": memory, "flushed": False},
+            prepare=remove,
         ),
         Job(
             "snapshot_save_to_disk",
-            {"plain": partial(flushed, plain, folder / "plain"), "tensor by tensor": ours},
+            {"plain": partial(flushed, plain, folder / "saved" / "plain"), "tensor by tensor": ours},
             work=work(None),
             notes={**notes, "flushed": True},
+            prepare=remove,
         ),
         Job(
             "snapshot_load",
@@ -97,6 +102,12 @@ def make_network(preset: str) -> Precond:
 def save(net: Precond, header: Header, path: Path) -> None:
     """What training does."""
     save_snapshot(path, net.state_dict(), header)
+
+
+def empty(folder: Path) -> None:
+    """Make the folder new: file systems may flush a file at once that takes the place of another."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
 
 
 def not_flushed(run: Callable[[], None]) -> None:

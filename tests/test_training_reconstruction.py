@@ -11,7 +11,6 @@ import torch
 
 from tests import fake_published, golden, runs, tiny
 from tests.runs import STORED, Walk, changed, with_tensors
-from training import averaging
 from training.networks import Precond
 from training.phema import std_to_exp
 from training.reconstruction import plan_outputs, reconstruct, write_outputs
@@ -113,41 +112,6 @@ def test_rounding_is_what_half_precision_inputs_bring(walk, std, dtype, step):
     assert relative(state, exact) == pytest.approx(header.recipe["fit"]["rounding"], rel=0.15)
     if std == 0.05:
         assert header.recipe["fit"]["rounding"] == pytest.approx(1.92e-4 * step, rel=0.01)
-
-
-def exact(inputs: list[Weights], coefficients: np.ndarray, name: str) -> torch.Tensor:
-    pairs = zip(coefficients, inputs, strict=True)
-    return sum(float(coefficient) * weights.tensors[name].double() for coefficient, weights in pairs)
-
-
-def test_sums_in_float32_equal_those_in_float64(walk):
-    [output] = plan_outputs(walk.snapshots, [0.005])
-    assert np.abs(output.coefficients).sum() > 40  # of alternating sign: they sum to 1
-    state, _ = reconstruct(walk.snapshots, 0.005)
-    truth = {name: exact(walk.snapshots, output.coefficients, name) for name in state}
-    assert relative(state, truth) < 2e-6
-
-
-def test_stretches_threads_and_groups_of_inputs_do_not_matter(walk, monkeypatch):
-    whole, _ = reconstruct(walk.snapshots, 0.07)
-    monkeypatch.setattr(averaging, "_INPUTS_AT_ONCE", 3)
-    monkeypatch.setattr(averaging, "_SCRATCH_BYTES", 4 * (1 + 3) * 500)
-    assert averaging._stretch_length(1) == 256
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        state, _ = reconstruct(walk.snapshots, 0.07)
-        assert torch.get_num_threads() == 3  # as the caller had it
-    finally:
-        torch.set_num_threads(threads)
-    assert relative(state, whole) < 2e-7
-
-
-def test_memory_knows_no_number_of_outputs():
-    for count in (1, 8, 31, 128, 1000):
-        scratch = averaging._Scratch(count, num_inputs=48)
-        assert (scratch._sums.numel() + scratch._rows.numel()) * 4 <= averaging._SCRATCH_BYTES
-        assert scratch.sums(count, averaging._stretch_length(count)).shape[0] == count
 
 
 def test_many_outputs_of_one_pass_equal_each_alone(walk, tmp_path):

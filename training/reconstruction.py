@@ -117,7 +117,8 @@ def write_outputs(
             stack.enter_context(SnapshotWriter(path, output.header, shapes))
             for path, output in zip(paths, outputs, strict=True)
         ]
-        for name, values in weighted_sums(inputs, np.stack([output.coefficients for output in outputs])):
+        coefficients = np.stack([output.coefficients for output in outputs])
+        for name, values in weighted_sums(inputs, coefficients, outputs[0].header.dtype):
             for writer, row in zip(writers, values, strict=True):
                 writer.write_part(name, row)
             on_progress(values.shape[1])

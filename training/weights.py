@@ -1,6 +1,7 @@
 """Weights that stay in their file until a stretch of them is asked for."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
@@ -91,7 +92,7 @@ class WeightReader:
     def __init__(self, weights: Weights):
         self.weights = weights
         # read, not mapped: mapped pages of hundreds of files would count as this process's memory
-        self._lock = Lock()  # around seek and read: pread would do without, but Windows has none
+        self._lock = Lock()  # around seek and read, where the system has no preadv (Windows)
         self._file = None if weights.path is None else FileIO(weights.path)
 
     def __enter__(self) -> "WeightReader":
@@ -101,19 +102,34 @@ class WeightReader:
         if self._file is not None:
             self._file.close()
 
+    def dtype(self, name: str) -> torch.dtype:
+        """What the tensor is stored in."""
+        return self.weights.tensors[name].dtype
+
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Values start..stop-1 of the flattened tensor, as stored, [stop - start]; ValueError where the file ends."""
         tensor = self.weights.tensors[name]
         if isinstance(tensor, torch.Tensor):
             return tensor.detach().reshape(-1)[start:stop]
-        assert self._file is not None
         values = torch.empty(stop - start, dtype=tensor.dtype)
-        rest = memoryview(values.view(torch.uint8).numpy())
-        with self._lock:
-            self._file.seek(tensor.offset + start * tensor.dtype.itemsize)
-            while rest:
-                count = self._file.readinto(rest)
-                if not count:
-                    raise ValueError(f"{self.weights.path} was cut short while it was read; copy or write it again")
-                rest = rest[count:]
+        self.read_bytes(name, start, memoryview(values.view(torch.uint8).numpy()))
         return values
+
+    def read_bytes(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of the flattened tensor from value `start` on; ValueError where the file ends."""
+        tensor = self.weights.tensors[name]
+        assert isinstance(tensor, Span)
+        offset = tensor.offset + start * tensor.dtype.itemsize
+        while out:
+            count = self._read_some(out, offset)
+            if not count:
+                raise ValueError(f"{self.weights.path} was cut short while it was read; copy or write it again")
+            out, offset = out[count:], offset + count
+
+    def _read_some(self, out: memoryview, offset: int) -> int:
+        assert self._file is not None
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [out], offset)
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.readinto(out) or 0
