@@ -12,7 +12,6 @@ _WAYS = {"evaluation": ("one evaluation", "C0", "o"), "training": ("a training s
 def growth_plot(records: dict[str, dict[str, Any]], path: Path) -> None:
     """Images a second along every axis that `records`, by job, hold; a panel without a record says so."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(12, 6.6), layout="constrained")
     panels = figure.subplots(2, 3).flatten()
@@ -37,10 +36,7 @@ def growth_plot(records: dict[str, dict[str, Any]], path: Path) -> None:
                 label="as multiply-adds",
             )
         panel.set_xticks([row[axis] for row in rows], [str(row[axis]) for row in rows])
-        panel.minorticks_off()
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.set_ylabel("images a second")
+        _label_log_axis(panel, "images a second")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     _rank_panel(panels[3], records.get("scaling"))
@@ -54,6 +50,15 @@ def _absent(panel: Any, job: str) -> None:
     panel.text(0.5, 0.5, f"no record of {job}", ha="center", va="center", transform=panel.transAxes)
     panel.set_xticks([])
     panel.set_yticks([])
+
+
+def _label_log_axis(panel: Any, label: str) -> None:
+    from matplotlib.ticker import LogLocator
+
+    panel.minorticks_off()
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.set_ylabel(label)
 
 
 def _rank_panel(panel: Any, record: dict[str, Any] | None) -> None:
@@ -97,8 +102,7 @@ def _output_panel(panel: Any, records: dict[str, dict[str, Any]]) -> None:
         panel.loglog(*zip(*chosen, strict=True), marker="o", label=way)
     ticks = sorted({count for _, count, _ in points})
     panel.set_xticks(ticks, [str(count) for count in ticks])
-    panel.minorticks_off()
-    panel.set_ylabel("seconds")
+    _label_log_axis(panel, "seconds")
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
 

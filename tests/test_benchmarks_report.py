@@ -42,6 +42,16 @@ def test_goals_stand_beside_results():
     assert "| **4.00** (3.50 to 4.50) |  | 1.0e-06" in rows["| free"]
 
 
+def test_a_goal_beyond_what_the_machine_computes_is_told():
+    record = comparison("unmet", 4.5) | {"work": {"unit": "multiply-adds"}}
+    record["contenders"]["plain"]["share_of_ceiling"] = 0.25
+    assert "4.5: **missed**, would be 112% of the ceiling" in report.comparison_table([record])
+    record["contenders"]["plain"]["share_of_ceiling"] = 0.2
+    assert "4.5: **missed** |" in report.comparison_table([record])
+    record["contenders"]["plain"]["share_of_ceiling"], record["work"]["unit"] = 0.5, "bytes"  # a cache may beat a copy
+    assert "4.5: **missed** |" in report.comparison_table([record])
+
+
 def test_what_was_not_measured_is_named_with_its_command():
     everything = report.missing_text({})
     assert set(report.benchmarks()) >= {"growth", "memory", "scaling", "gpu"}
@@ -49,6 +59,17 @@ def test_what_was_not_measured_is_named_with_its_command():
         assert f"- `{name}`: " in everything
     assert "`bash benchmarks/gpu.sh`" in everything
     assert "memory" not in report.missing_text({"memory": {"command": "python benchmarks/memory.py"}})
+
+
+def test_half_precision_is_held_against_autocast_and_what_was_skipped_is_told():
+    record = comparison("a", error_bf16=0.0123, error_autocast_bf16=0.0125, skipped={"bf16": "no instructions"})
+    text = report.performance_text({"a": record})
+    assert (
+        "in bf16 differs from float32 by 1.23% (relative norm); the plain network under torch's autocast by 1.25%"
+        in text
+    )
+    assert "- bf16: no instructions" in text.split("### Not measured")[1]
+    assert "autocast" not in report.performance_text({"a": comparison("a")})
 
 
 def test_records_of_one_benchmark_may_have_names_of_their_own():
