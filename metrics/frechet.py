@@ -6,8 +6,8 @@ from scipy.linalg import lapack
 
 # The quick route is taken where rounding is not expected to move its answer by more than this share of tr S1 + tr S2,
 _QUICK_ERROR = 1e-9
-# ... its estimate taken this many times (of 60 pairs of spectra that pass, the worst reached a fifth of the estimate
-# wherever that was above 1e-15 of the traces), ...
+# ... its estimate taken this many times (of 56 pairs of covariances that kept the distance below, none was off by more
+# than a fifth of the estimate, wherever that was above 1e-15 of the traces), ...
 _MARGIN = 10
 # ... and no eigenvalue comes nearer than this to the rounding of the largest: below, the estimate no longer holds.
 _NOISE_DISTANCE = 500
