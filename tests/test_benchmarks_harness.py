@@ -26,6 +26,15 @@ def test_contenders_take_turns_and_warm_up_is_not_counted():
     assert [len(times) for times in seconds.values()] == [2, 2]
 
 
+def test_what_prepares_a_run_comes_before_each_and_outside_its_time(clock):
+    order = []
+    ways = {way: (lambda way=way: (order.append(way), clock(1.0))) for way in ("plain", "fast")}
+    job = Job("prepared", ways, prepare=lambda: (order.append("prepare"), clock(100.0)))
+    record = harness.measure(job, runs=1, warmup=0)
+    assert order == ["prepare", "plain", "prepare", "fast"]
+    assert [row["median_sec"] for row in record["contenders"].values()] == [1, 1]
+
+
 def test_ratios_are_taken_round_by_round_so_that_a_drifting_machine_does_not_count(clock):
     pace = iter([1, 1, 10, 10, 3, 3])
     job = Job("drift", {"plain": lambda: clock(4 * next(pace)), "fast": lambda: clock(2 * next(pace))})

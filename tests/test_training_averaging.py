@@ -70,6 +70,24 @@ def test_inputs_of_several_dtypes_lose_nothing(walk, tmp_path, dtypes):
         assert torch.allclose(state[name].double(), truth, rtol=1e-4, atol=1e-6)
 
 
+def test_files_are_read_alike_where_the_system_has_no_positioned_reads(walk, tmp_path, monkeypatch):
+    """As on Windows: two threads share a file's position."""
+    inputs = open_sources([runs.write(tmp_path, walk.snapshots)])
+    whole, _ = reconstruct(inputs, 0.07)
+    monkeypatch.setattr(averaging, "_SCRATCH_BYTES", (6 * 1 + 4 * 48) * 100)
+    monkeypatch.delattr("os.preadv")
+    state, _ = reconstruct(inputs, 0.07)
+    assert relative(state, whole) < 2e-7
+
+
+def test_a_tensor_in_memory_may_stand_among_those_of_a_file(walk, tmp_path):
+    inputs = open_sources([runs.write(tmp_path, walk.snapshots)])
+    expected, _ = reconstruct(inputs, 0.07)
+    mixed = [runs.with_tensors(w, **{WEIGHT: dict(read_tensors(w.path))[WEIGHT]}) for w in inputs]
+    state, _ = reconstruct(mixed, 0.07)
+    assert torch.equal(state[WEIGHT], expected[WEIGHT])
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_memory_knows_no_number_of_outputs(itemsize):
     for count in (1, 8, 31, 128, 1000):

@@ -131,6 +131,7 @@ def test_convolutions_have_the_gradients_of_torch_whatever_the_size(side):
     (convolve(*last) * factor).sum().backward()
     for found, expected in zip(last, (x, weight), strict=True):
         assert torch.allclose(found.grad, expected.grad, rtol=1e-4, atol=1e-4 * float(expected.grad.abs().max()))
+    assert convolve(last[0][:0], last[1]).shape == (0, 4, side, side)
     frozen = last[0].detach().requires_grad_()
     (convolve(frozen, weight.detach()) * factor).sum().backward()  # a loss that guides asks for this
     assert torch.allclose(frozen.grad, x.grad, rtol=1e-4, atol=1e-4)

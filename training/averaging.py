@@ -92,7 +92,7 @@ class _Scratch:
         stored = self.stored[: len(readers) * size]
         straight, found = memoryview(stored.numpy()), stored.view(dtype).view(len(readers), -1)
         for row, reader in enumerate(readers):
-            if len(dtypes) == 1 and reader.weights.path is not None:
+            if len(dtypes) == 1 and reader.in_file(stretch.name):
                 reader.read_bytes(stretch.name, stretch.start, straight[row * size : (row + 1) * size])
             else:
                 found[row] = reader.read(stretch.name, stretch.start, stretch.stop)

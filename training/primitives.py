@@ -75,7 +75,12 @@ def convolve(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """A linear layer, or a convolution that keeps height and width, by the shape of its weight [out, in, *kernel]."""
     if weight.ndim == 2:
         return nn.functional.linear(x, weight)
-    if weight.requires_grad and weight.shape[-1] > 1 and x.device.type == "cpu" and x[0, 0].numel() >= _LARGE_PIXELS:
+    if (
+        weight.requires_grad
+        and weight.shape[-1] > 1
+        and x.device.type == "cpu"
+        and x.shape[2:].numel() >= _LARGE_PIXELS
+    ):
         return _TrainedConvolution.apply(x, weight)
     return nn.functional.conv2d(x, weight, padding=weight.shape[-1] // 2)
 

@@ -106,6 +106,10 @@ class WeightReader:
         """What the tensor is stored in."""
         return self.weights.tensors[name].dtype
 
+    def in_file(self, name: str) -> bool:
+        """Whether the tensor's bytes are in the file, and not in memory."""
+        return isinstance(self.weights.tensors[name], Span)
+
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Values start..stop-1 of the flattened tensor, as stored, [stop - start]; ValueError where the file ends."""
         tensor = self.weights.tensors[name]
