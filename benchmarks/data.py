@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -13,15 +12,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks import harness
 from benchmarks.harness import Job, Work
 from benchmarks.plain_io import PlainDataset
-from torch_utils import cli
-from training.dataset import ImageDataset
-from training.images import encode_png
-from training.order import GlobalOrder, training_batches
+from edm2kit.cli import click_types as cli
+from edm2kit.data.batches import GlobalOrder, training_batches
+from edm2kit.data.dataset import ImageDataset
+from edm2kit.data.image_files import encode_png
 
 BATCH = 64
 _BATCHES = 30  # of one run; a run after another reads on in the same endless order

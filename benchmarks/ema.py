@@ -14,16 +14,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks import harness, plain_io
 from benchmarks.harness import Job, Work
 from benchmarks.snapshots import architecture, empty, not_flushed, peak_rss
-from torch_utils import cli
-from training.networks import Precond
-from training.reconstruction import plan_outputs, write_outputs
-from training.snapshot import Header, save_snapshot, snapshot_name
-from training.weights import open_sources
+from edm2kit.cli import click_types as cli
+from edm2kit.ema.rebuild import plan_outputs, write_outputs
+from edm2kit.models.edm2 import Precond
+from edm2kit.snapshots.file_format import Header, save_snapshot, snapshot_name
+from edm2kit.snapshots.weights import open_sources
 
 OUTPUTS = (1, 2, 4, 8, 16, 31)
 GOALS = {8: 8.0, 31: 11.0}
@@ -127,8 +125,10 @@ def compare(folder: Path) -> float:
 
 def memory_of(way: str, folder: Path, count: int) -> int:
     """Bytes that the work adds to the peak of a process of its own."""
-    command = [sys.executable, __file__, "--worker", way, str(folder), str(count)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    command = [sys.executable, "-m", "benchmarks.ema", "--worker", way, str(folder), str(count)]
+    return json.loads(
+        subprocess.run(command, check=True, cwd=harness.ROOT, capture_output=True, text=True).stdout.splitlines()[-1]
+    )
 
 
 def added_memory(way: str, folder: Path, count: int) -> int:

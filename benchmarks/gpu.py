@@ -10,13 +10,11 @@ from typing import Any
 import click
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks import harness
 from benchmarks.gpu_items import gpu_setting, items, toy_setting
-from torch_utils import cli
-from torch_utils.files import atomic_write
-from torch_utils.provenance import provenance
+from edm2kit.cli import click_types as cli
+from edm2kit.torch_utils.files import atomic_write
+from edm2kit.torch_utils.provenance import provenance
 
 
 @click.command(cls=cli.Command)
@@ -82,11 +80,11 @@ def run_item(name: str, out: Path, limit_sec: float, toy: bool) -> dict[str, Any
     part = out.with_name(f"{out.stem}-{name}.part")
     part.unlink(missing_ok=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    line = [sys.executable, __file__, "--item", name, "--out", str(part), *(["--toy"] if toy else [])]
+    line = [sys.executable, "-m", "benchmarks.gpu", "--item", name, "--out", str(part), *(["--toy"] if toy else [])]
     click.echo(f"== {name}, at most {limit_sec:.0f} s")
     error = None
     try:
-        if code := subprocess.run(line, timeout=limit_sec).returncode:
+        if code := subprocess.run(line, cwd=harness.ROOT, timeout=limit_sec).returncode:
             error = f"its process ended with exit code {code}"
     except subprocess.TimeoutExpired:
         error = f"it took longer than {limit_sec:.0f} s"

@@ -5,4 +5,4 @@
 # Needs an environment with this project's packages and a CUDA build of PyTorch. Nothing else should use the GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-exec "${PYTHON:-python}" benchmarks/gpu.py "$@"
+exec "${PYTHON:-python}" -m benchmarks.gpu "$@"

@@ -14,15 +14,15 @@ from benchmarks.half_plain import HalfPlainNetwork, HalfPlainTraining
 from benchmarks.harness import Work
 from benchmarks.plain import guided_heun
 from benchmarks.trainers import images_for, make_trainer, preset_config
-from guidance.guided import Guided
-from sampling.solvers import edm_sampler
-from training.config import TrainConfig
-from training.flops import evaluation_cost
-from training.forecast import make_forecast
-from training.inference import freeze_
-from training.loop import COMPUTE_DTYPES, Trainer
-from training.networks import Precond, full_architecture
-from training.phema import std_to_exp
+from edm2kit.ema.power_function import std_to_exp
+from edm2kit.guidance.guided import Guided
+from edm2kit.models.cost import evaluation_cost
+from edm2kit.models.edm2 import Precond, full_architecture
+from edm2kit.models.frozen import freeze_
+from edm2kit.sampling.solvers import edm_sampler
+from edm2kit.training.config import TrainConfig
+from edm2kit.training.forecast import make_forecast
+from edm2kit.training.loop import COMPUTE_DTYPES, Trainer
 
 GOALS = {"training": 2.0, "guided": 2.5}  # ratios to plain, by the fastest way
 Contenders = dict[str, Callable[[], object]]

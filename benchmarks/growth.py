@@ -10,16 +10,14 @@ from typing import Any
 import click
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks import harness
 from benchmarks.trainers import SMALL, images_for, make_trainer
-from torch_utils import cli
-from torch_utils.provenance import provenance
-from training.config import TrainConfig
-from training.flops import evaluation_cost
-from training.inference import freeze_
-from training.networks import Precond, full_architecture
+from edm2kit.cli import click_types as cli
+from edm2kit.models.cost import evaluation_cost
+from edm2kit.models.edm2 import Precond, full_architecture
+from edm2kit.models.frozen import freeze_
+from edm2kit.torch_utils.provenance import provenance
+from edm2kit.training.config import TrainConfig
 
 BASE = {"batch": 8, "resolution": 32, "channels": 32}
 AXES = {"batch": (1, 2, 4, 8, 16, 32), "resolution": (8, 16, 32, 64), "channels": (16, 32, 64, 128)}

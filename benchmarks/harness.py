@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from torch_utils.files import atomic_write
-from torch_utils.provenance import provenance
+from edm2kit.torch_utils.files import atomic_write
+from edm2kit.torch_utils.provenance import provenance
 
-RECORDS = Path(__file__).parent / "records"
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "benchmarks" / "records"
 RUNS, WARMUP = 7, 2
 
 

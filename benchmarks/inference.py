@@ -1,21 +1,18 @@
 """One evaluation of a network: plain, as a user gets it (frozen), and compiled."""
 
 import copy
-import sys
 from pathlib import Path
 
 import click
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks import harness, networks
 from benchmarks.harness import Job, Work, relative_error
 from benchmarks.plain import PlainNetwork
-from torch_utils import cli
-from torch_utils.precision import slow_precision
-from training.flops import evaluation_cost
-from training.inference import compile_, freeze_
+from edm2kit.cli import click_types as cli
+from edm2kit.models.cost import evaluation_cost
+from edm2kit.models.frozen import compile_, freeze_
+from edm2kit.torch_utils.precision import slow_precision
 
 # job -> architecture, batch size, goals
 JOBS = {

@@ -12,15 +12,14 @@ from typing import Any
 import click
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks import harness
 from benchmarks.trainers import SMALL, images_for, make_trainer, preset_config
-from torch_utils import cli, dist
-from torch_utils.provenance import provenance
-from training.config import TrainConfig
-from training.forecast import make_forecast
-from training.networks import full_architecture
+from edm2kit.cli import click_types as cli
+from edm2kit.models.edm2 import full_architecture
+from edm2kit.torch_utils import dist
+from edm2kit.torch_utils.provenance import provenance
+from edm2kit.training.config import TrainConfig
+from edm2kit.training.forecast import make_forecast
 
 # name -> (ranks, options of the run)
 SETTINGS = {
@@ -64,10 +63,16 @@ def _run(name: str, channels: int, batch: int, resolution: int) -> dict[str, Any
     ranks = SETTINGS[name][0]
     with tempfile.TemporaryDirectory() as folder:
         options = {"--worker": name, "--channels": channels, "--batch": batch, "--resolution": resolution}
-        worker = [__file__, *(str(part) for option in options.items() for part in option), "--out", folder]
+        worker = [
+            "-m",
+            "benchmarks.memory",
+            *(str(part) for option in options.items() for part in option),
+            "--out",
+            folder,
+        ]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
         line = [sys.executable, *launcher, *worker]
-        subprocess.run(line, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        subprocess.run(line, check=True, cwd=harness.ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
         found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
     measured, forecast = max(part["measured_bytes"] for part in found), found[0]["forecast_bytes"]
     return {"name": name, "ranks": ranks, **found[0], "measured_bytes": measured, "error": measured / forecast - 1}

@@ -1,6 +1,5 @@
 """Frechet distances, covariances, and the detectors' images a second."""
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,15 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks import harness, plain_detectors, plain_io
 from benchmarks.harness import Job, Work
-from metrics.dinov2 import DINOv2ViT
-from metrics.frechet import frechet_distance
-from metrics.inception import InceptionV3
-from metrics.moments import Moments
-from torch_utils import cli
+from edm2kit.cli import click_types as cli
+from edm2kit.metrics.detectors.dinov2 import DINOv2ViT
+from edm2kit.metrics.detectors.inception import InceptionV3
+from edm2kit.metrics.frechet import frechet_distance
+from edm2kit.metrics.moments import Moments
 
 _ROWS, _BATCH = 8192, 64
 _IMAGES = {"inception": 16, "dinov2": 2}

@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from metrics.dinov2 import Attention, DINOv2ViT
-from metrics.inception import MIXED, STEM, ConvNormRelu, InceptionV3, _run_branch
-from metrics.preprocess import as_rgb, resize_bilinear_tf1
+from edm2kit.metrics.detectors.dinov2 import Attention, DINOv2ViT
+from edm2kit.metrics.detectors.inception import MIXED, STEM, ConvNormRelu, InceptionV3, _run_branch
+from edm2kit.metrics.detectors.preprocess import as_rgb, resize_bilinear_tf1
 
 
 class _Conv(ConvNormRelu):

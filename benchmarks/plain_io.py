@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from training.networks import Precond
+from edm2kit.models.edm2 import Precond
 
 
 class PlainDataset:

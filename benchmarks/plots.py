@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.growth import UNITS
-from torch_utils.files import atomic_write
+from edm2kit.torch_utils.files import atomic_write
 
 _WAYS = {"evaluation": ("one evaluation", "C0", "o"), "training": ("a training step", "C1", "s")}
 

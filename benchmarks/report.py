@@ -1,20 +1,17 @@
 """Write what the records say into the documents: docs/performance.md, docs/scaling.md and the plot of growing cost."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks import harness
 from benchmarks.harness import duration
 from benchmarks.plots import growth_plot
 from benchmarks.scaling_report import scaling_text
-from torch_utils import cli
-from torch_utils.files import atomic_write
+from edm2kit.cli import click_types as cli
+from edm2kit.torch_utils.files import atomic_write
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- records: begin -->", "<!-- records: end -->"
@@ -191,7 +188,7 @@ def missing_text(records: Records) -> str:
         if name == _NO_GPU:
             lines.append("- `gpu`: none of the machines behind these records has a GPU; `bash benchmarks/gpu.sh`")
         else:
-            lines.append(f"- `{name}`: `python benchmarks/{name}.py`")
+            lines.append(f"- `{name}`: `python -m benchmarks.{name}`")
     skipped = {
         f"- {way}: {reason}"
         for record in records.values()

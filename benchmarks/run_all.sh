@@ -12,9 +12,9 @@ for file in benchmarks/*.py; do
     if ! grep -q __main__ "$file" || [[ $name == report || $name == gpu ]]; then continue; fi
     if [[ $# -gt 0 && " $* " != *" $name "* ]]; then continue; fi
     echo "== $name"
-    "$python" "$file" || failed+=("$name")
+    "$python" -m "benchmarks.$name" || failed+=("$name")
 done
-"$python" benchmarks/report.py || failed+=(report)
+"$python" -m benchmarks.report || failed+=(report)
 if [[ ${#failed[@]} -gt 0 ]]; then
     echo "failed: ${failed[*]}"
     exit 1

@@ -1,27 +1,24 @@
 """Whole guided images: two networks, 32 Heun steps, plain and as a user gets them."""
 
 import copy
-import sys
 from functools import partial
 from pathlib import Path
 
 import click
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks import harness, networks
 from benchmarks.harness import Job, Work, relative_error
 from benchmarks.plain import PlainNetwork, guided_heun
-from guidance.guided import Guided
-from guidance.pag import METHOD as PAG
-from guidance.perturbed import Perturbed
-from guidance.registry import Choice, Parts, guide
-from sampling.solvers import edm_sampler
-from torch_utils import cli
-from training.flops import evaluation_cost
-from training.inference import freeze_
-from training.networks import Precond
+from edm2kit.cli import click_types as cli
+from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.network_call import Perturbed
+from edm2kit.guidance.own_network.pag import METHOD as PAG
+from edm2kit.guidance.registry import Choice, Parts, guide
+from edm2kit.models.cost import evaluation_cost
+from edm2kit.models.edm2 import Precond
+from edm2kit.models.frozen import freeze_
+from edm2kit.sampling.solvers import edm_sampler
 
 _STEPS, _BATCH, _WEIGHT = 32, 8, 1.7
 _EVALUATIONS = 2 * _STEPS - 1

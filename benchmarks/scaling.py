@@ -20,19 +20,18 @@ import torch
 from PIL import Image
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks import harness
 from benchmarks.step_model import BACKWARD_COST, Job, Links, Machine, all_reduce_sec, step_time
 from benchmarks.trainers import SMALL, Clock, images_for, make_trainer, preset_config
-from torch_utils import cli, dist
-from torch_utils.provenance import provenance
-from training.config import TrainConfig, preset_names
-from training.flops import evaluation_cost
-from training.images import decode_array
-from training.loop import Trainer
-from training.networks import full_architecture
-from training.order import MicroBatch
+from edm2kit.cli import click_types as cli
+from edm2kit.data.batches import MicroBatch
+from edm2kit.data.image_files import decode_array
+from edm2kit.models.cost import evaluation_cost
+from edm2kit.models.edm2 import full_architecture
+from edm2kit.torch_utils import dist
+from edm2kit.torch_utils.provenance import provenance
+from edm2kit.training.config import TrainConfig, preset_names
+from edm2kit.training.loop import Trainer
 
 GOAL = 0.85
 # way -> processes, share of the batch
@@ -70,10 +69,10 @@ def _run(way: str, folder: Path, steps: int, batch: int, channels: int) -> list[
     """What each process of one way found."""
     processes, share = WAYS[way]
     options = {"--steps": steps, "--batch": round(batch * share), "--channels": channels, "--out": folder}
-    worker = [__file__, "--worker", *(str(part) for option in options.items() for part in option)]
+    worker = ["-m", "benchmarks.scaling", "--worker", *(str(part) for option in options.items() for part in option)]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if processes > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_RANK": "0"}
-    subprocess.run([sys.executable, *launcher, *worker], env=environment, check=True)
+    subprocess.run([sys.executable, *launcher, *worker], env=environment, cwd=harness.ROOT, check=True)
     return [json.loads((folder / f"{k}.json").read_text()) for k in range(processes)]
 
 

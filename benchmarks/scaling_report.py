@@ -28,7 +28,7 @@ def scaling_text(records: Mapping[str, dict[str, Any]]) -> str:
     """The generated part of docs/scaling.md."""
     record = records.get("scaling")
     if record is None:
-        return "No record yet: `python benchmarks/scaling.py`."
+        return "No record yet: `python -m benchmarks.scaling`."
     parts = [
         "## Two ranks, measured",
         measured_text(record),

@@ -16,14 +16,12 @@ from unittest import mock
 import click
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks import harness, plain_io
 from benchmarks.harness import Job, Work
-from torch_utils import cli
-from training.config import config_from_dict, preset_path, read_yaml
-from training.networks import Precond, full_architecture
-from training.snapshot import Header, load_snapshot, save_snapshot
+from edm2kit.cli import click_types as cli
+from edm2kit.models.edm2 import Precond, full_architecture
+from edm2kit.snapshots.file_format import Header, load_snapshot, save_snapshot
+from edm2kit.training.config import config_from_dict, preset_path, read_yaml
 
 
 @click.command(cls=cli.Command)
@@ -130,8 +128,10 @@ def difference(net: Precond, plain: Precond) -> float:
 
 def memory_of(way: str, preset: str) -> int:
     """Bytes that saving adds to the peak of a process of its own."""
-    command = [sys.executable, __file__, "--worker", way, preset]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    command = [sys.executable, "-m", "benchmarks.snapshots", "--worker", way, preset]
+    return json.loads(
+        subprocess.run(command, check=True, cwd=harness.ROOT, capture_output=True, text=True).stdout.splitlines()[-1]
+    )
 
 
 def added_memory(way: str, preset: str) -> int:

@@ -1,6 +1,5 @@
 """One training iteration of the toy's main network, by two ways to the exact score."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,18 +7,16 @@ from types import SimpleNamespace
 import click
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks import harness
 from benchmarks.harness import Job, Work
 from benchmarks.plain_io import EigenMixture
-from scripts.toy.mixture import Mixture, can_compile
-from scripts.toy.model import ToyNet
-from scripts.toy.training import BATCH_SIZE, EMA_STD, RECIPES, REF_LR, noisy_batch, score_matching_loss
-from scripts.toy.tree import components
-from torch_utils import cli
-from training.phema import PowerFunctionEMA
-from training.primitives import normalize_weights_
+from edm2kit.cli import click_types as cli
+from edm2kit.ema.power_function import PowerFunctionEMA
+from edm2kit.experiments.toy.mixture import Mixture, can_compile
+from edm2kit.experiments.toy.model import ToyNet
+from edm2kit.experiments.toy.training import BATCH_SIZE, EMA_STD, RECIPES, REF_LR, noisy_batch, score_matching_loss
+from edm2kit.experiments.toy.tree import components
+from edm2kit.models.layers import normalize_weights_
 
 
 @click.command(cls=cli.Command)
@@ -50,7 +47,7 @@ def main(runs: int, out: Path) -> None:
 
 
 def iteration(truth: Mixture | SimpleNamespace, compiled: Callable = lambda function: function) -> Callable[[], None]:
-    """What scripts.toy.training.train repeats."""
+    """What edm2kit.experiments.toy.training.train repeats."""
     net = ToyNet(RECIPES["main"].width)
     optimizer = torch.optim.Adam(net.parameters(), lr=REF_LR, betas=(0.9, 0.99))
     ema, loss_of = PowerFunctionEMA(net, [EMA_STD]), compiled(score_matching_loss)

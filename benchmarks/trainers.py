@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from torch_utils import dist
-from training.config import TrainConfig, config_from_dict, preset_path, read_yaml
-from training.encoders import RGBEncoder
-from training.loop import Trainer
-from training.networks import full_architecture
-from training.order import MicroBatch
-from training.snapshot import Header
+from edm2kit.data.batches import MicroBatch
+from edm2kit.models.edm2 import full_architecture
+from edm2kit.models.encoders import RGBEncoder
+from edm2kit.snapshots.file_format import Header
+from edm2kit.torch_utils import dist
+from edm2kit.training.config import TrainConfig, config_from_dict, preset_path, read_yaml
+from edm2kit.training.loop import Trainer
 
 SMALL = {"model_channels": 64, "channel_mult": [1, 2, 2], "num_blocks": 2}
 

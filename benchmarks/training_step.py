@@ -1,25 +1,22 @@
 """One training step with Adam and both averages: plain, and as the training loop takes it."""
 
 import statistics
-import sys
 from pathlib import Path
 
 import click
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks import harness, networks
 from benchmarks.harness import Job, Work
 from benchmarks.plain import PlainTraining
-from torch_utils import cli
-from training.config import TrainConfig
-from training.encoders import make_encoder
-from training.flops import evaluation_cost
-from training.loop import Trainer
-from training.order import MicroBatch
-from training.phema import std_to_exp
-from training.snapshot import Header
+from edm2kit.cli import click_types as cli
+from edm2kit.data.batches import MicroBatch
+from edm2kit.ema.power_function import std_to_exp
+from edm2kit.models.cost import evaluation_cost
+from edm2kit.models.encoders import make_encoder
+from edm2kit.snapshots.file_format import Header
+from edm2kit.training.config import TrainConfig
+from edm2kit.training.loop import Trainer
 
 JOBS = {"training_small": (networks.SMALL, 16), "training_xs64": (networks.XS64, 4)}
 _LR = 1e-3

@@ -102,16 +102,30 @@ def pip_install(wanted: list[str], constraints: str) -> None:
         raise ValueError(f"pip could not install what is needed (its reason stands above): {names}")
 
 
+def install_package() -> None:
+    """Install this checkout itself, in editable form: `import edm2kit` and the edm2kit-* commands use its files.
+
+    Raises ValueError if pip fails.
+    """
+    print(f"Installing edm2kit from {ROOT} into {sys.prefix}", flush=True)
+    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--quiet"]
+    done = subprocess.run([*pip, "--no-deps", "--editable", str(ROOT)], stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        raise ValueError(f"pip could not install the checkout {ROOT} (its reason stands above)")
+
+
 def sync() -> None:
     """Bring the checkout's own .venv to exactly the tested versions; returns at once when it has them."""
     wanted = requirements(tomllib.loads((ROOT / "pyproject.toml").read_text()))
     constraints = (ROOT / "constraints.txt").read_text()
     # inside site-packages, so that a change of Python's version loses it together with the packages
     stamp = Path(sysconfig.get_path("purelib"), "installed-for-checkout.sha256")
-    digest = hashlib.sha256("\n".join([*wanted, constraints]).encode()).hexdigest()
+    parts = [*wanted, constraints, str(ROOT), (ROOT / "pyproject.toml").read_text()]
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     if stamp.exists() and stamp.read_text() == digest:
         return
     pip_install(wanted, constraints)
+    install_package()
     stamp.write_text(digest)
 
 
@@ -120,6 +134,17 @@ def add() -> None:
     lacking = missing(requirements(tomllib.loads((ROOT / "pyproject.toml").read_text())))
     if lacking:
         pip_install(lacking, kept_constraints((ROOT / "constraints.txt").read_text()))
+    if not package_is_installed():
+        install_package()
+
+
+def package_is_installed() -> bool:
+    """Whether this environment's edm2kit is this checkout (another checkout's tests must not run on it)."""
+    try:
+        origin = metadata.distribution("edm2kit").read_text("direct_url.json") or ""
+    except metadata.PackageNotFoundError:
+        return False
+    return ROOT.as_uri() in origin
 
 
 if __name__ == "__main__":

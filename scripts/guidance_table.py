@@ -1,15 +1,12 @@
 """Write the table of guidance methods into docs/guidance.md."""
 
-import sys
 from pathlib import Path
 
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from guidance.table import table_markdown, with_table
-from torch_utils import cli
-from torch_utils.files import atomic_write
+from edm2kit.cli import click_types as cli
+from edm2kit.guidance.table import table_markdown, with_table
+from edm2kit.torch_utils.files import atomic_write
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "guidance.md"
 
@@ -17,7 +14,7 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "guidance.md"
 @click.command(cls=cli.Command)
 @click.option("--document", type=click.Path(path_type=Path, dir_okay=False), default=DOCUMENT, help="Where it stands.")
 def main(document: Path) -> None:
-    """Replace the table of guidance methods in docs/guidance.md by what guidance/registry.py says today.
+    """Replace the table of guidance methods in docs/guidance.md by what edm2kit/guidance/registry.py says today.
 
     \b
     python scripts/guidance_table.py

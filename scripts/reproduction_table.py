@@ -1,16 +1,13 @@
 """Write what reproductions will need into docs/reproduction.md."""
 
 import json
-import sys
 from pathlib import Path
 
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from scripts.reproduction.document import make_record, parts_of, with_parts
-from torch_utils import cli
-from torch_utils.files import atomic_write
+from edm2kit.cli import click_types as cli
+from edm2kit.experiments.paper_tables.document import make_record, parts_of, with_parts
+from edm2kit.torch_utils.files import atomic_write
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reproduction.md"
 

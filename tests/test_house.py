@@ -5,14 +5,11 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from guidance.registry import METHODS, RULES
-from tests import house
-
-ROOT = Path(__file__).resolve().parents[1]
+from edm2kit.guidance.registry import METHODS, RULES
+from tests.support import ROOT, house
 
 # Each file runs as `python FILE --help` would start it, from a folder elsewhere, but in one process: torch loads once.
 _HELP_RUNNER = """
@@ -41,7 +38,7 @@ print(json.dumps(answers))
 @pytest.fixture(scope="module")
 def help_answers(tmp_path_factory):
     files = [str(file) for file in house.command_lines(ROOT)]
-    local = json.dumps([*house.ROOMS, "scripts"])
+    local = json.dumps(["edm2kit", "scripts"])
     command = [sys.executable, "-I", "-c", _HELP_RUNNER, local, *files]
     done = subprocess.run(command, cwd=tmp_path_factory.mktemp("elsewhere"), capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -61,7 +58,7 @@ def test_imports_point_downward():
 
 def test_no_solver_names_a_guidance_method():
     named = {*METHODS, *RULES} - {"none", "linear"}
-    for file in sorted((ROOT / "sampling").glob("*.py")):
+    for file in sorted((ROOT / "edm2kit" / "sampling").glob("*.py")):
         words = {n.value for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Constant)}
         assert named & {word for word in words if isinstance(word, str)} == set(), file
 
@@ -99,10 +96,15 @@ def test_constraints_pin_one_version_of_each_direct_dependency():
         assert set(groups[group]) <= set(pinned), f"of {group}"
 
 
-def test_installation_takes_along_every_room_and_command_line():
+def test_installation_takes_along_one_package():
     setup = house.pyproject(ROOT)["tool"]["setuptools"]
-    assert setup["packages"]["find"]["include"] == [*house.ROOMS, "configs*"]
-    assert sorted(setup["py-modules"]) == sorted(file.stem for file in ROOT.glob("*.py"))
+    assert setup["packages"]["find"]["include"] == ["edm2kit*"]
+    assert "py-modules" not in setup
+
+
+def test_no_file_changes_the_search_path():
+    lines = [f"{file}:{line}" for file in house.python_files(ROOT) for line in file.read_text().splitlines()]
+    assert [line for line in lines if "sys.path" + ".insert" in line] == []
 
 
 def test_licence_is_the_whole_apache_text():
@@ -116,13 +118,12 @@ def test_licence_is_the_whole_apache_text():
 def crooked(tmp_path):
     """A small tree to bend: one file in each room, one command line, one script."""
     for room in house.ROOMS:
-        (tmp_path / room).mkdir()
-        (tmp_path / room / "a.py").write_text("import math\n")
+        (tmp_path / "edm2kit" / room).mkdir(parents=True)
+        (tmp_path / "edm2kit" / room / "a.py").write_text("import math\n")
     (tmp_path / "scripts").mkdir()
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "scripts" / "tool.py").write_text('if __name__ == "__main__":\n    pass\n')
-    (tmp_path / "scripts" / "part.py").write_text("import torch\n")
-    (tmp_path / "train.py").write_text("from training.a import x\nfrom guidance.a import y\n")
+    (tmp_path / "train.py").write_text("from edm2kit.cli.train import main\n")
     (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
     assert house.import_problems(tmp_path) == []
     return tmp_path
@@ -131,21 +132,26 @@ def crooked(tmp_path):
 @pytest.mark.parametrize(
     ("file", "source", "reason"),
     [
-        ("torch_utils/b.py", "from training.a import x", "torch_utils may import only itself"),
-        ("training/b.py", "def f():\n    import sampling.a", "training may import only torch_utils"),
-        ("guidance/b.py", "import metrics", "guidance may import only torch_utils"),
-        ("sampling/b.py", "from pipelines import a", "sampling may import only torch_utils"),
-        ("pipelines/b.py", "from train import main", "a command line"),
-        ("pipelines/b.py", "from scripts.part import x", "scripts is not a room"),
-        ("scripts/b.py", "from scripts.tool import x", "a command line"),
+        ("edm2kit/torch_utils/b.py", "from edm2kit.training.a import x", "torch_utils may import only itself"),
+        ("edm2kit/training/b.py", "def f():\n    import edm2kit.sampling.a", "training may import only"),
+        ("edm2kit/guidance/b.py", "import edm2kit.metrics", "guidance may import only"),
+        ("edm2kit/sampling/b.py", "from edm2kit.cli import options", "sampling may import only"),
+        ("edm2kit/models/b.py", "from edm2kit.snapshots import a", "models may import only"),
+        ("edm2kit/cli/b.py", "from edm2kit.cli.train import main", "a command"),
+        ("edm2kit/cli/b.py", "from scripts.tool import x", "scripts is outside the package"),
         ("scripts/b.py", "from benchmarks.a import x", "only benchmarks itself uses it"),
-        ("metrics/b.py", "try:\n    import matplotlib.pyplot\nexcept ImportError:\n    pass", "inside the function"),
-        ("training/b.py", "from torch.utils.tensorboard import SummaryWriter", "inside the function"),
-        ("training/b.py", "def f():\n    import torchvision", "torchvision is not used here"),
-        ("training/b.py", "import pandas", "not named in pyproject.toml"),
+        ("benchmarks/b.py", "from edm2kit.cli.train import main", "a command"),
+        (
+            "edm2kit/metrics/b.py",
+            "try:\n    import matplotlib\nexcept ImportError:\n    pass",
+            "inside the function",
+        ),
+        ("edm2kit/training/b.py", "from torch.utils.tensorboard import SummaryWriter", "inside the function"),
+        ("edm2kit/training/b.py", "def f():\n    import torchvision", "torchvision is not used here"),
+        ("edm2kit/training/b.py", "import pandas", "not named in pyproject.toml"),
     ],
 )
-def test_a_crooked_import_is_told(crooked, file, source, reason):
+def test_a_crooked_import_is_reported(crooked, file, source, reason):
     (crooked / file).write_text(source)
     (problem,) = house.import_problems(crooked)
     assert problem.startswith(f"{file}:")
@@ -155,11 +161,11 @@ def test_a_crooked_import_is_told(crooked, file, source, reason):
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("metrics/b.py", "def f():\n    import matplotlib.pyplot"),
-        ("metrics/b.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import diffusers"),
-        ("pipelines/b.py", "from sampling.a import x\nfrom metrics.a import y"),
-        ("scripts/b.py", "from scripts.part import x"),
-        ("benchmarks/b.py", "from scripts.part import x"),
+        ("edm2kit/metrics/b.py", "def f():\n    import matplotlib.pyplot"),
+        ("edm2kit/metrics/b.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import diffusers"),
+        ("edm2kit/cli/b.py", "from edm2kit.sampling.a import x\nfrom edm2kit.metrics.a import y"),
+        ("scripts/b.py", "from edm2kit.cli.train import main"),
+        ("benchmarks/b.py", "from edm2kit.training.a import x"),
     ],
 )
 def test_a_straight_import_is_left_alone(crooked, file, source):
@@ -167,8 +173,8 @@ def test_a_straight_import_is_left_alone(crooked, file, source):
     assert house.import_problems(crooked) == []
 
 
-def test_a_foreign_path_an_address_and_a_long_file_are_told(crooked):
+def test_a_foreign_path_an_address_and_a_long_file_are_reported(crooked):
     (crooked / "scripts" / "x.sh").write_text("cd /" + "work/main\npip install --index-" + "url x\n")
-    (crooked / "training" / "b.py").write_text("pass\n" * (house.MAX_LINES + 1))
+    (crooked / "edm2kit" / "training" / "b.py").write_text("pass\n" * (house.MAX_LINES + 1))
     assert [problem.split()[0] for problem in house.text_problems(crooked)] == ["scripts/x.sh:1", "scripts/x.sh:2"]
-    assert [problem.split()[0] for problem in house.length_problems(crooked)] == ["training/b.py"]
+    assert [problem.split()[0] for problem in house.length_problems(crooked)] == ["edm2kit/training/b.py"]

@@ -1,0 +1,146 @@
+"""Train a small classifier of noisy images, to guide with (generate.py --guidance-method classifier)."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from edm2kit.cli import click_types as cli
+from edm2kit.data.batches import GlobalOrder, training_batches
+from edm2kit.data.dataset import ImageDataset
+from edm2kit.guidance.classifier.noise_classifier import ClassifierHeader, NoiseClassifier, save_classifier
+from edm2kit.models.encoders import Encoder, make_encoder
+from edm2kit.torch_utils import dist
+from edm2kit.torch_utils.rng import StackedGenerator, derive_seed
+
+_LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)
+_JUDGED = 512  # images at each noise level
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a classifier is trained; it all goes into the file's header.
+
+    ln(sigma) ~ N(P_mean, P_std^2), wider than for denoisers: guidance asks at every noise level of the sampler.
+    """
+
+    duration_nimg: int
+    batch_size: int
+    lr: float
+    P_mean: float
+    P_std: float
+    seed: int
+
+
+@click.command(cls=cli.Command)
+@click.option("--data", metavar="ZIP|DIR", required=True, help="Training images with labels, from dataset_tool.py.")
+@click.option("--dest", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The .safetensors file.")
+@click.option("--duration", "duration_nimg", type=cli.Size(), default="2Mi", show_default=True, help="Images to see.")
+@click.option("--batch", "batch_size", type=cli.Size(), default="256", show_default=True, help="Images at once.")
+@click.option("--lr", type=click.FloatRange(min=0), default=1e-3, show_default=True, help="First rate; falls to 0.")
+@click.option("--width", type=int, default=32, show_default=True, help="Channels of the first level.")
+@click.option("--levels", type=click.IntRange(min=1), default=3, show_default=True, help="Levels, each half the size.")
+@click.option("--P_mean", "P_mean", type=float, default=0.0, show_default=True, help="Mean of ln(sigma).")
+@click.option("--P_std", "P_std", type=float, default=1.5, show_default=True, help="Standard deviation of ln(sigma).")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the weights, the order and the noise.")
+@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that read images.")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
+@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+def main(
+    data: str, dest: Path, width: int, levels: int, workers: int, device: str, overwrite: bool, **settings: float
+) -> None:
+    """Train p(class | noisy image; noise level), in one process.
+
+    \b
+    python scripts/train_classifier.py --data img64.zip --dest classifier.safetensors
+    python generate.py --net main.safetensors --guidance-method classifier \\
+        --classifier-file classifier.safetensors --guidance 2 --outdir out
+    """
+    if dest.exists() and not overwrite:
+        raise ValueError(f"{dest} exists; choose another --dest, or --overwrite to replace it")
+    training = Training(**settings)
+    with dist.session(device) as where:
+        if dist.world_size() > 1:
+            raise ValueError("a classifier is small: train it in one process, without torchrun")
+        dataset = ImageDataset(data)
+        if not dataset.label_dim:
+            raise ValueError(f"{data} has no labels; a classifier needs them (scripts/dataset_tool.py convert)")
+        pixels = dataset.raw_dtype == np.uint8
+        architecture = {
+            "img_resolution": dataset.resolution,
+            "img_channels": dataset.num_channels if pixels else dataset.num_channels // 2,
+            "num_classes": dataset.label_dim,
+            "width": width,
+            "levels": levels,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(training.seed, "classifier"))
+            net = NoiseClassifier(**architecture)
+        encoder = make_encoder({"kind": "rgb" if pixels else "vae"})
+        train_(net.to(where), dataset, encoder, training, workers, where)
+        for sigma, share in accuracies(net.eval(), dataset, encoder, training.seed, where):
+            print(f"sigma {sigma:<5g} {share:6.1%} of training images right")
+        header = ClassifierHeader(architecture, training.duration_nimg, dataset.label_names, asdict(training))
+        save_classifier(dest, net, header)
+
+
+def train_(
+    net: NoiseClassifier,
+    dataset: ImageDataset,
+    encoder: Encoder,
+    training: Training,
+    workers: int,
+    device: torch.device,
+) -> None:
+    """Train `net` in place: Adam on the cross-entropy, its rate falling to 0 in a straight line.
+
+    The noise of an image derives from the seed and its position in the global order. Raises ValueError where the
+    loss is no longer finite.
+    """
+    optimizer = torch.optim.Adam(net.parameters(), lr=training.lr)
+    order = GlobalOrder(len(dataset), training.seed)
+    batches = training_batches(dataset, order, 0, training.batch_size, rank=0, world_size=1, workers=workers)
+    seen, total, right, status_at = 0, 0.0, 0, 0.1
+    for raw, labels, positions in batches:
+        rng = StackedGenerator(device, [derive_seed(training.seed, "noise", int(p)) for p in positions])
+        images, classes = encoder.encode(raw.to(device), rng), labels.to(device).argmax(dim=1)
+        sigma = (rng.randn([len(images)]) * training.P_std + training.P_mean).exp()
+        logits = net(images + sigma[:, None, None, None] * rng.randn_like(images), sigma)
+        loss = torch.nn.functional.cross_entropy(logits, classes)
+        if not loss.isfinite():
+            raise ValueError(f"the loss is {loss.item()} after {seen} images; try a smaller --lr")
+        optimizer.param_groups[0]["lr"] = training.lr * max(1 - seen / training.duration_nimg, 0)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        seen, total = seen + len(images), total + loss.item()
+        right += (logits.argmax(dim=1) == classes).sum().item()
+        if seen >= status_at * training.duration_nimg:
+            count = seen // training.batch_size
+            print(f"{seen} images: loss {total / count:.3f}, {right / seen:.1%} right, over all noise levels so far")
+            status_at += 0.1
+        if seen >= training.duration_nimg:
+            break
+    batches.close()
+
+
+@torch.no_grad()
+def accuracies(
+    net: NoiseClassifier, dataset: ImageDataset, encoder: Encoder, seed: int, device: torch.device
+) -> Iterator[tuple[float, float]]:
+    """(sigma, share of images put into their class) at a few noise levels, on images spread over the data set."""
+    picked = np.linspace(0, len(dataset) - 1, min(_JUDGED, len(dataset))).astype(int)
+    raw, labels = zip(*(dataset[int(index)] for index in picked), strict=True)
+    rng = StackedGenerator(device, [derive_seed(seed, "judge", int(index)) for index in picked])
+    images = encoder.encode(torch.from_numpy(np.stack(raw)).to(device), rng)
+    classes = torch.from_numpy(np.stack(labels)).argmax(dim=1).to(device)
+    for sigma in _LEVELS:
+        logits = net(images + sigma * rng.randn_like(images), sigma)
+        yield sigma, (logits.argmax(dim=1) == classes).float().mean().item()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""A request for images, and the engine that fulfils it.
+
+request = ...                                   # from generation_options, or built by hand
+generation = prepare(request, device)           # loads, checks, guides; ValueError in one line
+for batch in generation.batches(seeds, 32):     # this rank's share, progress bar on rank 0
+    batch.images                                # uint8 [N,C,H,W]; also .seeds, .classes, .latents
+generation.settings                             # for the JSON record: all that decides an image but its seed
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from edm2kit.guidance.interval import guided_steps
+from edm2kit.guidance.registry import METHODS, NO_GUIDANCE, Choice, Parts, guide, methods_of
+from edm2kit.models.encoders import RGBEncoder, StabilityVAEEncoder, make_encoder
+from edm2kit.models.frozen import compile_, freeze_
+from edm2kit.models.vae import vae_sha256
+from edm2kit.sampling.engine import Engine, ImageBatch, share_of_rank
+from edm2kit.sampling.solvers import PUBLISHED, Sampler
+from edm2kit.snapshots.file_format import Snapshot, load_snapshot
+from edm2kit.torch_utils import dist
+from edm2kit.torch_utils.files import fetch, sha256_of
+from edm2kit.torch_utils.precision import slow_precision
+from edm2kit.torch_utils.progress import progress_bar
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What images to make, as asked for.
+
+    `net`, `gnet`, `uncond`: paths or URLs of snapshots. `classes`: None for a class drawn from each seed; a text such
+    as "3,7" or "cat,dog" to take turns by seed (seed modulo the length of the list); "" for all classes in turn.
+    `precision`, inside the networks, is a key of PRECISIONS or "auto": fp16 on a CUDA device, fp32 elsewhere.
+    `vae`: hub name or folder that stands in for the VAE that the snapshot names. `compiled`: have torch compile the
+    networks, which takes minutes and pays for thousands of images.
+    """
+
+    net: str
+    gnet: str | None = None
+    guidance: Choice = NO_GUIDANCE
+    sampler: Sampler = PUBLISHED
+    classes: str | None = None
+    precision: str = "auto"
+    vae: str | None = None
+    uncond: str | None = None
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A request made ready: `settings` is JSON and holds everything that decides an image but its seed."""
+
+    engine: Engine
+    settings: Mapping[str, Any]
+    summary: str
+
+    def batches(self, seeds: Sequence[int], batch_size: int) -> Generator[ImageBatch]:
+        """The images of this rank's share of `seeds`, possibly none, with a progress bar on rank 0."""
+        share = share_of_rank(seeds)
+        with progress_bar(len(share), hidden=not share) as bar:
+            for batch in self.engine.batches(share, batch_size):
+                yield batch
+                bar.update(len(batch.seeds))
+
+
+def prepare(request: Request, device: torch.device) -> Generation:
+    """Load the networks of a request and pair them.
+
+    Raises ValueError where a file is no snapshot, the two networks do not fit each other, a class is unknown, or the
+    guidance method refuses its settings.
+    """
+    precision = request.precision if request.precision != "auto" else "fp16" if device.type == "cuda" else "fp32"
+    if slow := slow_precision(PRECISIONS[precision], device):
+        dist.warn0(f"--precision {precision}: {slow}")
+    main = _with_vae(_load(request, request.net, device, precision), request.vae)
+    net = main.net
+    classes = parse_classes(request.classes, net.label_dim, main.header.label_names)
+    gmain = None if request.gnet is None else _load(request, request.gnet, device, precision)
+    umain = None if request.uncond is None else _load(request, request.uncond, device, precision)
+    for other in (gmain, umain):
+        if other is not None:
+            check_pair(main, other)
+    _check_empty_labels(request, main)
+    pixels = None if isinstance(main.encoder, RGBEncoder) else main.encoder.pixels
+    parts = Parts(net, None if gmain is None else gmain.net, None if umain is None else umain.net, pixels)
+    denoiser = guide(request.guidance, parts)
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    _check_pixels(main.encoder.decode(torch.zeros([1, *shape], device=device)))
+    engine = Engine(denoiser, main.encoder.decode, request.sampler, shape, net.label_dim, device, classes)
+    settings = {
+        "net": _identity(request.net, main),
+        "gnet": None if gmain is None else _identity(request.gnet, gmain),
+        "uncond": None if umain is None else _identity(request.uncond, umain),
+        "guidance": {**_settings_of(request.guidance), "steps": plain(_steps(request))},
+        "sampler": plain(dataclasses.asdict(request.sampler)),
+        "classes": None if classes is None else list(classes),
+        "vae_sha256": vae_sha256(main.encoder.vae_name) if isinstance(main.encoder, StabilityVAEEncoder) else None,
+        "precision": precision,
+        "device": device.type,  # generators on another kind of device give other numbers
+    }
+    return Generation(engine, settings, _summary(request, main, gmain, classes, precision))
+
+
+def _load(request: Request, source: str, device: torch.device, precision: str) -> Snapshot:
+    snapshot = load_snapshot(source, device, PRECISIONS[precision])
+    net = freeze_(snapshot.net)
+    return dataclasses.replace(snapshot, net=compile_(net) if request.compiled else net)
+
+
+def _check_empty_labels(request: Request, main: Snapshot) -> None:
+    methods = [METHODS[name] for name in methods_of(request.guidance)]
+    asked = any(method.needs_empty_labels or (method.takes_uncond and request.uncond is None) for method in methods)
+    if asked and not main.header.training_config.get("label_dropout"):
+        dist.warn0(
+            "the network was not trained to know what no label means (train.py --label-dropout), as far as its header "
+            "tells; what it answers without labels may be no unconditional image"
+        )
+
+
+def check_pair(main: Snapshot, gmain: Snapshot) -> None:
+    """Raise ValueError where a guide network cannot guide the main one, naming each reason."""
+    reasons = [
+        f"its {what} is {theirs}, the main network's {ours}"
+        for what, ours, theirs in (
+            ("resolution", main.net.img_resolution, gmain.net.img_resolution),
+            ("number of channels", main.net.img_channels, gmain.net.img_channels),
+            ("encoder", _latent_space(main), _latent_space(gmain)),
+        )
+        if ours != theirs
+    ]
+    if gmain.net.label_dim not in (0, main.net.label_dim):
+        reasons.append(f"it has {gmain.net.label_dim} classes, the main network {main.net.label_dim}")
+    names = [main.header.label_names, gmain.header.label_names]
+    if None not in names and names[0] != names[1]:
+        reasons.append("its classes have other names, or stand in another order")
+    if reasons:
+        raise ValueError(f"the guide network does not fit the main network: {'; '.join(reasons)}")
+
+
+def _with_vae(snapshot: Snapshot, vae: str | None) -> Snapshot:
+    if vae is None:
+        return snapshot
+    if not isinstance(snapshot.encoder, StabilityVAEEncoder):
+        raise ValueError("the network draws pixels; leave out --vae")
+    return dataclasses.replace(snapshot, encoder=make_encoder({**snapshot.encoder.spec(), "vae_name": vae}))
+
+
+def _check_pixels(pixels: torch.Tensor) -> None:
+    """A first image, before hours of work: loads the decoder, and shows whether there is a picture at all."""
+    if pixels.shape[1] not in (1, 3):
+        raise ValueError(f"the network draws images of {pixels.shape[1]} channels; expected 1 (grey) or 3 (RGB)")
+
+
+def parse_classes(text: str | None, label_dim: int, names: Sequence[str] | None) -> tuple[int, ...] | None:
+    """Class indices from numbers, ranges and names separated by commas; "" means all classes, None none in particular.
+
+    Raises ValueError on a network without classes, an index out of range, and an unknown name, with the nearest one.
+    """
+    if text is None:
+        return None
+    if label_dim == 0:
+        raise ValueError("the network has no classes; leave out --class and --balanced")
+    if text == "":
+        return tuple(range(label_dim))
+    if names is not None and text in names:  # a name may itself hold a comma
+        return (names.index(text),)
+    return tuple(index for part in text.split(",") for index in _parse_class(part.strip(), label_dim, names))
+
+
+def _parse_class(part: str, label_dim: int, names: Sequence[str] | None) -> Sequence[int]:
+    numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+    if numbers is None:
+        if names is None:
+            raise ValueError(f"class {part!r}: the snapshot names no classes; use numbers from 0 to {label_dim - 1}")
+        if part not in names:
+            near = difflib.get_close_matches(part, names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names[:8])}, ..."
+            raise ValueError(f"class {part!r} is unknown; {hint}")
+        return [names.index(part)]
+    first, last = int(numbers[1]), int(numbers[2] or numbers[1])
+    if not first <= last < label_dim:
+        raise ValueError(f"class {part} is out of range; the network has classes 0 to {label_dim - 1}")
+    return range(first, last + 1)
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's own terms: infinities and dtypes as text, tuples as lists."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, range)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _identity(source: str, snapshot: Snapshot) -> dict[str, Any]:
+    header = dataclasses.asdict(snapshot.header)
+    # neither the training configuration, which is long, nor the commit: of a published file it is the reader's own
+    known = {key: header[key] for key in ("architecture", "encoder", "nimg", "ema_std", "run_id", "recipe")}
+    return plain({"sha256": sha256_of(fetch(source)), **known})
+
+
+def _latent_space(snapshot: Snapshot) -> dict[str, Any]:
+    # where the decoder's weights lie says nothing about the latents
+    return {key: value for key, value in snapshot.encoder.spec().items() if key != "vae_name"}
+
+
+def _settings_of(choice: Choice) -> dict[str, Any]:
+    # what is left as it was before it could be set is left out, so that older records stay true
+    later = {"also": (), "rule": "linear", "schedule": "constant"}
+    return plain({key: value for key, value in vars(choice).items() if key not in later or value != later[key]})
+
+
+def _steps(request: Request) -> list[int] | None:
+    if request.guidance.interval is None:
+        return None
+    steps = guided_steps(request.sampler.sigmas(), *request.guidance.interval)
+    if not steps:
+        dist.warn0("the guidance interval holds no step of this schedule: nothing is guided")
+    return list(steps)
+
+
+def _summary(
+    request: Request, main: Snapshot, gmain: Snapshot | None, classes: Sequence[int] | None, precision: str
+) -> str:
+    def words(snapshot: Snapshot) -> str:
+        net, header = snapshot.net, snapshot.header
+        size = f"{net.img_channels}x{net.img_resolution}x{net.img_resolution}"
+        ema = "raw weights" if header.ema_std is None else f"EMA {header.ema_std:.3f}"
+        return f"{size}, {net.label_dim or 'no'} classes, {header.nimg / 1e6:.3g} million images, {ema}, {precision}"
+
+    choice, lines = request.guidance, [f"Network:  {request.net} ({words(main)})"]
+    if gmain is not None:
+        lines.append(f"Guide:    {request.gnet} ({words(gmain)})")
+    if choice.method != "none":
+        where = "" if choice.interval is None else " for sigma in ({:g}, {:g}]".format(*choice.interval)
+        methods = " + ".join(f"{name}, weight {weight:g}" for name, weight in methods_of(choice).items())
+        kind = "".join(f", {word}" for word in (choice.rule, choice.schedule) if word not in ("linear", "constant"))
+        lines.append(f"Guidance: {methods}{kind}{where}")
+    lines.append(f"Sampler:  {request.sampler.num_steps} steps of {request.sampler.solver}")
+    if classes is not None:
+        names = main.header.label_names
+        shown = [str(k) if names is None else f"{k} ({names[k]})" for k in classes[:8]]
+        lines.append(f"Classes:  {', '.join(shown)}{', ...' if len(classes) > 8 else ''}, in turn")
+    return "\n".join(lines)

@@ -1,0 +1,197 @@
+"""A data set being written: kept in `<dest>.partial` until it is whole, so that a killed command can go on."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+from edm2kit.data.archive import open_archive
+from edm2kit.data.dataset import FILE_EXTENSIONS
+from edm2kit.data.labels import LABELS_FILE, read_labels_file
+from edm2kit.torch_utils.files import atomic_write
+
+_LOCAL = struct.Struct("<4s5H3L2H")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_LIMIT_16, _LIMIT_32 = 0xFFFF, 0xFFFFFFFF
+_DATE_1980 = 33  # the same bytes whenever it is written
+
+
+def is_finished(dest: Path, settings: dict) -> bool:
+    """True if the data set at `dest` was made with `settings`, False if there is none.
+
+    Raises ValueError where `dest` is something else.
+    """
+    if not dest.exists() or (dest.is_dir() and not any(dest.iterdir())):
+        return False
+    try:
+        content = read_labels_file(open_archive(dest, FILE_EXTENSIONS)) or {}
+    except ValueError:
+        content = {}
+    found = content.get("settings")
+    if not isinstance(found, dict):
+        raise ValueError(f"{dest} exists and was not made by this command; delete it or choose another --dest")
+    difference = _difference(found, settings)
+    if difference:
+        raise ValueError(f"{dest} is a data set with {difference}; delete it or choose another --dest")
+    return True
+
+
+class PartialDataset:
+    """The files of an unfinished data set; a context manager.
+
+    `settings` (JSON values) identify the data set: what is found in `<dest>.partial` is continued if it was begun
+    with the same ones. `names` are the files already there and whole. Raises ValueError where it was begun with
+    other settings, or another process is writing it; OSError where writing fails. Either way what is written stays,
+    to be continued; a folder with nothing in it is removed.
+    """
+
+    def __init__(self, dest: Path, settings: dict):
+        self.dest, self.settings = dest, settings
+        self.folder = dest.with_name(dest.name + ".partial")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 (held until __exit__)
+        try:
+            self._take_up()
+        except BaseException:
+            self._lock.close()
+            raise
+        self.names = self._writer.names
+        self._num_files = len(self.names)
+
+    def _take_up(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.folder}: another process is writing there") from None
+        begun = self.folder / "settings.json"
+        if begun.exists() and (self.folder / "data").exists():
+            difference = _difference(json.loads(begun.read_bytes()), self.settings)
+            if difference:
+                raise ValueError(
+                    f"{self.folder} holds an unfinished data set with {difference}; run with its settings to finish "
+                    "it, or delete it"
+                )
+        with atomic_write(begun, "w") as file:
+            json.dump(self.settings, file, indent=1)
+        self._writer = (_ZipWriter if self.dest.suffix == ".zip" else _FolderWriter)(self.folder / "data")
+
+    def __enter__(self) -> "PartialDataset":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.close()
+        self._lock.close()
+        if not self._num_files:
+            shutil.rmtree(self.folder)
+
+    def add(self, name: str, data: bytes) -> None:
+        """Write one file."""
+        self._writer.add(name, data)
+        self._num_files += 1
+
+    def finish(self, content: dict) -> None:
+        """Write dataset.json (`content` and the settings) and give the data set its name."""
+        self.add(LABELS_FILE, json.dumps(content | {"settings": self.settings}).encode())
+        self._writer.finish()
+        if self.dest.is_dir():
+            self.dest.rmdir()  # empty, or is_finished would have refused it
+        os.replace(self.folder / "data", self.dest)
+        shutil.rmtree(self.folder)
+
+
+class _FolderWriter:
+    """Writes files that are whole whenever the process is killed.
+
+    They are not flushed to disk one by one, which would take longer than to make them: after a power cut within
+    seconds of the end some may be empty (`dataset_tool.py check` finds them). A zip is flushed.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        files = (Path(folder, file) for folder, _, files in os.walk(path) for file in files)
+        # a power cut can leave empty files behind
+        self.names = {file.relative_to(path).as_posix() for file in files if file.stat().st_size}
+
+    def add(self, name: str, data: bytes) -> None:
+        path = self.path / name
+        partial = path.with_name(path.name + ".tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        os.replace(partial, path)
+
+    def finish(self) -> None:
+        for leftover in self.path.glob("**/*.tmp"):
+            leftover.unlink()
+
+    def close(self) -> None:
+        pass
+
+
+class _ZipWriter:
+    """Appends stored files to a zip and, unlike zipfile, to one that was never finished.
+
+    Layout: PKWARE APPNOTE 4.3.6 to 4.3.16, zip64 where needed. A file of 4 GiB or more is refused.
+    """
+
+    def __init__(self, path: Path):
+        self._entries: dict[str, tuple[int, int, int]] = {}  # name: offset, bytes, checksum
+        self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (closed by close)
+        self._recover()
+        self.names = set(self._entries)
+
+    def _recover(self) -> None:
+        """Read what is there up to the first byte that is not part of a whole file, and cut the rest off."""
+        end = 0
+        while (header := self._file.read(_LOCAL.size))[:4] == b"PK\x03\x04" and len(header) == _LOCAL.size:
+            checksum, num_bytes, name_bytes = *_LOCAL.unpack(header)[6:8], _LOCAL.unpack(header)[9]
+            name, data = self._file.read(name_bytes), self._file.read(num_bytes)
+            whole = len(data) == num_bytes and zlib.crc32(data) == checksum
+            if not whole or name in (b"", LABELS_FILE.encode()):
+                break
+            self._entries[name.decode()] = (end, num_bytes, checksum)
+            end = self._file.tell()
+        self._file.seek(end)
+        self._file.truncate()
+
+    def add(self, name: str, data: bytes) -> None:
+        if len(data) >= _LIMIT_32:
+            raise ValueError(f"{name}: {len(data)} bytes are too many for one file in a zip")
+        checksum, path = zlib.crc32(data), name.encode()
+        self._entries[name] = (self._file.tell(), len(data), checksum)
+        fields = (20, 0x800, 0, 0, _DATE_1980, checksum, len(data), len(data), len(path), 0)
+        self._file.write(_LOCAL.pack(b"PK\x03\x04", *fields) + path + data)
+
+    def finish(self) -> None:
+        start = self._file.tell()
+        for name, (offset, num_bytes, checksum) in self._entries.items():
+            path = name.encode()
+            extra = struct.pack("<2HQ", 1, 8, offset) if offset >= _LIMIT_32 else b""
+            fields = (45, 45, 0x800, 0, 0, _DATE_1980, checksum, num_bytes, num_bytes, len(path), len(extra), 0, 0, 0)
+            attributes = 0o100644 << 16
+            self._file.write(_CENTRAL.pack(b"PK\x01\x02", *fields, attributes, min(offset, _LIMIT_32)) + path + extra)
+        end, count = self._file.tell(), len(self._entries)
+        if count >= _LIMIT_16 or end >= _LIMIT_32:
+            record = (44, 45, 45, 0, 0, count, count, end - start, start)
+            self._file.write(struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", *record))
+            self._file.write(struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1))
+        count = min(count, _LIMIT_16)
+        record = (0, 0, count, count, min(end - start, _LIMIT_32), min(start, _LIMIT_32), 0)
+        self._file.write(struct.pack("<4s4H2LH", b"PK\x05\x06", *record))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def close(self) -> None:
+        # what a full disk keeps from being written is cut off when the work is taken up again
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def _difference(found: dict, wanted: dict) -> str | None:
+    wanted = json.loads(json.dumps(wanted))
+    key = next((key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)), None)
+    return None if key is None else f"{key} {json.dumps(found.get(key))}, not {json.dumps(wanted.get(key))}"

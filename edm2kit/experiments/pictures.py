@@ -1,0 +1,240 @@
+"""Draws the demo's dataset, ten kinds of small pictures without end: `python scripts/draw_pictures.py --help`.
+
+Each picture is one shape on a soft gradient, with an outline, shading from one light and a shadow. Kind, place, size,
+turn and colours vary; that the shape's hue is opposite its background's, that light falls from above and that
+edges are crisp does not. Simple enough that a network of half a million weights learns it in minutes, hard enough
+that it leaves something for guidance to mend.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import numpy as np
+from PIL import Image
+
+from edm2kit.cli import click_types as cli
+from edm2kit.torch_utils.progress import progress_bar
+
+SIDE = 32
+_BATCH = 256
+_PIXEL = 2 / SIDE  # pictures span [-1, 1] in x (right) and y (down); edges are ramps one pixel wide
+_OUTLINE = 0.07
+_SHADOW = (0.09, 0.13)
+_GRAIN = 8 / 255  # full range of the even noise on every pixel, as of paper or film
+_CHOICES = 9  # random numbers that shape a picture; one per pixel and colour follows for the grain
+_SLOTS = _CHOICES + SIDE * SIDE * 3
+
+
+def uniforms(seed: int, indices: np.ndarray) -> np.ndarray:
+    """Random numbers in [0, 1) that depend on (seed, index) alone, float32 [N, 3081].
+
+    SplitMix64 (Steele et al. 2014) of a counter: no generator to set up per picture.
+    """
+    counter = np.asarray(indices, np.uint64)[:, None] * np.uint64(_SLOTS) + np.arange(_SLOTS, dtype=np.uint64)
+    state = _mix(counter + _mix(np.array([seed], np.uint64)))
+    return (state >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    state = state * np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+# Signed distances to shapes of about unit radius: negative inside, in the units of x and y. Arrays [N, H, W].
+
+
+def _box(x: np.ndarray, y: np.ndarray, half_x: float, half_y: float) -> np.ndarray:
+    out_x, out_y = np.abs(x) - half_x, np.abs(y) - half_y
+    outside = np.hypot(np.maximum(out_x, 0), np.maximum(out_y, 0))
+    return outside + np.minimum(np.maximum(out_x, out_y), 0)
+
+
+def _disc(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.hypot(x, y) - 0.9
+
+
+def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.abs(np.hypot(x, y) - 0.72) - 0.26
+
+
+def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return _box(x, y, 0.8, 0.8)
+
+
+def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.minimum(_box(x, y, 0.95, 0.32), _box(x, y, 0.32, 0.95))
+
+
+def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return _polygon(x, y, np.array([[0.0, -1.0], [0.87, 0.5], [-0.87, 0.5]], np.float32))
+
+
+def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    turn = np.arange(10) * np.pi / 5
+    radius = np.where(np.arange(10) % 2 == 0, 1.05, 0.48)
+    return _polygon(x, y, np.stack([radius * np.sin(turn), -radius * np.cos(turn)], axis=1).astype(np.float32))
+
+
+def _arrow(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    half = [[0.0, -1.0], [0.8, -0.1], [0.3, -0.1], [0.3, 0.95]]
+    return _polygon(x, y, np.array([*half, *[[-px, py] for px, py in half[:0:-1]]], np.float32))
+
+
+def _moon(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(np.hypot(x + 0.1, y) - 0.95, 0.72 - np.hypot(x - 0.38, y))
+
+
+def _flower(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    petals = [np.hypot(x - 0.6 * np.sin(a), y + 0.6 * np.cos(a)) for a in np.arange(5) * 2 * np.pi / 5]
+    return np.minimum.reduce([*petals, np.hypot(x, y)]) - 0.42
+
+
+def _polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
+    """Distance to a closed polygon, corners float32 [K, 2] in order; inside by crossing count."""
+    nearest = np.full_like(x, np.inf)
+    inside = np.zeros(x.shape, bool)
+    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+        ex, ey, px, py = bx - ax, by - ay, x - ax, y - ay
+        along = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0, 1)
+        nearest = np.minimum(nearest, (px - ex * along) ** 2 + (py - ey * along) ** 2)
+        crosses = ((y >= ay) != (y >= by)) & ((ex * py - ey * px > 0) == (ey > 0))
+        inside ^= crosses
+    return np.where(inside, -1, 1) * np.sqrt(nearest)
+
+
+# kind -> (distance, pattern): patterns are drawn in a second colour, positive where it shows
+def _no_pattern(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.full_like(x, -1.0)
+
+
+def _stripes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.abs((x + 0.2) % 0.8 - 0.4) - 0.2
+
+
+def _checks(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.sin(x * np.pi / 0.4) * np.sin(y * np.pi / 0.4) * (0.4 / np.pi)
+
+
+def _eye(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return 0.32 - np.hypot(x, y)
+
+
+KINDS = {
+    "disc": (_disc, _no_pattern),
+    "ring": (_ring, _no_pattern),
+    "triangle": (_triangle, _no_pattern),
+    "cross": (_cross, _no_pattern),
+    "star": (_star, _no_pattern),
+    "moon": (_moon, _no_pattern),
+    "arrow": (_arrow, _no_pattern),
+    "flower": (_flower, _eye),
+    "stripes": (_square, _stripes),
+    "checks": (_square, _checks),
+}
+NAMES = tuple(KINDS)
+
+
+def draw(seed: int, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures number `indices` of the endless set `seed`, and their kinds.
+
+    Returns uint8 [N, 32, 32, 3] and int64 [N] (an index into NAMES). Picture k is of kind k modulo 10, and depends on
+    seed and k alone.
+    """
+    indices = np.asarray(indices, np.int64)
+    labels = indices % len(NAMES)
+    images = np.empty((len(indices), SIDE, SIDE, 3), np.uint8)
+    for label, (distance, pattern) in enumerate(KINDS.values()):
+        rows = np.flatnonzero(labels == label)
+        for start in range(0, len(rows), _BATCH):
+            chosen = rows[start : start + _BATCH]
+            images[chosen] = _render(uniforms(seed, indices[chosen]), distance, pattern)
+    return images, labels
+
+
+def _render(u: np.ndarray, distance, pattern) -> np.ndarray:
+    size, turn, cx, cy = 0.66 + 0.17 * u[:, 0], (u[:, 1] - 0.5) * 0.6, (u[:, 2] - 0.5) * 0.22, (u[:, 3] - 0.5) * 0.22
+    axis = (np.arange(SIDE, dtype=np.float32) + 0.5) * _PIXEL - 1
+    y, x = np.meshgrid(axis, axis, indexing="ij")
+
+    def local(shift_x: float, shift_y: float) -> tuple[np.ndarray, np.ndarray]:
+        px, py = x - _column(cx + shift_x), y - _column(cy + shift_y)
+        cos, sin = _column(np.cos(turn) / size), _column(np.sin(turn) / size)
+        return cos * px + sin * py, cos * py - sin * px
+
+    edge = distance(*local(0, 0)) * _column(size)
+    shadow = distance(*local(*_SHADOW)) * _column(size)
+    colours = _colours(u)
+    lean = _column(2 * np.pi * u[:, 4])
+    image = _blend(colours["far"], colours["near"], 0.5 + 0.35 * (np.cos(lean) * x + np.sin(lean) * y))
+    image = _blend(image, 0.62 * image, np.clip(0.5 - shadow / 0.12, 0, 1))
+    lit = _blend(colours["dark"], colours["light"], np.clip(0.5 - (y + 0.5 * x - _column(cy + 0.5 * cx)) / 1.2, 0, 1))
+    lit = _blend(lit, colours["second"], np.clip(0.5 + pattern(*local(0, 0)) * _column(size) / _PIXEL, 0, 1))
+    body = _blend(lit, colours["line"], _cover(-_OUTLINE - edge))
+    image = _blend(image, body, _cover(edge))
+    image = image + _GRAIN * (u[:, _CHOICES:].reshape(image.shape) - 0.5)
+    return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
+
+
+def _column(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float32)[:, None, None]
+
+
+def _cover(edge: np.ndarray) -> np.ndarray:
+    return np.clip(0.5 - edge / _PIXEL, 0, 1)
+
+
+def _blend(below: np.ndarray, above: np.ndarray, amount: np.ndarray) -> np.ndarray:
+    return below + (above - below) * amount[..., None]
+
+
+def _colours(u: np.ndarray) -> dict[str, np.ndarray]:
+    """One harmony per picture: [N, 1, 1, 3] colours around a hue, its neighbour and its opposite."""
+    hue, night = u[:, 5], u[:, 6] < 0.35
+    wide = 0.06 * (u[:, 7] - 0.5)
+    value = np.where(night, 0.30 + 0.15 * u[:, 8], 0.80 + 0.15 * u[:, 8])
+    return {
+        "far": _rgb(hue, 0.45, value),
+        "near": _rgb(hue + 0.09, 0.35, value - 0.12),
+        "light": _rgb(hue + 0.5 + wide, 0.55, np.where(night, 1.0, 0.9)),
+        "dark": _rgb(hue + 0.5 + wide, 0.85, np.where(night, 0.8, 0.6)),
+        "second": _rgb(hue + 0.62 + wide, 0.25, np.where(night, 0.55, 1.0)),
+        "line": _rgb(hue + 0.5 + wide, 0.6, np.where(night, 0.98, 0.22)),
+    }
+
+
+def _rgb(hue: np.ndarray, saturation: float, value: np.ndarray) -> np.ndarray:
+    """HSV to RGB, all in [0, 1] (hue modulo 1), as float32 [N, 1, 1, 3]."""
+    ramps = np.abs((hue[:, None] + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3) - 1
+    colour = value[:, None] * (1 - saturation + saturation * np.clip(ramps, 0, 1))
+    return colour.astype(np.float32)[:, None, None, :]
+
+
+@click.command(cls=cli.Command)
+@click.option("--dest", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write to.")
+@click.option("--num", type=cli.Size(), default=10000, show_default=True, help="Number of pictures, all kinds equally.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which endless set to draw from."
+)
+def main(dest: Path, num: int, seed: int) -> None:
+    """Draw pictures into one folder per kind: DEST/disc/000000.png, DEST/ring/000001.png, ..."""
+    if dest.exists():
+        raise ValueError(f"--dest {dest} is there already; name a new folder, or remove it first")
+    partial = dest.with_name(f".{dest.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for name in NAMES:
+        (partial / name).mkdir(parents=True)
+    progress = progress_bar(num)
+    for start in range(0, num, 10 * _BATCH):
+        indices = range(start, min(start + 10 * _BATCH, num))
+        for index, image, label in zip(indices, *draw(seed, indices), strict=True):
+            Image.fromarray(image).save(partial / NAMES[label] / f"{index:06d}.png")
+            progress.update()
+    partial.rename(dest)
+
+
+if __name__ == "__main__":
+    main()

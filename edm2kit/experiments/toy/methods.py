@@ -1,0 +1,102 @@
+"""The ways to guide that the toy compares, and sampling with them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from edm2kit.denoiser import Denoiser, for_images
+from edm2kit.experiments.toy.mixture import Mixture
+from edm2kit.experiments.toy.model import ScoreDenoiser, fast_score
+from edm2kit.experiments.toy.training import RECIPES, load_network
+from edm2kit.experiments.toy.tree import components
+from edm2kit.guidance.registry import Choice, Parts, guide
+from edm2kit.sampling.solvers import edm_sampler
+from edm2kit.torch_utils.rng import StackedGenerator, derive_seed
+
+SIGMA_MAX = 5.0
+NUM_STEPS = 32
+
+
+@dataclass(frozen=True)
+class Nets:
+    """The denoisers of one training seed, named as in RECIPES; of class A, of class A, and of both classes."""
+
+    main: Denoiser
+    guide: Denoiser
+    both: Denoiser
+
+
+def load_nets(outdir: Path, seed: int, compiled: bool = False) -> Nets:
+    """The three trained networks, by torch.compile if `compiled`; raises ValueError where one is missing."""
+    return Nets(**{role: ScoreDenoiser(fast_score(load_network(outdir, role, seed), compiled)) for role in RECIPES})
+
+
+@dataclass(frozen=True)
+class Method:
+    """One curve of the comparison: `choice` names a method of guidance/, `parts` gives it its networks.
+
+    `weights` are those measured, all but 1, which is no guidance at all; `figure_weight` the one that the paper shows,
+    or None.
+    """
+
+    title: str
+    choice: Choice
+    parts: Callable[[Nets], Parts]
+    weights: tuple[float, ...]
+    figure_weight: float | None = None
+
+    def denoiser(self, nets: Nets, weight: float) -> Denoiser:
+        """The guided denoiser of one training seed."""
+        return guide(replace(self.choice, weight=weight), self.parts(nets))
+
+
+def _auto(nets: Nets) -> Parts:
+    return Parts(nets.main, nets.guide)
+
+
+def _cfg(nets: Nets) -> Parts:
+    return Parts(nets.main, nets.both)
+
+
+def _both(nets: Nets) -> Parts:
+    return Parts(nets.main, nets.guide, uncond=nets.both)
+
+
+def _alone(nets: Nets) -> Parts:
+    return Parts(nets.main)
+
+
+_WEIGHTS, _FEW_WEIGHTS = (1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0), (1.5, 2.0, 3.0, 4.0)
+_TRUNCATION_WEIGHTS = (1.02, 1.05, 1.1, 1.2, 1.4)
+_INTERVAL = (0.0, 0.3)  # the later half of the steps: each sample is on its branch, or beside it
+_NOISE = {"input_noise_delta": 0.2}
+
+# What looks inside a network (attention), at labels or at the statistics of an image has nothing to act on here.
+METHODS = {
+    "autoguidance": Method("Autoguidance", Choice("pair"), _auto, _WEIGHTS, 3.0),
+    "cfg": Method("Classifier-free guidance", Choice("pair"), _cfg, _WEIGHTS, 4.0),
+    "mixed": Method("CFG and autoguidance, half each", Choice("mixed"), _both, _FEW_WEIGHTS),
+    "cfg-apg": Method("CFG, projected (APG)", Choice("pair", rule="apg"), _cfg, _FEW_WEIGHTS),
+    "cfg-interval": Method("CFG at low noise", Choice("pair", interval=_INTERVAL), _cfg, _FEW_WEIGHTS),
+    "auto-interval": Method("Autoguidance at low noise", Choice("pair", interval=_INTERVAL), _auto, _FEW_WEIGHTS),
+    "input-noise": Method("Away from noisier input", Choice("input-noise", options=_NOISE), _alone, _FEW_WEIGHTS),
+    "truncation": Method("Naive truncation", Choice("truncation"), _alone, _TRUNCATION_WEIGHTS, 1.4),
+}
+
+
+def start(num: int, seed: int) -> torch.Tensor:
+    """Where `num` trajectories start: the exact class A at sigma 5, over sigma, float32 [num,2,1,1]."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "toy start"))
+    x = Mixture(components("A")).sample(num, generator, sigma=SIGMA_MAX)
+    return (x / SIGMA_MAX)[:, :, None, None]
+
+
+def sample(denoiser: Denoiser, noise: torch.Tensor) -> torch.Tensor:
+    """The points [N,2] that `noise`, as `start` draws it, becomes: 32 Heun steps from sigma 5 to 0.002, then 0.
+
+    A method that draws at random does so from a generator per point, seeded with the point's number.
+    """
+    follower = for_images(denoiser, StackedGenerator("cpu", range(len(noise))))
+    return edm_sampler(follower, noise, num_steps=NUM_STEPS, sigma_min=0.002, sigma_max=SIGMA_MAX, rho=7).flatten(1)

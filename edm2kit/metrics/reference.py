@@ -1,0 +1,136 @@
+"""Reference statistics on disk: mean and covariance of real images' features, and what they were made with."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edm2kit.metrics.detectors.registry import DETECTORS
+from edm2kit.torch_utils.arrays import read_npz
+from edm2kit.torch_utils.files import atomic_write
+from edm2kit.torch_utils.pickles.reader import load_pickle
+
+FORMAT_VERSION = 1
+# what values of other kinds than statistics lead to
+_STRANGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Mean [F] and covariance [F, F] of one detector's features, float64.
+
+    `fingerprint` is that of the detector; None in published files, which state none.
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    fingerprint: str | None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics by metric name, of `num_images` images (None where the file doesn't say).
+
+    `source`: JSON values that tell what made the file.
+    """
+
+    num_images: int | None
+    statistics: Mapping[str, FeatureStatistics]
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    def of(self, metric: str) -> FeatureStatistics:
+        """The statistics of `metric`, made with this project's detector of that name.
+
+        Raises ValueError where the reference has none, or was made with another detector.
+        """
+        if metric not in self.statistics:
+            raise ValueError(f"the reference has no {metric}, only {', '.join(self.statistics)}; choose with --metrics")
+        statistics, expected = self.statistics[metric], DETECTORS[metric].fingerprint
+        # published files state no detector: they are taken for what their metric's name stands for
+        if statistics.fingerprint not in (None, expected):
+            raise ValueError(
+                f"the reference's {metric} was made with another detector ({statistics.fingerprint}) than this one "
+                f"({expected}); make it anew with `calculate_metrics.py ref`"
+            )
+        return statistics
+
+
+def save_reference(path: str | Path, reference: Reference) -> None:
+    """Write `reference` as an .npz of float64 arrays and a JSON header. Raises OSError."""
+    header = {
+        "format_version": FORMAT_VERSION,
+        "num_images": reference.num_images,
+        "fingerprints": {metric: statistics.fingerprint for metric, statistics in reference.statistics.items()},
+        "source": dict(reference.source),
+    }
+    arrays = {"header": np.array(json.dumps(header))}
+    for metric, statistics in reference.statistics.items():
+        arrays |= {f"{metric}.mu": statistics.mean, f"{metric}.sigma": statistics.covariance}
+    with atomic_write(path) as file:
+        np.savez(file, **arrays)
+
+
+def load_reference(path: str | Path) -> Reference:
+    """Read reference statistics: this project's .npz, EDM2's .pkl or the older .npz of `mu` and `sigma` (fid only).
+
+    Nothing in the file is executed. Raises ValueError, in one line, for any other or damaged file; OSError where it
+    cannot be opened.
+    """
+    with open(path, "rb") as file:
+        is_zip = file.read(2) == b"PK"
+    try:
+        reference = _read_npz(path) if is_zip else _read_pickle(path)
+    except _STRANGE as error:
+        reason = f"it has no entry {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} is damaged or holds no reference statistics: {reason.splitlines()[0]}") from error
+    if not reference.statistics:
+        raise ValueError(f"{path} holds no statistics of {', '.join(DETECTORS)}")
+    for metric, statistics in reference.statistics.items():
+        _check(path, metric, statistics)
+    return reference
+
+
+def _read_npz(path: str | Path) -> Reference:
+    arrays = read_npz(path)
+    if "header" not in arrays:
+        return Reference(None, {"fid": FeatureStatistics(*_pair(arrays["mu"], arrays["sigma"]), None)})
+    header = json.loads(str(arrays["header"]))
+    if header["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"its format is version {header['format_version']}; this program reads {FORMAT_VERSION}")
+    statistics = {
+        metric: FeatureStatistics(*_pair(arrays[f"{metric}.mu"], arrays[f"{metric}.sigma"]), fingerprint)
+        for metric, fingerprint in header["fingerprints"].items()
+    }
+    return Reference(header["num_images"], statistics, header["source"])
+
+
+def _read_pickle(path: str | Path) -> Reference:
+    content = load_pickle(path)
+    if not isinstance(content, dict):
+        raise ValueError("expected a dictionary of metrics")
+    statistics = {
+        metric: FeatureStatistics(*_pair(content[metric]["mu"], content[metric]["sigma"]), None)
+        for metric in DETECTORS
+        if metric in content
+    }
+    num_images = content.get("num_images")
+    return Reference(None if num_images is None else int(num_images), statistics)
+
+
+def _pair(mean: Any, covariance: Any) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray(mean, dtype=np.float64), np.asarray(covariance, dtype=np.float64)
+
+
+def _check(path: str | Path, metric: str, statistics: FeatureStatistics) -> None:
+    """Raise ValueError where statistics cannot be of this metric: before hours of generation, not after."""
+    if metric not in DETECTORS:
+        raise ValueError(f"{path} holds statistics of {metric!r}; there are {', '.join(DETECTORS)}")
+    size = DETECTORS[metric].num_features
+    shapes = statistics.mean.shape, statistics.covariance.shape
+    if shapes != ((size,), (size, size)):
+        raise ValueError(f"{path}: {metric} has shapes {shapes}; expected {(size,)} and {(size, size)}")
+    if not (np.isfinite(statistics.mean).all() and np.isfinite(statistics.covariance).all()):
+        raise ValueError(f"{path}: {metric} holds numbers that are not finite")

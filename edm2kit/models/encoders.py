@@ -1,0 +1,119 @@
+"""From what a dataset stores to what a network sees, and from there to pixels."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from edm2kit.torch_utils.rng import RandomSource
+
+
+class Encoder(Protocol):
+    """Raw dataset items <-> network latents (float32, std about 0.5) -> uint8 pixels."""
+
+    def encode(self, raw: torch.Tensor, rng: RandomSource | None = None) -> torch.Tensor:
+        """Latents [N, C, H, W] of raw items; `rng` serves encoders that draw (None: torch's global generator)."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """uint8 pixels [N, 3 or 1, H', W'] of latents."""
+
+    def pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """The same as float32 from -1 to 1, neither clipped nor rounded, and differentiable."""
+
+    def spec(self) -> dict[str, Any]:
+        """What `make_encoder` needs to build the same encoder again."""
+
+
+class RGBEncoder:
+    """Pixels themselves: uint8 0..255 <-> -1..1."""
+
+    def encode(self, raw: torch.Tensor, rng: RandomSource | None = None) -> torch.Tensor:
+        """uint8 [N, C, H, W] -> float32, x / 127.5 - 1. Raises ValueError for anything but uint8."""
+        if raw.dtype != torch.uint8:
+            raise ValueError(f"pixels must be uint8; got {raw.dtype}. Latents of a VAE need the vae encoder")
+        return raw.float() / 127.5 - 1
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """float32 [N, C, H, W] -> uint8, truncating as the published code does."""
+        return (latents.float() * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+    def pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """The latents themselves."""
+        return latents.float()
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "rgb"}
+
+
+class StabilityVAEEncoder:
+    """Latents of the Stable Diffusion VAE, brought to mean 0 and std 0.5 per channel (EDM2, Section A.1).
+
+    Raw items are [N, 8, H/8, W/8] float32: posterior mean, then posterior std. The VAE itself (diffusers'
+    AutoencoderKL) is loaded only to go from or to pixels. `vae_name` is a hub name or a local folder.
+    """
+
+    def __init__(
+        self,
+        vae_name: str = "stabilityai/sd-vae-ft-mse",
+        raw_mean: Sequence[float] = (5.81, 3.25, 0.12, -2.15),
+        raw_std: Sequence[float] = (4.17, 4.62, 3.71, 3.28),
+        final_mean: float = 0.0,
+        final_std: float = 0.5,
+    ):
+        self.vae_name, self.raw_mean, self.raw_std = vae_name, tuple(raw_mean), tuple(raw_std)
+        self.final_mean, self.final_std = final_mean, final_std
+        scale = np.float32(final_std) / np.float32(raw_std)
+        self.scale = torch.from_numpy(scale).reshape(1, -1, 1, 1)
+        self.bias = torch.from_numpy(np.float32(final_mean) - np.float32(raw_mean) * scale).reshape(1, -1, 1, 1)
+
+    def encode(self, raw: torch.Tensor, rng: RandomSource | None = None) -> torch.Tensor:
+        """Draw from the stored posterior and normalise: [N, 8, h, w] -> float32 [N, 4, h, w]."""
+        if not raw.is_floating_point() or raw.ndim != 4 or raw.shape[1] != 2 * self.scale.shape[1]:
+            raise ValueError(
+                f"raw latents must be floats [N, {2 * self.scale.shape[1]}, h, w] (posterior mean and std); got "
+                f"{raw.dtype} {list(raw.shape)}. Make them with scripts/dataset_tool.py encode"
+            )
+        mean, std = raw.float().chunk(2, dim=1)
+        noise = torch.randn_like(mean) if rng is None else rng.randn_like(mean)
+        return (mean + std * noise) * self.scale.to(raw.device) + self.bias.to(raw.device)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels uint8 [N, 3, 8h, 8w] of normalised latents [N, 4, h, w]."""
+        from edm2kit.models.vae import load_vae, vae_decode
+
+        return vae_decode(load_vae(self.vae_name, latents.device), self._raw(latents))
+
+    def pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """float32 pixels [N, 3, 8h, 8w] of normalised latents, about -1 to 1, differentiable."""
+        from edm2kit.models.vae import load_vae, vae_pixels
+
+        return vae_pixels(load_vae(self.vae_name, latents.device), self._raw(latents))
+
+    def _raw(self, latents: torch.Tensor) -> torch.Tensor:
+        return (latents.float() - self.bias.to(latents.device)) / self.scale.to(latents.device)
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "kind": "vae",
+            "vae_name": self.vae_name,
+            "raw_mean": list(self.raw_mean),
+            "raw_std": list(self.raw_std),
+            "final_mean": self.final_mean,
+            "final_std": self.final_std,
+        }
+
+
+ENCODERS = {"rgb": RGBEncoder, "vae": StabilityVAEEncoder}
+
+
+def make_encoder(spec: Mapping[str, Any]) -> Encoder:
+    """The encoder that `spec` (an encoder's own `spec()`) describes; ValueError for an unknown kind or argument."""
+    arguments = dict(spec)
+    kind = arguments.pop("kind", None)
+    if kind not in ENCODERS:
+        raise ValueError(f"unknown encoder {kind!r}; there is: {', '.join(ENCODERS)}")
+    try:
+        return ENCODERS[kind](**arguments)
+    except TypeError as error:
+        raise ValueError(f"encoder {kind!r}: {error}") from error

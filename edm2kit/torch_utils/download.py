@@ -1,0 +1,211 @@
+"""One HTTP download that survives stalls, cut connections and restarts."""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+
+from edm2kit.torch_utils.progress import progress_bar
+
+_CHUNK_BYTES = 1 << 16  # a cut connection loses the chunk it was in
+_PROGRESS_BYTES = 16 << 20  # an attempt that brings this much does not count as failed
+_PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to try: `attempts` in a row without real progress, waits of 1, 2, 4, ... times `first_wait_sec`.
+
+    A connection on which nothing arrives for `stall_sec` counts as cut. `sleep` takes seconds; tests replace it.
+    """
+
+    attempts: int = 6
+    first_wait_sec: float = 1.0
+    longest_wait_sec: float = 60.0
+    connect_sec: float = 20.0
+    stall_sec: float = 60.0
+    sleep: Callable[[float], None] = time.sleep
+
+
+PATIENT = Patience()
+
+
+class _Passing(Exception):
+    """A failure that may be gone at the next attempt."""
+
+    def __init__(self, reason: str, wait_sec: float = 0.0):
+        super().__init__(reason)
+        self.wait_sec = wait_sec
+
+
+def download(url: str, partial: Path, size_bytes: int | None = None, patience: Patience = PATIENT) -> bool:
+    """Download `url` to the file `partial`, going on where an earlier call stopped.
+
+    `partial` and a note beside it (the server's ETag or date) stay when this fails, so that a later call resumes;
+    a server that ignores ranges, or whose file has changed since, is read from the start. `size_bytes`: the size
+    the file must have, where it is known. Returns whether part of the bytes came from an earlier attempt. Raises
+    ValueError, in one line, where the server refuses or `patience` is used up.
+    """
+    failures = 0
+    while True:
+        before = _size(partial)
+        try:
+            return _attempt(url, partial, size_bytes, patience)
+        except (
+            _Passing,
+            requests.ConnectionError,
+            requests.Timeout,
+            requests.exceptions.ChunkedEncodingError,
+        ) as error:
+            failures = 0 if _size(partial) - before >= _PROGRESS_BYTES else failures + 1
+            if failures >= patience.attempts:
+                raise ValueError(
+                    f"cannot download {url}: {_reason(error)} (after {failures} attempts; the next call goes on "
+                    f"from the {_size(partial)} bytes that arrived)"
+                ) from error
+            wait_sec = patience.first_wait_sec * 2 ** max(failures - 1, 0)
+            asked_sec = error.wait_sec if isinstance(error, _Passing) else 0.0
+            patience.sleep(min(max(wait_sec, asked_sec), patience.longest_wait_sec))
+        except requests.RequestException as error:
+            raise ValueError(f"cannot download {url}: {_reason(error)}") from error
+
+
+def forget(partial: Path) -> None:
+    """Remove a partial download and its note."""
+    partial.unlink(missing_ok=True)
+    _note(partial).unlink(missing_ok=True)
+
+
+def _attempt(url: str, partial: Path, size_bytes: int | None, patience: Patience) -> bool:
+    """One request, read to its end; returns whether it continued earlier bytes."""
+    start, version = _resume_point(url, partial)
+    # identity: sizes and ranges count the file's own bytes, not a compressed form of them
+    headers = {"Accept-Encoding": "identity"}
+    if start:
+        headers |= {"Range": f"bytes={start}-", "If-Range": version}
+    timeout = (patience.connect_sec, patience.stall_sec)
+    with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
+        if response.status_code == 416 and _header(response, "Content-Range") == f"bytes */{start}":
+            return True  # an earlier call was ended between the last byte and the rename
+        if response.status_code == 416 or (response.status_code == 206 and not _continues(response, start)):
+            forget(partial)
+            raise _Passing("the server answered with another range than the one asked for")
+        _check_status(url, response)
+        start = start if response.status_code == 206 else 0
+        total = _total_bytes(response, start)
+        _check_size(url, partial, start, total, size_bytes)
+        try:
+            _write_note(url, partial, response)
+            _read_body(response, partial, start, total, size_bytes)
+        except OSError as error:
+            if isinstance(error, requests.RequestException):  # these are OSErrors, too
+                raise
+            raise ValueError(
+                f"cannot download {url}: {error.strerror or error}, writing {partial}; the next call goes on from the "
+                f"{_size(partial)} bytes that arrived"
+            ) from error
+    return start > 0
+
+
+def _read_body(
+    response: requests.Response, partial: Path, start: int, total: int | None, size_bytes: int | None
+) -> None:
+    with (
+        open(partial, "r+b" if start else "wb") as file,
+        progress_bar(
+            total, "B", start, what=partial.name.removeprefix(".").removesuffix(".partial"), scaled=True
+        ) as bar,
+    ):
+        file.truncate(start)
+        file.seek(start)
+        for chunk in response.iter_content(_CHUNK_BYTES):
+            file.write(chunk)
+            bar.update(len(chunk))
+            if size_bytes is not None and file.tell() > size_bytes:  # a server that told no length
+                raise ValueError(f"cannot download {response.url}: it sends more than the {size_bytes} bytes expected")
+        file.flush()
+        os.fsync(file.fileno())
+    if total is not None and _size(partial) != total:
+        raise _Passing("the connection ended early")
+
+
+def _check_status(url: str, response: requests.Response) -> None:
+    code = response.status_code
+    if code in _PASSING_STATUS:
+        wait_sec = _header(response, "Retry-After")
+        raise _Passing(f"the server answered {code} {response.reason}", float(wait_sec) if wait_sec.isdigit() else 0.0)
+    if code not in (200, 206):
+        raise ValueError(f"cannot download {url}: the server answered {code} {response.reason}; check the address")
+    if _header(response, "Content-Type").startswith("text/html") and not url.endswith((".html", ".htm")):
+        raise ValueError(
+            f"cannot download {url}: the server sent a web page in place of the file; open it in a browser"
+        )
+
+
+def _continues(response: requests.Response, start: int) -> bool:
+    return _header(response, "Content-Range").startswith(f"bytes {start}-")
+
+
+def _total_bytes(response: requests.Response, start: int) -> int | None:
+    """Size of the whole file as the server tells it; None where it does not."""
+    if start:
+        length = _header(response, "Content-Range").rpartition("/")[2]
+    elif _header(response, "Content-Encoding") not in ("", "identity"):
+        return None
+    else:
+        length = _header(response, "Content-Length")
+    return int(length) if length.isdigit() else None
+
+
+def _check_size(url: str, partial: Path, start: int, total: int | None, size_bytes: int | None) -> None:
+    if total is None:
+        return
+    if size_bytes is not None and total != size_bytes:
+        raise ValueError(f"cannot download {url}: the server's file has {total} bytes, expected {size_bytes}")
+    free = shutil.disk_usage(partial.parent).free
+    # when the server starts over, what lies there already is overwritten
+    if total - _size(partial) > free:
+        raise ValueError(f"cannot download {url}: it needs {total - start} bytes in {partial.parent}, {free} are free")
+
+
+def _resume_point(url: str, partial: Path) -> tuple[int, str]:
+    """(bytes to keep, the version they belong to); (0, "") where nothing can be continued safely."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        note = json.loads(_note(partial).read_text())
+        if note["url"] == url and note["version"]:
+            return _size(partial), note["version"]
+    return 0, ""
+
+
+def _write_note(url: str, partial: Path, response: requests.Response) -> None:
+    etag = _header(response, "ETag")
+    # RFC 9110 13.1.5: If-Range takes a strong ETag or a date, never a weak ETag
+    version = etag if etag.startswith('"') else _header(response, "Last-Modified")
+    _note(partial).write_text(json.dumps({"url": url, "version": version}))
+
+
+def _header(response: requests.Response, name: str) -> str:
+    return response.headers.get(name, "").strip()
+
+
+def _note(partial: Path) -> Path:
+    return partial.with_name(partial.name + ".json")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _reason(error: Exception) -> str:
+    """The cause in one line; the texts of requests quote nested exceptions."""
+    if isinstance(error, requests.Timeout) or "Read timed out" in str(error):
+        return "nothing arrived for too long"
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return "the connection ended early"
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,304 @@
+"""Files that are either whole or not there: atomic writing, hashes, and a cache of downloads."""
+
+import contextlib
+import functools
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import unquote, urlsplit
+
+import yaml
+
+from edm2kit.torch_utils import dist
+from edm2kit.torch_utils.download import PATIENT, Patience, download, forget
+
+try:
+    import fcntl
+except ImportError:  # Windows: each process then keeps its own partial file instead of waiting for another's
+    fcntl = None
+
+_CHUNK_BYTES = 1 << 20
+_MANIFEST = Path(__file__).resolve().parent.parent / "configs" / "hashes.yaml"
+_REPORTED = "third party"  # what edm2kit/configs/hashes.yaml calls a hash that the publisher of a file does not give
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
+    """Open a temporary file beside `path`; at the end flush it to disk and rename it to `path`.
+
+    A crash, a full disk or an exception leaves the old file as it was and removes the temporary one. `mode` is
+    "wb" or "w" (UTF-8). The parent folder is made where it is missing. Raises OSError as `open` does, naming `path`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # unlike a process id, no other thread and no other machine on the same file system has this name
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a full disk does not say which file it was
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename survives a power cut only once the folder itself is on disk; not every system can be asked.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Pin:
+    """What edm2kit/configs/hashes.yaml knows of a file: its hash, its size (None if unknown), and who says so."""
+
+    sha256: str
+    size_bytes: int | None
+    source: str
+
+
+def pinned(url: str) -> Pin | None:
+    """The pinned hash of `url`, or None where edm2kit/configs/hashes.yaml has none."""
+    entry = _manifest(_MANIFEST).get(url)
+    return None if entry is None else Pin(str(entry["sha256"]), entry.get("bytes"), entry["source"])
+
+
+@functools.cache
+def _manifest(path: Path) -> Mapping[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def fetch(
+    url: str | Path,
+    sha256: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_dir: str | Path | None = None,
+    *,
+    patience: Patience = PATIENT,
+) -> Path:
+    """The local file behind a path, an http(s) URL or hf://org/repo[@revision]/file, downloaded at most once.
+
+    A local path is returned as it is. A URL is looked for in `local_dir` (by its path or its bare name), then in
+    the cache: `cache_dir`, else $DNNLIB_CACHE_DIR, else edm2-toolkit under $XDG_CACHE_HOME or ~/.cache. One
+    process downloads, others wait. $EDM2_MIRROR, a URL or a folder, stands in for scheme and host of every URL;
+    EDM2_OFFLINE=1 or HF_HUB_OFFLINE=1 forbids the network. The bytes must have the hash `sha256`, else the one of
+    edm2kit/configs/hashes.yaml, else the one recorded beside the cached file on first use. Raises ValueError, in one
+    line, for a missing file, a failed download and a wrong hash.
+    """
+    if "://" not in str(url):
+        return _existing(Path(url), sha256)
+    remote = _parse(str(url))
+    pin = Pin(sha256, None, "the caller") if sha256 else pinned(remote.name)
+    for folder in [local_dir, _mirror_folder()]:
+        for found in () if folder is None else (Path(folder) / remote.path, Path(folder) / remote.path.name):
+            if found.is_file():
+                return _verified(found, pin)
+    place = _cache_root(cache_dir) / remote.host / remote.path
+    if not place.is_file():
+        if remote.repo is not None and not os.environ.get("EDM2_MIRROR"):
+            return _verified(_from_hub(remote, place), pin)
+        with _lock(place):
+            # another process may have finished it while this one waited
+            if not place.is_file():
+                _download_to(place, remote, pin, patience)
+    return _verified(place, pin, record=True)
+
+
+def cached(url: str | Path) -> Path | None:
+    """The file that `fetch(url)` finds without the network, not yet verified; None where it would download."""
+    if "://" not in str(url):
+        return Path(url) if Path(url).exists() else None
+    remote = _parse(str(url))
+    folder = _mirror_folder()
+    places = [] if folder is None else [folder / remote.path, folder / remote.path.name]
+    return next((p for p in [*places, _cache_root(None) / remote.host / remote.path] if p.is_file()), None)
+
+
+def cache_folder() -> Path:
+    """Where `fetch` puts what it downloads, unless told otherwise; it need not exist yet."""
+    return _cache_root(None)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes where `folder` is, or will be made."""
+    return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+
+
+def _existing(path: Path, sha256: str | None) -> Path:
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder; give an existing one, an https:// URL or hf://org/repo/file")
+    return path if sha256 is None else _verified(path, Pin(sha256, None, "the caller"))
+
+
+@dataclass(frozen=True)
+class _Remote:
+    name: str  # as the caller wrote it, and as edm2kit/configs/hashes.yaml lists it
+    url: str  # where plain HTTP finds it
+    host: str
+    path: Path  # below the host, safe to append to a folder
+    repo: tuple[str, str | None, str] | None = None  # Hugging Face: repository, revision, file
+
+
+def _parse(name: str) -> _Remote:
+    parts = urlsplit(name)
+    if parts.scheme in ("http", "https") and parts.hostname and parts.path.strip("/"):
+        host = parts.hostname + (f"_{parts.port}" if parts.port else "")
+        return _Remote(name, name, host, _safe_path(parts.path, parts.query))
+    hub = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/(.+)", name)
+    if hub is None:
+        raise ValueError(
+            f"{name}: expected a local path, an http(s):// URL of a file, or hf://org/repo[@revision]/file"
+        )
+    repo, revision, file = hub.groups()
+    url = f"https://huggingface.co/{repo}/resolve/{revision or 'main'}/{file}"
+    return _Remote(name, url, "huggingface.co", _safe_path(urlsplit(url).path, ""), (repo, revision, file))
+
+
+def _safe_path(path: str, query: str) -> Path:
+    """A relative path that stays below the folder it is appended to, another one for every URL."""
+    parts = [part for part in path.split("/") if part]
+    safe = [re.sub(r'[\\/:*?"<>|\x00-\x1f]|^\.+', "_", unquote(part)) for part in parts]
+    if query or safe != parts:
+        safe[-1] = f"{hashlib.sha256(f'{path}?{query}'.encode()).hexdigest()[:16]}-{safe[-1]}"
+    return Path(*safe)
+
+
+def _cache_root(cache_dir: str | Path | None) -> Path:
+    if cache_dir is None:
+        cache_dir = os.environ.get("DNNLIB_CACHE_DIR")
+    if cache_dir:
+        return Path(cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edm2-toolkit"
+
+
+def _mirror_folder() -> Path | None:
+    mirror = os.environ.get("EDM2_MIRROR", "")
+    return Path(mirror) if mirror and "://" not in mirror else None
+
+
+def _offline() -> str | None:
+    """Name of the environment variable that forbids the network."""
+    names = ("EDM2_OFFLINE", "HF_HUB_OFFLINE")
+    return next((name for name in names if os.environ.get(name, "").lower() in ("1", "true", "yes", "on")), None)
+
+
+def _refuse_offline(remote: _Remote, place: Path) -> None:
+    if _offline():
+        raise ValueError(
+            f"{remote.path.name} is not in the cache and {_offline()} forbids downloads; get {remote.url} on a machine "
+            f"with a connection and put it at {place}"
+        )
+
+
+def _download_to(place: Path, remote: _Remote, pin: Pin | None, patience: Patience) -> None:
+    if (folder := _mirror_folder()) is not None:
+        raise ValueError(f"{remote.name}: not in the mirror folder EDM2_MIRROR; put it at {folder / remote.path}")
+    _refuse_offline(remote, place)
+    url = remote.url
+    if mirror := os.environ.get("EDM2_MIRROR"):
+        url = mirror.rstrip("/") + url[url.index("/", url.index("://") + 3) :]
+    partial = place.with_name(f".{place.name}.partial" if fcntl else f".{place.name}.{os.getpid()}.partial")
+    try:
+        resumed = download(url, partial, pin.size_bytes if pin else None, patience)
+        if resumed and pin is not None and sha256_of(partial) != pin.sha256:
+            # two halves that do not fit each other: once more, in one piece
+            forget(partial)
+            download(url, partial, pin.size_bytes, patience)
+    except ValueError as error:
+        raise ValueError(f"{error}; or put the file at {place}") from error
+    if pin is not None and (found := sha256_of(partial)) != pin.sha256:
+        forget(partial)
+        raise ValueError(_mismatch(url, found, pin) + "; the download was thrown away")
+    os.replace(partial, place)
+    forget(partial)
+    _sync_folder(place.parent)
+
+
+def _from_hub(remote: _Remote, place: Path) -> Path:
+    """The file in huggingface_hub's own cache, which it downloads, resumes and locks by itself."""
+    assert remote.repo is not None
+    repo, revision, file = remote.repo
+    by_hand = f"or get {remote.url} and put it at {place}"
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ValueError(f"{remote.name}: hf:// needs `pip install huggingface_hub`; {by_hand}") from error
+    try:
+        return Path(
+            huggingface_hub.hf_hub_download(repo, file, revision=revision, local_files_only=_offline() is not None)
+        )
+    except LocalEntryNotFoundError as error:
+        _refuse_offline(remote, place)
+        raise ValueError(f"{remote.name}: huggingface.co cannot be reached; {by_hand}") from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{remote.name}: {reason}; {by_hand}") from error
+
+
+@contextlib.contextmanager
+def _lock(place: Path) -> Iterator[None]:
+    """Let one process at a time, of all that share this file system, work on `place`."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    with open(place.with_name(f".{place.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            dist.print0(f"Waiting for another process that downloads {place.name}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing the file lets go of the lock, also when the process dies
+
+
+def _verified(path: Path, pin: Pin | None, record: bool = False) -> Path:
+    """`path`, if its bytes have the hash of `pin` or, without one, the hash recorded beside it."""
+    note = path.with_name(path.name + ".sha256")
+    if pin is None and record:
+        if not note.exists():
+            _record(note, path)
+            return path
+        pin = Pin(note.read_text(encoding="utf-8").partition(" ")[0], None, str(note))
+    if pin is not None and (found := sha256_of(path)) != pin.sha256:
+        raise ValueError(_mismatch(path, found, pin) + f"; delete {path} to get it again")
+    return path
+
+
+def _record(note: Path, path: Path) -> None:
+    try:
+        with atomic_write(note, "w") as file:
+            file.write(f"{sha256_of(path)}  {path.name}\n")  # the format of `sha256sum --check`
+    except OSError as error:
+        dist.warn0(f"cannot record the hash of {path.name} ({error}); it stays unverified")
+
+
+def _mismatch(what: str | Path, found: str, pin: Pin) -> str:
+    # reported hashes may be wrong themselves, and nothing else would let a right file pass
+    hint = f"; if you know the file to be right, correct its entry in {_MANIFEST}" if pin.source == _REPORTED else ""
+    return f"{what}: sha256 is {found}, expected {pin.sha256} (according to {pin.source}){hint}"

@@ -1,0 +1,67 @@
+"""The loss of a network that is to answer at once what a guided pair answers in several evaluations."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from edm2kit.denoiser import Denoiser, for_images, for_step
+from edm2kit.torch_utils.rng import StackedGenerator
+from edm2kit.training.loss import LossTerms
+
+
+@dataclass(frozen=True)
+class DistillationLoss:
+    """lambda * (D_student(x) - D_teacher(x))^2 on noisy training images, sigma and lambda as in `EDM2Loss`.
+
+    `teacher` is any denoiser. One that follows a sampling run (an interval, a schedule, random draws) answers as in
+    the step of `sigmas` (falling to 0) that passes the image's noise level, with random numbers of the image's own.
+    Guided distillation of Meng et al. 2023 (arXiv 2210.03142), its first stage, for one weight. Raises ValueError
+    where `teacher` cannot answer outside of a solver.
+    """
+
+    teacher: Denoiser
+    sigmas: torch.Tensor
+    P_mean: float = -0.4
+    P_std: float = 1.0
+    sigma_data: float = 0.5
+
+    def terms(
+        self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor | None, rng: StackedGenerator
+    ) -> LossTerms:
+        """The loss and the noise level of each image; arguments as `EDM2Loss.__call__`."""
+        sigma = (rng.randn([len(images), 1, 1, 1]) * self.P_std + self.P_mean).exp()
+        x = images + sigma * rng.randn_like(images)
+        seeds = rng.randint(1 << 32, size=[len(images)]).tolist()
+        wanted = self.answers(x, sigma.flatten(), labels, seeds)
+        weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+        denoised, logvar = net(x, sigma.flatten(), labels, return_logvar=True)
+        # the uncertainty weighs real images, not these: it takes part, as DDP expects, and learns nothing
+        return LossTerms(weight * (denoised - wanted) ** 2 + 0 * logvar, sigma.flatten().detach())
+
+    @torch.no_grad()
+    def answers(
+        self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None, seeds: list[int]
+    ) -> torch.Tensor:
+        """What the teacher says to each image; images whose steps make no difference are one batch."""
+        steps = self.steps_of(sigma)
+        groups: list[tuple[Denoiser, list[int]]] = []
+        for i in sorted(set(steps)):
+            rows = [k for k, step in enumerate(steps) if step == i]
+            own = StackedGenerator(x.device, [seeds[k] for k in rows])
+            teacher = for_step(for_images(self.teacher, own), i, self.sigmas)
+            like = next((members for known, members in groups if known == teacher), None)
+            if like is None:
+                groups.append((teacher, rows))
+            else:
+                like.extend(rows)
+        wanted = torch.empty_like(x)
+        for teacher, members in groups:
+            rows = sorted(members)
+            wanted[rows] = teacher(x[rows], sigma[rows], None if labels is None else labels[rows])
+        return wanted
+
+    def steps_of(self, sigma: torch.Tensor) -> list[int]:
+        """The step that passes each noise level: i where it lies in (sigmas[i + 1], sigmas[i]], the first if above."""
+        levels = self.sigmas[1:-1].to(sigma)
+        return (sigma[:, None] <= levels).sum(dim=1).tolist()

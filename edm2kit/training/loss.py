@@ -1,0 +1,70 @@
+"""The training loss of EDM2 (Karras et al. 2023, Section 2.1 and Eq. 21)."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from edm2kit.torch_utils.rng import RandomSource, StackedGenerator
+
+
+class LossTerms(NamedTuple):
+    """`loss` [N, C, H, W], differentiable; `sigma` [N], the noise level that each image was given."""
+
+    loss: torch.Tensor
+    sigma: torch.Tensor
+
+
+class TrainingLoss(Protocol):
+    """What the training loop asks of a loss: unreduced terms, from one generator per image."""
+
+    def terms(
+        self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor | None, rng: StackedGenerator
+    ) -> LossTerms: ...
+
+
+class _GlobalRandom:
+    """torch's global generator of the device at hand."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def randn(self, size: list[int]) -> torch.Tensor:
+        return torch.randn(size, device=self.device)
+
+    def randn_like(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.randn_like(x)
+
+
+class EDM2Loss:
+    """Weighted denoising error with learned uncertainty: lambda / e^u * (D(x + sigma n) - x)^2 + u.
+
+    ln(sigma) ~ N(P_mean, P_std^2); lambda = (sigma^2 + sigma_data^2) / (sigma * sigma_data)^2. The loss is per
+    element, unreduced: the training loop sums it and divides by the global batch size.
+    """
+
+    def __init__(self, P_mean: float = -0.4, P_std: float = 1.0, sigma_data: float = 0.5):
+        self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
+
+    def terms(
+        self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor | None, rng: RandomSource | None = None
+    ) -> LossTerms:
+        """The loss and the noise level of each image; arguments as in `__call__`."""
+        rng = _GlobalRandom(images.device) if rng is None else rng
+        # noise level before noise: the order is part of the golden values
+        sigma = (rng.randn([images.shape[0], 1, 1, 1]) * self.P_std + self.P_mean).exp()
+        noise = rng.randn_like(images)
+        weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+        denoised, logvar = net(images + noise * sigma, sigma.flatten(), labels, return_logvar=True)
+        loss = (weight / logvar.exp()) * (denoised - images) ** 2 + logvar
+        return LossTerms(loss, sigma.flatten().detach())
+
+    def __call__(
+        self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor | None, rng: RandomSource | None = None
+    ) -> torch.Tensor:
+        """Loss of every element.
+
+        `images` float32 [N, C, H, W], encoded; `labels` float32 [N, K] or None; `rng` a StackedGenerator with one
+        generator per image, or None for global draws. Returns [N, C, H, W].
+        """
+        return self.terms(net, images, labels, rng).loss

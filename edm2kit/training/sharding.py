@@ -1,0 +1,98 @@
+"""Each rank keeps only its share of Adam's moments and of the averages (ZeRO stage 1: Rajbhandari et al. 2019)."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from edm2kit.ema.power_function import PowerFunctionEMA
+from edm2kit.torch_utils import dist
+
+
+class ShardedAdam(ZeroRedundancyOptimizer):
+    """Adam of which every rank keeps and steps its share; then the ranks give each other their new weights.
+
+    The same bits as Adam on every rank. Its state dict is Adam's, so that a run goes on with or without sharding and
+    on any number of ranks.
+    """
+
+    def __init__(self, parameters: Iterator[nn.Parameter], **arguments: Any):
+        self.parameters = list(parameters)
+        super().__init__(self.parameters, torch.optim.Adam, **arguments)
+        ranks = dist.gather_objects(self.numbers())
+        self.owners = {number: rank for rank, numbers in enumerate(ranks) for number in numbers}
+
+    def numbers(self) -> list[int]:
+        """Which parameters this rank keeps, in the order of its own optimizer."""
+        place = {id(parameter): number for number, parameter in enumerate(self.parameters)}
+        return [place[id(parameter)] for parameter in self.optim.param_groups[0]["params"]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adam's whole state on rank 0, in its host memory; elsewhere without moments. Every rank must call it."""
+        scalars, state = {}, {}
+        for number in sorted(self.numbers()):
+            scalars[number] = {k: v.cpu() for k, v in self._own(number).items() if v.ndim == 0}
+        scalars = {number: found for part in dist.gather_on_rank0(scalars) for number, found in part.items()}
+        for number, parameter in enumerate(self.parameters):
+            moments = {}
+            for key in ("exp_avg", "exp_avg_sq"):
+                moments[key] = dist.send_to_rank0(self._own(number).get(key), self.owners[number], parameter)
+            state[number] = {**scalars.get(number, {}), **moments}
+        groups = torch.optim.Optimizer.state_dict(self)["param_groups"]
+        return {"state": state if dist.rank() == 0 else {}, "param_groups": groups}
+
+    def _own(self, number: int) -> dict[str, torch.Tensor]:
+        return self.optim.state.get(self.parameters[number], {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take this rank's share out of Adam's whole state."""
+        numbers, (group,) = self.numbers(), state_dict["param_groups"]
+        state = {local: state_dict["state"][number] for local, number in enumerate(numbers)}
+        self.optim.load_state_dict({"state": state, "param_groups": [{**group, "params": list(range(len(numbers)))}]})
+        self.param_groups[0].update({key: value for key, value in group.items() if key != "params"})
+
+
+class Share(nn.Module):
+    """Some parameters of a network, the very same ones, under their names."""
+
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]]):
+        super().__init__()
+        for name, parameter in named:
+            self.register_parameter(name.replace(".", "/"), parameter)
+
+
+class ShardedEMA(PowerFunctionEMA):
+    """Averages of which every rank keeps its share: that of the parameters its optimizer keeps."""
+
+    def __init__(self, net: nn.Module, optimizer: ShardedAdam, stds: Sequence[float]):
+        self.whole, self.owners = net, optimizer.owners
+        named = list(net.named_parameters())
+        super().__init__(Share([named[number] for number in sorted(optimizer.numbers())]), stds)
+
+    def weights(self, number: int) -> dict[str, torch.Tensor]:
+        """The average's whole state dict on rank 0, in its host memory; elsewhere nothing. Every rank must call it."""
+        own = dict(self.averages[number].named_parameters())
+        state = self.whole.state_dict()  # buffers, and the order of names
+        for k, (name, parameter) in enumerate(self.whole.named_parameters()):
+            state[name] = dist.send_to_rank0(own.get(name.replace(".", "/")), self.owners[k], parameter)
+        return state if dist.rank() == 0 else {}
+
+    @torch.no_grad()
+    def network(self, number: int) -> nn.Module:
+        """The average as a network, on every rank. Every rank must call it."""
+        own, net = dict(self.averages[number].named_parameters()), copy.deepcopy(self.whole)
+        for k, (name, parameter) in enumerate(net.named_parameters()):
+            if self.owners[k] == dist.rank():
+                parameter.copy_(own[name.replace(".", "/")])
+            dist.broadcast_(parameter, self.owners[k])
+        return net.eval().requires_grad_(False)
+
+    def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Take this rank's share out of whole averages."""
+        mine = [name for name, _ in self.averages[0].named_parameters()]
+        super().load_state_dict(
+            {std: {name: whole[name.replace("/", ".")] for name in mine} for std, whole in state.items()}
+        )

@@ -1,0 +1,101 @@
+"""Options that researchers type, and errors that fit on one line."""
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from edm2kit.cli.click_types import Command, FloatSeries, Group, IntRanges, Size
+
+
+def parsed(kind: click.ParamType, text: object) -> object:
+    return kind.convert(text, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("4096", 4096), ("128Ki", 131072), ("8Mi", 8 << 20), ("1Gi", 1 << 30), ("1.5Ki", 1536), ("0", 0), (7, 7)],
+)
+def test_sizes(text, count):
+    assert parsed(Size(), text) == count
+    assert type(parsed(Size(), text)) is int
+
+
+@pytest.mark.parametrize("text", ["", "8M", "8 Mi B", "-1", "0.3", "1e3", "0.3Ki", "ten"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(click.BadParameter):
+        parsed(Size(), text)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [("5", (5,)), ("0-3", (0, 1, 2, 3)), ("0,5,10-12", (0, 5, 10, 11, 12)), (" 3 , 1-1", (3, 1)), ((1, 2), (1, 2))],
+)
+def test_ranges_keep_the_order_written(text, numbers):
+    assert parsed(IntRanges(), text) == numbers
+
+
+@pytest.mark.parametrize("text", ["", "3-1", "a", "1-", "1,,2", "-5", "1.5"])
+def test_ranges_that_are_none(text):
+    with pytest.raises(click.BadParameter):
+        parsed(IntRanges(), text)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("0.05,0.1", (0.05, 0.1)),
+        ("0.01,0.02,...,0.05", (0.01, 0.02, 0.03, 0.04, 0.05)),
+        ("1,0.5,...,-1", (1, 0.5, 0, -0.5, -1)),
+        ("0.010,0.015,...,0.250", tuple(round(0.005 * k, 3) for k in range(2, 51))),
+        ((0.1, 0.2), (0.1, 0.2)),
+    ],
+)
+def test_series_are_filled_in(text, numbers):
+    assert parsed(FloatSeries(), text) == numbers
+
+
+@pytest.mark.parametrize("text", ["", "x", "0.1,...", "0.1,...,0.3", "...,1", "1,1,...,3", "1,2,...,4.5", "1,2,...,1"])
+def test_series_that_cannot_be_filled_in(text):
+    with pytest.raises(click.BadParameter):
+        parsed(FloatSeries(), text)
+
+
+@click.group(cls=Group)
+def tool() -> None:
+    pass
+
+
+@tool.command()
+@click.option("--how", default="value")
+def fail(how: str) -> None:
+    raise {
+        "value": ValueError("expected a cat"),
+        "os": FileNotFoundError(2, "No such file", "x"),
+        "bug": KeyError("k"),
+    }[how]
+
+
+def test_expected_errors_become_one_line(monkeypatch):
+    monkeypatch.delenv("EDM2_TRACEBACK", raising=False)
+    for how, line in (("value", "Error: expected a cat\n"), ("os", "Error: [Errno 2] No such file: 'x'\n")):
+        result = CliRunner().invoke(tool, ["fail", "--how", how])
+        assert (result.exit_code, result.output) == (1, line)
+
+
+def test_usage_errors_exit_with_2_and_bugs_keep_their_traceback():
+    assert CliRunner().invoke(tool, ["fail", "--nonsense"]).exit_code == 2
+    with pytest.raises(KeyError):
+        CliRunner().invoke(tool, ["fail", "--how", "bug"], catch_exceptions=False)
+
+
+def test_the_whole_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("EDM2_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="expected a cat"):
+        CliRunner().invoke(tool, ["fail"], catch_exceptions=False)
+
+
+def test_a_single_command_tells_errors_the_same_way(monkeypatch):
+    monkeypatch.delenv("EDM2_TRACEBACK", raising=False)
+    alone = click.command(cls=Command)(lambda: (_ for _ in ()).throw(ValueError("one line")))
+    result = CliRunner().invoke(alone, [])
+    assert (result.exit_code, result.output) == (1, "Error: one line\n")

@@ -1,0 +1,205 @@
+"""Comparing ways to guide: tuned on some seeds, reported on others, and never measured twice."""
+
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from edm2kit.cli import compare as compare_guidance
+from edm2kit.cli import distill
+from edm2kit.cli import metrics as calculate_metrics
+from edm2kit.experiments.compare_guidance import measure
+from edm2kit.experiments.compare_guidance.page import cost_table, table
+from edm2kit.experiments.compare_guidance.rows import ROWS_FILE, load_rows
+from edm2kit.experiments.documents import fill_in
+from tests.support import ROOT, tiny
+from tests.support.fakes import tiny_snapshot
+from tests.support.pictures import some_files, write_folder
+
+NUM = 8
+ROWS = """
+common: --net {main} --steps 2
+rows:
+  unguided: {title: alone, options: ""}
+  pair: {title: autoguidance, options: "--gnet {guide}", weights: [1.5, 3]}
+  icg: {title: random class, options: --guidance-method icg, weights: [2]}
+  sims: {title: SIMS, options: "--gnet {sims}", weights: [2]}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    tiny_snapshot(folder / "main")
+    tiny_snapshot(folder / "guide", seed=1)
+    write_folder(folder / "real", some_files(12))
+    (folder / "rows.yaml").write_text(ROWS)
+    words = ["ref", "--data", folder / "real", "--dest", folder / "ref.npz", "--metrics", "fd_random"]
+    assert CliRunner().invoke(calculate_metrics.main, [str(word) for word in words]).exit_code == 0
+    return folder
+
+
+def run(place, command, outdir, *more, code=0, main="main"):
+    words = [command, "--outdir", outdir, "--rows-file", place / "rows.yaml"]
+    words += ["--network", f"main={place / main}", "--network", f"guide={place / 'guide'}", *more]
+    if command in ("tune", "report"):
+        words += ["--ref", place / "ref.npz", "--real", place / "real", "--num", NUM, "--device", "cpu"]
+    done = CliRunner().invoke(compare_guidance.main, [str(word) for word in words])
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def measured(place):
+    told = run(place, "tune", place / "out")
+    assert "sims is left out: it needs --network sims=PATH" in told
+    run(place, "report", place / "out", "--fresh", place / "real", "--seed", f"0,{NUM}")
+    run(place, "table", place / "out")
+    return place / "out"
+
+
+def points(file):
+    return json.loads(file.read_text())["points"]
+
+
+def test_rows_are_tuned_on_some_seeds_and_reported_on_others_at_the_best_weight(measured):
+    tuned, reported = (points(measured / stage / "pair.json") for stage in ("tune", "report"))
+    assert [(p["weight"], p["first_seed"]) for p in tuned] == [(1.5, 1000000), (3, 1000000)]
+    best = min(tuned, key=lambda p: p["results"]["fd_random"])
+    assert [(p["weight"], p["first_seed"]) for p in reported] == [(best["weight"], 0), (best["weight"], NUM)]
+    assert {"commit", "torch", "hardware", "elapsed_sec"} <= set(reported[0])
+    unguided = points(measured / "report" / "unguided.json")
+    assert [p["weight"] for p in unguided] == [None, None]
+    assert unguided[0]["results"] != reported[0]["results"]
+
+
+def test_scores_are_those_of_calculate_metrics(place, measured, tmp_path):
+    words = ["gen", "--net", place / "main", "--steps", 2, "--guidance-method", "icg", "--guidance", 2, "--num", NUM]
+    words += [
+        "--ref",
+        place / "ref.npz",
+        "--seed",
+        NUM,
+        "--batch",
+        3,
+        "--record",
+        tmp_path / "r.json",
+        "--device",
+        "cpu",
+    ]
+    assert CliRunner().invoke(calculate_metrics.main, [str(word) for word in words]).exit_code == 0
+    expected = json.loads((tmp_path / "r.json").read_text())["results"]["fd_random"]["min"]
+    assert points(measured / "report" / "icg.json")[1]["results"]["fd_random"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_was_measured_is_not_measured_again_and_what_is_missing_is(place, measured, tmp_path, monkeypatch):
+    for stage in ("tune", "report"):
+        for file in (measured / stage).iterdir():
+            (tmp_path / stage).mkdir(exist_ok=True)
+            (tmp_path / stage / file.name).write_text(file.read_text())
+    before = points(tmp_path / "tune" / "pair.json")
+    record = {**json.loads((tmp_path / "tune" / "pair.json").read_text()), "points": before[:1]}
+    (tmp_path / "tune" / "pair.json").write_text(json.dumps(record))
+    drawn = []
+    monkeypatch.setattr(measure, "prepare", lambda request, device: drawn.append(request) or PREPARE(request, device))
+    run(place, "tune", tmp_path)
+    again = points(tmp_path / "tune" / "pair.json")
+    assert [request.guidance.weight for request in drawn] == [3]
+    assert again[0] == before[0]
+    assert again[1]["results"] == before[1]["results"]
+
+
+PREPARE = measure.prepare
+
+
+def test_the_table_has_real_images_first_then_the_nearest(place, measured):
+    record = json.loads((measured / "guidance.json").read_text())
+    assert record["rows"][0]["name"] == "real"
+    record["rows"][0]["points"][0]["results"]["fd_random"] = 1e6  # first all the same
+    lines = table(record).splitlines()
+    assert lines[0].startswith("| 8 images each | w | of | evaluations |")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert cells[0][0] == "real pictures, drawn anew"
+    assert {row[0] for row in cells[1:]} == {"alone", "autoguidance", "random class"}
+    distances = [float(row[4]) for row in cells[1:]]
+    assert distances == sorted(distances)
+    (pair,) = (row for row in cells if row[0] == "autoguidance")
+    assert pair[2:4] == ["1.5, 3", "1 main + 1 guide"]
+    assert all(0 <= float(cell) <= 1 for row in cells for cell in row[6:])
+
+
+def test_what_a_student_costs_and_gains_is_told(place, measured, tmp_path):
+    tiny.make_dataset(tmp_path / "data", 16)
+    words = ["--net", place / "main", "--gnet", place / "guide", "--guidance", 3, "--steps", 4, "--interval", "0.2,20"]
+    words += ["--data", tmp_path / "data", "--outdir", tmp_path / "run", "--batch", 16, "--duration", 32]
+    done = CliRunner().invoke(distill.main, [str(word) for word in [*words, "--workers", 0, "--device", "cpu"]])
+    assert done.exit_code == 0, done.output
+    rows = (place / "rows.yaml").read_text() + '  student: {title: distilled, options: "--net {student}"}\n'
+    (tmp_path / "rows.yaml").write_text(rows)
+    student = ["--network", f"student={tmp_path / 'run' / 'network-snapshot-0000000-0.100.safetensors'}"]
+    student += ["--rows-file", tmp_path / "rows.yaml"]
+    shutil.copytree(measured, tmp_path / "out")
+    run(place, "report", tmp_path / "out", *student, "--seed", f"0,{NUM}")
+    run(place, "cost", tmp_path / "out", *student, "--rows", "unguided,pair,student", "--batch", 2, "--device", "cpu")
+    told = run(place, "table", tmp_path / "out", *student)
+    record = json.loads((tmp_path / "out" / "guidance.json").read_text())
+    adds = {name: cost["multiply_adds"] for name, cost in record["costs"]["rows"].items()}
+    assert adds["unguided"] == adds["student"] == pytest.approx(adds["pair"] / 2)
+    assert record["student"]["training"]["nimg"] == 32
+    assert cost_table(record) in told
+    assert "The student saw 32 images" in told
+    assert "guides with weight 3, steps" in told
+    elsewhere = ["--network", f"student={place / 'main'}", "--rows-file", tmp_path / "rows.yaml"]
+    assert "main is no student" in run(place, "table", tmp_path / "out", *elsewhere, code=1)
+
+
+def test_other_networks_rows_and_untuned_weights_are_refused(place, measured, tmp_path):
+    assert "was measured otherwise (files.main" in run(place, "tune", measured, main="guide", code=1)
+    assert "pair is not tuned at weight 1.5 yet" in run(place, "report", tmp_path, code=1)
+    assert "holds no scores" in run(place, "table", tmp_path, code=1)
+    assert "no row is called 'pear'; did you mean 'pair'?" in run(place, "tune", tmp_path, "--rows", "pear", code=1)
+    assert "is not NAME=PATH" in run(place, "tune", tmp_path, "--network", "sims=nowhere", code=2)
+    (measured / "report" / "icg.json").rename(tmp_path / "icg.json")
+    (measured / "report" / "icg.json").write_text("{")
+    assert "icg.json is damaged" in run(place, "table", measured, code=1)
+    (tmp_path / "icg.json").rename(measured / "report" / "icg.json")
+
+
+def test_the_sheet_has_a_line_for_each_row(place, tmp_path):
+    run(place, "sheet", tmp_path, "--images", 2, "--device", "cpu")
+    with Image.open(tmp_path / "guidance.png") as sheet:
+        assert sheet.mode == "P"
+        sizes = sheet.size
+    run(place, "sheet", tmp_path, "--images", 2, "--rows", "pair", "--device", "cpu", "--dest", tmp_path / "one.png")
+    with Image.open(tmp_path / "one.png") as one:
+        assert one.width == sizes[0]
+        assert (sizes[1] - 8) == 3 * (one.height - 8)
+
+
+def test_every_row_of_the_project_can_be_asked_for(place, tmp_path):
+    files = {name: str(place / "main") for name in ("main", "guide", "uncond", "sims", "student", "classifier")}
+    rows = load_rows(ROWS_FILE)
+    assert {name for row in rows.values() for name in row.needs} == set(files)
+    for row in rows.values():
+        for weight in row.weights or (None,):
+            request = row.request(weight, files)
+            assert request.guidance.weight == (weight or 1)
+        assert row.cost(files)
+
+
+def test_a_file_of_no_rows_is_refused(tmp_path):
+    (tmp_path / "rows.yaml").write_text("rows: {a: {title: x}}")
+    with pytest.raises(ValueError, match="holds no rows to compare"):
+        load_rows(tmp_path / "rows.yaml")
+
+
+@pytest.mark.skipif(not (ROOT / "docs" / "guidance.json").exists(), reason="no comparison was published yet")
+def test_the_document_shows_the_table_of_the_published_record():
+    record = json.loads((ROOT / "docs" / "guidance.json").read_text())
+    text = document = (ROOT / "docs" / "guidance.md").read_text(encoding="utf-8")
+    text = fill_in(text, "comparison", table(record))
+    if "student" in record:
+        text = fill_in(text, "distillation", cost_table(record))
+    assert text == document, "run: python scripts/compare_guidance.py table --publish"

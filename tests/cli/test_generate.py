@@ -1,0 +1,243 @@
+"""The command line generate.py."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from edm2kit.cli import generate
+from edm2kit.cli.generation import Request, prepare
+from edm2kit.sampling.engine import Engine
+from edm2kit.sampling.solvers import Sampler
+from tests.support import ROOT
+from tests.support.fakes import tiny_snapshot
+
+NAMES = ("cat", "dog", "fish", "goldfish")
+
+
+@pytest.fixture(scope="module")
+def nets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nets")
+    tiny_snapshot(folder / "main", label_names=NAMES)
+    tiny_snapshot(folder / "guide", seed=1, label_names=NAMES)
+    tiny_snapshot(folder / "large", img_resolution=16)
+    tiny_snapshot(folder / "grey", img_channels=1, label_dim=0)
+    (folder / "cut").write_bytes((folder / "main").read_bytes()[:3000])
+    return folder
+
+
+def run(*arguments, net=None):
+    """Exit code and everything printed."""
+    words = [str(argument) for argument in arguments]
+    command = ["--net", str(net), "--steps", "3", "--device", "cpu", *words]
+    result = CliRunner().invoke(generate.main, command)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def pixels(folder):
+    return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.rglob("*.png"))}
+
+
+def assert_within_one_level(one, other):
+    assert list(one) == list(other)
+    assert max(int(np.abs(one[name] - other[name]).max()) for name in one) <= 1
+
+
+def guided(nets):
+    return ("--gnet", nets / "guide", "--guidance", "2.1", "--S_churn", "2")
+
+
+def torchrun(ranks, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = [str(argument) for argument in arguments]
+    done = subprocess.run(
+        [*command, str(ROOT / "generate.py"), *words], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_png_per_seed_and_a_record_of_what_made_them(nets, tmp_path):
+    code, output = run(*guided(nets), "--seeds", "0-2,7", "--outdir", tmp_path, net=nets / "main")
+    assert code == 0, output
+    assert sorted(pixels(tmp_path)) == ["000000.png", "000001.png", "000002.png", "000007.png"]
+    assert all(image.shape == (8, 8, 3) for image in pixels(tmp_path).values())
+    record = json.loads((tmp_path / "generation.json").read_text())
+    assert record["settings"]["guidance"]["weight"] == 2.1
+    assert len(record["settings"]["gnet"]["sha256"]) == 64
+    assert record["settings"]["sampler"]["num_steps"] == 3
+    (made,) = record["runs"]
+    assert made["seeds"] == "0-2,7"
+    assert {"command", "started", "commit", "torch", "hardware", "processes"} <= set(made)
+
+
+def test_the_batch_does_not_matter(nets, tmp_path):
+    for size in (1, 8):
+        arguments = (*guided(nets), "--seeds", "0-8", "--batch", size, "--outdir", tmp_path / str(size))
+        assert run(*arguments, net=nets / "main")[0] == 0
+    assert_within_one_level(pixels(tmp_path / "1"), pixels(tmp_path / "8"))
+    assert len({image.tobytes() for image in pixels(tmp_path / "1").values()}) == 9
+
+
+def test_two_ranks_make_what_one_makes(nets, tmp_path):
+    arguments = (*guided(nets), "--seeds", "0-4", "--batch", "2")
+    assert run(*arguments, "--outdir", tmp_path / "one", net=nets / "main")[0] == 0
+    common = ("--net", nets / "main", "--steps", "3", "--device", "cpu")
+    torchrun(2, *common, *arguments, "--outdir", tmp_path / "two", "--grid", tmp_path / "sheet.png")
+    assert_within_one_level(pixels(tmp_path / "one"), pixels(tmp_path / "two"))
+    classes = [
+        [Image.open(path).info["class"] for path in sorted((tmp_path / n).glob("*.png"))] for n in ("one", "two")
+    ]
+    assert classes[0] == classes[1]
+    assert Image.open(tmp_path / "sheet.png").size == (24, 16)
+
+
+def test_a_rank_without_work_waits_for_the_others(nets, tmp_path):
+    output = torchrun(
+        4, "--net", nets / "main", "--steps", "3", "--device", "cpu", "--seeds", "0-2", "--npz", tmp_path / "three.npz"
+    )
+    assert output.count("Network:") == 1
+    with np.load(tmp_path / "three.npz") as arrays:
+        assert arrays["images"].shape == (3, 8, 8, 3)
+        assert arrays["seeds"].tolist() == [0, 1, 2]
+    assert sorted(contents(tmp_path)) == ["three.npz", "three.npz.json"]
+
+
+def test_a_second_run_makes_only_what_is_missing(nets, tmp_path, monkeypatch):
+    arguments = ("--seeds", "0-5", "--outdir", tmp_path)
+    assert run(*arguments, net=nets / "main")[0] == 0
+    first = contents(tmp_path)
+    drawn = []
+    draw = Engine.draw
+    monkeypatch.setattr(Engine, "draw", lambda self, seeds: drawn.append(list(seeds)) or draw(self, seeds))
+    code, output = run(*arguments, net=nets / "main")
+    assert code == 0
+    assert "6 of 6 images are there already" in output
+    assert contents(tmp_path) == first
+
+    (tmp_path / "000002.png").write_bytes(first["000002.png"][:-25])
+    (tmp_path / "000004.png").unlink()
+    assert run(*arguments, net=nets / "main")[0] == 0
+    assert drawn == [[2, 4]]
+    again = contents(tmp_path)
+    assert {name: again[name] for name in first if name.endswith("png")} == {
+        name: data for name, data in first.items() if name.endswith("png")
+    }
+
+
+def test_a_run_that_was_cut_off_continues(nets, tmp_path, monkeypatch):
+    arguments = ("--seeds", "0-5", "--batch", "2", "--npz", tmp_path / "six.npz")
+    draw = Engine.draw
+
+    def fail_late(self, seeds):
+        if 4 in seeds:
+            raise OSError("the power went out")
+        return draw(self, seeds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "draw", fail_late)
+        code, output = run(*arguments, net=nets / "main")
+    assert (code, output.strip().splitlines()[-1]) == (1, "Error: the power went out")  # below the progress bar
+    code, output = run(*arguments, net=nets / "main")
+    assert code == 0
+    assert "4 of 6 images are there already" in output
+    assert "holds these images already" in run(*arguments, net=nets / "main")[1]
+
+
+def test_other_settings_are_refused_until_overwritten(nets, tmp_path):
+    arguments = (*guided(nets), "--seeds", "0-3", "--outdir", tmp_path)
+    assert run(*arguments, net=nets / "main")[0] == 0
+    first = contents(tmp_path)
+    changed = ("--seeds", "0-1", "--outdir", tmp_path, "--gnet", nets / "guide", "--guidance", "3")
+    code, output = run(*changed, net=nets / "main")
+    assert code == 1
+    assert "guidance.weight 2.1 there, 3.0 now" in output
+    assert contents(tmp_path) == first
+    assert run(*changed, "--overwrite", net=nets / "main")[0] == 0
+    assert sorted(contents(tmp_path)) == ["000000.png", "000001.png", "generation.json"]
+    assert contents(tmp_path)["000000.png"] != first["000000.png"]
+
+
+def test_an_npz_of_other_settings_or_seeds_is_refused(nets, tmp_path):
+    file = tmp_path / "all.npz"
+    assert run("--seeds", "0-1", "--npz", file, net=nets / "main")[0] == 0
+    for arguments, wrong in (
+        (("--seeds", "0-2"), "holds other seeds"),
+        (("--seeds", "0-1", "--steps", "4"), "sampler.num_steps 3 there, 4 now"),
+    ):
+        code, output = run(*arguments, "--npz", file, net=nets / "main")
+        assert code == 1
+        assert wrong in output
+    assert run("--seeds", "0-2", "--npz", file, "--overwrite", net=nets / "main")[0] == 0
+    assert np.load(file)["seeds"].tolist() == [0, 1, 2]
+
+
+def test_forced_classes_take_turns_and_are_known_by_name(nets, tmp_path):
+    code, output = run("--class", "goldfish,1", "--seeds", "0-3", "--npz", tmp_path / "a.npz", net=nets / "main")
+    assert code == 0
+    assert "3 (goldfish), 1 (dog)" in output
+    assert np.load(tmp_path / "a.npz")["labels"].tolist() == [3, 1, 3, 1]
+    assert run("--balanced", "--seeds", "6-9", "--npz", tmp_path / "b.npz", net=nets / "main")[0] == 0
+    assert np.load(tmp_path / "b.npz")["labels"].tolist() == [2, 3, 0, 1]
+
+
+def test_grey_images_without_classes(nets, tmp_path):
+    arguments = ("--seeds", "0-1,1500", "--outdir", tmp_path / "out", "--subdirs", "--grid", tmp_path / "sheet.png")
+    assert run(*arguments, net=nets / "grey")[0] == 0
+    image = Image.open(tmp_path / "out" / "001000" / "001500.png")
+    assert (image.mode, image.size) == ("L", (8, 8))
+    assert "class" not in image.info
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (16, 16)
+    assert np.array_equal(sheet[8:, :8], np.asarray(image))
+
+
+@pytest.mark.parametrize("net", ["main", "grey"])
+def test_pixels_are_those_of_the_engine(nets, tmp_path, net):
+    assert run("--seeds", "3", "--outdir", tmp_path, net=nets / net)[0] == 0
+    batch = prepare(Request(str(nets / net), sampler=Sampler(3)), torch.device("cpu")).engine.draw([3])
+    made = np.asarray(Image.open(tmp_path / "000003.png")).reshape(8, 8, -1)
+    assert np.array_equal(made, batch.images[0].permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "wrong"),
+    [
+        ("--outdir OUT --net NETS/absent", 1, "absent"),
+        ("--outdir OUT --net NETS/cut", 1, "cut"),
+        ("--outdir OUT --gnet NETS/large --guidance 2", 1, "resolution is 16, the main network's 8"),
+        ("--outdir OUT --gnet NETS/guide", 2, "give --guidance W"),
+        ("--outdir OUT --guidance 2", 2, "give --gnet"),
+        ("--outdir OUT --class 4", 1, "class 4 is out of range; the network has classes 0 to 3"),
+        ("--outdir OUT --class goldfsh", 1, "did you mean 'goldfish'"),
+        ("--outdir OUT --seeds 5-3", 2, "runs backwards"),
+        ("--outdir OUT --seeds 1,x", 2, "'x' is neither a number nor a range"),
+        ("--outdir OUT --seeds 1,0-2", 2, "names 1 more than once"),
+        ("--outdir OUT --sigma_min 0", 1, "sigma_min is 0"),
+        ("--outdir OUT --seeds 0-2000 --grid OUT/g.png", 2, "at most 1024"),
+        ("--outdir OUT --device tpu", 1, "not available here"),
+        ("--outdir OUT --npz OUT.npz", 2, "give one of --outdir"),
+        ("", 2, "give one of --outdir"),
+        ("--npz OUT.npz --subdirs", 2, "--subdirs goes with --outdir"),
+        ("--outdir NETS/main", 2, "is a file"),
+    ],
+)
+def test_wrong_input_is_one_clear_line_and_leaves_nothing(nets, tmp_path, arguments, code, wrong):
+    words = [word.replace("OUT", str(tmp_path / "out")).replace("NETS", str(nets)) for word in arguments.split()]
+    result, output = run(*words, net=nets / "main")
+    assert result == code
+    (line,) = [line for line in output.splitlines() if line.startswith("Error:")]
+    assert wrong in line
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,173 @@
+"""Command-line options become a request."""
+
+import math
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from edm2kit.cli.generation import Request
+from edm2kit.cli.generation_options import generation_options, parse_request
+from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.registry import METHODS, NO_GUIDANCE, Choice, Method, Option
+from edm2kit.sampling.solvers import Churn, Sampler
+from edm2kit.sampling.time_travel import TimeTravel
+
+
+def parse(*arguments):
+    """(request, exit code, output) of a command that takes these options and one of its own."""
+    seen = []
+
+    @click.command()
+    @generation_options
+    @click.option("--own", default=3)
+    def command(request, own):
+        assert own == 3
+        seen.append(request)
+
+    result = CliRunner().invoke(command, ["--net", "a", *arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return (seen or [None])[0], result.exit_code, result.output
+
+
+def test_defaults_are_the_published_ones():
+    assert parse()[0] == Request("a", None, NO_GUIDANCE, Sampler(), None, "auto")
+
+
+def test_sampler_options():
+    arguments = "--steps 8 --sigma_min 0.01 --sigma_max 20 --rho 5 --S_churn 10 --S_min 0.05 --S_max 50 --S_noise 1.003"
+    expected = Sampler(8, 0.01, 20, 5, Churn(10, 0.05, 50, 1.003), "euler")
+    assert parse(*arguments.split(), "--solver", "euler")[0].sampler == expected
+
+
+def test_time_travel_has_settings_of_its_own():
+    assert parse("--solver", "time-travel")[0].sampler.settings == TimeTravel()
+    given = parse("--solver", "time-travel", "--travel-times", "3", "--travel-interval", "1,5")
+    assert given[0].sampler.settings == TimeTravel(3, 1.0, 5.0)
+    _, code, output = parse("--travel-times", "3")
+    assert (code, "belong to --solver time-travel, not heun" in output) == (2, True)
+
+
+def test_a_guide_network_means_a_pair():
+    assert parse("--gnet", "b", "--guidance", "2.1")[0].guidance == Choice("pair", 2.1)
+    interval = parse("--gnet", "b", "--guidance", "2", "--interval", "0.28,inf")[0].guidance.interval
+    assert interval == (0.28, math.inf)
+    assert parse("--guidance", "1")[0].guidance == NO_GUIDANCE
+
+
+def test_classes():
+    assert parse("--class", "3,cat")[0].classes == "3,cat"
+    assert parse("--balanced")[0].classes == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        ("--guidance 2", "--guidance 2 needs a guide network; give --gnet"),
+        ("--interval 1,2", "--interval needs a guide network"),
+        ("--gnet b", "give --guidance W"),
+        ("--gnet b --guidance nan", "--guidance nan is not a finite number"),
+        ("--gnet b --guidance two", "'two' is not a valid float"),
+        ("--gnet b --guidance 2 --interval 2,1", "2,1 runs backwards"),
+        ("--gnet b --guidance 2 --interval 2", "'2' is not a pair of noise levels"),
+        ("--gnet b --guidance 2 --interval nan,2", "runs backwards"),
+        ("--guidance-method pair --guidance 2", "pair needs --gnet"),
+        ("--guidance-method none --gnet b", "none takes no --gnet"),
+        ("--guidance-method pear", "'pear' is not one of 'none', 'pair'"),
+        ("--class 3 --balanced", "--balanced is for all classes"),
+        ("--steps 0", "0 is not in the range x>=1"),
+        ("--precision fp8", "'fp8' is not one of"),
+    ],
+)
+def test_contradictions_are_usage_errors(arguments, wrong):
+    request, exit_code, output = parse(*arguments.split())
+    assert (request, exit_code) == (None, 2)
+    assert wrong in " ".join(output.split())
+
+
+def test_options_of_methods_come_from_the_registry(monkeypatch):
+    def positive(text):
+        if not float(text) > 0:
+            raise ValueError(f"{text} is not above 0")
+        return float(text)
+
+    option = Option("blur-radius", positive, 1.5, "how wide")
+    monkeypatch.setitem(METHODS, "blur", Method("away from a blurred image", "2 main", Guided, options=(option,)))
+    chosen = ("--guidance-method", "blur", "--guidance", "3")
+    assert parse(*chosen)[0].guidance == Choice("blur", 3.0, options={"blur_radius": 1.5})
+    assert parse(*chosen, "--blur-radius", "2")[0].guidance == Choice("blur", 3.0, options={"blur_radius": 2.0})
+    assert "-1 is not above 0" in parse(*chosen, "--blur-radius", "-1")[2]
+    assert "belongs to --guidance-method blur, not none" in " ".join(parse("--blur-radius", "2")[2].split())
+    assert "away from a blurred image (2 main)" in " ".join(parse("--help")[2].split())
+
+
+def test_methods_add_up_under_a_rule_and_a_schedule():
+    arguments = "--gnet b --guidance 2 --guidance-also pag=3 --guidance-also icg=1.5 --pag-blocks dec.8x8_in0"
+    choice = parse(*arguments.split(), "--guidance-rule", "apg", "--guidance-schedule", "cosine")[0].guidance
+    assert (choice.method, choice.weight, choice.also) == ("pair", 2.0, (("pag", 3.0), ("icg", 1.5)))
+    assert (choice.rule, choice.schedule) == ("apg", "cosine")
+    assert choice.options == {
+        "pag_blocks": ("dec.8x8_in0",),
+        "pag_match": "no",
+        "icg_kind": "class",
+        "apg_parallel": 0.0,
+        "apg_norm": 15.0,
+        "apg_momentum": -0.5,
+    }
+
+
+def test_a_method_has_its_published_weight():
+    assert parse("--guidance-method", "seg")[0].guidance.weight == 4.0
+    options = {"pag_blocks": None, "pag_match": "no"}
+    assert parse("--guidance-method", "pag")[0].guidance == Choice("pag", 4.0, options=options)
+    assert parse("--guidance-method", "pag", "--guidance", "2")[0].guidance.weight == 2
+
+
+def test_an_unconditional_network_beside_the_guide():
+    request = parse("--gnet", "b", "--uncond", "c", "--guidance-method", "mixed", "--guidance", "2")[0]
+    assert (request.gnet, request.uncond, request.guidance.options) == ("b", "c", {"mixed_share": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        ("--guidance-method pag --guidance-also pag=2", "pag is named twice"),
+        ("--guidance-method pag --guidance-also pair=2", "pair needs --gnet"),
+        ("--guidance-method pag --guidance-also pug=2", "'pug' is not one of"),
+        ("--guidance-method pag --guidance-also seg", "'seg' is not a method with its weight"),
+        ("--guidance-method pag --guidance-also seg=inf", "--guidance inf is not a finite number"),
+        ("--guidance-method pag --guidance-also none=1", "none does not combine"),
+        ("--gnet b --guidance 2 --uncond c", "pair takes no --uncond"),
+        ("--gnet b --guidance 2 --apg-norm 3", "--apg-norm belongs to --guidance-rule apg, not pair, linear"),
+        ("--guidance-method pag --pag-blocks middle", "'middle' is not a list of blocks"),
+        ("--guidance-method icg --guidance 2 --icg-kind word", "'word' is not one of class, gaussian"),
+        ("--guidance-method tsg --guidance 2 --tsg-scale -1", "'-1' is not a number from 0 to inf"),
+    ],
+)
+def test_guidance_that_does_not_combine_is_a_usage_error(arguments, wrong):
+    request, exit_code, output = parse(*arguments.split())
+    assert (request, exit_code) == (None, 2)
+    assert wrong in " ".join(output.split())
+
+
+def test_help_has_a_line_for_each_method_with_its_cost():
+    lines = [line.strip() for line in parse("--help")[2].splitlines()]
+    for name, method in METHODS.items():
+        assert f"{name}: {method.summary} ({method.evaluations})" in lines
+
+
+def test_the_table_needs_no_network():
+    request, exit_code, output = parse("--list-guidance")
+    assert (request, exit_code) == (None, 0)
+    for name, method in METHODS.items():
+        assert f"{name}: {method.summary}\n" in output
+        assert method.evaluations in output
+
+
+def test_words_make_a_request_without_a_command_around_them():
+    words = ["--net", "a", "--gnet", "b", "--guidance", "2", "--interval", "0.2,5", "--steps", "8"]
+    request = parse_request(words)
+    assert (request.net, request.gnet, request.sampler.num_steps) == ("a", "b", 8)
+    assert request.guidance == Choice("pair", 2.0, (0.2, 5.0))
+    with pytest.raises(ValueError, match=r"'--net a --guidance 2' asks for no images: --guidance 2 needs a guide"):
+        parse_request(["--net", "a", "--guidance", "2"])

@@ -1,0 +1,95 @@
+"""Guidance methods from the command line: images that depend on their seed alone, and records of what was asked."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from edm2kit.cli import generate
+from tests.support import tiny
+from tests.support.fakes import tiny_snapshot
+
+
+@pytest.fixture(scope="module")
+def nets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nets")
+    tiny_snapshot(folder / "main")
+    tiny_snapshot(folder / "weak", seed=1)
+    tiny_snapshot(folder / "uncond", seed=2, label_dim=0)
+    return folder
+
+
+def draw(outdir, nets, *arguments, seeds="0-4"):
+    words = ["--net", nets / "main", "--steps", 3, "--device", "cpu", "--seeds", seeds, "--outdir", outdir, *arguments]
+    done = CliRunner().invoke(generate.main, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
+    return images(outdir), done.output
+
+
+def images(outdir):
+    return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(outdir.glob("*.png"))}
+
+
+METHODS = {
+    "icg": "--guidance-method icg --guidance 2",
+    "tsg": "--guidance-method tsg --guidance 3",
+    "dropout": "--guidance-method dropout",
+    "input-noise": "--guidance-method input-noise",
+    "sum": "--guidance-method cfg --guidance 1.5 --guidance-also pag=3 --guidance-also icg=1.5 --interval 0,20",
+    "apg": "--guidance-method seg --guidance-rule apg --guidance-schedule cosine",
+    "loss": "--guidance-method loss --loss-kind colour --loss-colour 200,30,30 --loss-augment 2 --loss-average 3",
+    "erk": "--guidance-method sag --solver erk",
+}
+
+
+@pytest.fixture(scope="module")
+def plain(nets, tmp_path_factory):
+    return draw(tmp_path_factory.mktemp("plain") / "out", nets)[0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_image_depends_on_its_seed_alone(name, nets, plain, tmp_path):
+    arguments = METHODS[name].split()
+    whole, _ = draw(tmp_path / "whole", nets, *arguments)
+    parts, _ = draw(tmp_path / "parts", nets, *arguments, "--batch", 2, seeds="3,1,4")
+    assert list(parts) == ["000001.png", "000003.png", "000004.png"]
+    for file, pixels in parts.items():
+        assert np.abs(pixels - whole[file]).max() <= 1
+    assert any((pixels != plain[file]).any() for file, pixels in whole.items())
+
+
+def test_two_ranks_draw_the_same_images_with_a_random_method(nets, tmp_path):
+    arguments = ["--guidance-method", "tsg", "--guidance", "3", "--tsg-scale", "1"]
+    one, _ = draw(tmp_path / "one", nets, *arguments)
+    words = ["--net", nets / "main", "--steps", 3, "--device", "cpu", "--seeds", "0-4", "--outdir", tmp_path / "two"]
+    done = tiny.run("generate.py", *words, *arguments, ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    two = images(tmp_path / "two")
+    assert list(two) == list(one)
+    assert all(np.abs(two[file] - one[file]).max() <= 1 for file in one)
+
+
+def test_both_guides_are_loaded_checked_and_recorded(nets, tmp_path):
+    both = ["--gnet", nets / "weak", "--uncond", nets / "uncond", "--guidance-method", "mixed", "--guidance", 2]
+    _, output = draw(tmp_path / "both", nets, *both)
+    assert "Guidance: mixed, weight 2" in output
+    assert "was not trained to know" not in output
+    record = json.loads(next((tmp_path / "both").glob("*.json")).read_text())
+    assert record["settings"]["uncond"]["sha256"] != record["settings"]["gnet"]["sha256"]
+    assert record["settings"]["guidance"]["options"] == {"mixed_share": 0.5}
+
+
+def test_what_is_asked_is_on_record_and_an_older_record_stays_true(nets, tmp_path):
+    draw(tmp_path / "sum", nets, *METHODS["sum"].split(), "--guidance-rule", "rescale")
+    asked = json.loads(next((tmp_path / "sum").glob("*.json")).read_text())["settings"]["guidance"]
+    assert asked["also"] == [["pag", 3.0], ["icg", 1.5]]
+    assert asked["rule"] == "rescale"
+    draw(tmp_path / "pair", nets, "--gnet", nets / "weak", "--guidance", 2)
+    asked = json.loads(next((tmp_path / "pair").glob("*.json")).read_text())["settings"]["guidance"]
+    assert set(asked) == {"method", "weight", "interval", "options", "steps"}
+
+
+def test_cfg_by_a_network_that_never_went_without_labels_is_warned_of(nets, tmp_path):
+    assert "was not trained to know" in draw(tmp_path / "out", nets, "--guidance-method", "cfg", "--guidance", 2)[1]

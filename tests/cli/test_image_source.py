@@ -1,0 +1,169 @@
+"""Images to be scored, from folders, zips and .npz files."""
+
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from edm2kit.cli.image_source import image_batches, open_images
+from edm2kit.cli.npz import write_npz
+from tests.support.hostile_arrays import HOSTILE
+from tests.support.pictures import encoded, npy, picture, some_files, write_folder, write_zip
+
+
+def all_images(path, batch_size=4, workers=2, indices=None):
+    images = open_images(path)
+    return torch.cat(
+        list(image_batches(images, range(len(images)) if indices is None else indices, batch_size, workers))
+    )
+
+
+def expected(files):
+    return torch.stack([torch.from_numpy(np.array(picture(k))).permute(2, 0, 1) for k in range(len(files))])
+
+
+@pytest.mark.parametrize("write", [write_folder, write_zip])
+def test_folder_and_zip_in_the_order_of_names_whatever_else_lies_there(tmp_path, write):
+    files = some_files(10)
+    others = {"dataset.json": b"{}", "generation.json": b"{}", "readme.txt": b"x", ".hidden.png": b"x"}
+    path = write(tmp_path / "images.zip", dict(reversed({**files, **others}.items())))
+    assert torch.equal(all_images(path), expected(files))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+@pytest.mark.parametrize("workers", [1, 7])
+def test_batches_and_workers_change_nothing(tmp_path, batch_size, workers):
+    files = some_files(10)
+    path = write_folder(tmp_path / "images", files)
+    assert torch.equal(all_images(path, batch_size, workers), expected(files))
+    assert torch.equal(all_images(path, batch_size, workers, [7, 2, 2]), expected(files)[[7, 2, 2]])
+
+
+def test_any_mode_becomes_rgb(tmp_path):
+    files = {f"{mode}.png": encoded(picture(0, mode=mode)) for mode in ("L", "RGB", "RGBA", "LA", "1")}
+    images = all_images(write_folder(tmp_path / "images", {**files, "x.jpg": encoded(picture(0), "jpeg")}))
+    assert images.shape == (6, 3, 8, 8)
+    grey = images[list(sorted([*files, "x.jpg"])).index("L.png")]
+    assert torch.equal(grey[0], grey[2])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_npz_of_generate(tmp_path, channels):
+    pixels = np.random.default_rng(0).integers(0, 256, (10, channels, 6, 5), np.uint8)
+    write_npz(tmp_path / "images.npz", range(10), [(one, None) for one in pixels])
+    images = all_images(tmp_path / "images.npz")
+    assert torch.equal(images, torch.from_numpy(pixels).expand(-1, 3, -1, -1))
+
+
+def test_npz_of_numpy(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 6, 5, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", labels=np.arange(10), images=pixels)
+    assert torch.equal(all_images(tmp_path / "images.npz").permute(0, 2, 3, 1), torch.from_numpy(pixels))
+
+
+def saved(path, save=np.savez, **arrays):
+    with open(path, "wb") as file:
+        save(file, **arrays)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arrays", "save", "reason"),
+    [
+        ({"x": np.zeros((2, 4, 4, 3), np.uint8)}, np.savez, "no array of images"),
+        ({"images": np.zeros((2, 4, 4, 3), np.float32)}, np.savez, r"float32 \[2, 4, 4, 3\]"),
+        ({"images": np.zeros((2, 4, 4), np.uint8)}, np.savez, r"uint8 \[2, 4, 4\]"),
+        ({"images": np.zeros((2, 3, 4, 4), np.uint8)}, np.savez, r"expected uint8 \[N, H, W, 1 or 3\]"),
+        ({"images": np.zeros((2, 4, 4, 3), np.uint8)}, np.savez_compressed, "compressed"),
+        ({"images": np.array([None])}, np.savez, "objects"),
+    ],
+)
+def test_other_npz_is_refused(tmp_path, arrays, save, reason):
+    with pytest.raises(ValueError, match=reason) as caught:
+        open_images(saved(tmp_path / "images.npz", save, **arrays))
+    assert "\n" not in str(caught.value)
+
+
+def test_cut_npz_is_refused(tmp_path):
+    path = saved(tmp_path / "images.npz", images=np.zeros((20, 8, 8, 3), np.uint8))
+    whole = path.read_bytes()
+    for count in (0, 50, 1000, len(whole) - 30):
+        path.write_bytes(whole[:count])
+        with pytest.raises(ValueError, match=r"images\.npz"):
+            open_images(path)
+
+
+def damaged(name):
+    files = some_files(6)
+    key = list(files)[4]
+    content = {
+        "cut": files[key][:-40],
+        "text": b"no image",
+        "empty": b"",
+        "larger": encoded(picture(0, (16, 8))),
+    }[name]
+    return {**files, key: content}, key
+
+
+@pytest.mark.parametrize("write", [write_folder, write_zip])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("cut", "cut short"), ("text", "is not an image"), ("empty", "is not an image"), ("larger", "16x8 pixels")],
+)
+def test_a_bad_image_is_named(tmp_path, write, name, reason):
+    files, key = damaged(name)
+    path = write(tmp_path / "images.zip", files)
+    with pytest.raises(ValueError, match=reason) as caught:
+        all_images(path)
+    assert key in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_latents_are_refused(tmp_path):
+    path = write_folder(tmp_path / "latents", {"0.npy": npy(np.zeros((8, 4, 4), np.float32))})
+    with pytest.raises(ValueError, match=r"0\.npy, which is no image"):
+        open_images(path)
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"), [(None, "no such file"), ({}, "holds no image"), ({"a.txt": b"x"}, "such as a.txt")]
+)
+def test_nothing_to_read_is_told(tmp_path, files, reason):
+    path = tmp_path / "images"
+    if files is not None:
+        path.mkdir()
+        write_folder(path, files)
+    with pytest.raises(ValueError, match=reason):
+        open_images(path)
+
+
+class Watched:
+    """Images that note which of them were asked for."""
+
+    def __init__(self, images):
+        self.images, self.asked = images, []
+
+    def where(self, index):
+        return self.images.where(index)
+
+    def read(self, index):
+        self.asked.append(index)
+        return self.images.read(index)
+
+
+def test_no_more_than_a_few_batches_are_read_ahead(tmp_path):
+    images = Watched(open_images(write_folder(tmp_path / "images", some_files(30))))
+    batches = image_batches(images, range(30), 2, 2)
+    next(batches)
+    assert len(images.asked) <= 1 + 3 * 2
+    batches.close()
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_npz_is_refused_in_one_line(tmp_path, case):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", HOSTILE[case][0])
+    with pytest.raises(ValueError, match=r"a\.npz: holds no array of images, or is damaged") as error:
+        open_images(tmp_path / "a.npz")
+    assert "\n" not in str(error.value)

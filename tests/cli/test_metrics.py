@@ -1,0 +1,243 @@
+"""The command line calculate_metrics.py."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from edm2kit.cli import generate
+from edm2kit.cli import metrics as calculate_metrics
+from edm2kit.metrics.reference import load_reference, save_reference
+from tests.support.fakes import tiny_snapshot
+from tests.support.pictures import encoded, picture, some_files, write_folder, write_zip
+from tests.support.tiny import run as run_script
+
+NUM = 30
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with real and other images, a reference of the real ones, and two networks."""
+    folder = tmp_path_factory.mktemp("metrics")
+    write_folder(folder / "real", some_files(NUM))
+    write_zip(folder / "real.zip", some_files(NUM))
+    write_folder(folder / "fake", {f"{k:06d}.png": encoded(picture(100 + k)) for k in range(NUM)})
+    write_folder(folder / "three", some_files(3))
+    tiny_snapshot(folder / "main")
+    tiny_snapshot(folder / "guide", seed=1)
+    assert run("ref", "--data", folder / "real", "--dest", folder / "ref.npz", "--metrics", "fd_random")[0] == 0
+    return folder
+
+
+def run(*arguments):
+    """Exit code and everything printed."""
+    result = CliRunner().invoke(calculate_metrics.main, [str(argument) for argument in arguments] + ["--device", "cpu"])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def score(command, place, *arguments, num=NUM, ref="ref.npz", code=0):
+    """The record of a run that must end with `code`; its output where that is not 0."""
+    record = place / "record.json"
+    record.unlink(missing_ok=True)
+    found, output = run(command, "--ref", place / ref, "--num", num, "--record", record, *arguments)
+    assert found == code, output
+    assert record.exists() == (code == 0)
+    return json.loads(record.read_text()) if code == 0 else output
+
+
+def value(record):
+    return record["results"]["fd_random"]["min"]
+
+
+def network(place):
+    return ["--net", place / "main", "--gnet", place / "guide", "--guidance", "2", "--steps", "2"]
+
+
+def test_reference_tells_what_made_it(place):
+    reference = load_reference(place / "ref.npz")
+    assert reference.num_images == NUM
+    assert reference.source["data"] == str(place / "real")
+    assert {"command", "commit", "torch", "hardware"} <= set(reference.source)
+
+
+def test_folder_and_zip_score_alike_and_real_images_are_at_zero(place):
+    fake = value(score("calc", place, "--images", place / "fake"))
+    assert fake > 0
+    for real in ("real", "real.zip"):
+        assert value(score("calc", place, "--images", place / real)) < 1e-9 * fake
+
+
+def test_record_holds_everything_that_made_the_value(place):
+    record = score("calc", place, "--images", place / "fake", "--metrics", "fd_random")
+    assert record["num_images"] == NUM
+    assert record["seeds"] == [0]
+    assert record["images"] == str(place / "fake")
+    assert "fd_random" in record["detectors"]
+    assert re.fullmatch(r"[0-9a-f]{64}", record["reference"]["sha256"])
+    assert record["reference"]["num_images"] == NUM
+    assert {"command", "started", "elapsed_sec", "commit", "python", "torch", "hardware", "processes"} <= set(record)
+
+
+def test_guided_images_score_the_same_drawn_and_written(place, tmp_path):
+    record = score("gen", place, *network(place), "--seed", "5")
+    words = [*network(place), "--seeds", f"5-{5 + NUM - 1}", "--device", "cpu"]
+    for output in (["--outdir", tmp_path / "png"], ["--npz", tmp_path / "images.npz"]):
+        assert CliRunner().invoke(generate.main, [str(word) for word in [*words, *output]]).exit_code == 0
+        written = score("calc", place, "--images", output[1])
+        assert value(written) == pytest.approx(value(record), rel=1e-6)
+    assert record["settings"]["guidance"]["weight"] == 2
+    assert len(record["settings"]["gnet"]["sha256"]) == 64
+    unguided = score("gen", place, "--net", place / "main", "--steps", 2, "--seed", "5")
+    assert value(unguided) != value(record)
+
+
+def test_several_seed_ranges_make_a_table(place, capsys):
+    record = score("gen", place, *network(place), "--seed", f"0,{NUM},{2 * NUM}")
+    found = record["results"]["fd_random"]
+    assert list(found["values"]) == ["seeds 0-29", "seeds 30-59", "seeds 60-89"]
+    values = list(found["values"].values())
+    assert len(set(values)) == 3
+    assert found["min"] == min(values)
+    assert found["mean"] == pytest.approx(np.mean(values))
+    alone = score("gen", place, *network(place), "--seed", NUM)
+    assert value(alone) == pytest.approx(values[1], rel=1e-6)
+
+
+def test_the_table_is_printed(place):
+    code, output = run("gen", "--ref", place / "ref.npz", "--num", 8, *network(place), "--seed", "0,8")
+    assert code == 0
+    lines = [line.split() for line in output.splitlines()]
+    assert [line[0] for line in lines[-4:]] == ["seeds", "seeds", "min", "mean"]
+    assert lines[-5] == ["fd_random"]
+
+
+def test_a_seed_selects_a_subset(place):
+    several = score("calc", place, "--images", place / "fake", "--seed", "0-2", num=20)
+    values = list(several["results"]["fd_random"]["values"].values())
+    assert len(set(values)) == 3
+    assert value(score("calc", place, "--images", place / "fake", "--seed", "1", num=20)) == values[1]
+
+
+def test_real_images_tell_precision_and_coverage_too(place):
+    names = [f"fd_random.{name}" for name in ("precision", "recall", "density", "coverage")]
+    same = score("calc", place, "--images", place / "real", "--real", place / "real.zip")["results"]
+    assert list(same) == ["fd_random", *names]
+    assert [same[name]["min"] for name in names] == pytest.approx([1, 1, 1.2, 1])
+    drawn = score("gen", place, *network(place), "--real", place / "real")["results"]
+    assert all(drawn[name]["min"] < 0.5 for name in names)
+    told = score("calc", place, "--images", place / "fake", "--real", place / "three", code=1)
+    assert f"holds 3 images, --num asks for as many as {NUM}" in told
+
+
+def test_two_ranks_see_the_same_neighbours(place, tmp_path):
+    words = ["calc", "--images", place / "fake", "--ref", place / "ref.npz", "--real", place / "real", "--batch", 4]
+    alone = score(words[0], place, *words[1:3], *words[5:])["results"]
+    common = ["--num-images", NUM, "--device", "cpu", "--record", tmp_path / "record.json"]
+    done = run_script("calculate_metrics.py", *words, *common, ranks=2)
+    assert done.returncode == 0, done.stderr
+    together = json.loads((tmp_path / "record.json").read_text())["results"]
+    assert {name: found["min"] for name, found in together.items()} == pytest.approx(
+        {name: found["min"] for name, found in alone.items()}, rel=1e-6
+    )
+    assert together["fd_random.density"]["min"] > 0
+
+
+@pytest.mark.parametrize(("ranks", "num"), [(2, NUM), (4, 3)], ids=["shares", "an empty share"])
+def test_ranks_score_as_one(place, tmp_path, ranks, num):
+    job = ["calc", "--images", place / "fake"] if num == NUM else ["gen", *network(place)]
+    alone = value(score(job[0], place, *job[1:], "--batch", 4, num=num))
+    common = ["--ref", place / "ref.npz", "--batch", 4, "--device", "cpu", "--record", tmp_path / "record.json"]
+    done = run_script("calculate_metrics.py", *job, "--num-images", num, *common, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["processes"] == ranks
+    assert done.stdout.count(": fd_random") == 1
+    # drawn in other batches, pixels differ by a level here and there; files are read in the same ones
+    assert value(record) == pytest.approx(alone, rel=1e-12 if num == NUM else 1e-4)
+
+
+def test_ranks_fail_together_naming_the_file(place, tmp_path):
+    folder = write_folder(tmp_path / "images", some_files(8))
+    name = list(some_files(8))[-1]
+    (folder / name).write_bytes(b"no image")
+    done = run_script(
+        "calculate_metrics.py", "ref", "--data", folder, "--dest", tmp_path / "ref.npz", "--metrics", "fd_random",
+        "--batch", 1, "--device", "cpu", ranks=2,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert f"{name}: is not an image" in done.stderr
+    assert not (tmp_path / "ref.npz").exists()
+
+
+def test_reference_of_ranks_is_that_of_one(place, tmp_path):
+    done = run_script(
+        "calculate_metrics.py", "ref", "--data", place / "real", "--dest", tmp_path / "ref.npz", "--batch", 4,
+        "--metrics", "fd_random", "--device", "cpu", ranks=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run("ref", "--data", place / "real", "--dest", tmp_path / "one.npz", "--metrics", "fd_random", "--batch", 4)
+    one, two = (load_reference(tmp_path / name).of("fd_random") for name in ("one.npz", "ref.npz"))
+    np.testing.assert_allclose(two.mean, one.mean, rtol=1e-13)
+    np.testing.assert_allclose(two.covariance, one.covariance, rtol=0, atol=1e-14)
+
+
+def test_grey_and_colour_images_may_be_mixed(place, tmp_path):
+    folder = write_folder(tmp_path / "mixed", some_files(NUM))
+    for file in list(folder.rglob("*.png"))[:5]:
+        with Image.open(file) as image:
+            image.convert("L").save(file)
+    assert value(score("calc", place, "--images", folder)) > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "reason"),
+    [
+        (["calc", "--images", "none", "--ref", "ref.npz"], 1, "none: no such file"),
+        (["calc", "--images", "fake", "--ref", "none.npz", "--num", "30"], 1, "none.npz: no such file"),
+        (["calc", "--images", "fake", "--ref", "ref.npz"], 1, "holds 30 images, --num asks for 50000"),
+        (["calc", "--images", "fake", "--ref", "ref.npz", "--num", "1"], 2, "x>=2"),
+        (["calc", "--images", "fake", "--ref", "ref.npz", "--num", "30", "--seed", "0,1"], 1, "selects the same"),
+        (["calc", "--images", "fake", "--ref", "main", "--num", "30"], 1, "holds no reference statistics"),
+        (["calc", "--images", "fake", "--ref", "ref.npz", "--num", "30", "--metrics", "fid"], 1, "has no fid"),
+        (["calc", "--images", "fake", "--ref", "ref.npz", "--metrics", "fdrandom"], 2, "did you mean fd_random"),
+        (["calc", "--images", "fake"], 2, "--ref"),
+        (["gen", "--ref", "ref.npz"], 2, "give --net, or --preset"),
+        (["gen", "--ref", "ref.npz", "--net", "none"], 1, "none"),
+        (["gen", "--ref", "ref.npz", "--net", "main", "--seed", "0,100", "--num", "200"], 2, "starts at 200"),
+        (["gen", "--ref", "ref.npz", "--net", "main", "--seed", "5,5", "--num", "20"], 2, "starts at 25"),
+        (["gen", "--ref", "ref.npz", "--net", "main", "--gnet", "guide"], 2, "needs a weight"),
+        (["ref", "--data", "real", "--dest", "x.pkl"], 2, "an .npz"),
+        (["ref", "--data", "empty", "--dest", "x.npz", "--metrics", "fd_random"], 1, "holds no image"),
+    ],
+)
+def test_wrong_input_is_told_in_one_line(place, monkeypatch, words, code, reason):
+    monkeypatch.chdir(place)
+    (place / "empty").mkdir(exist_ok=True)
+    found, output = run(*words)
+    assert found == code, output
+    lines = output.strip().splitlines()
+    assert reason in lines[-1]
+    assert lines[-1].startswith("Error: ")
+    assert not (place / "x.npz").exists()
+
+
+def test_another_detector_is_refused_before_images_are_made(place):
+    reference = load_reference(place / "ref.npz")
+    other = type(reference.of("fd_random"))(
+        *[getattr(reference.of("fd_random"), n) for n in ("mean", "covariance")], "x"
+    )
+    save_reference(place / "other.npz", type(reference)(NUM, {"fd_random": other}))
+    assert "another detector" in score("gen", place, *network(place), ref="other.npz", code=1)
+
+
+def test_missing_weights_are_told_offline(place, monkeypatch, tmp_path):
+    monkeypatch.setenv("EDM2_OFFLINE", "1")
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
+    code, output = run("ref", "--data", place / "real", "--dest", place / "x.npz")
+    assert code == 1
+    assert "fid needs pt_inception-2015-12-05-6726825d.pth" in output
+    assert "--weights-dir" in output

@@ -1,0 +1,213 @@
+"""The toy's command line, its record, page and pictures."""
+
+import importlib.util
+import json
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from edm2kit.cli.toy import main
+from edm2kit.experiments.toy import evaluation, page, report
+from edm2kit.experiments.toy.measures import MEASURES
+from edm2kit.experiments.toy.methods import METHODS, Nets
+from edm2kit.experiments.toy.model import ToyNet
+from edm2kit.experiments.toy.training import RECIPES, network_path, save_network
+from tests.support.fakes import Gaussian
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def outdir(tmp_path, monkeypatch):
+    """Untrained networks of two seeds, and few methods to compare."""
+    for name in set(METHODS) - {"autoguidance", "cfg", "truncation"}:
+        monkeypatch.delitem(METHODS, name)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        for role, recipe in RECIPES.items():
+            save_network(network_path(tmp_path, role, seed), ToyNet(recipe.width), recipe, seed)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def record():
+    """A record of made-up numbers: measure number k of seed s is k + s / 10."""
+    rows = [("truth", 1.0), ("unguided", 1.0)] + [(name, w) for name, m in METHODS.items() for w in m.weights]
+    return {
+        "command": "toy_example.py evaluate",
+        "elapsed_sec": 90.0,
+        "provenance": {"commit": "abc", "torch": "2.9", "hardware": "a CPU"},
+        "training_seeds": [0, 1],
+        "num_samples": 64,
+        "num_steps": 32,
+        "sigma_max": 5.0,
+        "rows": [
+            {"method": name, "weight": w, "seed": seed, **{key: k + seed / 10 for k, key in enumerate(MEASURES)}}
+            for seed in range(2)
+            for name, w in rows
+        ],
+    }
+
+
+# ---- the record and what is made from it
+
+
+@pytest.mark.slow
+def test_evaluate_writes_a_record_with_its_origin_and_a_row_for_everything(outdir):
+    result = run("evaluate", "--outdir", outdir, "--training-seeds", 2, "--samples", 1400, "--no-compile")
+    assert result.exit_code == 0, result.output
+    found = evaluation.load_record(outdir)
+    assert found["training_seeds"] == [0, 1]
+    assert set(found["provenance"]) >= {"commit", "hardware", "torch"}
+    curves = [(name, weight) for name, method in METHODS.items() for weight in method.weights]
+    for seed in range(2):
+        rows = [row for row in found["rows"] if row["seed"] == seed]
+        assert [(row["method"], row["weight"]) for row in rows] == [("truth", 1.0), ("unguided", 1.0), *curves]
+        assert all(set(MEASURES) < set(row) for row in rows)
+    assert (outdir / "tradeoff.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_record_is_read_back_as_it_was_written(tmp_path, record):
+    evaluation.save_record(tmp_path, record)
+    assert evaluation.load_record(tmp_path) == record
+
+
+def test_a_summary_is_the_mean_and_spread_over_seeds(record):
+    found = evaluation.summary(record, "cfg", 4.0)["mean_log_density"]
+    assert (found.mean, found.std) == (pytest.approx(1.05), pytest.approx(0.1 / 2**0.5))
+    with pytest.raises(ValueError, match="no row of cfg at weight 9"):
+        evaluation.summary(record, "cfg", 9.0)
+
+
+def test_tables_show_mean_and_spread(record):
+    lines = report.table(record, (("truth", 1.0), ("cfg", 4.0))).splitlines()
+    assert [line.count("|") for line in lines] == [len(MEASURES) + 3] * 4
+    assert lines[3].startswith("| Classifier-free guidance | 4 | 0.050 ± 0.071 | 1.05 ± 0.07 |")
+
+
+def test_the_documentation_page_shows_every_method_and_only_pictures_that_exist(record):
+    text = report.page(record)
+    assert all(f"| {method.title} |" in text for method in METHODS.values())
+    pictures = re.findall(r"!\[.+?\]\(toy/(.+?)\)", text)
+    assert sorted(pictures) == sorted(report.PICTURES)
+
+
+# ---- pictures and the page
+
+
+@pytest.mark.slow
+def test_plot_draws_figures_for_print_and_screen(outdir):
+    result = run("plot", "--outdir", outdir)
+    assert result.exit_code == 0, result.output
+    for name in ("figure1", "figure2"):
+        png = (outdir / f"{name}.png").read_bytes()
+        width, height = struct.unpack(">II", png[16:24])
+        assert width == 3000
+        assert 600 < height < 1200
+        assert (outdir / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.fixture(scope="module")
+def slider_page(tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "toy.html"
+    nets = Nets(Gaussian(0.4, 0.10), Gaussian(0.4, 0.13), Gaussian(0.1, 0.2))
+    page.write(nets, seed=0, path=path, num=32)
+    return path
+
+
+def data_of(path: Path) -> dict:
+    return json.loads(re.search(r"^const data = (.*);$", path.read_text(encoding="utf-8"), re.MULTILINE)[1])
+
+
+def test_the_page_holds_all_it_needs(slider_page):
+    text, data = slider_page.read_text(encoding="utf-8"), data_of(slider_page)
+    assert not re.search(r"https?://|<link|src=|@import|url\(", text)
+    assert list(data["methods"]) == list(METHODS)
+    for one in data["methods"].values():
+        assert one["weights"][0] == 1
+        assert len(one["weights"]) == len(one["stops"])
+        # no guidance is the same for all
+        assert one["stops"][0] == data["methods"]["cfg"]["stops"][0]
+        assert one["stops"][-1]["points"] != one["stops"][0]["points"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on the path")
+def test_a_browser_shows_the_page_and_moves_the_slider(slider_page, tmp_path):
+    def shown(path: Path, fragment: str = "") -> str:
+        command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom"]
+        done = subprocess.run([*command, f"{path.as_uri()}{fragment}"], capture_output=True, text=True, timeout=300)
+        return re.search(r'<p id="status"[^>]*>(.*?)</p>', done.stdout)[1]
+
+    data = data_of(slider_page)["methods"]["cfg"]
+    assert shown(slider_page).startswith(f"{METHODS['autoguidance'].title}, w = 1: ")
+    at_four = f"{METHODS['cfg'].title}, w = 4: {100 * data['stops'][-1]['measured']['outside']:.1f}% of the samples"
+    assert shown(slider_page, "#method=cfg&w=4").startswith(at_four)
+    moved = tmp_path / "moved.html"
+    script = """<script>
+      byId("method").value = "cfg"; byId("method").dispatchEvent(new Event("change"));
+      byId("weight").value = byId("weight").max; byId("weight").dispatchEvent(new Event("input"));
+    </script>"""
+    moved.write_text(slider_page.read_text(encoding="utf-8").replace("</body>", script + "</body>"), encoding="utf-8")
+    assert shown(moved).startswith(at_four)
+
+
+def test_outlines_are_closed_also_where_the_window_cuts_the_tree(slider_page):
+    for lines in data_of(slider_page)["outlines"].values():
+        for line in lines:
+            assert max(abs(line[0] - line[-2]), abs(line[1] - line[-1])) < 0.02
+
+
+# ---- refusals
+
+
+def told_in_one_line(result) -> str:
+    assert result.exit_code == 1
+    assert len(result.output.strip().splitlines()) == 1
+    return result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        (["plot"], "no such network; train it with"),
+        (["document"], "no such record; make it with"),
+        (["all", "--samples", 1000], "1000 samples are too few to tell a lost branch from chance"),
+    ],
+)
+def test_what_is_missing_or_too_little_is_told_in_one_line(tmp_path, arguments, wrong):
+    assert wrong in told_in_one_line(run(*arguments, "--outdir", tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_damaged_network_is_told_before_another_is_trained(outdir):
+    network_path(outdir, "main", 0).unlink()
+    network_path(outdir, "both", 1).write_bytes(b"")
+    assert "both-seed1.safetensors is not a whole network file" in told_in_one_line(
+        run("train", "--outdir", outdir, "--seeds", "0-1")
+    )
+
+
+def test_pictures_without_matplotlib_are_refused_before_training(tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    for command in ("plot", "evaluate", "all"):
+        assert "the pictures need matplotlib: pip install" in told_in_one_line(run(command, "--outdir", tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_record_is_told(tmp_path, record):
+    evaluation.save_record(tmp_path, record)
+    path = tmp_path / evaluation.RECORD_NAME
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "evaluation.json is not whole JSON" in told_in_one_line(run("document", "--outdir", tmp_path))

@@ -1,0 +1,191 @@
+"""The global order: a function of (seed, position) alone, the same batches for any number of ranks and workers."""
+
+import itertools
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from edm2kit.data.batches import GlobalOrder, micro_batch_sizes, training_batches
+from edm2kit.data.dataset import ImageDataset
+from edm2kit.data.image_files import encode_png
+from tests.support import ROOT
+from tests.support.pictures import encoded, picture, some_files, with_labels, write_folder, write_zip
+
+
+def test_every_image_comes_once_per_epoch_in_an_order_of_its_own():
+    order = GlobalOrder(100, seed=3)
+    epochs = order.indices(0, 300).reshape(3, 100)
+    assert epochs.dtype == np.int64
+    assert (np.sort(epochs, axis=1) == np.arange(100)).all()
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert (GlobalOrder(100, seed=4).indices(0, 100) != epochs[0]).any()
+
+
+def test_a_stretch_depends_on_seed_and_position_alone():
+    whole = GlobalOrder(7, seed=1).indices(0, 200)
+    order = GlobalOrder(7, seed=1)
+    for start, count in [(150, 50), (0, 1), (6, 2), (3, 60), (199, 1), (0, 0), (100, 0)]:
+        np.testing.assert_array_equal(order.indices(start, count), whole[start : start + count])
+
+
+def test_the_order_never_changes():
+    # a resumed run depends on it: these numbers may not change with any version of anything
+    assert GlobalOrder(8, seed=0).indices(0, 16).tolist() == PINNED
+
+
+PINNED = [1, 7, 3, 2, 4, 6, 5, 0, 3, 0, 2, 6, 7, 5, 1, 4]
+
+
+def test_one_image_and_huge_positions():
+    assert GlobalOrder(1, seed=0).indices(10**12, 3).tolist() == [0, 0, 0]
+    assert sorted(GlobalOrder(5, seed=0).indices(5 * 10**12, 5).tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_at_most_two_permutations_are_held():
+    order = GlobalOrder(4, seed=0)
+    order.indices(0, 40)
+    assert sorted(order._permutations) == [8, 9]
+
+
+def test_wrong_numbers_are_refused():
+    with pytest.raises(ValueError, match="an order of 0 images"):
+        GlobalOrder(0, seed=0)
+    with pytest.raises(ValueError, match="positions -1 to 3"):
+        GlobalOrder(5, seed=0).indices(-1, 4)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "batch_gpu", "sizes"),
+    [(8, 1, None, [8]), (8, 2, None, [4]), (8, 2, 2, [2, 2]), (8, 1, 3, [3, 3, 2]), (8, 2, 99, [4]), (1, 1, 1, [1])],
+)
+def test_micro_batch_sizes(batch_size, world_size, batch_gpu, sizes):
+    assert micro_batch_sizes(batch_size, world_size, batch_gpu) == sizes
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(9, 2), (3, 4), (0, 1)])
+def test_shares_that_would_differ_are_refused(batch_size, world_size):
+    with pytest.raises(ValueError, match=f"{batch_size} images does not divide over {world_size} processes"):
+        micro_batch_sizes(batch_size, world_size)
+    with pytest.raises(ValueError, match="0 images at a time"):
+        micro_batch_sizes(4, 1, batch_gpu=0)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    files = {name: encode_png(picture(k)) for k, name in enumerate(some_files(11))}  # read without decoding
+    dataset = ImageDataset(write_zip(tmp_path / "d.zip", with_labels(files, [k % 3 for k in range(11)])))
+    assert not dataset.needs_decoding
+    return dataset
+
+
+def take(dataset, steps, start=0, batch_size=8, world_size=1, batch_gpu=None, workers=0):
+    """Positions and raw pixels of some global batches, put together from all ranks; checks labels on the way."""
+    order = GlobalOrder(len(dataset), seed=5)
+    rounds = len(micro_batch_sizes(batch_size, world_size, batch_gpu))
+    parts = []
+    for rank in range(world_size):
+        options = {"rank": rank, "world_size": world_size, "batch_gpu": batch_gpu, "workers": workers}
+        batches = training_batches(dataset, order, start, batch_size, **options)
+        parts.append([list(itertools.islice(batches, rounds)) for _ in range(steps)])
+        batches.close()
+    found = [batch for step in range(steps) for rank in range(world_size) for batch in parts[rank][step]]
+    positions = torch.cat([batch.positions for batch in found])
+    images = order.indices(start, steps * batch_size)
+    labels = torch.cat([batch.labels for batch in found])
+    torch.testing.assert_close(labels, torch.eye(3)[dataset.labels[images[positions - start]]])
+    return positions, torch.cat([batch.raw for batch in found])
+
+
+def test_batches_follow_the_order(dataset):
+    positions, raw = take(dataset, steps=4, start=16)
+    assert positions.tolist() == list(range(16, 48))
+    for image, pixels in zip(GlobalOrder(11, seed=5).indices(16, 32), raw, strict=True):
+        np.testing.assert_array_equal(pixels.numpy(), dataset[int(image)][0])
+
+
+@pytest.mark.parametrize(
+    ("world_size", "batch_gpu", "workers"),
+    [(1, 1, 0), (1, 3, 0), (2, None, 0), (2, 3, 0), (4, None, 0), (4, 1, 0), (1, 3, 2), (2, None, 2)],
+)
+def test_any_number_of_ranks_and_workers_sees_the_same_global_batches(dataset, world_size, batch_gpu, workers):
+    expected = take(dataset, steps=5)
+    for found, wanted in zip(
+        take(dataset, steps=5, world_size=world_size, batch_gpu=batch_gpu, workers=workers), expected, strict=True
+    ):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_global_random_number_is_drawn(dataset, workers):
+    before = torch.get_rng_state()
+    take(dataset, steps=1, workers=workers)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_label_free_batches(tmp_path):
+    dataset = ImageDataset(write_folder(tmp_path, some_files(3)))
+    batch = next(training_batches(dataset, GlobalOrder(3, 0), 0, 4, rank=0, world_size=1))
+    assert batch.labels.shape == (4, 0)
+    assert (batch.raw.shape, batch.raw.dtype) == ((4, 3, 8, 8), torch.uint8)
+
+
+def test_workers_end_when_the_iterator_is_closed(dataset):
+    batches = training_batches(dataset, GlobalOrder(11, 0), 0, 4, rank=0, world_size=1, workers=2)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_file_is_one_value_error_that_names_it(tmp_path, workers):
+    files = some_files(5) | {"z.png": encoded(picture(0))[:100]}
+    dataset = ImageDataset(write_folder(tmp_path / "d", files))
+    batches = training_batches(dataset, GlobalOrder(6, 0), 0, 2, rank=0, world_size=1, workers=workers)
+    with pytest.raises(ValueError, match=r"^\S*/d/z\.png: the image is damaged or cut short: [^\n]*$"):
+        list(itertools.islice(batches, 3))
+    assert multiprocessing.active_children() == []
+
+
+def test_an_order_of_other_length_is_refused(dataset):
+    with pytest.raises(ValueError, match="the order is one of 5 images, the data set has 11"):
+        training_batches(dataset, GlobalOrder(5, 0), 0, 4, rank=0, world_size=1)
+
+
+SIGNALLED = """
+import os, signal, sys
+from edm2kit.data.dataset import ImageDataset
+from edm2kit.data.batches import GlobalOrder, training_batches
+dataset = ImageDataset(sys.argv[1])
+batches = training_batches(dataset, GlobalOrder(len(dataset), 0), 0, 4, rank=0, world_size=1, workers=2)
+next(batches)
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)
+    os.killpg(0, number)
+for _ in range(50):
+    next(batches)
+print("read on", flush=True)
+if sys.argv[2] == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("leave", 0), ("kill", -9)])
+def test_workers_outlive_signals_to_the_group_but_not_the_training_process(dataset, end, code):
+    # the pipe is at its end once every process that holds it is gone
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, str(dataset.path), end],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (code, "read on\n"), done.stderr

@@ -1,0 +1,62 @@
+"""Training on latents: the encoder that a run records is the one that made its data."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edm2kit.cli import train
+from edm2kit.data.dataset import ImageDataset
+from edm2kit.data.latents import ENCODER_FILE, LatentSource, read_latent_source
+from edm2kit.models.encoders import StabilityVAEEncoder
+from edm2kit.models.vae import STABILITY_VAE
+from edm2kit.training.config import config_from_dict
+from edm2kit.training.run import resolve
+from tests.support import tiny
+
+MADE_BY = LatentSource("some/vae", "0123")
+
+
+@pytest.fixture
+def latents(tmp_path) -> Path:
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    for k in range(4):
+        np.save(folder / f"{k}.npy", np.ones((8, 4, 4), np.float32))
+    return folder
+
+
+def encoder_of(path: Path, *, vae: str | None = None) -> dict:
+    values = {**tiny.TINY, "cond": False}
+    config = train.compose_config(None, None, {**values, "vae": vae})
+    return dict(resolve(config, ImageDataset(path)).header.encoder)
+
+
+def test_latents_that_say_nothing_are_of_the_published_vae(latents):
+    assert read_latent_source(ImageDataset(latents)) is None
+    assert encoder_of(latents) == StabilityVAEEncoder(STABILITY_VAE).spec()
+
+
+def test_the_vae_that_encode_recorded_goes_into_the_snapshots(latents):
+    (latents / ENCODER_FILE).write_bytes(MADE_BY.to_json())
+    assert read_latent_source(ImageDataset(latents)) == MADE_BY
+    assert encoder_of(latents) == StabilityVAEEncoder("some/vae").spec()
+
+
+def test_a_folder_may_stand_in_for_it(latents):
+    (latents / ENCODER_FILE).write_bytes(MADE_BY.to_json())
+    assert encoder_of(latents, vae="a/folder/of/mine")["vae_name"] == "a/folder/of/mine"
+
+
+def test_a_damaged_record_is_named(latents):
+    (latents / ENCODER_FILE).write_text('{"vae": 3}')
+    with pytest.raises(ValueError, match=r"encoder\.json: is damaged"):
+        encoder_of(latents)
+
+
+def test_an_encoder_for_other_data_is_refused(latents, tmp_path):
+    with pytest.raises(ValueError, match="holds latents, which the encoder 'rgb' does not take"):
+        resolve(config_from_dict({**tiny.TINY, "cond": False, "encoder": {"kind": "rgb"}}, "x"), ImageDataset(latents))
+    pixels = tiny.make_dataset(tmp_path / "pixels", 4)
+    with pytest.raises(ValueError, match="holds pixels, which the encoder 'vae' does not take"):
+        encoder_of(pixels, vae="some/vae")

@@ -1,0 +1,226 @@
+"""What dataset_tool.py writes is whole or not there: stops, full disks, second runs; the zip format; the workers."""
+
+import errno
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import zipfile
+from functools import partial
+
+import pytest
+from click.testing import CliRunner
+
+from edm2kit.cli.dataset import main
+from edm2kit.data import output as dataset_output
+from edm2kit.data.archive import open_archive
+from edm2kit.data.dataset import ImageDataset
+from edm2kit.data.output import PartialDataset
+from edm2kit.data.workers import run_in_order
+from tests.support import ROOT
+from tests.support.dataset_tool import CLASSES, convert, run
+from tests.support.pictures import encoded, picture, some_files, with_labels, write_folder, write_zip
+
+CROP = ("--resolution", "4", "--transform", "center-crop")
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_folder(tmp_path / "source", CLASSES | {"note.txt": b"x"})
+
+
+@pytest.mark.parametrize("dest", ["out", "out.zip"])
+def test_a_finished_data_set_is_left_alone(tmp_path, source, dest):
+    convert(source, tmp_path / dest)
+    before = os.stat(tmp_path / dest)
+    assert "nothing to do" in convert(source, tmp_path / dest)
+    output = convert(source, tmp_path / dest, *CROP, code=1)
+    assert "is a data set with resolution [8, 8], not [4, 4]; delete it or choose another --dest" in output
+    assert os.stat(tmp_path / dest).st_mtime_ns == before.st_mtime_ns
+
+
+@pytest.mark.parametrize("content", [{"x": b"mine"}, with_labels(some_files(1), [0]), {"dataset.json": b"[]"}])
+def test_what_others_made_is_left_alone(tmp_path, source, content):
+    path = write_folder(tmp_path / "out", content)
+    assert "exists and was not made by this command" in convert(source, path, code=1)
+    packed = write_zip(tmp_path / "out.zip", content)
+    assert "exists and was not made by this command" in convert(source, packed, code=1)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "out.zip", "source"]
+
+
+@pytest.mark.parametrize("dest", ["out", "out.zip"])
+def test_an_empty_folder_may_be_the_destination(tmp_path, source, dest):
+    (tmp_path / dest).mkdir()
+    convert(source, tmp_path / dest)
+    assert len(ImageDataset(tmp_path / dest)) == 6
+
+
+@pytest.fixture
+def many(tmp_path):
+    return write_folder(tmp_path / "many", {f"{k % 3}/{k}.png": encoded(picture(k)) for k in range(150)})
+
+
+KILLED = """
+import os, signal, sys
+from edm2kit.data.output import PartialDataset
+from edm2kit.cli.dataset import main
+whole_add = PartialDataset.add
+def add(self, name, data):
+    whole_add(self, name, data)
+    if name.endswith("70.png"):
+        os.kill(os.getpid(), signal.SIGKILL)
+PartialDataset.add = add
+main()
+"""
+
+
+@pytest.mark.parametrize("dest", ["out", "out.zip"])
+def test_a_killed_command_goes_on_where_it_stopped(tmp_path, many, dest):
+    arguments = ["convert", "--source", many, "--dest", tmp_path / dest, "--workers", "2"]
+    # the output ends, and this call returns, only once the worker processes are gone as well
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True, timeout=300, check=False
+    )
+    assert killed.returncode == -9, killed.stderr
+    assert not (tmp_path / dest).exists()
+    with PartialDataset(
+        tmp_path / dest, json.loads((tmp_path / f"{dest}.partial" / "settings.json").read_text())
+    ) as kept:
+        assert 20 <= len(kept.names) <= 71
+    assert "Wrote 150 images" in convert(many, tmp_path / dest)
+    convert(many, tmp_path / f"whole-{dest}")
+    assert contents(tmp_path / dest) == contents(tmp_path / f"whole-{dest}")
+
+
+def contents(path):
+    if path.is_file():
+        return path.read_bytes()
+    return {file.relative_to(path): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+class FullDisk:
+    """PartialDataset.add that fails after some files."""
+
+    def __init__(self, monkeypatch, room):
+        self.room, self.add = room, PartialDataset.add
+        monkeypatch.setattr(PartialDataset, "add", lambda output, name, data: self(output, name, data))
+
+    def __call__(self, output, name, data):
+        if self.room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.room -= 1
+        self.add(output, name, data)
+
+
+@pytest.mark.parametrize("dest", ["out", "out.zip"])
+def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path, source, dest, monkeypatch):
+    with monkeypatch.context() as patch:
+        FullDisk(patch, room=4)
+        output = convert(source, tmp_path / dest, code=1)
+        assert f"Error: {tmp_path}/{dest}.partial: cannot be written: No space left on device" in output
+    with monkeypatch.context() as patch:
+        FullDisk(patch, room=2)  # enough for the images, but not for dataset.json
+        convert(source, tmp_path / dest, code=1)
+    assert not (tmp_path / dest).exists()
+    monkeypatch.setattr("edm2kit.data.convert.Converter.__call__", None)  # no image is converted twice
+    assert "Wrote 6 images" in convert(source, tmp_path / dest)
+    assert len(ImageDataset(tmp_path / dest)) == 6
+
+
+@pytest.mark.parametrize("damage", ["garbage at the end", "a bit in the middle", "cut"])
+def test_a_damaged_unfinished_zip_is_cut_back_to_what_is_whole(tmp_path, source, damage, monkeypatch):
+    convert(source, tmp_path / "whole.zip")
+    with monkeypatch.context() as patch:
+        FullDisk(patch, room=5)
+        convert(source, tmp_path / "out.zip", code=1)
+    file = tmp_path / "out.zip.partial" / "data"
+    data = bytearray(file.read_bytes())
+    if damage == "garbage at the end":
+        data += b"PK\x03\x04" + bytes(10_000)
+    elif damage == "a bit in the middle":
+        data[len(data) // 2] ^= 1
+    else:
+        del data[-3:]
+    file.write_bytes(data)
+    convert(source, tmp_path / "out.zip")
+    assert contents(tmp_path / "out.zip") == contents(tmp_path / "whole.zip")
+
+
+def test_empty_files_that_a_power_cut_left_are_written_again(tmp_path, source, monkeypatch):
+    with monkeypatch.context() as patch:
+        FullDisk(patch, room=4)
+        convert(source, tmp_path / "out", code=1)
+    (tmp_path / "out.partial" / "data" / "00000" / "img00000002.png").write_bytes(b"")
+    convert(source, tmp_path / "out")
+    run("check", "--source", tmp_path / "out")
+
+
+def test_an_unfinished_data_set_with_other_settings_is_refused(tmp_path, source, monkeypatch):
+    with monkeypatch.context() as patch:
+        FullDisk(patch, room=2)
+        convert(source, tmp_path / "out", code=1)
+    output = convert(source, tmp_path / "out", *CROP, code=1)
+    assert "out.partial holds an unfinished data set with resolution [8, 8], not [4, 4]" in output
+    write_folder(source, {"cat/0.png": encoded(picture(77))[:-1] + b"more"})
+    assert "with source_digest" in convert(source, tmp_path / "out", code=1)
+
+
+def test_two_commands_do_not_write_the_same_data_set(tmp_path, source, monkeypatch):
+    with monkeypatch.context() as patch:
+        FullDisk(patch, room=2)
+        convert(source, tmp_path / "out", code=1)
+    settings = json.loads((tmp_path / "out.partial" / "settings.json").read_text())
+    with PartialDataset(tmp_path / "out", settings):
+        assert "another process is writing there" in convert(source, tmp_path / "out", code=1)
+    convert(source, tmp_path / "out")
+
+
+def test_a_zip_of_more_files_than_a_plain_zip_can_count(tmp_path):
+    names = [f"{k}.png" for k in range(66_000)]
+    with PartialDataset(tmp_path / "out.zip", {}) as output:
+        for name in names:
+            output.add(name, name.encode())
+        output.finish({})
+    archive = open_archive(tmp_path / "out.zip", (".png",))
+    assert archive.names == sorted(names)
+    assert archive.read(65_999) == archive.names[65_999].encode()
+    with zipfile.ZipFile(tmp_path / "out.zip") as plain:
+        assert len(plain.namelist()) == 66_001
+        assert plain.read("65999.png") == b"65999.png"
+
+
+def test_offsets_beyond_four_gib_are_written_in_the_wide_form(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_output, "_LIMIT_32", 1001)
+    with PartialDataset(tmp_path / "out.zip", {}) as output:
+        for k in range(30):
+            output.add(f"{k}.png", bytes([k]) * 90)
+        output.finish({})
+    data = (tmp_path / "out.zip").read_bytes()
+    assert data.count(b"PK\x06\x06") == 1
+    # the limit that stands in the file is not the real one: put that in its place
+    (tmp_path / "out.zip").write_bytes(data.replace((1001).to_bytes(4, "little"), b"\xff" * 4))
+    archive = open_archive(tmp_path / "out.zip", (".png",))
+    assert all(archive.read(k) == bytes([int(archive.names[k][:-4])]) * 90 for k in range(30))
+    with zipfile.ZipFile(tmp_path / "out.zip") as plain:
+        assert plain.testzip() is None
+
+
+def test_no_process_is_left_when_a_command_fails(tmp_path, many):
+    write_folder(many, {"0/x.png": b"x"})
+    arguments = ["convert", "--source", str(many), "--dest", str(tmp_path / "out"), "--workers", "2"]
+    result = CliRunner().invoke(main, arguments)  # `result` holds the traceback, and with it every local variable
+    assert "x.png: is not an image" in result.output
+    assert multiprocessing.active_children() == []
+
+
+def test_a_worker_that_dies_is_told():
+    with pytest.raises(ValueError, match=r"a worker process died \(out of memory\?\)"):
+        list(run_in_order(os._exit, range(100), workers=2))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_come_in_order_and_errors_reach_the_caller(workers):
+    assert list(run_in_order(partial(pow, 2), range(100), workers)) == [(k, 2**k) for k in range(100)]
+    with pytest.raises(ZeroDivisionError):
+        list(run_in_order(partial(divmod, 1), range(-50, 50), workers))

@@ -1,0 +1,76 @@
+import math
+
+import pytest
+import torch
+
+from edm2kit.denoiser import for_images, for_step
+from edm2kit.guidance.network_call import Call, Perturbed
+from edm2kit.guidance.own_network.icg import RandomLabel
+from edm2kit.guidance.registry import Choice, Parts, guide
+from edm2kit.sampling.solvers import edm_sampler
+from edm2kit.torch_utils.rng import StackedGenerator
+from tests.support.fakes import Constant, Counting, Flat, Mixture
+
+N, K = 4000, 5
+GIVEN = torch.nn.functional.one_hot(torch.arange(N) % K, K).float()
+SIGMAS = torch.tensor([5.0, 1.0, 0.0])
+
+
+def labels_of(change, given=GIVEN, seeds=range(N)):
+    change = for_step(for_images(change, StackedGenerator("cpu", seeds)), 0, SIGMAS)
+    return change(Call(torch.zeros(len(given), 1, 1, 1), torch.tensor(1.0), given)).labels
+
+
+def test_another_class_is_drawn_all_equally_likely():
+    drawn = labels_of(RandomLabel("class"))
+    assert drawn.dtype == torch.float32
+    assert torch.equal(drawn.sum(dim=1), torch.ones(N))
+    assert (drawn * GIVEN).sum() == 0
+    counts = GIVEN.T @ drawn  # given class, drawn class
+    expected = N / K / (K - 1) * (1 - torch.eye(K))
+    assert ((counts - expected).abs() < 5 * math.sqrt(N / K / (K - 1))).all()
+
+
+def test_gaussian_labels_are_as_large_as_one_hot_ones():
+    drawn = labels_of(RandomLabel("gaussian"))
+    assert drawn.square().mean().sqrt().item() == pytest.approx(GIVEN.square().mean().sqrt().item(), rel=0.02)
+    assert drawn.mean().item() == pytest.approx(0, abs=0.01)
+
+
+def test_a_single_class_has_no_other():
+    one = torch.ones(3, 1)
+    assert torch.equal(labels_of(RandomLabel("class"), one, range(3)), one)
+
+
+def test_predictor_and_corrector_meet_the_same_label_and_the_next_step_another():
+    counting = Counting(Constant(0.0))
+    denoiser = for_images(Perturbed(counting, RandomLabel()), StackedGenerator("cpu", range(N)))
+    edm_sampler(denoiser, torch.zeros(N, 1, 1, 1), GIVEN, num_steps=3)
+    first, corrector, second, _, _ = (labels for _, labels in counting.calls)
+    assert torch.equal(first, corrector)
+    assert not torch.equal(first, second)
+
+
+def test_the_mean_over_classes_is_not_the_unconditional_answer_but_nears_it_at_high_noise():
+    # specs section 9: E[D_neg] weights components by their share, the unconditional answer by their likelihood at x
+    generator = torch.Generator().manual_seed(0)
+    mixture = Mixture(torch.randn([K, 1, 2, 2], generator=generator, dtype=torch.float64), 0.05)
+    gaps = []
+    for sigma in (1.0, 10.0, 100.0, 1000.0):
+        x = mixture.means[:1] + sigma * torch.randn([1, 1, 2, 2], generator=generator, dtype=torch.float64)
+        level = torch.tensor(sigma, dtype=torch.float64)
+        each = mixture(x.expand(K, -1, -1, -1), level, torch.eye(K, dtype=torch.float64))
+        gaps.append((each.mean(dim=0) - mixture(x, level)[0]).abs().max().item())
+    assert gaps[0] > 0.1
+    assert gaps[2] / gaps[3] == pytest.approx(10, rel=0.9)
+
+
+@pytest.mark.parametrize(("labels", "wrong"), [(None, "there are none"), (GIVEN, "no generators were given")])
+def test_what_it_cannot_do_is_refused(labels, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        RandomLabel()(Call(torch.zeros(N, 1, 1, 1), torch.tensor(1.0), labels))
+
+
+def test_a_network_without_classes_is_refused():
+    with pytest.raises(ValueError, match="this one has none"):
+        guide(Choice("icg", 2.0), Parts(Flat(Constant(0.0))))

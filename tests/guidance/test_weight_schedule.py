@@ -1,0 +1,115 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from edm2kit.denoiser import after_step, for_images, for_step
+from edm2kit.guidance.combine import Combined
+from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.interval import GuidanceInterval
+from edm2kit.guidance.registry import METHODS, Choice, Parts, guide
+from edm2kit.guidance.weight_schedule import SCHEDULES, WeightSchedule, level_of
+from edm2kit.sampling.noise_levels import karras_sigmas
+from edm2kit.sampling.solvers import edm_sampler
+from edm2kit.torch_utils.rng import StackedGenerator
+from tests.support.fakes import Counting, Following, Gaussian
+
+X = torch.randn([3, 1, 2, 2], generator=torch.Generator().manual_seed(0))
+POS, NEG = Gaussian(0.2, 0.25), Gaussian(-0.3, 0.25)
+GUIDED = Guided(POS, NEG, 2.1)
+SIGMAS = karras_sigmas(32, 0.002, 80, 7, torch.float64)
+
+
+@pytest.mark.parametrize("guided", [GUIDED, Combined(POS, (NEG, Gaussian(0.0, 0.5)), (2.1, 1.5))])
+def test_the_constant_schedule_is_none_bitwise(guided):
+    scheduled = WeightSchedule(guided, SCHEDULES["constant"])
+    assert torch.equal(edm_sampler(scheduled, X), edm_sampler(guided, X))
+
+
+def test_no_weight_is_off_bitwise_and_calls_no_negative():
+    negative = Counting(NEG)
+    off = WeightSchedule(Guided(POS, negative, 2.1), lambda u: 0.0)
+    assert torch.equal(edm_sampler(off, X), edm_sampler(POS, X))
+    assert negative.calls == []
+
+
+def test_a_window_is_an_interval():
+    window = WeightSchedule(GUIDED, lambda u: float(level_of(0.28304, SIGMAS) + 1e-5 < u <= level_of(2.91, SIGMAS)))
+    gated = GuidanceInterval(GUIDED, POS, 0.28, 2.90)
+    assert torch.equal(edm_sampler(window, X), edm_sampler(gated, X))
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "constant"])
+def test_c2_with_the_weight_of_each_step(name):
+    # specs section 12: the shifts of the steps add up
+    v, m1, m0, w, T = 0.25, 0.2, -0.3, 2.1, 80.0
+    sigmas = karras_sigmas(256, 0.002, T, 7, torch.float64)
+    levels = sigmas.tolist()
+    shift = sum(
+        (w - 1) * SCHEDULES[name](level_of(a, sigmas)) * (math.sqrt(v / (v + b**2)) - math.sqrt(v / (v + a**2)))
+        for a, b in itertools.pairwise(levels)
+    )
+    start = torch.full([1, 1, 1, 1], m1 / T, dtype=torch.float64)
+    x = edm_sampler(WeightSchedule(GUIDED, SCHEDULES[name]), start, num_steps=256, dtype=torch.float64)
+    assert x.item() - m1 == pytest.approx((m1 - m0) * shift, rel=2e-4)
+
+
+def test_levels_run_from_0_to_1_in_logarithms():
+    sigmas = torch.tensor([100.0, 1.0, 0.01, 0.0])
+    assert [level_of(sigma, sigmas) for sigma in (100.0, 1.0, 0.01, 500.0)] == pytest.approx([1, 0.5, 0, 1], abs=1e-6)
+    assert level_of(1.0, torch.tensor([1.0, 0.0])) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("increasing", [0, 0.5, 1]),
+        ("decreasing", [1, 0.5, 0]),
+        ("cosine", [1, 0.5, 0]),
+        ("bump", [0, 1, 0]),
+        ("clamped", [1, 0.5, 0.25]),
+    ],
+)
+def test_shapes(name, values):
+    assert [SCHEDULES[name](u) for u in (0.0, 0.5, 1.0)] == pytest.approx(values, abs=1e-12)
+
+
+def test_one_weight_per_step_and_the_parts_follow_the_run():
+    parts = [Following(POS), Following(NEG)]
+    scheduled = WeightSchedule(Guided(*parts, 2.0), lambda u: u)  # nothing at the lowest noise level
+    edm_sampler(scheduled.for_images(StackedGenerator("cpu", range(3))), X, num_steps=2)
+    first = [("for_images", 3), ("for_step", 0), ("call", 0), ("call", 0), ("after_step", 0)]
+    assert [part.heard for part in parts] == [[*first, ("for_step", 1), ("call", 1), ("after_step", 1)], first]
+
+
+def test_by_name_and_only_in_a_run():
+    scheduled = guide(Choice("pair", 2.0, schedule="cosine"), Parts(POS, NEG))
+    assert scheduled == WeightSchedule(Guided(POS, NEG, 2.0), SCHEDULES["cosine"])
+    with pytest.raises(ValueError, match="whole steps"):
+        scheduled(X, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("rule", ["score", "dps", "tfg"])
+def test_a_loss_follows_the_noise_level_too(rule):
+    # "increasing" in a run of two steps: the whole strength in the first, none in the last
+    options = {option.keyword: option.default for option in METHODS["loss"].options}
+    options |= {"loss_kind": "colour", "loss_colour": (0.5, 0.5, 0.5), "loss_rule": rule}
+    x, sigmas = torch.randn([2, 3, 8, 8], generator=torch.Generator().manual_seed(0)), torch.tensor([5.0, 0.5, 0.0])
+
+    def step(i, schedule):
+        guided = guide(Choice("loss", 2.0, options=options, schedule=schedule), Parts(POS))
+        denoiser = for_step(for_images(guided, StackedGenerator("cpu", range(2))), i, sigmas)
+        return after_step(denoiser, denoiser(x, sigmas[i]), i, sigmas)
+
+    assert torch.equal(step(0, "increasing"), step(0, "constant"))
+    assert torch.equal(step(1, "increasing"), POS(x, sigmas[1]))
+    assert (step(1, "constant") - POS(x, sigmas[1])).abs().max() > 1e-4
+
+
+def test_methods_that_go_around_others_are_scheduled_with_them():
+    options = {option.keyword: option.default for option in METHODS["loss"].options}
+    options |= {"loss_kind": "colour", "loss_colour": (0.5, 0.5, 0.5), "loss_rule": "score"}
+    choice = Choice("pair", 2.0, options=options, also=(("loss", 2.0),), schedule="increasing")
+    x, sigmas = torch.randn([2, 3, 8, 8], generator=torch.Generator().manual_seed(0)), torch.tensor([5.0, 0.5, 0.0])
+    assert torch.equal(for_step(guide(choice, Parts(POS, NEG)), 1, sigmas)(x, sigmas[1]), POS(x, sigmas[1]))

@@ -1,0 +1,181 @@
+"""Snapshots: written, read back, corrupted, refused."""
+
+import dataclasses
+import pickle
+import stat
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from edm2kit.snapshots.file_format import (
+    Header,
+    SnapshotWriter,
+    is_published_pickle,
+    load_snapshot,
+    read_header,
+    save_snapshot,
+    snapshot_name,
+)
+from tests.support import golden
+
+
+@pytest.fixture
+def net():
+    return golden.network("cond", golden.part(golden.load("network_cond.npz"), "state/"))
+
+
+@pytest.fixture
+def header() -> Header:
+    return Header(
+        architecture=golden.architecture("cond"),
+        encoder={"kind": "rgb"},
+        nimg=123_457,
+        ema_std=0.05,
+        label_names=("ant", "bee", "cat", "dog"),
+        run_id="run",
+        training_config={"batch": 8},
+    )
+
+
+def test_round_trip_in_float32_is_exact(net, header, tmp_path):
+    header = dataclasses.replace(header, dtype="float32")
+    path = tmp_path / snapshot_name(header.nimg, header.ema_std)
+    assert path.name == "network-snapshot-0000123-0.050.safetensors"
+    save_snapshot(path, net.state_dict(), header)
+    snapshot = load_snapshot(path)
+    assert snapshot.header == header
+    assert not snapshot.net.training
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in snapshot.net.state_dict().items())
+    assert snapshot.encoder.spec() == {"kind": "rgb"}
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(snapshot.net(x, 1.0, torch.eye(4)[:2]), net(x, 1.0, torch.eye(4)[:2]))
+
+
+def test_default_storage_is_half_precision_except_for_small_tensors(net, header, tmp_path):
+    save_snapshot(tmp_path / "s", net.state_dict(), header)
+    stored = load_file(tmp_path / "s")  # any safetensors reader can read it
+    for name, tensor in stored.items():
+        assert tensor.dtype == (torch.float16 if tensor.ndim > 1 else torch.float32)
+        assert torch.equal(tensor, net.state_dict()[name].to(tensor.dtype))
+    assert stat.S_IMODE((tmp_path / "s").stat().st_mode) & 0o044  # others may read it, umask permitting
+
+
+def test_compute_dtype_is_the_callers(net, header, tmp_path):
+    save_snapshot(tmp_path / "s", net.state_dict(), header)
+    snapshot = load_snapshot(tmp_path / "s", dtype=torch.bfloat16)
+    assert snapshot.net.compute_dtype == torch.bfloat16
+    assert next(snapshot.net.parameters()).dtype == torch.float32
+
+
+def test_header_reads_without_weights(net, header, tmp_path):
+    save_snapshot(tmp_path / "s", net.state_dict(), header)
+    assert read_header(tmp_path / "s") == header
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1], ids=["empty", "length", "head", "tail"])
+def test_truncated_file_is_refused_by_name(net, header, tmp_path, keep):
+    save_snapshot(tmp_path / "s", net.state_dict(), header)
+    whole = (tmp_path / "s").read_bytes()
+    (tmp_path / "s").write_bytes(whole[:keep])
+    with pytest.raises(ValueError, match=r"s is not a whole snapshot"):
+        load_snapshot(tmp_path / "s")
+
+
+def test_other_files_are_refused_with_a_reason(net, header, tmp_path):
+    with pytest.raises(ValueError, match="nowhere"):
+        load_snapshot(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=f"no snapshot at {tmp_path}"):
+        load_snapshot(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign")
+    with pytest.raises(ValueError, match="not a snapshot of this project"):
+        load_snapshot(tmp_path / "foreign")
+    save_snapshot(tmp_path / "s", net.state_dict(), dataclasses.replace(header, format_version=99))
+    with pytest.raises(ValueError, match="newer than 1; update"):
+        load_snapshot(tmp_path / "s")
+    wider = {**header.architecture, "model_channels": 16}
+    save_snapshot(tmp_path / "s", net.state_dict(), dataclasses.replace(header, architecture=wider))
+    with pytest.raises(ValueError, match=r"do not fit the header's architecture .*unet"):
+        load_snapshot(tmp_path / "s")
+    strange = {**header.architecture, "wings": 2}
+    save_snapshot(tmp_path / "s", net.state_dict(), dataclasses.replace(header, architecture=strange))
+    with pytest.raises(ValueError, match=r"does not fit this code.*wings"):
+        load_snapshot(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("[]", "damaged"), ("[" * 100_000, "damaged"), ("{}", "damaged"), ("null", "damaged"), ("{", "damaged")],
+)
+def test_a_damaged_header_is_told(tmp_path, text, said):
+    save_file({"a": torch.zeros(1)}, tmp_path / "s", {"edm2_snapshot": text})
+    with pytest.raises(ValueError, match=f"s: the snapshot header is {said}"):
+        read_header(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_blocks": 10**9}, {"img_channels": -1}, {"channels_per_head": 0}, {"channel_mult": "12"}]
+)
+def test_an_architecture_that_is_none_is_told_with_the_file(net, header, tmp_path, change):
+    crooked = {**header.architecture, "num_blocks": 1, "channel_mult": [1, 2], "attn_resolutions": [8], **change}
+    save_snapshot(tmp_path / "s", net.state_dict(), dataclasses.replace(header, architecture=crooked))
+    with pytest.raises(ValueError, match=r"s: its architecture does not fit this code: .") as error:
+        load_snapshot(tmp_path / "s")
+    assert "\n" not in str(error.value)
+
+
+def test_failed_write_leaves_the_old_file_and_no_other(net, header, tmp_path):
+    path = tmp_path / "s"
+    path.write_text("old")
+    state = dict(net.state_dict())
+    state["unet.out_conv.weight"] = torch.full_like(state["unet.out_conv.weight"], float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        save_snapshot(path, state, header)
+    with pytest.raises(ValueError, match="never written"), SnapshotWriter(path, header, {"a": torch.Size([1])}):
+        pass
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_writer_keeps_its_order(header, tmp_path):
+    shapes = {"a": torch.Size([1]), "b": torch.Size([2])}
+    with (
+        pytest.raises(ValueError, match="out of order; expected a"),
+        SnapshotWriter(tmp_path / "s", header, shapes) as writer,
+    ):
+        writer.write("b", torch.zeros(2))
+
+
+def test_tensor_may_come_in_parts(header, tmp_path):
+    shapes = {"a": torch.Size([2, 3]), "b": torch.Size([])}
+    a, b = torch.arange(6.0).reshape(2, 3), torch.tensor(7.0)
+    with SnapshotWriter(tmp_path / "parts", header, shapes) as writer:
+        writer.write_part("a", a.flatten()[:4])
+        with pytest.raises(ValueError, match="out of order; expected a"):
+            writer.write("b", b)
+        with pytest.raises(ValueError, match=r"a \[3\] out of order"):
+            writer.write_part("a", a.flatten()[:3])
+        writer.write_part("a", a.flatten()[4:])
+        writer.write("b", b)
+    save_snapshot(tmp_path / "whole", {"a": a, "b": b}, header)
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_names_tell_lengths_apart():
+    names = [snapshot_name(1_500_000, std, "p") for std in (0.05, 0.0125, 0.013, None)]
+    assert names == [f"p-0001500-{text}.safetensors" for text in ("0.050", "0.0125", "0.013", "raw")]
+
+
+def test_unknown_dtype_is_refused(header, tmp_path):
+    with pytest.raises(ValueError, match="float16, bfloat16, float32"):
+        SnapshotWriter(tmp_path / "s", dataclasses.replace(header, dtype="int8"), {})
+
+
+def test_a_snapshot_of_any_header_length_is_not_taken_for_a_pickle(net, header, tmp_path):
+    # the header's length, the first bytes of the file, grows by 8 until its lowest byte has been a pickle's 0x80
+    for padding in range(0, 256, 8):
+        save_snapshot(tmp_path / "net", net.state_dict(), dataclasses.replace(header, run_id="r" * padding))
+        assert not is_published_pickle(tmp_path / "net")
+    for protocol in (2, 3, 4, 5):
+        (tmp_path / "pickle").write_bytes(pickle.dumps({"ema": None}, protocol))
+        assert is_published_pickle(tmp_path / "pickle")

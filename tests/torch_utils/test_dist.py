@@ -1,0 +1,173 @@
+"""Ranks act together: what one knows all know, and where one fails none waits for ever."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from edm2kit.torch_utils import dist
+from tests.support import ROOT
+
+_TWO_RANKS = """
+import json, sys
+import torch
+from edm2kit.torch_utils import dist
+
+def message(error):
+    try:
+        dist.raise_together(error)
+    except Exception as caught:
+        return f"{type(caught).__name__}: {caught}"
+
+def shout(text):
+    if text == "fail":
+        raise OSError("rank 0 alone met this")
+    return {"rank": dist.rank(), "text": text}
+
+def failing():
+    try:
+        dist.on_rank0(shout, "fail")
+    except (ValueError, OSError) as caught:
+        return f"{type(caught).__name__}: {caught}"
+
+with dist.session("cpu") as device:
+    rank = dist.rank()
+    dist.print0("only once")
+    dist.warn0("only once too")
+    dist.barrier()
+    found = {
+        "device": str(device), "rank": rank, "world": dist.world_size(),
+        "sum": dist.all_reduce_sum_(torch.tensor([1.0, rank])).tolist(),
+        "any": [dist.any_rank(False), dist.any_rank(rank == 1), dist.any_rank(True)],
+        "broadcast": dist.broadcast_object({"from": rank}),
+        "gather": dist.gather_objects(f"r{rank}"),
+        "calm": message(None),
+        "one failed": message(OSError("disk full on rank 1") if rank == 1 else None),
+        "both failed": message(KeyError(rank)),
+        "on_rank0": dist.on_rank0(shout, "hello"),
+        "on_rank0 failed": failing(),
+    }
+    json.dump(found, open(f"{sys.argv[1]}/{rank}.json", "w"))
+assert not torch.distributed.is_initialized()
+dist.exit_process(0)
+"""
+
+
+_FAILING = """
+import sys
+import click
+from edm2kit.cli import click_types as cli
+from edm2kit.torch_utils import dist
+
+@click.command(cls=cli.Command)
+@click.argument("how")
+def main(how):
+    with dist.session("cpu"):
+        if how == "alike":
+            raise ValueError("no such file: data.zip")
+        if how == "apart":
+            raise ValueError(f"rank {dist.rank()} lacks memory")
+        dist.on_rank0(open, "/nowhere/at/all")
+
+main()
+"""
+
+
+def launch(script: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """Run `script` as two ranks under torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*torchrun, str(script), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What two processes under torchrun found, and what they printed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "run.py").write_text(_TWO_RANKS)
+    done = launch(folder / "run.py", folder)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)], done
+
+
+def test_each_rank_knows_its_place(ranks):
+    assert [(found["rank"], found["world"], found["device"]) for found in ranks[0]] == [(0, 2, "cpu"), (1, 2, "cpu")]
+
+
+def test_what_one_knows_all_know(ranks):
+    for found in ranks[0]:
+        assert found["sum"] == [2, 1]
+        assert found["any"] == [False, True, True]
+        assert found["broadcast"] == {"from": 0}
+        assert found["gather"] == ["r0", "r1"]
+        assert found["on_rank0"] == {"rank": 0, "text": "hello"}
+
+
+def test_where_one_fails_all_raise(ranks):
+    first, second = ranks[0]
+    assert first["calm"] is second["calm"] is None
+    assert first["one failed"] == "ValueError: disk full on rank 1"
+    assert second["one failed"] == "OSError: disk full on rank 1"
+    assert (first["both failed"], second["both failed"]) == ("KeyError: 0", "KeyError: 1")
+    assert first["on_rank0 failed"] == "OSError: rank 0 alone met this"
+    assert second["on_rank0 failed"] == "ValueError: rank 0 alone met this"
+
+
+@pytest.mark.parametrize(
+    ("how", "lines"),
+    [
+        ("alike", {"Error: no such file: data.zip"}),
+        ("apart", {"Error: rank 0 lacks memory", "Error: rank 1 lacks memory"}),
+        ("on rank 0", {"Error: [Errno 2] No such file or directory: '/nowhere/at/all'"}),
+    ],
+)
+def test_an_error_that_ranks_share_is_told_once(tmp_path, how, lines):
+    (tmp_path / "fail.py").write_text(_FAILING)
+    done = launch(tmp_path / "fail.py", how)
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert sorted(told) == sorted(lines)
+
+
+def test_rank_0_speaks_alone(ranks):
+    assert ranks[1].stdout.splitlines().count("only once") == 1
+    assert ranks[1].stderr.splitlines().count("Warning: only once too") == 1
+
+
+def test_one_process_needs_no_group(monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with dist.session("cpu") as device:
+        assert device == torch.device("cpu")
+        assert (dist.rank(), dist.world_size(), torch.distributed.is_initialized()) == (0, 1, False)
+        dist.barrier()
+        assert dist.all_reduce_sum_(torch.ones(2)).tolist() == [1, 1]
+        assert (dist.any_rank(True), dist.any_rank(False)) == (True, False)
+        assert (dist.broadcast_object("x"), dist.gather_objects("x")) == ("x", ["x"])
+        dist.raise_together(None)
+        with pytest.raises(OSError, match="mine"):
+            dist.raise_together(OSError("mine"))
+        dist.print0("hello", 1)
+    assert capsys.readouterr().out == "hello 1\n"
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert dist.pick_device("auto") == dist.pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="--device cuda: not available here; use one of auto, cpu"):
+        dist.pick_device("cuda")
+    with pytest.raises(ValueError, match="--device tpu: not available"):
+        dist.pick_device("tpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert dist.pick_device("auto") == torch.device("cuda:1")
+    assert dist.pick_device("cuda:0") == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match=r"--device cuda:2: this machine has 2 GPU\(s\); start one process per GPU"):
+        dist.pick_device("auto")

@@ -1,0 +1,55 @@
+"""Configurations: complete, checked, written and read back the same."""
+
+import dataclasses
+
+import pytest
+
+from edm2kit.training.config import TrainConfig, config_from_dict, read_yaml, refuse_changes, run_id, write_config
+
+
+def test_written_configuration_reads_back_equal(tmp_path):
+    config = config_from_dict(
+        {"network": {"channel_mult": [1, 2]}, "duration_nimg": "8Mi", "ema_stds": [0.05], "data": "x"}, "here"
+    )
+    assert config.duration_nimg == 8 << 20
+    write_config(config, tmp_path / "config.yaml")
+    assert config_from_dict(read_yaml(tmp_path / "config.yaml"), "there") == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bach_size": 3}, "here: unknown key 'bach_size'; did you mean 'batch_size'"),
+        ({"batch_size": True}, "--batch must be int"),
+        ({"batch_size": "12Q"}, "--batch must be int; got '12Q'"),
+        ({"seed": 1.5}, "--seed must be int"),
+        ({"ema_stds": [0.05, 0.3]}, "at most 0.2887"),
+        ({"ema_stds": [0.05, 0.0501]}, "three decimals"),
+        ({"precision": "fp8"}, "fp32, fp16, bf16"),
+        ({"snapshot_dtype": "int8"}, "snapshot_dtype is one of"),
+        ({"network": 3}, "network must be a mapping"),
+        ({"network": {"img_channels": 3}}, "unknown network argument 'img_channels'"),
+        ({"workers": -1}, "--workers must not be negative"),
+        ({"loss_scaling": 0}, "--ls must be above 0"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(values, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_dict(values, "here")
+
+
+def test_run_id_ignores_what_may_change_and_nothing_else():
+    config, data = TrainConfig(data="a"), {"sha256": "1"}
+    free = dataclasses.replace(config, data="b", duration_nimg=5, batch_gpu=2, workers=7, status_every_nimg=1)
+    assert run_id(config, data) == run_id(free, data)
+    others = [run_id(dataclasses.replace(config, seed=1), data), run_id(config, {"sha256": "2"})]
+    assert len({run_id(config, data), *others}) == 3
+
+
+def test_changes_are_refused_by_the_names_users_know():
+    old = TrainConfig(ref_lr=0.01, P_mean=-0.4)
+    with pytest.raises(ValueError, match=r"--P_mean was -0\.4, is now -0\.8; --lr was 0\.01, is now 0\.02"):
+        refuse_changes(dataclasses.asdict(old), TrainConfig(ref_lr=0.02, P_mean=-0.8), "run")
+    refuse_changes(
+        {**dataclasses.asdict(old), "workers": 9, "ema_stds": [0.05, 0.1], "adam_betas": [0.9, 0.99]}, old, "run"
+    )

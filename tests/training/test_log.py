@@ -1,0 +1,52 @@
+"""What a run writes of itself."""
+
+import json
+
+import pytest
+import torch
+
+from edm2kit.training.log import STATS_NAME, RunLog, memory_gb
+
+STATS = {"loss": (0.5, 32), "lr": (0.01, 2), "gradient_norm": (3.0, 2), "nonfinite_gradients": (1.5, 2)}
+
+
+def test_resumed_log_reads_like_one_runs(tmp_path):
+    path = tmp_path / STATS_NAME
+    path.write_text('{"nimg": 16}\n{"nimg": 32}\n{"nimg": 48}\n{"nimg": 6')  # the last line was cut short
+    log = RunLog(tmp_path, 100, torch.device("cpu"))
+    log.begin(32, 10.0)
+    log.status(64, 14.0, STATS)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["nimg"] for record in records] == [16, 32, 64]
+    assert records[-1]["images_per_sec"] == 8
+    assert records[-1]["nonfinite_gradients"] == 3  # of the whole period
+    assert records[-1]["cpu_peak_gb"] > 0
+
+
+def test_status_line_tells_what_matters(tmp_path, capsys):
+    log = RunLog(tmp_path, 128, torch.device("cpu"))
+    log.begin(0, 0.0)
+    log.status(64, 4.0, STATS)
+    line = capsys.readouterr().out.splitlines()[-1]
+    for part in (
+        "64 images (50.0%)",
+        "loss 0.5000",
+        "lr 0.01000",
+        "16.0 img/s",
+        "0:00:04 gone, 0:00:04 left",
+        "3 non-",
+    ):
+        assert part in line
+
+
+def test_tensorboard_events_are_written(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = RunLog(tmp_path, 128, torch.device("cpu"), tensorboard=True)
+    log.begin(0, 0.0)
+    log.status(64, 4.0, STATS)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(64, 0.5)]
+
+
+def test_memory_is_of_this_process():
+    assert 0.05 < memory_gb(torch.device("cpu"))["cpu_peak_gb"] < 100
