@@ -1,7 +1,13 @@
-"""The one interface that networks, guidance and solvers share, and how to call its optional part."""
+"""The one interface that networks, guidance and solvers share.
 
+A denoiser is any callable `(x, sigma, condition) -> D`. Three optional methods let it follow a sampling run; the
+functions `for_images`, `for_step` and `after_step` call them if they exist.
+"""
+
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 
@@ -10,35 +16,57 @@ from edm2kit.torch_utils.rng import StackedGenerator
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """An estimate of the clean image behind a noisy one.
+    """An estimate D of the clean image behind a noisy one.
 
-    Called as `denoiser(x, sigma, labels)`: `x` float32 [N, C, H, W]; `sigma` float32 [N] or a scalar tensor,
-    the standard deviation of the noise in `x`; `labels` float32 [N, K] or None. Returns D, float32, the shape
-    of `x`. A float64 `x` (a float64 solver) is answered in float64 where the denoiser can.
+    Called as `denoiser(x, sigma, condition)`: `x` float32 [N, C, H, W]; `sigma` float32 [N] or a scalar tensor, the
+    standard deviation of the noise in `x`; `condition` a label tensor [N, K], a `Condition` or None. Returns D,
+    float32, of the shape of `x`. If `x` is float64 (a float64 solver), a denoiser may answer in float64.
 
-    Three optional methods let a denoiser follow the sampling run without any solver knowing why. Each returns
-    what to use next, so that nothing is left behind in the denoiser:
+    A denoiser may have three more methods. Each returns what to use next, so a denoiser itself never changes:
 
-    - `for_images(rng) -> Denoiser`, called by whoever draws the noise, once per batch. `rng` is a
-      `edm2kit.torch_utils.rng.StackedGenerator` with one generator per image, for methods that draw at random.
-    - `for_step(i, sigmas) -> Denoiser`, called by the solver at the start of step i (from sigmas[i] to
-      sigmas[i + 1]); its answer serves every evaluation of that step.
-    - `after_step(x, i, sigmas) -> x`, called by the solver on the answer of `for_step` at the end of step i.
+    - `for_images(rng) -> Denoiser` is called once per batch by the code that draws the noise. `rng` is a
+      `StackedGenerator` with one generator per image, for methods that need random numbers.
+    - `for_step(i, sigmas) -> Denoiser` is called by the solver at the start of step i, which goes from sigmas[i] to
+      sigmas[i + 1]. Its result serves every evaluation of that step.
+    - `after_step(x, i, sigmas) -> x` is called by the solver, on the result of `for_step`, at the end of step i.
     """
 
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor: ...
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, condition: Any = None, /) -> torch.Tensor: ...
 
 
-class Network(Denoiser, Protocol):
-    """A denoiser that is one network, and whose inside a call can change.
+@dataclass(frozen=True)
+class AttentionRole:
+    """Where an attention block is in its network.
 
-    `attention` maps names out of `attention_blocks` to (q, k, v) -> output, each [N, heads, H*W, C/heads];
-    `embedding` takes and returns the noise embedding [N, E]; `dropout(block, y)` returns what replaces the
-    activations y [N, C, H, W] where the block has its dropout. With `return_attention` the call returns
-    (D, maps), softmax attention maps [N, heads, H*W, H*W] by block. `label_dim` is the number of classes, 0 for none.
+    `side` of the network; `resolution`, height and width of the block's token grid; `depth`, the block's place in the
+    order of computation, from 0.
+    """
+
+    side: Literal["encoder", "middle", "decoder"]
+    resolution: int
+    depth: int
+
+
+class Network(Protocol):
+    """A denoiser that is a single network whose interior a call can change.
+
+    `label_dim` is the length of a label, 0 if the network is unconditional. `supported_edits` names the keyword
+    arguments below that this network takes; it refuses the others with a ValueError. `attention_roles` has an entry
+    for each attention block, in the order of computation; `attention_blocks` are its names.
+
+    - `attention` maps block names to functions (q, k, v) -> output, each [N, heads, H*W, C/heads].
+    - `embedding` takes and returns the noise embedding [N, E].
+    - `dropout(block, y)` returns what replaces the activations y [N, C, H, W] where the block has its dropout.
+    - With `return_attention`, block names, the call returns (D, maps): softmax attention [N, heads, H*W, H*W] by name.
     """
 
     label_dim: int
+
+    @property
+    def supported_edits(self) -> frozenset[str]: ...
+
+    @property
+    def attention_roles(self) -> Mapping[str, AttentionRole]: ...
 
     @property
     def attention_blocks(self) -> Sequence[str]: ...
@@ -47,7 +75,8 @@ class Network(Denoiser, Protocol):
         self,
         x: torch.Tensor,
         sigma: torch.Tensor,
-        labels: torch.Tensor | None = None,
+        condition: Any = None,
+        /,
         *,
         attention: Mapping[str, Callable[..., torch.Tensor]] | None = None,
         embedding: Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -56,19 +85,73 @@ class Network(Denoiser, Protocol):
     ) -> Any: ...
 
 
-def for_images(denoiser: Denoiser, rng: StackedGenerator) -> Denoiser:
-    """`denoiser.for_images(rng)`, or the denoiser itself where it has no such method."""
-    follow = getattr(denoiser, "for_images", None)
-    return denoiser if follow is None else follow(rng)
+Part = TypeVar("Part")
 
 
-def for_step(denoiser: Denoiser, i: int, sigmas: torch.Tensor) -> Denoiser:
-    """`denoiser.for_step(i, sigmas)`, or the denoiser itself where it has no such method."""
-    follow = getattr(denoiser, "for_step", None)
-    return denoiser if follow is None else follow(i, sigmas)
+def for_images(part: Part, rng: StackedGenerator) -> Part:
+    """`part.for_images(rng)`, or `part` itself if it has no such method."""
+    follow = getattr(part, "for_images", None)
+    return part if follow is None else follow(rng)
 
 
-def after_step(denoiser: Denoiser, x: torch.Tensor, i: int, sigmas: torch.Tensor) -> torch.Tensor:
-    """`denoiser.after_step(x, i, sigmas)`, or `x` where the denoiser has no such method."""
-    follow = getattr(denoiser, "after_step", None)
+def for_step(part: Part, i: int, sigmas: torch.Tensor) -> Part:
+    """`part.for_step(i, sigmas)`, or `part` itself if it has no such method."""
+    follow = getattr(part, "for_step", None)
+    return part if follow is None else follow(i, sigmas)
+
+
+def after_step(part: Any, x: torch.Tensor, i: int, sigmas: torch.Tensor) -> torch.Tensor:
+    """`part.after_step(x, i, sigmas)`, or `x` itself if it has no such method."""
+    follow = getattr(part, "after_step", None)
     return x if follow is None else follow(x, i, sigmas)
+
+
+class Wrapper:
+    """Base class of frozen dataclasses made of parts, which follows the sampling run in all of them.
+
+    `for_images` and `for_step` return a copy whose fields have followed; `after_step` passes x through the fields in
+    their order. Fields that are tuples follow element by element, and fields without these methods (numbers, tensors,
+    functions) stay as they are. A subclass that is off names the parts it does not use in `idle_fields`.
+
+    Example:
+
+        @dataclass(frozen=True)
+        class Average(Wrapper):
+            first: Denoiser
+            second: Denoiser
+
+            def __call__(self, x, sigma, condition=None):
+                return (self.first(x, sigma, condition) + self.second(x, sigma, condition)) / 2
+    """
+
+    def idle_fields(self) -> frozenset[str]:
+        """Names of fields that are not in use, and so do not follow."""
+        return frozenset()
+
+    def for_images(self, rng: StackedGenerator) -> Any:
+        """The same for the images of one batch; `rng` holds one generator per image."""
+        return self._with_parts(lambda part: for_images(part, rng))
+
+    def for_step(self, i: int, sigmas: torch.Tensor) -> Any:
+        """The same for step i, which goes from sigmas[i] to sigmas[i + 1]."""
+        return self._with_parts(lambda part: for_step(part, i, sigmas))
+
+    def after_step(self, x: torch.Tensor, i: int, sigmas: torch.Tensor) -> torch.Tensor:
+        """x [N, C, H, W] at the end of step i, as the parts move it."""
+        for _, value in self._parts():
+            for part in value if isinstance(value, tuple) else (value,):
+                x = after_step(part, x, i, sigmas)
+        return x
+
+    def _parts(self) -> list[tuple[str, Any]]:
+        idle = self.idle_fields()
+        names = [field.name for field in dataclasses.fields(self) if field.name not in idle]  # type: ignore[arg-type]
+        return [(name, getattr(self, name)) for name in names]
+
+    def _with_parts(self, follow: Callable[[Any], Any]) -> Self:
+        followed = {}
+        for name, value in self._parts():
+            new = tuple(follow(part) for part in value) if type(value) is tuple else follow(value)
+            if new is not value:
+                followed[name] = new
+        return dataclasses.replace(self, **followed)  # type: ignore[type-var]

@@ -1,0 +1,199 @@
+"""What a network is told besides the noise: class labels, float vectors, and whatever a model of your own needs.
+
+A plain label tensor, float32 [N, K], works everywhere a `Condition` does: the functions of this module take either and
+return the same kind. A network whose condition is not a tensor (text embeddings, several tensors) implements the
+protocol; classifier-free guidance, independent-condition guidance and batching then work unchanged.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, TypeAlias, overload, runtime_checkable
+
+import torch
+
+from edm2kit.torch_utils.rng import StackedGenerator
+
+
+@runtime_checkable
+class Condition(Protocol):
+    """The conditions of N images. Every method returns a new condition and leaves this one unchanged."""
+
+    def __len__(self) -> int:
+        """N, the number of images."""
+        ...
+
+    def __getitem__(self, rows: Any) -> Self:
+        """The conditions of some images: `rows` is a slice, a bool mask [N] or an index tensor [M]."""
+        ...
+
+    def null(self) -> Self:
+        """The condition that says nothing, N times: what classifier-free guidance leads away from."""
+        ...
+
+    def others(self, rng: StackedGenerator, include_own: bool = False) -> Self:
+        """For each image a condition drawn at random; its own one is excluded unless `include_own`."""
+        ...
+
+    def cat(self, *more: Self) -> Self:
+        """This condition followed by those of further images."""
+        ...
+
+    def repeat(self, times: int) -> Self:
+        """The N conditions `times` times, one block after another."""
+        ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+        ...
+
+
+ConditionLike: TypeAlias = torch.Tensor | Condition | None
+
+
+@dataclass(frozen=True)
+class ClassLabels:
+    """One class per image: `one_hot` float32 [N, K]. A row of zeros means no class.
+
+    Example: `ClassLabels.of([3, 7], num_classes=10)`.
+    """
+
+    one_hot: torch.Tensor
+
+    @classmethod
+    def of(cls, classes: Sequence[int] | torch.Tensor, num_classes: int) -> "ClassLabels":
+        """Labels from class indices [N]. Raises ValueError if an index is not in [0, num_classes)."""
+        indices = torch.as_tensor(classes, dtype=torch.int64)
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < num_classes:
+            raise ValueError(f"class indices must be from 0 to {num_classes - 1}, got {indices.tolist()[:8]}")
+        return cls(torch.nn.functional.one_hot(indices, num_classes).float())
+
+    def __len__(self) -> int:
+        return len(self.one_hot)
+
+    def __getitem__(self, rows: Any) -> "ClassLabels":
+        return ClassLabels(self.one_hot[rows])
+
+    def null(self) -> "ClassLabels":
+        return ClassLabels(torch.zeros_like(self.one_hot))
+
+    def others(self, rng: StackedGenerator, include_own: bool = False) -> "ClassLabels":
+        return ClassLabels(_other_classes(self.one_hot, rng, include_own))
+
+    def cat(self, *more: "ClassLabels") -> "ClassLabels":
+        return ClassLabels(torch.cat([self.one_hot, *(labels.one_hot for labels in more)]))
+
+    def repeat(self, times: int) -> "ClassLabels":
+        return ClassLabels(self.one_hot.repeat(times, 1))
+
+    def to(self, device: torch.device | str) -> "ClassLabels":
+        return ClassLabels(self.one_hot.to(device))
+
+
+@dataclass(frozen=True)
+class FloatVectors:
+    """One vector of K numbers per image: `values` float32 [N, K]. A row of zeros says nothing.
+
+    `pool` [M, K] holds the vectors that `others` draws from, usually those of the training set.
+    """
+
+    values: torch.Tensor
+    pool: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows: Any) -> "FloatVectors":
+        return FloatVectors(self.values[rows], self.pool)
+
+    def null(self) -> "FloatVectors":
+        return FloatVectors(torch.zeros_like(self.values), self.pool)
+
+    def others(self, rng: StackedGenerator, include_own: bool = False) -> "FloatVectors":
+        """Vectors drawn from `pool`. An own vector cannot be recognised, so `include_own` makes no difference.
+
+        Raises ValueError if there is no pool.
+        """
+        if self.pool is None:
+            raise ValueError("independent conditions need a pool of vectors to draw from: FloatVectors(values, pool)")
+        drawn = rng.randint(len(self.pool), size=[len(self)]).to(self.pool.device)
+        return FloatVectors(self.pool[drawn].to(self.values), self.pool)
+
+    def cat(self, *more: "FloatVectors") -> "FloatVectors":
+        return FloatVectors(torch.cat([self.values, *(vectors.values for vectors in more)]), self.pool)
+
+    def repeat(self, times: int) -> "FloatVectors":
+        return FloatVectors(self.values.repeat(times, 1), self.pool)
+
+    def to(self, device: torch.device | str) -> "FloatVectors":
+        return FloatVectors(self.values.to(device), None if self.pool is None else self.pool.to(device))
+
+
+def condition_tensor(condition: ConditionLike) -> torch.Tensor | None:
+    """The tensor [N, K] that a network with `label_dim` takes; None if there is no condition.
+
+    Raises ValueError for a condition of another kind (a text prompt, say).
+    """
+    if condition is None or isinstance(condition, torch.Tensor):
+        return condition
+    if isinstance(condition, ClassLabels):
+        return condition.one_hot
+    if isinstance(condition, FloatVectors):
+        return condition.values
+    raise ValueError(f"this network takes class labels or vectors [N, K]; got a {type(condition).__name__}")
+
+
+@overload
+def null_condition(condition: torch.Tensor) -> torch.Tensor: ...
+@overload
+def null_condition(condition: Condition) -> Condition: ...
+def null_condition(condition: torch.Tensor | Condition) -> torch.Tensor | Condition:
+    """The condition that says nothing, for as many images: zeros for a tensor, `condition.null()` otherwise."""
+    return torch.zeros_like(condition) if isinstance(condition, torch.Tensor) else condition.null()
+
+
+@overload
+def other_conditions(condition: torch.Tensor, rng: StackedGenerator, include_own: bool = False) -> torch.Tensor: ...
+@overload
+def other_conditions(condition: Condition, rng: StackedGenerator, include_own: bool = False) -> Condition: ...
+def other_conditions(
+    condition: torch.Tensor | Condition, rng: StackedGenerator, include_own: bool = False
+) -> torch.Tensor | Condition:
+    """For each image another condition drawn at random. A plain tensor is taken for one-hot class labels [N, K]."""
+    if isinstance(condition, torch.Tensor):
+        return _other_classes(condition, rng, include_own)
+    return condition.others(rng, include_own)
+
+
+def cat_conditions(conditions: Sequence[ConditionLike]) -> ConditionLike:
+    """The conditions of several batches as one. Raises ValueError if some are missing or of different kinds."""
+    first = conditions[0]
+    if len({type(condition) for condition in conditions}) != 1:
+        kinds = ", ".join(type(condition).__name__ for condition in conditions)
+        raise ValueError(f"conditions of different kinds cannot form one batch: {kinds}")
+    if first is None:
+        return None
+    if isinstance(first, torch.Tensor):
+        return torch.cat([condition for condition in conditions if isinstance(condition, torch.Tensor)])
+    return first.cat(*(condition for condition in conditions[1:] if isinstance(condition, Condition)))
+
+
+def repeat_condition(condition: ConditionLike, times: int) -> ConditionLike:
+    """The conditions of a batch `times` times, one block after another; None stays None."""
+    if condition is None:
+        return None
+    if isinstance(condition, torch.Tensor):
+        return condition.repeat(times, *[1] * (condition.ndim - 1))
+    return condition.repeat(times)
+
+
+def _other_classes(one_hot: torch.Tensor, rng: StackedGenerator, include_own: bool) -> torch.Tensor:
+    n, num_classes = one_hot.shape
+    own = one_hot.argmax(dim=1)
+    if include_own:
+        drawn = rng.randint(num_classes, size=[n]).to(own)
+    elif num_classes == 1:
+        return one_hot  # there is no other class
+    else:
+        drawn = rng.randint(num_classes - 1, size=[n]).to(own)
+        drawn = drawn + (drawn >= own)  # skips the own class, all others equally likely
+    return torch.nn.functional.one_hot(drawn, num_classes).to(one_hot.dtype)
