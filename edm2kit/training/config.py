@@ -21,58 +21,114 @@ PRESET_FOLDER = Path(__file__).parents[1] / "configs" / "train"
 PRECISIONS = ("fp32", "fp16", "bf16")
 
 
+def _setting(default: Any, help: str, **metadata: Any) -> Any:
+    """A field of TrainConfig whose help text is also that of its option and of the table in the documents.
+
+    Metadata: `option`, its name on the command line; `metavar`, what stands for the value in --help (NIMG: a number of
+    images, which may be written 128Ki or 8Mi); `choices`, the values it takes; `free`, whether it may change when a
+    run is resumed.
+    """
+    return field(default=default, metadata={"help": help, **metadata})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run; every `_nimg` counts images, and counts may be written 128Ki, 8Mi, 1Gi in YAML.
+    """A training run: one frozen, complete record.
 
-    `network` holds the U-Net arguments that differ from its defaults. The learning rate follows
-    `learning_rate.learning_rate` (`ref_batches`, `rampup_nimg`: 0 switches off). `batch_gpu` limits the images
-    of one forward pass (None: this rank's whole share); `recompute` computes activations again on the way back instead
-    of holding them, `shard` leaves each rank its share of Adam's moments and of the averages: both save memory and
-    change no bit of the result. `keep_checkpoints` 0 keeps all. `init_from` is a snapshot
-    to start from, `init_sha256` its hash. `label_dropout` is the share of images shown without their label, for
-    classifier-free guidance by one network. Fields marked "free" may change when a run is resumed; a change in any
-    other is refused.
+    Counts of images end in `_nimg` and may be written 128Ki, 8Mi or 1Gi in YAML. Resuming a run refuses a change in
+    any field that is not marked "free".
     """
 
-    data: str = field(default="", metadata={"option": "--data", "free": True})  # its content is compared instead
-    cond: bool = field(default=True, metadata={"option": "--cond"})
-    encoder: Mapping[str, Any] = field(default_factory=lambda: {"kind": "auto"})
-    network: Mapping[str, Any] = field(default_factory=dict)
-    init_from: str | None = field(default=None, metadata={"option": "--init-from", "free": True})  # its hash decides
-    init_sha256: str | None = field(default=None, metadata={"option": "--init-from"})
-    sigma_data: float = 0.5
-    label_dropout: float = field(default=0.0, metadata={"option": "--label-dropout"})
-    P_mean: float = field(default=-0.4, metadata={"option": "--P_mean"})
-    P_std: float = field(default=1.0, metadata={"option": "--P_std"})
-    ref_lr: float = field(default=0.01, metadata={"option": "--lr"})
-    ref_batches: float = field(default=70_000, metadata={"option": "--decay"})
-    rampup_nimg: int = 10_000_000
-    adam_betas: tuple[float, float] = (0.9, 0.99)
-    adam_eps: float = 1e-8
-    ema_stds: tuple[float, ...] = (0.050, 0.100)
-    duration_nimg: int = field(default=1 << 30, metadata={"option": "--duration", "free": True})
-    batch_size: int = field(default=2048, metadata={"option": "--batch"})
-    batch_gpu: int | None = field(default=None, metadata={"option": "--batch-gpu", "free": True})
-    precision: str = field(default="fp32", metadata={"option": "--precision"})
-    recompute: bool = field(default=False, metadata={"option": "--recompute", "free": True})
-    shard: bool = field(default=False, metadata={"option": "--shard", "free": True})
-    loss_scaling: float = field(default=1.0, metadata={"option": "--ls"})
-    cudnn_benchmark: bool = field(default=True, metadata={"option": "--bench", "free": True})
-    seed: int = field(default=0, metadata={"option": "--seed"})
-    workers: int = field(default=2, metadata={"option": "--workers", "free": True})
-    status_every_nimg: int = field(default=128 << 10, metadata={"option": "--status", "free": True})
-    snapshot_every_nimg: int = field(default=8 << 20, metadata={"option": "--snapshot", "free": True})
-    checkpoint_every_nimg: int = field(default=128 << 20, metadata={"option": "--checkpoint", "free": True})
-    keep_checkpoints: int = field(default=2, metadata={"free": True})
-    snapshot_dtype: str = "float16"
+    data: str = _setting(
+        "", "Training images, a zip or folder made by dataset_tool.py", option="--data", metavar="ZIP|DIR", free=True
+    )  # free because the content of the data is compared instead of its path
+    cond: bool = _setting(True, "Train with class labels", option="--cond", metavar="BOOL")
+    encoder: Mapping[str, Any] = field(
+        default_factory=lambda: {"kind": "auto"},
+        metadata={"help": "What turns stored items into what the network sees; auto: as the data say"},
+    )
+    network: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"help": "Arguments of the network that differ from its defaults"}
+    )
+    init_from: str | None = _setting(
+        None,
+        "Snapshot to start from (fine-tuning); its classes may differ",
+        option="--init-from",
+        metavar="SNAPSHOT",
+        free=True,
+    )  # free because its hash is compared instead of its path
+    init_sha256: str | None = _setting(None, "SHA-256 of the snapshot to start from; filled in by the program")
+    sigma_data: float = _setting(0.5, "Standard deviation of the data that the network sees")
+    label_dropout: float = _setting(
+        0.0,
+        "Share of images shown without their label, for CFG with one network",
+        option="--label-dropout",
+        metavar="P",
+    )
+    P_mean: float = _setting(-0.4, "Mean of ln(sigma) in training", option="--P_mean", metavar="FLOAT")
+    P_std: float = _setting(1.0, "Standard deviation of ln(sigma) in training", option="--P_std", metavar="FLOAT")
+    ref_lr: float = _setting(0.01, "Reference learning rate", option="--lr", metavar="FLOAT")
+    ref_batches: float = _setting(
+        70_000, "Batches before the learning rate decays; 0: never", option="--decay", metavar="BATCHES"
+    )
+    rampup_nimg: int = _setting(
+        10_000_000, "Images of linear learning-rate warm-up; 0: none", option="--rampup", metavar="NIMG"
+    )
+    adam_betas: tuple[float, float] = _setting((0.9, 0.99), "Decay rates of Adam's two moments")
+    adam_eps: float = _setting(1e-8, "Adam's epsilon")
+    ema_stds: tuple[float, ...] = _setting((0.050, 0.100), "EMA lengths to track, as relative standard deviations")
+    duration_nimg: int = _setting(1 << 30, "Images to train for", option="--duration", metavar="NIMG", free=True)
+    batch_size: int = _setting(2048, "Images per step, over all processes", option="--batch", metavar="NIMG")
+    batch_gpu: int | None = _setting(
+        None, "Limit on the images of one pass on each process", option="--batch-gpu", metavar="NIMG", free=True
+    )
+    precision: str = _setting("fp32", "Precision inside the network", option="--precision", choices=PRECISIONS)
+    recompute: bool = _setting(
+        False,
+        "Recompute activations in the backward pass: 1/3 slower, less memory, same results",
+        option="--recompute",
+        metavar="BOOL",
+        free=True,
+    )
+    shard: bool = _setting(
+        False,
+        "Split Adam's moments and the EMAs over the processes: less memory, same results",
+        option="--shard",
+        metavar="BOOL",
+        free=True,
+    )
+    loss_scaling: float = _setting(
+        1.0, "Loss scaling, undone before the optimizer step", option="--ls", metavar="FLOAT"
+    )
+    cudnn_benchmark: bool = _setting(
+        True, "Let cuDNN pick its fastest algorithms", option="--bench", metavar="BOOL", free=True
+    )
+    seed: int = _setting(0, "Random seed of the run", option="--seed", metavar="N")
+    workers: int = _setting(
+        2, "Processes that read images; 0: the training process", option="--workers", metavar="N", free=True
+    )
+    status_every_nimg: int = _setting(
+        128 << 10, "Images between status lines", option="--status", metavar="NIMG", free=True
+    )
+    snapshot_every_nimg: int = _setting(
+        8 << 20, "Images between EMA snapshots", option="--snapshot", metavar="NIMG", free=True
+    )
+    checkpoint_every_nimg: int = _setting(
+        128 << 20, "Images between checkpoints", option="--checkpoint", metavar="NIMG", free=True
+    )
+    keep_checkpoints: int = _setting(2, "Checkpoints to keep; 0: all", free=True)
+    snapshot_dtype: str = _setting(
+        "float16", "Precision of stored snapshots", choices=("float16", "bfloat16", "float32")
+    )
 
     def __post_init__(self) -> None:
         _check(self)
 
 
 def option_of(name: str) -> str:
-    """What a user calls the field: its option, or its YAML key."""
+    """The name a user knows the field by: its option, or its YAML key."""
+    if name == "init_sha256":
+        name = "init_from"
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
     return fields[name].metadata.get("option", f"{name} (in the YAML file)")
 
