@@ -20,9 +20,10 @@ from edm2kit.models.cost import evaluation_cost
 from edm2kit.models.edm2 import Precond, full_architecture
 from edm2kit.models.frozen import freeze_
 from edm2kit.sampling.solvers import edm_sampler
+from edm2kit.torch_utils.precision import PRECISIONS
 from edm2kit.training.config import TrainConfig
 from edm2kit.training.forecast import make_forecast
-from edm2kit.training.loop import COMPUTE_DTYPES, Trainer
+from edm2kit.training.loop import Trainer
 
 GOALS = {"training": 2.0, "guided": 2.5}  # ratios to plain, by the fastest way
 Contenders = dict[str, Callable[[], object]]
@@ -122,7 +123,7 @@ def training(setting: Setting, shape: str, precision: str) -> Iterator[Result]:
     net, yardstick = networks(setting, shape, precision)
     x, _, labels = inputs(net, batch, setting)
     architecture, state = setting.architecture(config, shape), yardstick.state
-    exponents, dtype = tuple(std_to_exp(list(config.ema_stds)).tolist()), COMPUTE_DTYPES[precision]
+    exponents, dtype = tuple(std_to_exp(list(config.ema_stds)).tolist()), PRECISIONS[precision]
     del net, yardstick
 
     def plain() -> Callable[[], object]:
@@ -238,7 +239,7 @@ def networks(setting: Setting, shape: str, precision: str) -> tuple[Precond, Hal
     for name, parameter in net.named_parameters():
         if name.endswith("gain"):
             parameter.fill_(1)  # gains start at 0: such a network would say nothing
-    net.compute_dtype = COMPUTE_DTYPES[precision]
+    net.compute_dtype = PRECISIONS[precision]
     state = {name: value.contiguous() for name, value in net.state_dict().items()}
     return freeze_(net), HalfPlainNetwork(architecture, state, net.compute_dtype)
 

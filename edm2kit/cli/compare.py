@@ -20,7 +20,6 @@ from edm2kit.experiments.compare_guidance.measure import (
     measure_real,
     measure_row,
     read_record,
-    write_json,
 )
 from edm2kit.experiments.compare_guidance.page import METRIC, cost_table, gather, table
 from edm2kit.experiments.compare_guidance.rows import ROWS_FILE, Row, chosen, load_rows
@@ -29,6 +28,7 @@ from edm2kit.experiments.documents import fill_in
 from edm2kit.metrics.scoring import image_features, make_scorer
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write, fetch, sha256_of
+from edm2kit.torch_utils.records import write_json
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 _TUNING_SEED = "1000000"  # far from those of any report

@@ -14,7 +14,6 @@ import torch
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.cli.generation_options import generation_options
-from edm2kit.cli.image_folder import differences
 from edm2kit.data.dataset import ImageDataset
 from edm2kit.denoiser import Denoiser, after_step, for_images, for_step
 from edm2kit.models.edm2 import Precond
@@ -23,6 +22,7 @@ from edm2kit.snapshots.weights import open_weights
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.locks import exclusive
 from edm2kit.torch_utils.provenance import provenance
+from edm2kit.torch_utils.records import differences
 from edm2kit.torch_utils.rng import StackedGenerator
 from edm2kit.torch_utils.stopping import StopRequest, parse_duration_sec
 from edm2kit.training.config import TrainConfig, run_id

@@ -17,12 +17,13 @@ import numpy as np
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.generation import Generation, Request, prepare
 from edm2kit.cli.generation_options import generation_options
-from edm2kit.cli.image_folder import ImageFolder, contact_sheet, differences, read_record, seed_ranges, to_image
+from edm2kit.cli.image_folder import ImageFolder, contact_sheet, read_record, seed_ranges, to_image
 from edm2kit.cli.npz import write_npz
 from edm2kit.data.labels import RECORD
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write
 from edm2kit.torch_utils.provenance import provenance
+from edm2kit.torch_utils.records import differences
 
 _MAX_GRID = 1024
 

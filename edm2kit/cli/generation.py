@@ -9,7 +9,6 @@ generation.settings                             # for the JSON record: all that 
 
 import dataclasses
 import difflib
-import math
 import re
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,10 +26,9 @@ from edm2kit.sampling.solvers import PUBLISHED, Sampler
 from edm2kit.snapshots.file_format import Snapshot, load_snapshot
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import fetch, sha256_of
-from edm2kit.torch_utils.precision import slow_precision
+from edm2kit.torch_utils.precision import PRECISIONS, resolve_precision, slow_precision
 from edm2kit.torch_utils.progress import progress_bar
-
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from edm2kit.torch_utils.records import plain_json
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def prepare(request: Request, device: torch.device) -> Generation:
     Raises ValueError where a file is no snapshot, the two networks do not fit each other, a class is unknown, or the
     guidance method refuses its settings.
     """
-    precision = request.precision if request.precision != "auto" else "fp16" if device.type == "cuda" else "fp32"
+    precision = resolve_precision(request.precision, device)
     if slow := slow_precision(PRECISIONS[precision], device):
         dist.warn0(f"--precision {precision}: {slow}")
     main = _with_vae(_load(request, request.net, device, precision), request.vae)
@@ -100,8 +98,8 @@ def prepare(request: Request, device: torch.device) -> Generation:
         "net": _identity(request.net, main),
         "gnet": None if gmain is None else _identity(request.gnet, gmain),
         "uncond": None if umain is None else _identity(request.uncond, umain),
-        "guidance": {**_settings_of(request.guidance), "steps": plain(_steps(request))},
-        "sampler": plain(dataclasses.asdict(request.sampler)),
+        "guidance": {**_settings_of(request.guidance), "steps": plain_json(_steps(request))},
+        "sampler": plain_json(dataclasses.asdict(request.sampler)),
         "classes": None if classes is None else list(classes),
         "vae_sha256": vae_sha256(main.encoder.vae_name) if isinstance(main.encoder, StabilityVAEEncoder) else None,
         "precision": precision,
@@ -192,22 +190,11 @@ def _parse_class(part: str, label_dim: int, names: Sequence[str] | None) -> Sequ
     return range(first, last + 1)
 
 
-def plain(value: Any) -> Any:
-    """`value` in JSON's own terms: infinities and dtypes as text, tuples as lists."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, range)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
 def _identity(source: str, snapshot: Snapshot) -> dict[str, Any]:
     header = dataclasses.asdict(snapshot.header)
     # neither the training configuration, which is long, nor the commit: of a published file it is the reader's own
     known = {key: header[key] for key in ("architecture", "encoder", "nimg", "ema_std", "run_id", "recipe")}
-    return plain({"sha256": sha256_of(fetch(source)), **known})
+    return plain_json({"sha256": sha256_of(fetch(source)), **known})
 
 
 def _latent_space(snapshot: Snapshot) -> dict[str, Any]:
@@ -218,7 +205,7 @@ def _latent_space(snapshot: Snapshot) -> dict[str, Any]:
 def _settings_of(choice: Choice) -> dict[str, Any]:
     # what is left as it was before it could be set is left out, so that older records stay true
     later = {"also": (), "rule": "linear", "schedule": "constant"}
-    return plain({key: value for key, value in vars(choice).items() if key not in later or value != later[key]})
+    return plain_json({key: value for key, value in vars(choice).items() if key not in later or value != later[key]})
 
 
 def _steps(request: Request) -> list[int] | None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import click
 
-from edm2kit.cli.generation import PRECISIONS, Request
+from edm2kit.cli.generation import Request
 from edm2kit.cli.presets import find_preset
 from edm2kit.guidance.registry import METHODS, RULES, Choice, Method, Option, Rule, methods_of
 from edm2kit.guidance.table import method_lines, table_text
 from edm2kit.guidance.weight_schedule import SCHEDULES
 from edm2kit.sampling.solvers import SOLVERS, Churn, Sampler
 from edm2kit.sampling.time_travel import TimeTravel
+from edm2kit.torch_utils.precision import PRECISIONS
 
 _NUMBER = click.FloatRange(min=0)
 

@@ -15,6 +15,7 @@ from edm2kit.data.labels import RECORD
 from edm2kit.sampling.engine import ImageBatch
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write
+from edm2kit.torch_utils.records import differences, write_json
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
@@ -104,8 +105,7 @@ class ImageFolder:
     def _note_run(self, run: Mapping[str, Any]) -> None:
         record = self._read_record() or {"settings": self.all_settings, "runs": []}
         record["runs"].append(dict(run))
-        with atomic_write(self.path / RECORD, "w") as file:
-            json.dump(record, file, indent=1)
+        write_json(self.path / RECORD, record)
 
     def _read_record(self) -> dict[str, Any] | None:
         return read_record(self.path / RECORD)
@@ -151,19 +151,6 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         pass
     raise ValueError(f"{path} is damaged; choose another place, or delete it with its images")
-
-
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Where two JSON values differ, in words."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = dict.fromkeys([*old, *new])
-        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
-    return [] if old == new else [f"{name} {_short(old)} there, {_short(new)} now"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 24 else f"{text[:21]}..."
 
 
 def _is_whole_png(path: Path) -> bool:

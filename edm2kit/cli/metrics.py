@@ -1,7 +1,6 @@
 """Score generated images: Frechet distances from reference statistics."""
 
 import itertools
-import json
 import shlex
 import sys
 import time
@@ -24,8 +23,9 @@ from edm2kit.metrics.reference import Reference, save_reference
 from edm2kit.metrics.report import summary, table
 from edm2kit.metrics.scoring import Scorer, image_features, image_statistics, make_scorer
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.files import atomic_write, fetch, sha256_of
+from edm2kit.torch_utils.files import fetch, sha256_of
 from edm2kit.torch_utils.provenance import provenance
+from edm2kit.torch_utils.records import write_json
 
 _REAL_WORKERS = 2  # threads that read
 
@@ -221,12 +221,7 @@ def _score(task: Task, scorer: Scorer, runs: Mapping[str, Iterable[torch.Tensor]
         **provenance(scorer.device),
     }
     if task.record is not None:
-        dist.on_rank0(_write_json, task.record, record)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with atomic_write(path, "w") as file:
-        json.dump(content, file, indent=1)
+        dist.on_rank0(write_json, task.record, record)
 
 
 @main.command()

@@ -11,10 +11,10 @@ from edm2kit.ema.rebuild import Output, count_values, plan_outputs, write_output
 from edm2kit.snapshots.file_format import Header, read_header, snapshot_name
 from edm2kit.snapshots.weights import Weights, open_sources
 from edm2kit.torch_utils import dist
+from edm2kit.torch_utils.precision import PRECISIONS
 from edm2kit.torch_utils.progress import progress_bar
 from edm2kit.torch_utils.stopping import interrupt_on_sigterm
 
-_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _POOR_FIT = 0.1  # from about here on, the rebuilt profile's width is off by more than a twentieth
 _COARSE = 0.05
 
@@ -48,7 +48,9 @@ class Job:
 @click.option("--outnimg", metavar="NIMG", type=cli.Size(), multiple=True, help="Times, exactly; may be repeated")
 @click.option("--skip", is_flag=True, help="Keep outputs that are there, whole, and made from the same snapshots")
 @click.option("--batch", metavar="N", type=click.IntRange(1), default=128, show_default=True, help="Outputs per pass")
-@click.option("--dtype", type=click.Choice(list(_DTYPES)), default="fp16", show_default=True, help="Stored precision")
+@click.option(
+    "--dtype", type=click.Choice(list(PRECISIONS)), default="fp16", show_default=True, help="Stored precision"
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Print how well each length can be rebuilt, and stop")
 def main(
     indir: Sequence[str],
@@ -98,7 +100,12 @@ def _prepare(
 ) -> Job:
     inputs = open_sources(indir, inprefix, instd)
     times = [*(_time_of(kimg, inputs) for kimg in outkimg or ()), *outnimg]
-    outputs = plan_outputs(inputs, list(dict.fromkeys(outstd)), list(dict.fromkeys(times)) or None, _DTYPES[dtype])
+    outputs = plan_outputs(
+        inputs,
+        list(dict.fromkeys(outstd)),
+        list(dict.fromkeys(times)) or None,
+        str(PRECISIONS[dtype]).removeprefix("torch."),
+    )
     paths = [outdir / snapshot_name(output.header.nimg, output.header.ema_std, outprefix) for output in outputs]
     if shared := next((path for path in paths if paths.count(path) > 1), None):
         raise ValueError(

@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from edm2kit.cli import click_types as cli
-from edm2kit.cli.generation import PRECISIONS
 from edm2kit.experiments.paper_tables import report as reporting
 from edm2kit.experiments.paper_tables.networks import obtain
 from edm2kit.experiments.paper_tables.plan import Download, Need, files_beside, measure_flops, need_of
@@ -15,6 +14,7 @@ from edm2kit.experiments.paper_tables.run import How, run_cell
 from edm2kit.experiments.paper_tables.tables import load_table, table_names
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write, cache_folder, fetch, free_bytes
+from edm2kit.torch_utils.precision import PRECISIONS, resolve_precision
 
 _DEFAULT_OUTDIR = "runs/reproduce"
 _WAIT_MINUTES = 24 * 60  # one rank downloads while the others wait
@@ -99,7 +99,7 @@ def plan(
     cells = loaded.cells(rows, metrics)
     with dist.session(device) as picked:
         if measure:
-            kind = precision if precision != "auto" else "fp16" if picked.type == "cuda" else "fp32"
+            kind = resolve_precision(precision, picked)
             tflops = measure_flops(cells[0], picked, kind, batch) / 1e12
             dist.print0(f"measured on {cells[0].net.run}: {tflops:.3g} Tflop/s, {kind}, batch {batch}\n")
         needs = [need_of(cell, loaded.sampler) for cell in cells]

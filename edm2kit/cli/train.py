@@ -21,13 +21,13 @@ from edm2kit.sampling.solvers import Sampler
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write
 from edm2kit.torch_utils.locks import exclusive
-from edm2kit.torch_utils.precision import slow_precision
+from edm2kit.torch_utils.precision import PRECISIONS, slow_precision
 from edm2kit.torch_utils.provenance import provenance
 from edm2kit.torch_utils.stopping import StopRequest, parse_duration_sec
 from edm2kit.training.config import TrainConfig, config_from_dict, preset_names, preset_path, read_yaml
 from edm2kit.training.forecast import make_forecast
 from edm2kit.training.log import RunLog
-from edm2kit.training.loop import COMPUTE_DTYPES, Trainer, training_loop
+from edm2kit.training.loop import Trainer, training_loop
 from edm2kit.training.run import Run, check_run_dir, resolve, stream_batches, write_records
 
 SAMPLE_BATCH = 16
@@ -93,7 +93,7 @@ def main(
         run = resolve(config, dataset)
         check_run_dir(run, Path(outdir))
         describe(run, dataset)
-        if slow := slow_precision(COMPUTE_DTYPES[run.config.precision], picked):
+        if slow := slow_precision(PRECISIONS[run.config.precision], picked):
             dist.warn0(f"--precision {run.config.precision}: {slow}")
         encoder = make_encoder(run.config.encoder)
         if dry_run:

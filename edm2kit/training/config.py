@@ -16,9 +16,9 @@ import yaml
 from edm2kit.ema.power_function import std_to_exp
 from edm2kit.models.edm2 import UNet
 from edm2kit.torch_utils.files import atomic_write
+from edm2kit.torch_utils.precision import PRECISIONS
 
 PRESET_FOLDER = Path(__file__).parents[1] / "configs" / "train"
-PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 def _setting(default: Any, help: str, **metadata: Any) -> Any:

@@ -10,8 +10,8 @@ import torch
 
 from edm2kit.models.edm2 import Precond
 from edm2kit.models.edm2_blocks import Block
+from edm2kit.torch_utils.precision import PRECISIONS
 from edm2kit.training.config import TrainConfig
-from edm2kit.training.loop import COMPUTE_DTYPES
 from edm2kit.training.loss import EDM2Loss
 
 _GB = 1e9
@@ -79,7 +79,7 @@ def make_forecast(config: TrainConfig, architecture: dict[str, Any], micro_batch
     """Compute the forecast without allocating the network (on the meta device)."""
     with torch.device("meta"):
         net = Precond(**architecture).train()
-    net.compute_dtype = COMPUTE_DTYPES[config.precision]
+    net.compute_dtype = PRECISIONS[config.precision]
     sizes = [p.numel() for p in net.parameters()]
     parameters, num_averages = sum(sizes), len(config.ema_stds)
     activations = {again: activation_bytes(net, micro_batch, again) for again in (False, True)}

@@ -18,6 +18,7 @@ from edm2kit.models.edm2 import Precond, normalize_weights_
 from edm2kit.models.encoders import Encoder
 from edm2kit.snapshots.file_format import Header, save_snapshot, snapshot_name
 from edm2kit.torch_utils import dist
+from edm2kit.torch_utils.precision import PRECISIONS
 from edm2kit.torch_utils.rng import StackedGenerator, derive_seed
 from edm2kit.torch_utils.stats import RunningStats
 from edm2kit.training.checkpoint import (
@@ -34,7 +35,6 @@ from edm2kit.training.learning_rate import learning_rate
 from edm2kit.training.log import RunLog
 from edm2kit.training.loss import EDM2Loss, TrainingLoss
 
-COMPUTE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SIGMA_BINS = (-1.28, -0.67, 0.0, 0.67, 1.28)  # in units of P_std around P_mean: 10, 15, 25, 25, 15, 10 % of images
 
 
@@ -57,7 +57,7 @@ class Trainer:
         self.config, self.header, self.encoder, self.device = config, header, encoder, device
         # channels last: 1.2 times as fast on a CPU, and what tensor cores want
         self.net = Precond(**header.architecture).to(device, memory_format=torch.channels_last).train()
-        self.net.compute_dtype = COMPUTE_DTYPES[config.precision]
+        self.net.compute_dtype = PRECISIONS[config.precision]
         if config.init_from is not None:
             start_from_(self.net, config.init_from)
         self.net.unet.recompute_in_training = config.recompute

@@ -5,7 +5,7 @@ import platform
 import pytest
 import torch
 
-from edm2kit.torch_utils.precision import slow_precision
+from edm2kit.torch_utils.precision import resolve_precision, slow_precision
 
 
 @pytest.fixture
@@ -39,3 +39,9 @@ def test_accelerators_and_unknown_machines_are_not(cpu, monkeypatch):
     assert slow_precision(torch.float16, "cuda") is None
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
     assert slow_precision(torch.float16) is None
+
+
+def test_auto_is_half_precision_on_a_gpu_only():
+    assert resolve_precision("auto", torch.device("cuda")) == "fp16"
+    assert resolve_precision("auto", torch.device("cpu")) == "fp32"
+    assert resolve_precision("bf16", torch.device("cpu")) == "bf16"

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from edm2kit.cli.generation import plain, prepare
-from edm2kit.cli.image_folder import differences
+from edm2kit.cli.generation import prepare
 from edm2kit.cli.image_source import ArchiveImages, NpzImages, image_batches
 from edm2kit.experiments.compare_guidance.rows import Row
 from edm2kit.metrics.scoring import Scorer
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.files import atomic_write, sha256_of
+from edm2kit.torch_utils.files import sha256_of
 from edm2kit.torch_utils.provenance import provenance
+from edm2kit.torch_utils.records import differences, plain_json, write_json
 
 Point = Mapping[str, Any]  # weight, first_seed, results by metric, and what made them
 
@@ -39,7 +39,7 @@ def measure_row(
 
     Points that are there stay. Raises ValueError where the record is of other networks, options or images.
     """
-    asked = plain(
+    asked = plain_json(
         {
             "row": row.name,
             "options": row.options,
@@ -65,7 +65,9 @@ def measure_real(
     path: Path, source: ArchiveImages | NpzImages, yardstick: Yardstick, selections: Sequence[int]
 ) -> dict[str, Any]:
     """The record of real images, one point for each random selection of them, in place of seeds."""
-    record = dist.on_rank0(read_record, path, plain({"row": "real", "num_images": yardstick.num, **yardstick.identity}))
+    record = dist.on_rank0(
+        read_record, path, plain_json({"row": "real", "num_images": yardstick.num, **yardstick.identity})
+    )
     for seed in selections:
         if find(record, None, seed) is None:
             picked = np.sort(np.random.default_rng(seed).permutation(len(source))[: yardstick.num])
@@ -90,12 +92,6 @@ def _add(record: dict[str, Any], path: Path, yardstick: Yardstick, point: Mappin
     dist.on_rank0(write_json, path, record)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in results.items())
     dist.print0(f"{record['asked']['row']}, weight {point['weight']}, from seed {point['first_seed']}: {shown}")
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON, atomically."""
-    with atomic_write(path, "w") as file:
-        json.dump(content, file, indent=1)
 
 
 def read_record(path: Path, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from edm2kit.cli.generation import PRECISIONS
 from edm2kit.denoiser import for_images
 from edm2kit.experiments.paper_tables.tables import Cell, Dataset, Network
 from edm2kit.guidance.registry import Parts, guide
@@ -21,6 +20,7 @@ from edm2kit.models.vae import PINNED_REVISIONS, STABILITY_VAE, VAE_FILES
 from edm2kit.sampling.solvers import Sampler
 from edm2kit.snapshots.weights import open_weights
 from edm2kit.torch_utils.files import cached, pinned
+from edm2kit.torch_utils.precision import PRECISIONS
 from edm2kit.torch_utils.rng import StackedGenerator
 from edm2kit.training.config import config_from_dict, preset_names, preset_path, read_yaml
 

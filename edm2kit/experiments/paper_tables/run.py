@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edm2kit.cli.generation import Generation, Request, plain, prepare
+from edm2kit.cli.generation import Generation, Request, prepare
 from edm2kit.experiments.paper_tables.networks import obtain
 from edm2kit.experiments.paper_tables.tables import Cell, Table
 from edm2kit.metrics.frechet import frechet_distance
@@ -22,6 +22,7 @@ from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.arrays import read_npz
 from edm2kit.torch_utils.files import atomic_write, fetch
 from edm2kit.torch_utils.provenance import provenance
+from edm2kit.torch_utils.records import differences, plain_json, write_json
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def run_cell(table: Table, cell: Cell, how: How, outdir: Path, device: torch.dev
 
 def describe(table: Table, cell: Cell, how: How) -> dict[str, Any]:
     """What the table asks for, in JSON's terms: enough to tell finished work from other work."""
-    return plain(
+    return plain_json(
         {
             "table": table.name,
             "row": cell.row,
@@ -135,22 +136,13 @@ def read_record(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
         found, _ = record["asked"], record["runs"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to measure this cell anew") from error
-    _refuse_difference(path, found, asked)
+    _refuse_other_settings(path, found, asked)
     return record
 
 
-def _refuse_difference(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    for key in {**found, **wanted}:
-        if found.get(key) != wanted.get(key):
-            raise ValueError(
-                f"{path} was measured with {key} {_short(found.get(key))}, now it is {_short(wanted.get(key))}; "
-                "choose another --outdir"
-            )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 100 else text[:97] + "..."
+def _refuse_other_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    if changed := differences(found, wanted):
+        raise ValueError(f"{path} was measured with {'; '.join(changed[:3])}; choose another --outdir")
 
 
 def _obtain(cell: Cell, folder: Path) -> tuple[list[str], str | None]:
@@ -171,7 +163,7 @@ def _load(table: Table, cell: Cell, how: How, paths: list[str], device: torch.de
 def _claim(path: Path, record: dict[str, Any], generation: Generation, scorer: Scorer) -> None:
     """Refuse to add to a record of other weights or another device, and note what this one is of."""
     if "settings" in record:
-        _refuse_difference(path, record["settings"], generation.settings)
+        _refuse_other_settings(path, record["settings"], generation.settings)
     [detector] = scorer.detectors
     record["detector"] = detector.fingerprint
     record["reference"] = {"num_images": scorer.reference.num_images, "source": dict(scorer.reference.source)}
@@ -235,6 +227,5 @@ def _value(kept: list[Progress], reference: Reference, metric: str, first: int) 
 
 
 def _finish_range(path: Path, partial: Path, record: Mapping[str, Any]) -> None:
-    with atomic_write(path, "w") as file:
-        json.dump(record, file, indent=1)
+    write_json(path, record)
     partial.unlink(missing_ok=True)
