@@ -4,7 +4,15 @@ import dataclasses
 
 import pytest
 
-from edm2kit.training.config import TrainConfig, config_from_dict, read_yaml, refuse_changes, run_id, write_config
+from edm2kit.training.config import (
+    TrainConfig,
+    config_from_dict,
+    preset_names,
+    read_yaml,
+    refuse_changes,
+    run_id,
+    write_config,
+)
 
 
 def test_written_configuration_reads_back_equal(tmp_path):
@@ -26,7 +34,7 @@ def test_written_configuration_reads_back_equal(tmp_path):
         ({"ema_stds": [0.05, 0.3]}, "at most 0.2887"),
         ({"ema_stds": [0.05, 0.0501]}, "three decimals"),
         ({"precision": "fp8"}, "fp32, fp16, bf16"),
-        ({"snapshot_dtype": "int8"}, "snapshot_dtype is one of"),
+        ({"snapshot_dtype": "int8"}, "snapshot_dtype .* must be one of"),
         ({"network": 3}, "network must be a mapping"),
         ({"network": {"img_channels": 3}}, "unknown network argument 'img_channels'"),
         ({"workers": -1}, "--workers must not be negative"),
@@ -53,3 +61,15 @@ def test_changes_are_refused_by_the_names_users_know():
     refuse_changes(
         {**dataclasses.asdict(old), "workers": 9, "ema_stds": [0.05, 0.1], "adam_betas": [0.9, 0.99]}, old, "run"
     )
+
+
+def test_every_field_is_documented_and_options_are_unique():
+    fields = dataclasses.fields(TrainConfig)
+    assert [f.name for f in fields if not f.metadata.get("help")] == []
+    options = [f.metadata["option"] for f in fields if "option" in f.metadata]
+    assert len(options) == len(set(options))
+
+
+def test_presets_are_listed_in_order_of_size():
+    names = [name for name in preset_names() if name.startswith("edm2-img512")]
+    assert [name.rpartition("-")[2] for name in names] == ["xxs", "xs", "s", "m", "l", "xl", "xxl"]
