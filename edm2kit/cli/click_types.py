@@ -1,18 +1,29 @@
-"""What the command lines share: option types, and errors told in one line."""
+"""What all commands share: one-line errors, --help in sections, options made from dataclass fields, value types."""
 
+import dataclasses
 import os
 import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import click
 
 from edm2kit.torch_utils import dist
 
+Decorator = Callable[[Any], Any]  # what click.option returns
+
+OTHER = "Other"  # the last section of --help: options without a section, and --help itself
+_CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
 _SUFFIX = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
 
-class _Exiting(click.Command):
-    """A command that ends its process through `dist.exit_process`."""
+class _Base(click.Command):
+    """A command whose --help comes in sections with defaults, and that ends its process through `dist.exit_process`."""
+
+    def __init__(self, *args: Any, context_settings: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, context_settings={**_CONTEXT, **(context_settings or {})}, **kwargs)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -22,11 +33,22 @@ class _Exiting(click.Command):
                 dist.exit_process(leaving.code or 0)
             raise
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            line = parameter.get_help_record(ctx)
+            if line is not None:
+                sections.setdefault(getattr(parameter, "section", OTHER), []).append(line)
+        last = sections.pop(OTHER)
+        for title, lines in {**sections, OTHER if sections else "Options": last}.items():
+            with formatter.section(title):
+                formatter.write_dl(lines)
 
-class Command(_Exiting):
-    """A command whose ValueError and OSError become one line and exit code 1; of ranks that say the same, one speaks.
 
-    Set EDM2_TRACEBACK=1 to see the whole traceback instead.
+class Command(_Base):
+    """A command whose ValueError and OSError become one line and exit code 1; equal errors of ranks are printed once.
+
+    Set EDM2_TRACEBACK=1 to see the full traceback instead.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -40,10 +62,103 @@ class Command(_Exiting):
             raise click.ClickException(str(error)) from error
 
 
-class Group(_Exiting, click.Group):
+class Group(_Base, click.Group):
     """A group of such commands."""
 
     command_class = Command
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
+def section(title: str, *options: Decorator) -> Decorator:
+    """Several click options as one decorator; --help lists them in this order, under `title`.
+
+    @click.command(cls=Command)
+    @section("Input", click.option("--net"), click.option("--data"))
+    @section("Output", click.option("--outdir"))
+    def main(net, data, outdir): ...
+    """
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+            command.__click_params__[-1].section = title
+        return command
+
+    return decorate
+
+
+def options_from(config: type, *names: str) -> list[Decorator]:
+    """Click options for fields of a dataclass: those in `names`, or all that have one.
+
+    A field describes its option in its metadata: `option`, its name on the command line (without it the field has
+    none); `help`; `metavar`; and, if the type alone does not say how to read a value, `choices`, `min` or `parse`, a
+    function from text that raises ValueError. The metavar NIMG stands for a number of images such as 128Ki or 8Mi. A
+    bool without a metavar is a flag.
+
+    An option has the value None unless it is given, so that a default stays in the dataclass alone; --help shows it.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    hints = typing.get_type_hints(config)
+    chosen = names or [name for name, field in fields.items() if "option" in field.metadata]
+    return [_option_of(fields[name], hints[name]) for name in chosen]
+
+
+def given_options(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Take those of `names` out of `options` that were given a value on the command line."""
+    taken = {name: options.pop(name) for name in names}
+    return {name: value for name, value in taken.items() if value is not None}
+
+
+def _option_of(field: dataclasses.Field[Any], hint: Any) -> Decorator:
+    metadata = field.metadata
+    if hint is bool and "metavar" not in metadata:
+        return click.option(metadata["option"], field.name, is_flag=True, default=None, help=metadata["help"])
+    return click.option(
+        metadata["option"],
+        field.name,
+        type=_value_type(metadata, hint),
+        metavar=metadata.get("metavar"),
+        help=f"{metadata['help']}{_shown_default(field)}",
+    )
+
+
+def _value_type(metadata: typing.Mapping[str, Any], hint: Any) -> click.ParamType | type:
+    if "parse" in metadata:
+        return Parsed(metadata["parse"])
+    if "choices" in metadata:
+        return click.Choice(list(metadata["choices"]))
+    if metadata.get("metavar") == "NIMG":
+        return Size()
+    if isinstance(hint, types.UnionType):  # of the type and None
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    if "min" in metadata:
+        ranged = click.IntRange if hint is int else click.FloatRange
+        return ranged(min=metadata["min"])
+    return hint
+
+
+def _shown_default(field: dataclasses.Field[Any]) -> str:
+    text = field.metadata.get("default")
+    if text is None and field.default not in (None, "", dataclasses.MISSING):
+        text = default_text(field)
+    return "" if text is None else f"  [default: {text}]"
+
+
+def default_text(field: dataclasses.Field[Any]) -> str:
+    """The default of a field as it would be written on the command line."""
+    value = field.default
+    if field.metadata.get("metavar") == "NIMG":
+        return size_text(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple):
+        return ",".join(f"{number:g}" for number in value)
+    return str(value)
 
 
 class Size(click.ParamType):
@@ -61,6 +176,29 @@ class Size(click.ParamType):
         if count != int(count):
             self.fail(f"{value!r} is {count}, not a whole number", param, ctx)
         return int(count)
+
+
+def size_text(count: int) -> str:
+    """A count as `Size` reads it, such as 128Ki, where that is shorter to read than digits."""
+    for suffix in ("Gi", "Mi", "Ki"):
+        if count >= 10 * _SUFFIX["Ki"] and count % _SUFFIX[suffix] == 0:
+            return f"{count // _SUFFIX[suffix]}{suffix}"
+    return str(count)
+
+
+class Parsed(click.ParamType):
+    """A value read by `parse`, a function from text that raises ValueError."""
+
+    name = "value"
+
+    def __init__(self, parse: Callable[[str], Any]) -> None:
+        self.parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class IntRanges(click.ParamType):
@@ -92,30 +230,30 @@ class FloatSeries(click.ParamType):
         if not isinstance(value, str):
             return tuple(value)
         parts = [part.strip() for part in value.split(",")]
-        numbers: list[float] = []
-        for index, part in enumerate(parts):
-            if part != "...":
-                try:
-                    numbers.append(float(part))
-                except ValueError:
-                    self.fail(f"{part!r} is not a number", param, ctx)
-                continue
-            if len(numbers) < 2 or index != len(parts) - 2:
-                self.fail(
-                    "'...' goes between two numbers that set the step and the last one: 0.01,0.02,...,0.25", param, ctx
-                )
-            numbers.extend(self._fill(numbers[-2], numbers[-1], parts[-1], param, ctx))
-        return tuple(numbers)
-
-    def _fill(
-        self, before: float, start: float, last: str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> list[float]:
-        step = start - before
         try:
-            gaps = (float(last) - start) / step
-        except (ValueError, ZeroDivisionError):
-            self.fail(f"cannot fill in from {before}, {start} to {last!r}", param, ctx)
-        if gaps < 1 or abs(gaps - round(gaps)) > 1e-6:
-            self.fail(f"{last} is not reached from {start} in steps of {step:g}", param, ctx)
-        # rounding keeps 0.03 from becoming 0.030000000000000002 in file names and records
-        return [round(start + step * k, 10) for k in range(1, round(gaps))]
+            if "..." in parts:
+                return _filled_in(parts)
+            return tuple(_number(part) for part in parts)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number") from None
+
+
+def _filled_in(parts: Sequence[str]) -> tuple[float, ...]:
+    """The numbers that parts such as ["0.01", "0.02", "...", "0.25"] stand for."""
+    *before, dots, last = parts
+    if len(before) < 2 or dots != "..." or "..." in before:
+        raise ValueError("'...' goes between two numbers that set the step and the last one: 0.01,0.02,...,0.25")
+    numbers, end = [_number(part) for part in before], _number(last)
+    start, step = numbers[-1], numbers[-1] - numbers[-2]
+    gaps = (end - start) / step if step else 0.0
+    if not gaps >= 1 or abs(gaps - round(gaps)) > 1e-6:
+        raise ValueError(f"{last} is not reached from {start} in steps of {step:g}")
+    # rounding keeps 0.03 from becoming 0.030000000000000002 in file names and records
+    return (*numbers, *(round(start + step * k, 10) for k in range(1, round(gaps))), end)

@@ -1,6 +1,7 @@
 """Generation presets: published networks, how they are guided, and the value that was published."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 
 from edm2kit.training.config import nearest
 
+SIZES = ("xxs", "xs", "s", "m", "l", "xl", "xxl")
 PRESETS_FILE = Path(__file__).parents[1] / "configs" / "generate.yaml"
 
 
@@ -41,6 +43,22 @@ def find_preset(name: str) -> Preset:
     if name not in presets:
         raise ValueError(f"unknown preset {name!r}{nearest(name, list(presets))}")
     return presets[name]
+
+
+def summary(names: Iterable[str]) -> str:
+    """Preset names as a list, shortened where they differ in size alone: "edm2-img64-{xs,s,m}, pictures32"."""
+    sizes: dict[str, list[str]] = {}
+    for name in names:
+        size = next((word for word in name.split("-") if word in SIZES), "")
+        pattern = re.sub(rf"-{size}(?=-|$)", "-{}", name) if size else name
+        sizes.setdefault(pattern, []).append(size)
+    return ", ".join(_with_sizes(pattern, found) for pattern, found in sizes.items())
+
+
+def _with_sizes(pattern: str, sizes: Sequence[str]) -> str:
+    if len(sizes) == 1:
+        return pattern.replace("{}", sizes[0])
+    return pattern.replace("{}", "{" + ",".join(sorted(sizes, key=SIZES.index)) + "}")
 
 
 def _preset(fields: Mapping[str, Any], base_url: str) -> Preset:

@@ -13,6 +13,7 @@ import torch
 
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.image_folder import contact_sheet, to_image
+from edm2kit.cli.presets import summary
 from edm2kit.data.dataset import ImageDataset
 from edm2kit.models.edm2 import Precond
 from edm2kit.models.encoders import Encoder, make_encoder
@@ -33,41 +34,40 @@ from edm2kit.training.run import Run, check_run_dir, resolve, stream_batches, wr
 SAMPLE_BATCH = 16
 
 
-@click.command(cls=cli.Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--outdir", metavar="DIR", required=True, help="Run folder; the same command again resumes the run in it")
-@click.option("--data", metavar="ZIP|DIR", required=True, help="Training images, as made by scripts/dataset_tool.py")
-@click.option("--cond", type=bool, help="Train with class labels  [default: true]")
-@click.option("--preset", metavar="NAME", help=f"Configuration in configs/train: {', '.join(preset_names())}")
-@click.option("--config", "config_file", metavar="YAML", help="A configuration of your own instead")
-@click.option("--init-from", metavar="SNAPSHOT", help="Start from these weights (fine-tuning); classes may be others")
-@click.option("--vae", metavar="NAME|DIR", help="The VAE behind the latents  [default: as the data say]")
-@click.option("--duration", "duration_nimg", metavar="NIMG", type=cli.Size(), help="Images to train for, e.g. 2048Mi")
-@click.option("--batch", "batch_size", metavar="N", type=cli.Size(), help="Global batch size, over all processes")
-@click.option("--batch-gpu", metavar="N", type=cli.Size(), help="At most so many images in one pass on each process")
-@click.option("--channels", metavar="N", type=int, help="Channels of the first level (64 multiples for attention)")
-@click.option("--dropout", metavar="P", type=click.FloatRange(0, 1, max_open=True), help="Dropout probability")
-@click.option("--label-dropout", metavar="P", type=click.FloatRange(0, 1), help="Share of images without their label")
-@click.option("--P_mean", "P_mean", metavar="FLOAT", type=float, help="Mean of ln(sigma) in training")
-@click.option("--P_std", "P_std", metavar="FLOAT", type=float, help="Standard deviation of ln(sigma) in training")
-@click.option("--lr", "ref_lr", metavar="FLOAT", type=float, help="Reference learning rate")
-@click.option("--decay", "ref_batches", metavar="BATCHES", type=float, help="Batches before the rate decays; 0: never")
-@click.option("--rampup", "rampup_nimg", metavar="NIMG", type=cli.Size(), help="Images of linear warm-up; 0: none")
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), help="Precision inside the network")
-@click.option("--fp16", type=bool, help="The same as --precision fp16 (true) or fp32 (false)")
-@click.option("--recompute", type=bool, help="Hold no activations, compute them again: a third more time, same bits")
-@click.option("--shard", type=bool, help="Share Adam's moments and the averages out over the processes: same bits")
-@click.option("--ls", "loss_scaling", metavar="FLOAT", type=float, help="Loss scaling, undone before the optimizer")
-@click.option("--bench", "cudnn_benchmark", type=bool, help="Let cuDNN pick its fastest algorithms")
-@click.option("--seed", metavar="N", type=int, help="Random seed of the whole run")
-@click.option("--workers", metavar="N", type=int, help="Processes that read images; 0: this one reads them")
-@click.option("--status", "status_every_nimg", metavar="NIMG", type=cli.Size(), help="Images between status lines")
-@click.option("--snapshot", "snapshot_every_nimg", metavar="NIMG", type=cli.Size(), help="Images between snapshots")
-@click.option("--checkpoint", "checkpoint_every_nimg", metavar="NIMG", type=cli.Size(), help="... between checkpoints")
-@click.option("--samples", metavar="N", type=click.IntRange(0), default=16, help="Images drawn at snapshots  [16]")
-@click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events")
-@click.option("--max-time", metavar="TIME", help="Save and stop in good order after 90s, 45m, 11.5h or 2d")
-@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu")
-@click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and what the run will need, and stop")
+@click.command(cls=cli.Command, epilog=f"Presets, smallest first: {summary(preset_names())}")
+@cli.section(
+    "Run",
+    click.option(
+        "--outdir", metavar="DIR", required=True, help="Run folder; repeat the same command to resume its run"
+    ),
+    *cli.options_from(TrainConfig, "data"),
+    click.option("--preset", metavar="NAME", help="Configuration that comes with the package; see below"),
+    click.option("--config", "config_file", metavar="YAML", help="A configuration of your own instead"),
+    *cli.options_from(TrainConfig, "duration_nimg", "batch_size", "init_from", "cond", "seed"),
+    click.option("--vae", metavar="NAME|DIR", help="VAE of the latents  [default: as the data say]"),
+    click.option("--max-time", metavar="TIME", help="Save and stop after 90s, 45m, 11.5h or 2d"),
+    click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and a forecast, then stop"),
+)
+@cli.section(
+    "Network and loss",
+    click.option("--channels", metavar="N", type=int, help="Channels of the first level (64 multiples for attention)"),
+    click.option("--dropout", metavar="P", type=click.FloatRange(0, 1, max_open=True), help="Dropout probability"),
+    *cli.options_from(TrainConfig, "label_dropout", "P_mean", "P_std"),
+)
+@cli.section("Learning rate", *cli.options_from(TrainConfig, "ref_lr", "ref_batches", "rampup_nimg"))
+@cli.section(
+    "Speed and memory",
+    *cli.options_from(TrainConfig, "batch_gpu", "precision"),
+    click.option("--fp16", type=bool, metavar="BOOL", help="Short for --precision fp16 (true) or fp32 (false)"),
+    *cli.options_from(TrainConfig, "loss_scaling", "recompute", "shard", "cudnn_benchmark", "workers"),
+    click.option("--device", default="auto", help="auto, cuda, mps or cpu"),
+)
+@cli.section(
+    "Snapshots and logs",
+    *cli.options_from(TrainConfig, "snapshot_every_nimg", "checkpoint_every_nimg", "status_every_nimg"),
+    click.option("--samples", metavar="N", type=click.IntRange(0), default=16, help="Images generated per snapshot"),
+    click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events"),
+)
 def main(
     outdir: str,
     preset: str | None,
@@ -81,10 +81,12 @@ def main(
 ) -> None:
     """Train a diffusion network and save EMA snapshots of it.
 
+    Options override the values of --preset or --config. A smaller, shorter run of the same kind makes a guide network
+    for autoguidance.
+
     \b
-    One process:        python train.py --preset edm2-img64-s --data img64.zip --outdir runs/s
-    Eight processes:    torchrun --nproc-per-node 8 train.py ...
-    A smaller, shorter run of the same kind makes a guide network for autoguidance.
+    python train.py --preset edm2-img64-s --data img64.zip --outdir runs/s
+    torchrun --standalone --nproc-per-node 8 train.py --preset edm2-img64-s ...
     """
     max_sec = None if max_time is None else parse_duration_sec(max_time)
     config = compose_config(preset, config_file, options)

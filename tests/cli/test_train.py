@@ -1,5 +1,6 @@
 """Training from the command line: ranks, kills, stops, refusals."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -15,6 +16,8 @@ from click.testing import CliRunner, Result
 from edm2kit.cli import train
 from edm2kit.snapshots.file_format import load_snapshot, read_header
 from edm2kit.training.checkpoint import list_checkpoints
+from edm2kit.training.config import TrainConfig
+from scripts import config_table
 from tests.support import tiny
 
 
@@ -314,3 +317,23 @@ def test_every_preset_is_a_valid_configuration():
         assert yaml.safe_load(train.preset_path(name).read_text())["ref_lr"] == config.ref_lr
     xxl = train.compose_config("edm2-img512-xxl", None, {})
     assert (xxl.duration_nimg, xxl.network["model_channels"], xxl.ref_lr) == (896 << 20, 448, 0.0065)
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda field: field.name)
+def test_a_setting_is_described_once_for_help_and_documents(field):
+    text = field.metadata["help"]
+    assert text
+    shown = " ".join(invoke("--help").output.split())
+    if "option" in field.metadata:
+        assert f"{field.metadata['option']} " in shown
+        assert text in shown
+    row = next(line for line in config_table.document().splitlines() if line.startswith(f"| `{field.name}` |"))
+    assert row.endswith(f"| {text} |")
+
+
+def test_the_page_of_settings_is_current():
+    assert config_table.DOCUMENT.read_text() == config_table.document()
+
+
+def test_help_lists_presets_in_order_of_size():
+    assert "edm2-img512-{xxs,xs,s,m,l,xl,xxl}" in invoke("--help").output
