@@ -62,7 +62,7 @@ def read(out: Path, toy: bool) -> dict[str, Any]:
         "kind": "gpu",
         "toy": toy,
         "items": {},
-        "command": " ".join(["python", *sys.argv]),
+        "command": harness.command(),
         "provenance": provenance("cpu" if toy else "cuda"),
     }
     if not out.exists():

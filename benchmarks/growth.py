@@ -1,7 +1,6 @@
 """How cost grows: images a second against batch, resolution and width of the network."""
 
 import statistics
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,7 @@ def main(runs: int, toy: bool, out: Path) -> None:
         "base": base,
         "axes": axes,
         "runs": runs,
-        "command": " ".join(["python", *sys.argv]),
+        "command": harness.command(),
         "provenance": provenance(),
     }
     harness.save(record, out)

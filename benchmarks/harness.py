@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import json
+import shlex
 import statistics
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.tables import comparison_table
 from edm2kit.torch_utils.files import atomic_write
 from edm2kit.torch_utils.provenance import provenance
 
@@ -113,10 +115,10 @@ def describe(
         "work": None if job.work is None else vars(job.work),
         "times": dict(job.times),
         "notes": dict(job.notes),
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(),
         "provenance": provenance(device),
     }
-    print(table([record]), flush=True)
+    print(comparison_table([record]), flush=True)
     return record
 
 
@@ -143,6 +145,14 @@ def _rows(job: Job, seconds: Mapping[str, list[float]], device: torch.device | s
     return rows
 
 
+def command() -> str:
+    """The command line of this process as a person would type it, e.g. "python -m benchmarks.ema --only 8"."""
+    module = sys.modules["__main__"].__spec__
+    if module is None:
+        return shlex.join(["python", *sys.argv])
+    return shlex.join(["python", "-m", module.name, *sys.argv[1:]])
+
+
 def save(record: Mapping[str, Any], folder: Path = RECORDS) -> None:
     """Write a record under its job's name."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,33 +163,6 @@ def save(record: Mapping[str, Any], folder: Path = RECORDS) -> None:
 def load(folder: Path = RECORDS) -> list[dict[str, Any]]:
     """All records, by name."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-
-
-def table(records: list[dict[str, Any]]) -> str:
-    """Records as one Markdown table."""
-    lines = [
-        "| job | way | median | ratio to plain (range) | goal | error | of the ceiling |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for record in records:
-        for label, row in record["contenders"].items():
-            low, high = row["ratio_range"]
-            cells = [
-                record["job"],
-                label,
-                duration(row["median_sec"]),
-                f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})",
-                "" if row["goal"] is None else f"{row['goal']:g}",
-                "" if row["error"] is None else f"{row['error']:.1e}",
-                f"{row['share_of_ceiling']:.0%}" if "share_of_ceiling" in row else "",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people, in ms below one."""
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:

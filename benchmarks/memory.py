@@ -53,7 +53,7 @@ def main(channels: int, batch: int, resolution: int, out: Path, worker: str | No
         "resolution": resolution,
         "rows": rows,
         "xxl_bytes": xxl_forecast(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": harness.command(),
         "provenance": provenance(),
     }
     harness.save(record, out)

@@ -103,7 +103,7 @@ def summary(ways: dict[str, list[list[dict[str, Any]]]], batch: int, channels: i
         "overlap": first["pair"]["overlap"],
         "all_reduce_bytes_per_sec": first["pair"]["all_reduce_bytes_per_sec"],
         "model": check_model(step_sec, first, batch),
-        "command": " ".join(["python", *sys.argv]),
+        "command": harness.command(),
         "provenance": provenance(),
     }
 

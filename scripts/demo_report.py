@@ -1,7 +1,7 @@
 """Write the demo's picture and table from the records of its commands."""
 
 try:
-    from edm2kit.experiments.demo_report import main
+    from edm2kit.experiments.demo.report import main
 except ModuleNotFoundError as error:
     if error.name != "edm2kit":
         raise

@@ -1,7 +1,7 @@
 """Draw the demo's data set."""
 
 try:
-    from edm2kit.experiments.pictures import main
+    from edm2kit.experiments.demo.pictures import main
 except ModuleNotFoundError as error:
     if error.name != "edm2kit":
         raise

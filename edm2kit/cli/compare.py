@@ -21,16 +21,15 @@ from edm2kit.experiments.compare_guidance.measure import (
     measure_row,
     read_record,
 )
-from edm2kit.experiments.compare_guidance.page import METRIC, cost_table, gather, table
+from edm2kit.experiments.compare_guidance.page import DOCUMENT, FOLDER, METRIC, RECORD_NAME, document_parts, gather
 from edm2kit.experiments.compare_guidance.rows import ROWS_FILE, Row, chosen, load_rows
 from edm2kit.experiments.compare_guidance.sheet import Strip, draw_sheet
-from edm2kit.experiments.documents import fill_in
+from edm2kit.experiments.documents import checkout, write_parts
 from edm2kit.metrics.scoring import image_features, make_scorer
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write, fetch, sha256_of
 from edm2kit.torch_utils.records import write_json
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
 _TUNING_SEED = "1000000"  # far from those of any report
 
 
@@ -160,26 +159,22 @@ def cost(outdir: Path, batch: int, rounds: int, tuned: tuple[int, ...], device: 
 
 @main.command(name="table")
 @_rows
-@click.option("--publish", is_flag=True, help="Also put record and tables into docs/.")
+@click.option(
+    "--publish", is_flag=True, help="Also update experiments/compare_guidance/ and docs/guidance.md in the checkout."
+)
 def make_table(outdir: Path, publish: bool, **given: Any) -> None:
     """Print the table of what was reported; write it and its record into --outdir."""
     rows, networks = _take_rows(given)
     record = gather(rows, {row.name: row.cost(networks) for row in rows}, outdir)
-    parts = {"comparison": table(record)}
     if (outdir / "cost.json").exists() and "student" in networks:
         costs = json.loads((outdir / "cost.json").read_text(encoding="utf-8"))
         record |= {"costs": costs, "student": describe_student(Path(networks["student"]))}
-        parts["distillation"] = cost_table(record)
+    parts = document_parts(record)
     click.echo("\n\n".join(parts.values()))
-    for folder in [outdir, DOCS][: 1 + publish]:
-        write_json(folder / "guidance.json", record)
+    write_json(outdir / RECORD_NAME, record)
     if publish:
-        document = DOCS / "guidance.md"
-        text = document.read_text(encoding="utf-8")
-        for name, part in parts.items():
-            text = fill_in(text, name, part)
-        with atomic_write(document, "w") as file:
-            file.write(text)
+        write_json(checkout() / FOLDER / RECORD_NAME, record)
+        write_parts(checkout() / DOCUMENT, parts)
 
 
 @main.command()
@@ -192,7 +187,7 @@ def sheet(outdir: Path, images: int, dest: Path | None, device: str, **given: An
     rows, networks = _take_rows(given)
     with dist.session(device) as where:
         lines = [(row.title, [_strip(row, w, networks, images, where) for w in row.weights or (None,)]) for row in rows]
-        path = dest or outdir / "guidance.png"
+        path = dest or outdir / "sheet.png"
         with atomic_write(path) as file:
             draw_sheet(lines).save(file, "PNG", optimize=True)
     click.echo(f"The sheet: {path}")

@@ -7,6 +7,7 @@ import click
 from tqdm import tqdm
 
 from edm2kit.cli.click_types import Group, IntRanges
+from edm2kit.experiments.documents import checkout
 from edm2kit.experiments.toy import closeup, drawing, evaluation, overview, page, report, tradeoff
 from edm2kit.experiments.toy.methods import load_nets
 from edm2kit.experiments.toy.mixture import can_compile
@@ -76,13 +77,10 @@ def all_(outdir: Path, seed: int, samples: int, compiled: bool) -> None:
 
 @main.command()
 @_OUTDIR
-@click.option(
-    "--docs", type=click.Path(path_type=Path, file_okay=False), default="docs", show_default=True, help="Where to."
-)
-def document(outdir: Path, docs: Path) -> None:
-    """Write the documentation page toy.md with its pictures and record from what is in OUTDIR."""
-    report.document(outdir, docs)
-    print0(f"Wrote {docs / 'toy.md'}")
+def publish(outdir: Path) -> None:
+    """Copy record and figures from OUTDIR to experiments/toy in the checkout, and update docs/toy.md."""
+    report.publish(outdir, checkout())
+    print0(f"Updated {report.FOLDER} and {report.DOCUMENT} in {checkout()}")
 
 
 def _train_missing(outdir: Path, seeds: Sequence[int], compiled: bool) -> None:

@@ -1,9 +1,70 @@
-"""The parts of documents that are written by commands: each between two marks of its own."""
+"""Generated parts of documents: written from records by a program, never by hand.
+
+The part called `demo` stands between the lines `<!-- demo: begin -->` and `<!-- demo: end -->`.
+`python scripts/write_documents.py` writes every part of every document; with --check it only compares.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from edm2kit.torch_utils.files import atomic_write
+
+_ALIGNMENT = {"l": "---", "r": "---:"}
 
 
-def fill_in(text: str, name: str, part: str) -> str:
-    """`text` with `part` between the marks of `name`. Raises ValueError where it has no such marks."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"expected one {begin} and, below it, one {end}")
-    return f"{text.split(begin)[0]}{begin}\n{part}\n{end}{text.split(end)[1]}"
+def checkout() -> Path:
+    """The checkout that this package is part of: documents are in its docs/, records in its experiments/.
+
+    Raises ValueError if the package was installed without a checkout.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "docs").is_dir():
+        raise ValueError(
+            f"{root} has no docs/ folder: documents are only written in a checkout. Clone the project and run "
+            "pip install -e . there"
+        )
+    return root
+
+
+def fill(text: str, parts: Mapping[str, str]) -> str:
+    """`text` with each of `parts` between the marks of its name.
+
+    Raises ValueError if `text` does not have exactly one pair of marks for a part.
+    """
+    for name, part in parts.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"the document has no place for {name!r}: it needs one line {begin} and, below it, {end}")
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"the document has {end} above {begin}; swap the two lines")
+        text = f"{before}{begin}\n{part}\n{end}{after}"
+    return text
+
+
+def is_current(document: Path, parts: Mapping[str, str]) -> bool:
+    """Whether a document holds `parts` already. Raises ValueError, naming it, if it lacks the marks of a part."""
+    return _filled(document, parts) == document.read_text(encoding="utf-8")
+
+
+def write_parts(document: Path, parts: Mapping[str, str]) -> None:
+    """Put `parts` into a document. Raises ValueError, naming it, if it lacks the marks of a part."""
+    text = _filled(document, parts)
+    with atomic_write(document, "w") as file:
+        file.write(text)
+
+
+def _filled(document: Path, parts: Mapping[str, str]) -> str:
+    try:
+        return fill(document.read_text(encoding="utf-8"), parts)
+    except ValueError as error:
+        raise ValueError(f"{document}: {error}") from error
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "") -> str:
+    """A Markdown table. `align` has a letter per column, l (left) or r (right); the default is left for all."""
+    rule = [_ALIGNMENT[letter] for letter in align or "l" * len(head)]
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    lines = [escaped[0], rule, *escaped[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from edm2kit.guidance.base import Method, Rule
 from edm2kit.guidance.registry import METHODS, RULES
 
-FROM, TO = "<!-- table: python scripts/guidance_table.py -->", "<!-- end of table -->"
 COLUMNS = ("name", "formula", "D_neg", "cost", "defaults", "source", "tests")
 
 
@@ -55,12 +54,3 @@ def _defaults(entry: Method | Rule) -> str:
 def _tests(make: object) -> str:
     *folders, name = make.__module__.split(".")[1:]
     return "/".join(["tests", *folders, f"test_{name}.py"])
-
-
-def with_table(document: str, table: str) -> str:
-    """`document` with what stands between its two marks replaced. Raises ValueError where it lacks a mark."""
-    before, found, rest = document.partition(FROM)
-    _, ends, after = rest.partition(TO)
-    if not found or not ends:
-        raise ValueError(f"the document has no place for the table; put it between the lines {FROM} and {TO}")
-    return f"{before}{FROM}\n{table}\n{TO}{after}"

@@ -1,10 +1,15 @@
 """The measuring itself: contenders take turns, ratios pair what ran together, records come back as written."""
 
+import importlib.machinery
+import sys
+import types
+
 import pytest
 import torch
 
 from benchmarks import harness
 from benchmarks.harness import Job, Work
+from benchmarks.tables import comparison_table
 
 
 @pytest.fixture
@@ -63,7 +68,17 @@ def test_a_record_is_read_back_as_it_was_written(clock, tmp_path):
     record = harness.measure(job, runs=1, warmup=0)
     harness.save(record, tmp_path)
     assert harness.load(tmp_path) == [record]
-    assert "| kept | plain | 1.00 s | 1.00 (1.00 to 1.00) | 1 | 1.0e-06 |" in harness.table([record])
+    assert "| kept | plain | 1.00 s | 1 | 1: reached | 1.0e-06 |" in comparison_table([record])
+
+
+def test_a_record_names_a_command_that_a_person_can_paste(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/benchmarks/ema.py", "--only", "8", "--out", "a folder"])
+    main = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    main.__spec__ = importlib.machinery.ModuleSpec("benchmarks.ema", None)
+    assert harness.command() == "python -m benchmarks.ema --only 8 --out 'a folder'"
+    main.__spec__ = None
+    assert harness.command() == "python /somewhere/benchmarks/ema.py --only 8 --out 'a folder'"
 
 
 def test_ceilings_are_positive_and_measured_once(monkeypatch):

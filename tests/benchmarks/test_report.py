@@ -3,10 +3,12 @@
 import json
 import subprocess
 
-import pytest
+from click.testing import CliRunner
 
 from benchmarks import harness, report, scaling_report
 from benchmarks.plots import ema_points, growth_plot
+from benchmarks.tables import comparison_table
+from edm2kit.experiments.documents import is_current
 from tests.support import tiny
 
 PROVENANCE = {"commit": "0123456789abcdef", "python": "3.11", "torch": "2.13", "numpy": "2", "hardware": "a CPU"}
@@ -23,10 +25,10 @@ def comparison(job: str, goal: float | None = None, **notes: object) -> dict:
 def test_the_documents_are_current():
     records = report.read_records(harness.RECORDS)
     for name, text in report.documents(records).items():
-        assert report.fill_in((report.DOCS / name).read_text(), text) == (report.DOCS / name).read_text(), (
+        assert is_current(report.DOCS / name, {report.PART: text}), (
             f"docs/{name} is older than its records: run python -m benchmarks.report"
         )
-    assert (report.DOCS / "growth.png").exists() == ("growth" in records)
+    assert (harness.RECORDS / report.PLOT_NAME).exists() == ("growth" in records)
 
 
 def test_the_plot_of_growing_cost_is_shown_once_there_is_one():
@@ -35,7 +37,7 @@ def test_the_plot_of_growing_cost_is_shown_once_there_is_one():
 
 
 def test_goals_stand_beside_results():
-    text = report.comparison_table([comparison("reached", 3.5), comparison("unmet", 4.5), comparison("free")])
+    text = comparison_table([comparison("reached", 3.5), comparison("unmet", 4.5), comparison("free")])
     rows = {row.split(" | ")[0]: row for row in text.splitlines() if "| fast |" in row}
     assert "| **4.00** (3.50 to 4.50) | 3.5: reached | 1.0e-06 | 40% |" in rows["| reached"]
     assert "4.5: **missed**" in rows["| unmet"]
@@ -45,11 +47,11 @@ def test_goals_stand_beside_results():
 def test_a_goal_beyond_what_the_machine_computes_is_told():
     record = comparison("unmet", 4.5) | {"work": {"unit": "multiply-adds"}}
     record["contenders"]["plain"]["share_of_ceiling"] = 0.25
-    assert "4.5: **missed**, would be 112% of the ceiling" in report.comparison_table([record])
+    assert "4.5: **missed**, would be 112% of the ceiling" in comparison_table([record])
     record["contenders"]["plain"]["share_of_ceiling"] = 0.2
-    assert "4.5: **missed** |" in report.comparison_table([record])
+    assert "4.5: **missed** |" in comparison_table([record])
     record["contenders"]["plain"]["share_of_ceiling"], record["work"]["unit"] = 0.5, "bytes"  # a cache may beat a copy
-    assert "4.5: **missed** |" in report.comparison_table([record])
+    assert "4.5: **missed** |" in comparison_table([record])
 
 
 def test_what_was_not_measured_is_named_with_its_command():
@@ -58,7 +60,7 @@ def test_what_was_not_measured_is_named_with_its_command():
     for name in report.benchmarks():
         assert f"- `{name}`: " in everything
     assert "`bash benchmarks/gpu.sh`" in everything
-    assert "memory" not in report.missing_text({"memory": {"command": "python benchmarks/memory.py"}})
+    assert "memory" not in report.missing_text({"memory": {"command": "python -m benchmarks.memory"}})
 
 
 def test_half_precision_is_held_against_autocast_and_what_was_skipped_is_told():
@@ -73,7 +75,8 @@ def test_half_precision_is_held_against_autocast_and_what_was_skipped_is_told():
 
 
 def test_records_of_one_benchmark_may_have_names_of_their_own():
-    assert "`growth`" not in report.missing_text({"x": {"command": "python benchmarks/growth.py --runs 3"}})
+    for command in ("python -m benchmarks.growth --runs 3", "python benchmarks/growth.py --runs 3"):
+        assert "`growth`" not in report.missing_text({"x": {"command": command}})
 
 
 def test_a_gpu_record_shows_numbers_and_what_failed():
@@ -84,9 +87,16 @@ def test_a_gpu_record_shows_numbers_and_what_failed():
     assert "- b: late" in text
 
 
-def test_a_document_without_marks_is_refused():
-    with pytest.raises(ValueError, match="one line <!-- records: begin -->"):
-        report.fill_in("text", "part")
+def test_outdated_documents_are_reported_and_left_alone_by_check(tmp_path):
+    for name in report.documents({}):
+        (tmp_path / name).write_text("<!-- records: begin -->\nold\n<!-- records: end -->\n")
+    words = ["--records", str(tmp_path), "--docs", str(tmp_path)]
+    refused = CliRunner().invoke(report.main, [*words, "--check"])
+    assert refused.exit_code == 1
+    assert "performance.md, scaling.md: older than the records" in refused.output
+    assert "old" in (tmp_path / "scaling.md").read_text()
+    assert CliRunner().invoke(report.main, words).exit_code == 0
+    assert CliRunner().invoke(report.main, [*words, "--check"]).exit_code == 0
 
 
 def test_run_all_runs_every_benchmark_and_names_those_that_fail(tmp_path):

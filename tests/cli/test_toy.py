@@ -95,11 +95,27 @@ def test_tables_show_mean_and_spread(record):
     assert lines[3].startswith("| Classifier-free guidance | 4 | 0.050 ± 0.071 | 1.05 ± 0.07 |")
 
 
-def test_the_documentation_page_shows_every_method_and_only_pictures_that_exist(record):
-    text = report.page(record)
-    assert all(f"| {method.title} |" in text for method in METHODS.values())
-    pictures = re.findall(r"!\[.+?\]\(toy/(.+?)\)", text)
-    assert sorted(pictures) == sorted(report.PICTURES)
+def test_the_document_s_parts_show_every_method(record):
+    parts = report.document_parts(record)
+    assert all(f"| {method.title} |" in parts["every weight"] for method in METHODS.values())
+    assert "Mean and standard deviation over 2 training seeds, 64 samples each" in parts["highlights"]
+    assert "`toy_example.py evaluate` in 2 minutes" in parts["origin"]
+
+
+def test_publishing_copies_record_and_pictures_and_fills_the_document(tmp_path, record):
+    outdir, checkout = tmp_path / "out", tmp_path / "checkout"
+    evaluation.save_record(outdir, record)
+    (checkout / "docs").mkdir(parents=True)
+    marks = [f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in report.document_parts(record)]
+    (checkout / "docs" / "toy.md").write_text("".join(marks))
+    with pytest.raises(ValueError, match=r"has no figure1\.png, figure2\.png, tradeoff\.png"):
+        report.publish(outdir, checkout)
+    for name in report.PICTURES:
+        (outdir / name).write_bytes(name.encode())
+    report.publish(outdir, checkout)
+    assert evaluation.load_record(checkout / "experiments" / "toy") == record
+    assert (checkout / "experiments" / "toy" / "figure2.png").read_bytes() == b"figure2.png"
+    assert report.table(record) in (checkout / "docs" / "toy.md").read_text()
 
 
 # ---- pictures and the page
@@ -181,7 +197,7 @@ def told_in_one_line(result) -> str:
     ("arguments", "wrong"),
     [
         (["plot"], "no such network; train it with"),
-        (["document"], "no such record; make it with"),
+        (["publish"], "no such record; make it with"),
         (["all", "--samples", 1000], "1000 samples are too few to tell a lost branch from chance"),
     ],
 )
@@ -210,4 +226,4 @@ def test_a_damaged_record_is_told(tmp_path, record):
     evaluation.save_record(tmp_path, record)
     path = tmp_path / evaluation.RECORD_NAME
     path.write_bytes(path.read_bytes()[:-100])
-    assert "evaluation.json is not whole JSON" in told_in_one_line(run("document", "--outdir", tmp_path))
+    assert "evaluation.json is not whole JSON" in told_in_one_line(run("publish", "--outdir", tmp_path))

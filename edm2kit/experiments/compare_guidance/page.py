@@ -6,10 +6,14 @@ from typing import Any
 
 from edm2kit.experiments.compare_guidance.measure import Point, read_record
 from edm2kit.experiments.compare_guidance.rows import Row
+from edm2kit.experiments.documents import markdown_table
 
 METRIC = "fd_random"
+FOLDER = Path("experiments", "compare_guidance")  # in the checkout: the published record and picture
+DOCUMENT = Path("docs", "guidance.md")
+RECORD_NAME = "comparison.json"
 SHARES = ("precision", "recall", "coverage")
-REAL = Row("real", "real pictures, drawn anew", "")
+REAL = Row("real", "other real pictures", "")
 Record = Mapping[str, Any]
 
 
@@ -40,11 +44,19 @@ def gather(rows: Sequence[Row], costs: Mapping[str, str], outdir: Path) -> Recor
     return {"num_images": asked[0]["num_images"], "rows": found}
 
 
+def document_parts(record: Record) -> dict[str, str]:
+    """The parts of docs/guidance.md that the record fills, by name."""
+    parts = {"comparison": table(record)}
+    if "student" in record:
+        parts["distillation"] = cost_table(record)
+    return parts
+
+
 def table(record: Record) -> str:
     """Markdown: rows at their best weights, nearest first, below real images; the mean of several sets, and each."""
     rows = sorted(record["rows"], key=lambda row: (row["name"] != REAL.name, _mean(row["points"], METRIC)))
     heads = [f"{record['num_images']} images each", "w", "of", "evaluations", METRIC, "each", *SHARES]
-    lines = [f"| {' | '.join(heads)} |", "|---|---:|---|---|---:|---|---:|---:|---:|"]
+    lines = []
     for row in rows:
         weight, tried = row["points"][0]["weight"], dict.fromkeys(point["weight"] for point in row["tuning"])
         each = ", ".join(f"{point['results'][METRIC]:.3f}" for point in row["points"])
@@ -57,8 +69,8 @@ def table(record: Record) -> str:
             each,
             *(f"{_mean(row['points'], f'{METRIC}.{share}'):.2f}" for share in SHARES),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(heads, lines, "lrllrlrrr")
 
 
 def _mean(points: Sequence[Point], metric: str) -> float:
@@ -67,20 +79,25 @@ def _mean(points: Sequence[Point], metric: str) -> float:
 
 def cost_table(record: Record) -> str:
     """Markdown: what the rows whose cost was measured give for it, and what the student's training took."""
-    costs, rows = record["costs"], {row["name"]: row for row in record["rows"]}
-    lines = [f"| | {METRIC} | multiply-adds an image | seconds an image |", "|---|---:|---:|---:|"]
-    for name, cost in costs["rows"].items():
-        distance = f"{_mean(rows[name]['points'], METRIC):.3f}"
-        lines.append(f"| {rows[name]['title']} | {distance} | {cost['multiply_adds']:.3g} | {cost['seconds']:.4f} |")
+    costs = record["costs"]
+    by_name = {row["name"]: row for row in record["rows"]}
+    rows = [
+        (
+            by_name[name]["title"],
+            f"{_mean(by_name[name]['points'], METRIC):.3f}",
+            f"{cost['multiply_adds']:.3g}",
+            f"{cost['seconds']:.4f}",
+        )
+        for name, cost in costs["rows"].items()
+    ]
+    table = markdown_table(("", METRIC, "multiply-adds per image", "seconds per image"), rows, "lrrr")
     teacher, training = record["student"]["teacher"]["guidance"], record["student"]["training"]
-    guided = f"weight {teacher['weight']:g}" + ("" if teacher["interval"] is None else f", steps {_range(teacher)}")
+    guided = f"weight {teacher['weight']:g}"
+    if teacher["interval"] is not None:
+        guided += f" in steps {teacher['steps'][0]} to {teacher['steps'][-1]}"
     minutes = training["seconds"] / 60
-    lines.append(
-        f"\nThe student saw {training['nimg']:,} images in {minutes:.1f} minutes ({training['hardware']}); its teacher "
+    return (
+        f"{table}\n\n"
+        f"The student saw {training['nimg']:,} images in {minutes:.1f} minutes ({training['hardware']}). Its teacher "
         f"guides with {guided}. Times: {costs['hardware']}, batches of {costs['batch']}."
     )
-    return "\n".join(lines)
-
-
-def _range(guidance: Mapping[str, Any]) -> str:
-    return f"{guidance['steps'][0]} to {guidance['steps'][-1]}"

@@ -1,13 +1,16 @@
 """The tables in docs/reproduction.md, from a record of what the plans say."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from edm2kit.experiments.documents import markdown_table
 from edm2kit.experiments.paper_tables.plan import Need, need_of
 from edm2kit.experiments.paper_tables.raw_snapshots import fit
 from edm2kit.experiments.paper_tables.tables import Network, load_table, table_names
 from edm2kit.torch_utils.provenance import provenance
 
+RECORD = Path("experiments", "paper_tables", "plans.json")  # in the checkout
 IMAGES = 3 * 50_000  # of each value, as published
 _DENSE_NIMG = 8 << 20  # how often training itself stores a snapshot
 _TFLOPS = 100
@@ -56,7 +59,7 @@ def _rebuilt(network: Network) -> dict[str, Any]:
     }
 
 
-def parts_of(record: Mapping[str, Any]) -> dict[str, str]:
+def document_parts(record: Mapping[str, Any]) -> dict[str, str]:
     """Markdown by the names of the places in the document."""
     return {
         "totals": _totals(record),
@@ -65,25 +68,13 @@ def parts_of(record: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def with_parts(document: str, parts: Mapping[str, str]) -> str:
-    """`document` with what stands between the marks of each part replaced. ValueError where a mark is missing."""
-    for name, text in parts.items():
-        start, end = f"<!-- {name}: python scripts/reproduction_table.py -->", f"<!-- end of {name} -->"
-        before, found, rest = document.partition(start)
-        _, ends, after = rest.partition(end)
-        if not found or not ends:
-            raise ValueError(f"the document has no place for {name}; put it between the lines {start} and {end}")
-        document = f"{before}{start}\n{text}\n{end}{after}"
-    return document
-
-
 def _totals(record: Mapping[str, Any]) -> str:
     rows = []
     for name, table in record["tables"].items():
         multiply_adds = sum(cell["multiply_adds"] for cell in table["cells"]) * record["images"]
         sizes = (f"{table[key] / 1e9:.1f} GB" for key in ("bytes", "bytes_of_raw_snapshots"))
         rows.append((f"`{name}`", f"{len(table['cells'])}", *sizes, f"{multiply_adds:.3g}", _hours(multiply_adds)))
-    return _markdown(("table", "values", "downloads", "raw snapshots among them", "multiply-adds", _HOURS), rows)
+    return markdown_table(("table", "values", "downloads", "raw snapshots among them", "multiply-adds", _HOURS), rows)
 
 
 def _cells(cells: Sequence[Mapping[str, Any]]) -> str:
@@ -98,7 +89,7 @@ def _cells(cells: Sequence[Mapping[str, Any]]) -> str:
         )
         for cell in cells
     ]
-    return _markdown(("cell", "published", "networks", "evaluations", "files of networks", _HOURS), rows)
+    return markdown_table(("cell", "published", "networks", "evaluations", "files of networks", _HOURS), rows)
 
 
 def _networks(rebuilt: Mapping[str, Mapping[str, Any]]) -> str:
@@ -119,12 +110,8 @@ def _networks(rebuilt: Mapping[str, Mapping[str, Any]]) -> str:
         "EMA length it has",
         "error with a snapshot every 8Mi images",
     )
-    return _markdown(head, rows)
+    return markdown_table(head, rows)
 
 
 def _hours(multiply_adds: float) -> str:
     return f"{2 * multiply_adds / (_TFLOPS * 1e12) / 3600:.3g}"
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))

@@ -14,7 +14,7 @@ from edm2kit.experiments.toy.training import RECIPES, network_path, save_network
 from edm2kit.experiments.toy.tree import components
 from tests.support import ROOT
 
-RECORD = ROOT / "docs" / "toy"
+RECORD = ROOT / "experiments" / "toy"
 SAMPLES = 8192
 _AUTO = (("autoguidance", 2.0), ("autoguidance", 3.0))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edm2kit.experiments.pictures import draw
+from edm2kit.experiments.demo.pictures import draw
 from edm2kit.metrics.detectors.random_features import WEIGHTS_SHA256, RandomFeatures, random_weights
 from edm2kit.metrics.frechet import frechet_distance
 

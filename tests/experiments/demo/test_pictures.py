@@ -4,7 +4,7 @@ import numpy as np
 from click.testing import CliRunner
 from PIL import Image
 
-from edm2kit.experiments.pictures import KINDS, NAMES, SIDE, draw, main, uniforms
+from edm2kit.experiments.demo.pictures import KINDS, NAMES, SIDE, draw, main, uniforms
 
 
 def test_a_picture_depends_on_seed_and_number_alone():

@@ -1,0 +1,71 @@
+"""Write the generated parts of all documents from their records."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+try:
+    from edm2kit.cli import click_types as cli
+    from edm2kit.experiments import documents
+    from edm2kit.experiments.compare_guidance import page as comparison
+    from edm2kit.experiments.demo import report as demo
+    from edm2kit.experiments.paper_tables import document as paper_tables
+    from edm2kit.experiments.toy import report as toy
+    from edm2kit.guidance import table as guidance
+except ModuleNotFoundError as error:
+    if error.name != "edm2kit":
+        raise
+    raise SystemExit("Error: the package edm2kit is not installed in this Python. Run: pip install -e .") from error
+
+Parts = dict[str, str]  # name of a part -> its text
+
+
+def _record(path: Path) -> dict:
+    return json.loads((documents.checkout() / path).read_text(encoding="utf-8"))
+
+
+def _guidance_parts() -> Parts:
+    record = _record(comparison.FOLDER / comparison.RECORD_NAME)
+    return {"methods": guidance.table_markdown(), **comparison.document_parts(record)}
+
+
+# document -> its generated parts; docs/performance.md and docs/scaling.md belong to benchmarks/report.py
+DOCUMENTS: dict[str, Callable[[], Parts]] = {
+    "README.md": lambda: demo.document_parts(_record(demo.FOLDER / demo.RECORDS_NAME)),
+    "docs/guidance.md": _guidance_parts,
+    "docs/reproduction.md": lambda: paper_tables.document_parts(_record(paper_tables.RECORD)),
+    "docs/toy.md": lambda: toy.document_parts(_record(toy.FOLDER / toy.RECORD_NAME)),
+}
+
+
+@click.command(cls=cli.Command)
+@click.option("--check", is_flag=True, help="Write nothing; fail if a document differs from its records.")
+def main(check: bool) -> None:
+    """Write every generated part of README.md and docs/ from the records in experiments/ and benchmarks/."""
+    root = documents.checkout()
+    outdated = []
+    for name, parts in DOCUMENTS.items():
+        if not documents.is_current(root / name, parts()):
+            outdated.append(name)
+            if not check:
+                documents.write_parts(root / name, parts())
+    benchmarks_are_fine = _benchmark_documents(root, check)
+    if check and outdated:
+        raise ValueError(f"{', '.join(outdated)}: older than the records. Run python scripts/write_documents.py")
+    if not benchmarks_are_fine:
+        sys.exit(1)
+    click.echo(f"Updated {', '.join(outdated)}" if outdated else "All documents are current")
+
+
+def _benchmark_documents(root: Path, check: bool) -> bool:
+    """Run benchmarks/report.py, which only works from the checkout's root; whether it succeeded."""
+    words = [sys.executable, "-m", "benchmarks.report", *(["--check"] if check else [])]
+    return subprocess.run(words, cwd=root).returncode == 0
+
+
+if __name__ == "__main__":
+    main()
