@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from edm2kit.data.dataset import ImageDataset
     from edm2kit.denoiser import Denoiser, Wrapper
     from edm2kit.ema.power_function import (
-        PowerFunctionEMA,
         exp_to_std,
         power_function_beta,
         solve_posthoc_coefficients,
         std_to_exp,
     )
+    from edm2kit.ema.tracking import PowerFunctionEMA
     from edm2kit.guidance.base import Option, Parts
     from edm2kit.guidance.guided import Guided
     from edm2kit.guidance.interval import GuidanceInterval
@@ -52,7 +52,7 @@ _HOMES = {
     "ImageDataset": "data.dataset",
     "Denoiser": "denoiser",
     "Wrapper": "denoiser",
-    "PowerFunctionEMA": "ema.power_function",
+    "PowerFunctionEMA": "ema.tracking",
     "exp_to_std": "ema.power_function",
     "power_function_beta": "ema.power_function",
     "solve_posthoc_coefficients": "ema.power_function",

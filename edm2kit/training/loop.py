@@ -13,7 +13,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from edm2kit.data.batches import MicroBatch
-from edm2kit.ema.power_function import PowerFunctionEMA
+from edm2kit.ema.tracking import PowerFunctionEMA
 from edm2kit.models.edm2 import Precond, normalize_weights_
 from edm2kit.models.encoders import Encoder
 from edm2kit.snapshots.file_format import Header, save_snapshot, snapshot_name
