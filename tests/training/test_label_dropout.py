@@ -39,7 +39,7 @@ def test_an_image_does_not_depend_on_its_batch_but_on_position_and_seed():
 
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_a_share_out_of_range_is_refused(share):
-    with pytest.raises(ValueError, match="--label-dropout is must be between 0 and 1"):
+    with pytest.raises(ValueError, match="--label-dropout must be between 0 and 1"):
         TrainConfig(label_dropout=share)
 
 
