@@ -57,7 +57,7 @@ class Command(_Base):
         except (ValueError, OSError) as error:
             if os.environ.get("EDM2_TRACEBACK") == "1":
                 raise
-            if isinstance(error, dist.SaidElsewhere):
+            if isinstance(error, dist.ReportedElsewhere):
                 raise click.exceptions.Exit(1) from error
             raise click.ClickException(str(error)) from error
 

@@ -1,4 +1,4 @@
-"""Arrays of .npz files from anywhere: nothing in them is executed, no size in them believed."""
+"""Reading .npz files from untrusted sources: nothing in them is executed, and sizes are checked first."""
 
 import struct
 import zipfile
@@ -8,8 +8,8 @@ from tokenize import TokenError
 
 import numpy as np
 
-_MAX_BYTES = 1 << 30  # of all arrays of a file, uncompressed; statistics of three detectors take 0.06 of it
-# what numpy and zipfile raise for damaged and for hostile files
+_MAX_BYTES = 1 << 30  # of all arrays in a file, uncompressed; statistics of three detectors take 6% of it
+# what numpy and zipfile raise for damaged and hostile files
 BROKEN = (
     *(zipfile.BadZipFile, zlib.error, TokenError, OSError, ValueError, KeyError, TypeError, EOFError, SyntaxError),
     *(AttributeError, IndexError, NotImplementedError, OverflowError, RecursionError, MemoryError, struct.error),
@@ -17,17 +17,17 @@ BROKEN = (
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of the .npz at `path` by name.
+    """The arrays of the .npz file at `path`, by name.
 
-    Raises ValueError, whose one line gives the reason and leaves the naming of the file to the caller, where it is
-    damaged, holds objects, or claims more than a GB. Raises OSError where it cannot be opened.
+    Raises ValueError if the file is damaged, contains objects, or claims more than 1 GiB; the message is one line
+    with the reason, to which the caller adds the name of the file. Raises OSError if it cannot be opened.
     """
     with open(path, "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 claimed = sum(info.file_size for info in archive.infolist())
             if claimed > _MAX_BYTES:
-                raise ValueError(f"its arrays are {claimed} bytes, where {_MAX_BYTES} are the most")
+                raise ValueError(f"its arrays have {claimed} bytes; the limit is {_MAX_BYTES}")
             file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
                 return {name: _array(name, arrays[name]) for name in arrays.files}
@@ -37,6 +37,6 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def _array(name: str, value: object) -> np.ndarray:
-    if not isinstance(value, np.ndarray):  # numpy hands out the bytes of other members
-        raise ValueError(f"its entry {name!r:.60} is no array")
+    if not isinstance(value, np.ndarray):  # numpy returns other members as bytes
+        raise ValueError(f"its entry {name!r:.60} is not an array")
     return value

@@ -1,4 +1,4 @@
-"""The process group, and everything that depends on which rank this is."""
+"""The process group, and everything that depends on the rank."""
 
 import contextlib
 import hashlib
@@ -13,26 +13,26 @@ import torch.distributed
 
 
 def rank() -> int:
-    """This process's rank; 0 where no process group runs."""
+    """The rank of this process; 0 without a process group."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes; 1 where no process group runs."""
+    """The number of processes; 1 without a process group."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`; `auto` is cuda (this process's own GPU), else mps, else cpu.
+    """The device called `name`; "auto" is cuda (the GPU of this process), else mps, else cpu.
 
-    Raises ValueError where the device is not there, naming those that are.
+    Raises ValueError if the device is not available, listing those that are.
     """
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    is_available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [kind for kind in is_available if is_available[kind]]
     if name == "auto":
-        name = next(kind for kind, there in has.items() if there)
-    kind = name.split(":")[0]
-    if not has.get(kind, False):
-        raise ValueError(f"--device {name}: not available here; use one of auto, {', '.join(k for k in has if has[k])}")
+        name = available[0]
+    if name.split(":")[0] not in available:
+        raise ValueError(f"--device {name}: not available here; use one of auto, {', '.join(available)}")
     if name == "cuda":
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
     if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
@@ -47,10 +47,10 @@ _had_group = False
 
 
 def exit_process(code: int) -> None:
-    """End this process with `code`; at once, output flushed, where it was part of a process group.
+    """End this process with `code`; if it was part of a process group, at once, after flushing its output.
 
-    Gloo's threads outlive the group, and an interpreter that takes its time to end while one of them still drops
-    a tensor aborts now and then (exit code -6 from about one of 30 runs on a busy machine, torch 2.13).
+    Gloo's threads outlive the group. If one of them still frees a tensor while the interpreter shuts down, the process
+    aborts (exit code -6 in about one of 30 runs on a busy machine, torch 2.13).
     """
     if _had_group:
         sys.stdout.flush()
@@ -61,10 +61,12 @@ def exit_process(code: int) -> None:
 
 @contextlib.contextmanager
 def session(device: str = "auto", timeout_minutes: float = 30) -> Iterator[torch.device]:
-    """Join the process group that torchrun announced, if any; leave it at the end.
+    """Join the process group if torchrun started this process, and leave it at the end. Yields the device to use.
 
-    Yields this process's device. A plain `python x.py` runs without a process group. CPU tensors always travel
-    over gloo, CUDA tensors over nccl.
+    A plain `python x.py` runs without a process group. CPU tensors are exchanged over gloo, CUDA tensors over nccl.
+    Raises ValueError as `pick_device` does.
+
+    Example: `with session("auto") as device: net.to(device)`
     """
     picked = pick_device(device)
     if picked.type == "cuda":
@@ -78,29 +80,29 @@ def session(device: str = "auto", timeout_minutes: float = 30) -> Iterator[torch
     try:
         yield picked
     except (ValueError, OSError) as error:
-        if started and not _is_first_to_say(str(error)):
-            raise SaidElsewhere(str(error)) from error
+        if started and not _is_first_to_report(str(error)):
+            raise ReportedElsewhere(str(error)) from error
         raise
     finally:
         if started:
             torch.distributed.destroy_process_group()
 
 
-class SaidElsewhere(ValueError):
-    """An error that another rank has met in the same words, and tells."""
+class ReportedElsewhere(ValueError):
+    """An error with the same message as that of another rank, which reports it."""
 
 
-def _is_first_to_say(text: str) -> bool:
-    """Whether no other rank has asked about the same words; true where nobody can be asked any more."""
+def _is_first_to_report(text: str) -> bool:
+    """Whether no other rank has met the same message; True if the other ranks can no longer be asked."""
     try:
         store = torch.distributed.distributed_c10d._get_default_store()
         return store.add(f"error/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
-    except (RuntimeError, AttributeError):  # the node that keeps the store is gone, or a torch without this function
+    except (RuntimeError, AttributeError):  # the node with the store has ended, or this torch lacks the function
         return True
 
 
 def print0(*args: object) -> None:
-    """Print on rank 0 only, at once."""
+    """Print on rank 0 only, and flush."""
     if rank() == 0:
         print(*args, flush=True)
 
@@ -112,28 +114,32 @@ def warn0(message: str) -> None:
 
 
 def barrier() -> None:
-    """Wait until every rank has come here."""
+    """Wait until every rank has reached this point."""
     if world_size() > 1:
         torch.distributed.barrier()
 
 
 def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
-    """Replace `tensor` by its sum over all ranks, in place; returns it."""
+    """Replace `tensor` with its sum over all ranks, in place, and return it."""
     if world_size() > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
 
 
 def broadcast_(tensor: torch.Tensor, source: int) -> torch.Tensor:
-    """Replace `tensor` by rank `source`'s, in place; returns it."""
+    """Replace `tensor` with that of rank `source`, in place, and return it."""
     if world_size() > 1:
         torch.distributed.broadcast(tensor, source)
     return tensor
 
 
 def send_to_rank0(tensor: torch.Tensor | None, source: int, like: torch.Tensor) -> torch.Tensor | None:
-    """Rank `source`'s `tensor` in rank 0's host memory, shaped and laid out as `like`; None elsewhere."""
+    """The `tensor` of rank `source` on the CPU of rank 0, with the shape and layout of `like`; None on other ranks.
+
+    Only rank `source` needs to pass a tensor.
+    """
     if rank() == source:
+        assert tensor is not None
         tensor = tensor.detach().cpu()
         if source == 0:
             return tensor
@@ -146,12 +152,12 @@ def send_to_rank0(tensor: torch.Tensor | None, source: int, like: torch.Tensor) 
 
 
 def any_rank(flag: bool) -> bool:
-    """True on every rank if `flag` is true on one (a tiny CPU all-reduce)."""
+    """Whether `flag` is true on any rank, the same answer on every rank (a small CPU all-reduce)."""
     return bool(all_reduce_sum_(torch.tensor(int(flag))).item())
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's `value`, on every rank (any picklable object; only ever pickled by our own rank 0)."""
+    """The `value` of rank 0, on every rank. Any object that can be pickled; only data of rank 0 is unpickled."""
     if world_size() == 1:
         return value
     box = [value]
@@ -160,7 +166,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's `value`, in rank order, on every rank."""
+    """The `value` of every rank, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
     box: list[Any] = [None] * world_size()
@@ -169,7 +175,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def gather_on_rank0(value: Any) -> list[Any]:
-    """Every rank's `value`, in rank order, on rank 0; an empty list elsewhere."""
+    """The `value` of every rank, in rank order, on rank 0; an empty list on the others."""
     if world_size() == 1:
         return [value]
     box: list[Any] | None = [None] * world_size() if rank() == 0 else None
@@ -178,9 +184,9 @@ def gather_on_rank0(value: Any) -> list[Any]:
 
 
 def raise_together(error: Exception | None) -> None:
-    """Raise on every rank when one rank met an error, so that none is left waiting for the others.
+    """Raise on every rank if any rank has an error, so that no rank waits for the others forever.
 
-    Each rank passes its own error or None; ranks without one raise a ValueError that quotes the first.
+    Each rank passes its own error or None. A rank without an error raises a ValueError with the first rank's message.
     """
     texts = [text for text in gather_objects(None if error is None else str(error)) if text is not None]
     if error is not None:
@@ -190,9 +196,9 @@ def raise_together(error: Exception | None) -> None:
 
 
 def on_rank0(function: Callable[..., Any], *args: Any) -> Any:
-    """Call `function(*args)` on rank 0 alone and give its result to every rank.
+    """Call `function(*args)` on rank 0 only and return its result on every rank.
 
-    The others wait; where the call raises ValueError or OSError, every rank raises.
+    The other ranks wait. If the call raises ValueError or OSError, every rank raises.
     """
     result, error = None, None
     if rank() == 0:

@@ -1,4 +1,4 @@
-"""One HTTP download that survives stalls, cut connections and restarts."""
+"""An HTTP download that survives stalls, broken connections and restarts."""
 
 import contextlib
 import json
@@ -13,16 +13,16 @@ import requests
 
 from edm2kit.torch_utils.progress import progress_bar
 
-_CHUNK_BYTES = 1 << 16  # a cut connection loses the chunk it was in
-_PROGRESS_BYTES = 16 << 20  # an attempt that brings this much does not count as failed
+_CHUNK_BYTES = 1 << 16  # at most this much is lost when a connection breaks
+_PROGRESS_BYTES = 16 << 20  # an attempt that gets this far does not count as failed
 _PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to try: `attempts` in a row without real progress, waits of 1, 2, 4, ... times `first_wait_sec`.
+    """How long to keep trying: `attempts` in a row without progress, waiting 1, 2, 4, ... times `first_wait_sec`.
 
-    A connection on which nothing arrives for `stall_sec` counts as cut. `sleep` takes seconds; tests replace it.
+    A connection on which nothing arrives for `stall_sec` counts as broken. `sleep` takes seconds; tests replace it.
     """
 
     attempts: int = 6
@@ -37,7 +37,7 @@ PATIENT = Patience()
 
 
 class _Passing(Exception):
-    """A failure that may be gone at the next attempt."""
+    """A failure that may not happen again at the next attempt."""
 
     def __init__(self, reason: str, wait_sec: float = 0.0):
         super().__init__(reason)
@@ -45,12 +45,12 @@ class _Passing(Exception):
 
 
 def download(url: str, partial: Path, size_bytes: int | None = None, patience: Patience = PATIENT) -> bool:
-    """Download `url` to the file `partial`, going on where an earlier call stopped.
+    """Download `url` to the file `partial`, resuming an earlier call.
 
-    `partial` and a note beside it (the server's ETag or date) stay when this fails, so that a later call resumes;
-    a server that ignores ranges, or whose file has changed since, is read from the start. `size_bytes`: the size
-    the file must have, where it is known. Returns whether part of the bytes came from an earlier attempt. Raises
-    ValueError, in one line, where the server refuses or `patience` is used up.
+    If this fails, `partial` and a note beside it (the server's ETag or date) stay, so that a later call can resume. If
+    the server ignores ranges or its file has changed, the download starts over. `size_bytes` is the size the file must
+    have, if known. Returns whether some of the bytes came from an earlier attempt. Raises ValueError, in one line, if
+    the server refuses or `patience` runs out.
     """
     failures = 0
     while True:
@@ -66,8 +66,8 @@ def download(url: str, partial: Path, size_bytes: int | None = None, patience: P
             failures = 0 if _size(partial) - before >= _PROGRESS_BYTES else failures + 1
             if failures >= patience.attempts:
                 raise ValueError(
-                    f"cannot download {url}: {_reason(error)} (after {failures} attempts; the next call goes on "
-                    f"from the {_size(partial)} bytes that arrived)"
+                    f"cannot download {url}: {_reason(error)} (after {failures} attempts; the next call resumes "
+                    f"after the {_size(partial)} bytes that arrived)"
                 ) from error
             wait_sec = patience.first_wait_sec * 2 ** max(failures - 1, 0)
             asked_sec = error.wait_sec if isinstance(error, _Passing) else 0.0
@@ -83,7 +83,7 @@ def forget(partial: Path) -> None:
 
 
 def _attempt(url: str, partial: Path, size_bytes: int | None, patience: Patience) -> bool:
-    """One request, read to its end; returns whether it continued earlier bytes."""
+    """Make one request and read it to the end; returns whether it resumed an earlier one."""
     start, version = _resume_point(url, partial)
     # identity: sizes and ranges count the file's own bytes, not a compressed form of them
     headers = {"Accept-Encoding": "identity"}
@@ -92,10 +92,10 @@ def _attempt(url: str, partial: Path, size_bytes: int | None, patience: Patience
     timeout = (patience.connect_sec, patience.stall_sec)
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
         if response.status_code == 416 and _header(response, "Content-Range") == f"bytes */{start}":
-            return True  # an earlier call was ended between the last byte and the rename
+            return True  # an earlier call was stopped after the last byte and before the rename
         if response.status_code == 416 or (response.status_code == 206 and not _continues(response, start)):
             forget(partial)
-            raise _Passing("the server answered with another range than the one asked for")
+            raise _Passing("the server sent another range than requested")
         _check_status(url, response)
         start = start if response.status_code == 206 else 0
         total = _total_bytes(response, start)
@@ -107,7 +107,7 @@ def _attempt(url: str, partial: Path, size_bytes: int | None, patience: Patience
             if isinstance(error, requests.RequestException):  # these are OSErrors, too
                 raise
             raise ValueError(
-                f"cannot download {url}: {error.strerror or error}, writing {partial}; the next call goes on from the "
+                f"cannot download {url}: {error.strerror or error}, writing {partial}; the next call resumes after the "
                 f"{_size(partial)} bytes that arrived"
             ) from error
     return start > 0
@@ -127,8 +127,10 @@ def _read_body(
         for chunk in response.iter_content(_CHUNK_BYTES):
             file.write(chunk)
             bar.update(len(chunk))
-            if size_bytes is not None and file.tell() > size_bytes:  # a server that told no length
-                raise ValueError(f"cannot download {response.url}: it sends more than the {size_bytes} bytes expected")
+            if size_bytes is not None and file.tell() > size_bytes:  # the server gave no length
+                raise ValueError(
+                    f"cannot download {response.url}: the server sends more than the {size_bytes} bytes expected"
+                )
         file.flush()
         os.fsync(file.fileno())
     if total is not None and _size(partial) != total:
@@ -144,7 +146,7 @@ def _check_status(url: str, response: requests.Response) -> None:
         raise ValueError(f"cannot download {url}: the server answered {code} {response.reason}; check the address")
     if _header(response, "Content-Type").startswith("text/html") and not url.endswith((".html", ".htm")):
         raise ValueError(
-            f"cannot download {url}: the server sent a web page in place of the file; open it in a browser"
+            f"cannot download {url}: the server sent a web page instead of the file; open the URL in a browser"
         )
 
 
@@ -153,7 +155,7 @@ def _continues(response: requests.Response, start: int) -> bool:
 
 
 def _total_bytes(response: requests.Response, start: int) -> int | None:
-    """Size of the whole file as the server tells it; None where it does not."""
+    """The size of the complete file according to the server; None if it does not say."""
     if start:
         length = _header(response, "Content-Range").rpartition("/")[2]
     elif _header(response, "Content-Encoding") not in ("", "identity"):
@@ -169,13 +171,15 @@ def _check_size(url: str, partial: Path, start: int, total: int | None, size_byt
     if size_bytes is not None and total != size_bytes:
         raise ValueError(f"cannot download {url}: the server's file has {total} bytes, expected {size_bytes}")
     free = shutil.disk_usage(partial.parent).free
-    # when the server starts over, what lies there already is overwritten
+    # if the server starts over, the bytes that are there get overwritten
     if total - _size(partial) > free:
-        raise ValueError(f"cannot download {url}: it needs {total - start} bytes in {partial.parent}, {free} are free")
+        raise ValueError(
+            f"cannot download {url}: it needs {total - start} bytes in {partial.parent}, but only {free} are free"
+        )
 
 
 def _resume_point(url: str, partial: Path) -> tuple[int, str]:
-    """(bytes to keep, the version they belong to); (0, "") where nothing can be continued safely."""
+    """(bytes to keep, the version they belong to); (0, "") if nothing can be resumed safely."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         note = json.loads(_note(partial).read_text())
         if note["url"] == url and note["version"]:
@@ -203,7 +207,7 @@ def _size(path: Path) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """The cause in one line; the texts of requests quote nested exceptions."""
+    """The cause in one line; the messages of requests quote nested exceptions."""
     if isinstance(error, requests.Timeout) or "Read timed out" in str(error):
         return "nothing arrived for too long"
     if isinstance(error, requests.exceptions.ChunkedEncodingError):

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: atomic writing, hashes, and a cache of downloads."""
+"""Files that are either complete or absent: atomic writing, hashes, and a cache of downloads."""
 
 import contextlib
 import functools
@@ -17,27 +17,26 @@ import yaml
 
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.download import PATIENT, Patience, download, forget
-
-try:
-    import fcntl
-except ImportError:  # Windows: each process then keeps its own partial file instead of waiting for another's
-    fcntl = None
+from edm2kit.torch_utils.locks import HAS_LOCKS, file_lock
 
 _CHUNK_BYTES = 1 << 20
 _MANIFEST = Path(__file__).resolve().parent.parent / "configs" / "hashes.yaml"
-_REPORTED = "third party"  # what edm2kit/configs/hashes.yaml calls a hash that the publisher of a file does not give
+_REPORTED = "third party"  # the source, in hashes.yaml, of a hash that the publisher of the file does not give
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a temporary file beside `path`; at the end flush it to disk and rename it to `path`.
+    """Write `path` completely or not at all: opens a temporary file beside it and renames that at the end.
 
-    A crash, a full disk or an exception leaves the old file as it was and removes the temporary one. `mode` is
-    "wb" or "w" (UTF-8). The parent folder is made where it is missing. Raises OSError as `open` does, naming `path`.
+    An exception or a full disk leaves the old file as it was and removes the temporary one; a crash leaves the old
+    file. `mode` is "wb" or "w" (UTF-8). Creates the parent folder if needed. Raises OSError as `open` does, naming
+    `path`.
+
+    Example: `with atomic_write("runs/a.json", "w") as file: json.dump(record, file)`
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # unlike a process id, no other thread and no other machine on the same file system has this name
+    # random, as another thread or another machine on the same file system may write the same path
     partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -48,14 +47,14 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         _sync_folder(path.parent)
     except OSError as error:
         if error.errno is not None and error.filename is None:
-            error.filename = str(path)  # a full disk does not say which file it was
+            error.filename = str(path)  # the system does not say which file did not fit
         raise
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    # A rename survives a power cut only once the folder itself is on disk; not every system can be asked.
+    # a rename survives a power cut only once the folder itself is on disk; not every system supports this
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -65,7 +64,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def sha256_of(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
+    """SHA-256 of the bytes of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -75,7 +74,7 @@ def sha256_of(path: str | Path) -> str:
 
 @dataclass(frozen=True)
 class Pin:
-    """What edm2kit/configs/hashes.yaml knows of a file: its hash, its size (None if unknown), and who says so."""
+    """The expected hash of a file, its size (None if unknown), and the source of both, as in configs/hashes.yaml."""
 
     sha256: str
     size_bytes: int | None
@@ -83,7 +82,7 @@ class Pin:
 
 
 def pinned(url: str) -> Pin | None:
-    """The pinned hash of `url`, or None where edm2kit/configs/hashes.yaml has none."""
+    """The pin of `url` in edm2kit/configs/hashes.yaml, or None."""
     entry = _manifest(_MANIFEST).get(url)
     return None if entry is None else Pin(str(entry["sha256"]), entry.get("bytes"), entry["source"])
 
@@ -103,26 +102,32 @@ def fetch(
 ) -> Path:
     """The local file behind a path, an http(s) URL or hf://org/repo[@revision]/file, downloaded at most once.
 
-    A local path is returned as it is. A URL is looked for in `local_dir` (by its path or its bare name), then in
-    the cache: `cache_dir`, else $DNNLIB_CACHE_DIR, else edm2-toolkit under $XDG_CACHE_HOME or ~/.cache. One
-    process downloads, others wait. $EDM2_MIRROR, a URL or a folder, stands in for scheme and host of every URL;
-    EDM2_OFFLINE=1 or HF_HUB_OFFLINE=1 forbids the network. The bytes must have the hash `sha256`, else the one of
-    edm2kit/configs/hashes.yaml, else the one recorded beside the cached file on first use. Raises ValueError, in one
-    line, for a missing file, a failed download and a wrong hash.
+    A local path is returned as it is. A URL is looked up in `local_dir` (by its path or its bare name), then in the
+    cache: `cache_dir`, else $DNNLIB_CACHE_DIR, else edm2-toolkit under $XDG_CACHE_HOME or ~/.cache. One process
+    downloads, others wait. $EDM2_MIRROR, a URL or a folder, replaces scheme and host of every URL; EDM2_OFFLINE=1 or
+    HF_HUB_OFFLINE=1 forbids the network. The file must have the hash `sha256`, else the one pinned in
+    edm2kit/configs/hashes.yaml, else the one recorded beside the cached file on first use.
+
+    Raises ValueError, in one line, if a file is missing, a download fails, or a hash is wrong.
     """
     if "://" not in str(url):
-        return _existing(Path(url), sha256)
+        path = Path(url)
+        if not path.exists():
+            raise ValueError(
+                f"{path}: no such file or folder; give an existing one, an https:// URL or hf://org/repo/file"
+            )
+        return path if sha256 is None else _verified(path, Pin(sha256, None, "the caller"))
     remote = _parse(str(url))
     pin = Pin(sha256, None, "the caller") if sha256 else pinned(remote.name)
-    for folder in [local_dir, _mirror_folder()]:
-        for found in () if folder is None else (Path(folder) / remote.path, Path(folder) / remote.path.name):
-            if found.is_file():
-                return _verified(found, pin)
+    for folder in (local_dir, _mirror_folder()):
+        found = None if folder is None else _find_in(Path(folder), remote)
+        if found is not None:
+            return _verified(found, pin)
     place = _cache_root(cache_dir) / remote.host / remote.path
     if not place.is_file():
         if remote.repo is not None and not os.environ.get("EDM2_MIRROR"):
             return _verified(_from_hub(remote, place), pin)
-        with _lock(place):
+        with file_lock(place.with_name(f".{place.name}.lock"), lambda owner: _report_wait(place, owner)):
             # another process may have finished it while this one waited
             if not place.is_file():
                 _download_to(place, remote, pin, patience)
@@ -130,37 +135,35 @@ def fetch(
 
 
 def cached(url: str | Path) -> Path | None:
-    """The file that `fetch(url)` finds without the network, not yet verified; None where it would download."""
+    """The file that `fetch(url)` would find without the network, not verified; None if it would download."""
     if "://" not in str(url):
         return Path(url) if Path(url).exists() else None
     remote = _parse(str(url))
     folder = _mirror_folder()
-    places = [] if folder is None else [folder / remote.path, folder / remote.path.name]
-    return next((p for p in [*places, _cache_root(None) / remote.host / remote.path] if p.is_file()), None)
+    found = None if folder is None else _find_in(folder, remote)
+    if found is not None:
+        return found
+    place = _cache_root(None) / remote.host / remote.path
+    return place if place.is_file() else None
 
 
 def cache_folder() -> Path:
-    """Where `fetch` puts what it downloads, unless told otherwise; it need not exist yet."""
+    """The folder for downloads that `fetch` uses by default; it may not exist yet."""
     return _cache_root(None)
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes where `folder` is, or will be made."""
-    return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
-
-
-def _existing(path: Path, sha256: str | None) -> Path:
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder; give an existing one, an https:// URL or hf://org/repo/file")
-    return path if sha256 is None else _verified(path, Pin(sha256, None, "the caller"))
+    """Free bytes on the file system of `folder`, which may not exist yet."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(existing).free
 
 
 @dataclass(frozen=True)
 class _Remote:
-    name: str  # as the caller wrote it, and as edm2kit/configs/hashes.yaml lists it
-    url: str  # where plain HTTP finds it
+    name: str  # as the caller wrote it and as hashes.yaml lists it
+    url: str  # for plain HTTP
     host: str
-    path: Path  # below the host, safe to append to a folder
+    path: Path  # below the host; safe to append to a folder
     repo: tuple[str, str | None, str] | None = None  # Hugging Face: repository, revision, file
 
 
@@ -180,7 +183,7 @@ def _parse(name: str) -> _Remote:
 
 
 def _safe_path(path: str, query: str) -> Path:
-    """A relative path that stays below the folder it is appended to, another one for every URL."""
+    """A relative path that stays below the folder it is appended to, and differs between URLs."""
     parts = [part for part in path.split("/") if part]
     safe = [re.sub(r'[\\/:*?"<>|\x00-\x1f]|^\.+', "_", unquote(part)) for part in parts]
     if query or safe != parts:
@@ -201,17 +204,30 @@ def _mirror_folder() -> Path | None:
     return Path(mirror) if mirror and "://" not in mirror else None
 
 
+def _find_in(folder: Path, remote: _Remote) -> Path | None:
+    for path in (folder / remote.path, folder / remote.path.name):
+        if path.is_file():
+            return path
+    return None
+
+
+def _report_wait(place: Path, owner: str) -> None:
+    dist.print0(f"Waiting for another process that downloads {place.name} ({owner})")
+
+
 def _offline() -> str | None:
-    """Name of the environment variable that forbids the network."""
-    names = ("EDM2_OFFLINE", "HF_HUB_OFFLINE")
-    return next((name for name in names if os.environ.get(name, "").lower() in ("1", "true", "yes", "on")), None)
+    """The environment variable that forbids the network, or None."""
+    for name in ("EDM2_OFFLINE", "HF_HUB_OFFLINE"):
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "on"):
+            return name
+    return None
 
 
 def _refuse_offline(remote: _Remote, place: Path) -> None:
     if _offline():
         raise ValueError(
             f"{remote.path.name} is not in the cache and {_offline()} forbids downloads; get {remote.url} on a machine "
-            f"with a connection and put it at {place}"
+            f"with a network connection and put it at {place}"
         )
 
 
@@ -222,25 +238,27 @@ def _download_to(place: Path, remote: _Remote, pin: Pin | None, patience: Patien
     url = remote.url
     if mirror := os.environ.get("EDM2_MIRROR"):
         url = mirror.rstrip("/") + url[url.index("/", url.index("://") + 3) :]
-    partial = place.with_name(f".{place.name}.partial" if fcntl else f".{place.name}.{os.getpid()}.partial")
+    # without locks, each process keeps a partial file of its own
+    suffix = "partial" if HAS_LOCKS else f"{os.getpid()}.partial"
+    partial = place.with_name(f".{place.name}.{suffix}")
     try:
         resumed = download(url, partial, pin.size_bytes if pin else None, patience)
         if resumed and pin is not None and sha256_of(partial) != pin.sha256:
-            # two halves that do not fit each other: once more, in one piece
+            # the parts are of different versions of the file: download it once more, in one piece
             forget(partial)
             download(url, partial, pin.size_bytes, patience)
     except ValueError as error:
         raise ValueError(f"{error}; or put the file at {place}") from error
     if pin is not None and (found := sha256_of(partial)) != pin.sha256:
         forget(partial)
-        raise ValueError(_mismatch(url, found, pin) + "; the download was thrown away")
+        raise ValueError(_mismatch(url, found, pin) + "; the download was deleted")
     os.replace(partial, place)
     forget(partial)
     _sync_folder(place.parent)
 
 
 def _from_hub(remote: _Remote, place: Path) -> Path:
-    """The file in huggingface_hub's own cache, which it downloads, resumes and locks by itself."""
+    """The file in the cache of huggingface_hub, which downloads, resumes and locks by itself."""
     assert remote.repo is not None
     repo, revision, file = remote.repo
     by_hand = f"or get {remote.url} and put it at {place}"
@@ -261,24 +279,8 @@ def _from_hub(remote: _Remote, place: Path) -> Path:
         raise ValueError(f"{remote.name}: {reason}; {by_hand}") from error
 
 
-@contextlib.contextmanager
-def _lock(place: Path) -> Iterator[None]:
-    """Let one process at a time, of all that share this file system, work on `place`."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    with open(place.with_name(f".{place.name}.lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            dist.print0(f"Waiting for another process that downloads {place.name}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing the file lets go of the lock, also when the process dies
-
-
 def _verified(path: Path, pin: Pin | None, record: bool = False) -> Path:
-    """`path`, if its bytes have the hash of `pin` or, without one, the hash recorded beside it."""
+    """`path`, if it has the hash of `pin` or, if that is None and `record` is set, the hash recorded beside it."""
     note = path.with_name(path.name + ".sha256")
     if pin is None and record:
         if not note.exists():
@@ -286,7 +288,7 @@ def _verified(path: Path, pin: Pin | None, record: bool = False) -> Path:
             return path
         pin = Pin(note.read_text(encoding="utf-8").partition(" ")[0], None, str(note))
     if pin is not None and (found := sha256_of(path)) != pin.sha256:
-        raise ValueError(_mismatch(path, found, pin) + f"; delete {path} to get it again")
+        raise ValueError(_mismatch(path, found, pin) + f"; delete {path} to download it again")
     return path
 
 
@@ -299,6 +301,7 @@ def _record(note: Path, path: Path) -> None:
 
 
 def _mismatch(what: str | Path, found: str, pin: Pin) -> str:
-    # reported hashes may be wrong themselves, and nothing else would let a right file pass
-    hint = f"; if you know the file to be right, correct its entry in {_MANIFEST}" if pin.source == _REPORTED else ""
-    return f"{what}: sha256 is {found}, expected {pin.sha256} (according to {pin.source}){hint}"
+    text = f"{what}: sha256 is {found}, expected {pin.sha256} (according to {pin.source})"
+    if pin.source == _REPORTED:  # such a hash may itself be wrong
+        text += f"; if you know that the file is right, correct its entry in {_MANIFEST}"
+    return text

@@ -1,10 +1,10 @@
-"""One job at a time in a folder."""
+"""File locks: one process at a time trains in a folder or downloads a file."""
 
 import contextlib
 import errno
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -13,54 +13,70 @@ from edm2kit.torch_utils import dist
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
+HAS_LOCKS = fcntl is not None
 LOCK_NAME = ".running"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
 def exclusive(folder: str | Path) -> Iterator[None]:
-    """Keep `folder`, made where it is missing, for this process until the end, however it ends.
+    """Keep other runs out of `folder` inside the block; the folder is created if needed.
 
-    Raises ValueError at once where another process has it, on this machine or on another of the same file system,
-    saying which. Where the file system knows no locks, warns and goes on.
+    Raises ValueError at once if another process holds it, on this machine or on another one of the same file system.
     """
-    path = Path(folder) / LOCK_NAME
+
+    def refuse(owner: str) -> None:
+        raise ValueError(
+            f"{folder} is being written by another run ({owner}); wait for it to finish, or choose another folder"
+        )
+
+    with file_lock(Path(folder) / LOCK_NAME, refuse):
+        yield
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, when_held: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock file `path` inside the block; a process that dies releases it.
+
+    If another process holds it, `when_held(owner)` is called, `owner` being text for a message: it raises, or returns
+    to wait. If the file system has no locks, prints a warning and continues without one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path) as file:
+    with _open_locked(path, when_held) as file:
+        file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # a system that removes no open file leaves it, unlocked
+            with contextlib.suppress(OSError):  # Windows cannot remove an open file; an unlocked one does no harm
                 path.unlink()
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[IO[str]]:
+def _open_locked(path: Path, when_held: Callable[[str], None]) -> Iterator[IO[str]]:
     while True:
         with open(path, "a+", encoding="utf-8") as file:
-            _take(file, path)
+            _acquire(file, path, when_held)
             if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                file.truncate(0)
                 yield file
                 return
-            # the one before us removed the file between our opening and our locking it: once more, with a new one
+            # the former owner removed the file after we opened it: a lock on it keeps nobody out, so open a new one
 
 
-def _take(file: IO[str], path: Path) -> None:
-    if fcntl is None:
+def _acquire(file: IO[str], path: Path, when_held: Callable[[str], None]) -> None:
+    if not HAS_LOCKS:
         return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        raise ValueError(
-            f"{path.parent} is being written by another job ({file.read().strip() or 'just started'}); wait for it, "
-            "or choose another folder"
-        ) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            when_held(file.read().strip() or "just started")
+            fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+        if error.errno not in _NO_LOCKS:
             raise
-        dist.warn0(f"the file system of {path.parent} knows no locks: make sure that no other job writes there")
+        dist.warn0(f"the file system of {path.parent} has no file locks: make sure that no other process writes there")

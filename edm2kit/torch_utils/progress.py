@@ -1,4 +1,4 @@
-"""Progress bars: lively on a terminal, a line now and then in a log file, on rank 0 alone."""
+"""Progress bars: live on a terminal, one line now and then in a log file, on rank 0 only."""
 
 import sys
 
@@ -18,12 +18,12 @@ def progress_bar(
     hidden: bool = False,
     scaled: bool = False,
 ) -> tqdm:
-    """A bar over `total` of `unit` (None: nobody knows), `initial` of them done, after the words `what`.
+    """A progress bar on standard error, refreshed ten times a second on a terminal and every 30 seconds in a file.
 
-    `scaled` writes 2.5M for 2500000. It goes to standard error: ten times a second to a terminal, every half minute
-    to a file.
+    It counts `unit`s up to `total` (None if unknown), starting at `initial`, and is labelled `what`. `scaled` shows
+    2500000 as 2.5M. `hidden` shows nothing.
     """
-    watched = sys.stderr.isatty()
+    on_terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
         initial=initial,
@@ -32,6 +32,6 @@ def progress_bar(
         unit_scale=scaled,
         disable=hidden or dist.rank() != 0,
         dynamic_ncols=True,
-        mininterval=0.1 if watched else _LOG_INTERVAL_SEC,
-        maxinterval=10 if watched else 2 * _LOG_INTERVAL_SEC,
+        mininterval=0.1 if on_terminal else _LOG_INTERVAL_SEC,
+        maxinterval=10 if on_terminal else 2 * _LOG_INTERVAL_SEC,
     )

@@ -1,4 +1,4 @@
-"""Random numbers that belong to an image, not to a batch, a rank or a moment."""
+"""Random numbers that depend on the image only, not on batch, rank or time."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,28 +8,29 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part and on nothing else (BLAKE2b of their text).
+    """A 63-bit seed that depends on all parts and nothing else (BLAKE2b of their text).
 
-    Example: `derive_seed(seed, "image", 1234)` gives the generator of training image number 1234.
+    Example: `derive_seed(seed, "image", 1234)` is the seed for training image number 1234.
     """
-    # an integer is the same seed whatever library it comes from
+    # int(part), so that a numpy integer gives the same seed as a Python one
     text = "\x1f".join(f"str:{part}" if isinstance(part, str) else f"int:{int(part)}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 class RandomSource(Protocol):
-    """Something to draw Gaussian numbers from: torch itself, or one generator per image."""
+    """A source of Gaussian random numbers: `torch` itself, or one generator per image."""
 
     def randn(self, size: list[int]) -> torch.Tensor: ...
     def randn_like(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
 class StackedGenerator:
-    """One random generator per image of a batch; row k of every draw comes from generator k alone.
+    """One random generator per image of a batch; row k of every result depends on seed k alone.
 
-    Seeds are taken modulo 2^32 (EDM2's convention: seeds beyond it repeat). Generators live on `device` because
-    the same seed gives other numbers on a CPU than on a CUDA device. Raises ValueError where the first dimension
-    asked for is not the number of generators.
+    Seeds are taken modulo 2^32, as in EDM2. The generators live on `device`, since the same seed gives different
+    numbers on a CPU and a CUDA device. Raises ValueError if the first dimension is not the number of generators.
+
+    Example: `StackedGenerator("cpu", [0, 1]).randn([2, 3, 64, 64])` is the noise of images 0 and 1.
     """
 
     def __init__(self, device: torch.device | str, seeds: Sequence[int]):
@@ -41,7 +42,9 @@ class StackedGenerator:
 
     def _check(self, size: Sequence[int]) -> None:
         if len(size) == 0 or size[0] != len(self.generators):
-            raise ValueError(f"StackedGenerator holds {len(self)} generators; asked for a draw of shape {list(size)}")
+            raise ValueError(
+                f"StackedGenerator has {len(self)} generators; got the shape {list(size)}, expected [{len(self)}, ...]"
+            )
 
     def randn(self, size: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Standard normal numbers of shape `size`, size[0] being the number of images."""
@@ -60,7 +63,7 @@ class StackedGenerator:
         return torch.stack(draws) if draws else torch.empty(list(size), device=self.device, dtype=dtype)
 
     def randint(self, low_or_high: int, high: int | None = None, *, size: Sequence[int]) -> torch.Tensor:
-        """Integers in [0, high) or [low, high), int64, of shape `size`."""
+        """Random integers in [0, high) or [low, high), int64, of shape `size`."""
         self._check(size)
         low, high = (0, low_or_high) if high is None else (low_or_high, high)
         draws = [torch.randint(low, high, list(size[1:]), generator=g, device=self.device) for g in self.generators]

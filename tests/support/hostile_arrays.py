@@ -23,6 +23,6 @@ HOSTILE = {
     "a kind that is none": (described("'x'", "(4,)", bytes(32)), "not a valid dtype"),
     "brackets without end": (member("(" * 3000), "TokenError"),
     "signs without end": (member("-" * 9000 + "1"), "Error"),
-    "no array": (b"text", "'mu' is no array"),
+    "no array": (b"text", "'mu' is not an array"),
     "code for a header": (member("__import__('os').system('touch flag')"), "malformed node"),
 }

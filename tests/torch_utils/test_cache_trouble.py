@@ -68,7 +68,7 @@ def test_a_disk_that_fills_up_is_told_and_nothing_is_lost():
         full = start(LIMITED, server.url("/a"))
         said = full.communicate(timeout=60)[0]
         assert said.startswith(f"cannot download {server.url('/a')}: File too large")
-        assert "the next call goes on from the 200000 bytes that arrived" in said
+        assert "the next call resumes after the 200000 bytes that arrived" in said
         assert said.count("\n") == 1
         assert fetch(server.url("/a")).read_bytes() == BODY
         assert [wanted for _, wanted in server.seen] == [None, "bytes=200000-"]

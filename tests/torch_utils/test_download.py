@@ -92,7 +92,7 @@ def test_a_file_that_changed_in_between_is_read_anew(tmp_path):
 def test_a_later_call_goes_on_where_an_earlier_one_gave_up(tmp_path):
     clock = Clock()
     with serve({"/a": BODY}, {"/a": ["truncate"]}) as server:
-        with pytest.raises(ValueError, match=r"^cannot download .*from the 262144 bytes that arrived\)$"):
+        with pytest.raises(ValueError, match=r"^cannot download .*after the 262144 bytes that arrived\)$"):
             download(server.url("/a"), tmp_path / "a", patience=quick(clock, attempts=1))
         assert download(server.url("/a"), tmp_path / "a", patience=quick(clock))
         # and a call that finds everything there already only hears so
