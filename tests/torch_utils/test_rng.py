@@ -66,7 +66,7 @@ def test_shapes_and_dtypes():
 
 @pytest.mark.parametrize("size", [[3, 4], [1], []])
 def test_a_batch_of_another_size_is_refused(size):
-    with pytest.raises(ValueError, match="holds 2 generators"):
+    with pytest.raises(ValueError, match="has 2 generators"):
         StackedGenerator("cpu", [1, 2]).randn(size)
 
 
