@@ -20,10 +20,21 @@ _SUFFIX = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
 
 class _Base(click.Command):
-    """A command whose --help comes in sections with defaults, and that ends its process through `dist.exit_process`."""
+    """A command whose --help comes in sections with defaults, and that ends its process through `dist.exit_process`.
 
-    def __init__(self, *args: Any, context_settings: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, context_settings={**_CONTEXT, **(context_settings or {})}, **kwargs)
+    `sections` are the titles to list first, in their order; other sections follow in the order of their options.
+    """
+
+    def __init__(
+        self,
+        name: str | None,
+        *,
+        sections: Sequence[str] = (),
+        context_settings: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(name, context_settings={**_CONTEXT, **(context_settings or {})}, **kwargs)
+        self.sections = sections
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -34,7 +45,7 @@ class _Base(click.Command):
             raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {}
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in self.sections}
         for parameter in self.get_params(ctx):
             line = parameter.get_help_record(ctx)
             if line is not None:
@@ -42,7 +53,7 @@ class _Base(click.Command):
         last = sections.pop(OTHER)
         for title, lines in {**sections, OTHER if sections else "Options": last}.items():
             with formatter.section(title):
-                formatter.write_dl(lines)
+                formatter.write_dl(lines, col_max=26)
 
 
 class Command(_Base):
@@ -134,10 +145,7 @@ def _value_type(metadata: typing.Mapping[str, Any], hint: Any) -> click.ParamTyp
         return Size()
     if isinstance(hint, types.UnionType):  # of the type and None
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
-    if "min" in metadata:
-        ranged = click.IntRange if hint is int else click.FloatRange
-        return ranged(min=metadata["min"])
-    return hint
+    return AtLeast(hint, metadata["min"]) if "min" in metadata else hint
 
 
 def _shown_default(field: dataclasses.Field[Any]) -> str:
@@ -149,7 +157,7 @@ def _shown_default(field: dataclasses.Field[Any]) -> str:
 
 def default_text(field: dataclasses.Field[Any]) -> str:
     """The default of a field as it would be written on the command line."""
-    value = field.default
+    value: Any = field.default
     if field.metadata.get("metavar") == "NIMG":
         return size_text(value)
     if isinstance(value, bool):
@@ -186,6 +194,23 @@ def size_text(count: int) -> str:
     return str(count)
 
 
+class AtLeast(click.ParamType):
+    """An int or a float of at least `low`; --help does not repeat the bound."""
+
+    def __init__(self, kind: type[int] | type[float], low: float) -> None:
+        self.kind, self.low = kind, low
+        self.name = "n" if kind is int else "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = self.kind(value)
+        except ValueError:
+            self.fail(f"{value!r} is not {'a whole' if self.kind is int else 'a'} number", param, ctx)
+        if not number >= self.low:
+            self.fail(f"{value} is not at least {self.low}", param, ctx)
+        return number
+
+
 class Parsed(click.ParamType):
     """A value read by `parse`, a function from text that raises ValueError."""
 
@@ -219,6 +244,23 @@ class IntRanges(click.ParamType):
                 self.fail(f"the range {part.strip()} runs backwards", param, ctx)
             numbers.extend(range(first, last + 1))
         return tuple(numbers)
+
+
+class Interval(click.ParamType):
+    """Two noise levels LO,HI as a pair of floats."""
+
+    name = "lo,hi"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            lo, hi = (float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a pair of noise levels; write for example 0.28,2.90 or 0.28,inf", param, ctx)
+        if not 0 <= lo < hi:
+            self.fail(f"{value} runs backwards; expected LO < HI, both from 0", param, ctx)
+        return lo, hi
 
 
 class FloatSeries(click.ParamType):

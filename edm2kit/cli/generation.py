@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,27 +30,70 @@ from edm2kit.torch_utils.precision import PRECISIONS, resolve_precision, slow_pr
 from edm2kit.torch_utils.progress import progress_bar
 from edm2kit.torch_utils.records import plain_json
 
+ALL_CLASSES = ""  # the value of Request.classes that stands for all classes of the network
+
 
 @dataclass(frozen=True)
 class Request:
-    """What images to make, as asked for.
+    """What images to generate. The metadata of a field describes its command-line option.
 
-    `net`, `gnet`, `uncond`: paths or URLs of snapshots. `classes`: None for a class drawn from each seed; a text such
-    as "3,7" or "cat,dog" to take turns by seed (seed modulo the length of the list); "" for all classes in turn.
-    `precision`, inside the networks, is a key of PRECISIONS or "auto": fp16 on a CUDA device, fp32 elsewhere.
-    `vae`: hub name or folder that stands in for the VAE that the snapshot names. `compiled`: have torch compile the
-    networks, which takes minutes and pays for thousands of images.
+    - `net`, `gnet`, `uncond`: paths or URLs of snapshots.
+    - `classes`: None for a random class from each seed; ALL_CLASSES, or a text such as "3,7" or "cat,dog", to cycle
+      through classes by seed (seed modulo the number of classes).
+    - `precision`: inside the networks, a key of PRECISIONS or "auto" (fp16 on a CUDA device, fp32 elsewhere).
+    - `vae`: hub name or folder that replaces the VAE named in the snapshot.
+    - `compiled`: compile the networks with torch.compile.
     """
 
-    net: str
-    gnet: str | None = None
+    net: str = field(metadata={"option": "--net", "metavar": "PATH|URL", "help": "Network snapshot"})
+    gnet: str | None = field(
+        default=None,
+        metadata={"option": "--gnet", "metavar": "PATH|URL", "help": "Guide network: weaker, or unconditional (CFG)"},
+    )
     guidance: Choice = NO_GUIDANCE
     sampler: Sampler = PUBLISHED
-    classes: str | None = None
-    precision: str = "auto"
-    vae: str | None = None
-    uncond: str | None = None
-    compiled: bool = False
+    classes: str | None = field(
+        default=None,
+        metadata={
+            "option": "--class",
+            "metavar": "LIST",
+            "help": "Classes to cycle through by seed, such as 3,7-9 or cat",
+            "default": "random",
+        },
+    )
+    precision: str = field(
+        default="auto",
+        metadata={
+            "option": "--precision",
+            "metavar": "NAME",
+            "choices": ("auto", *PRECISIONS),
+            "help": "Inside the networks: fp32, fp16, bf16, or auto (fp16 on CUDA, else fp32)",
+        },
+    )
+    vae: str | None = field(
+        default=None,
+        metadata={
+            "option": "--vae",
+            "metavar": "NAME|DIR",
+            "help": "VAE that decodes latents",
+            "default": "as in the snapshot",
+        },
+    )
+    uncond: str | None = field(
+        default=None,
+        metadata={
+            "option": "--uncond",
+            "metavar": "PATH|URL",
+            "help": "Unconditional network beside --gnet, if a method takes both",
+        },
+    )
+    compiled: bool = field(
+        default=False,
+        metadata={
+            "option": "--compile",
+            "help": "torch.compile the networks; pays off for thousands of images",
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -167,7 +210,7 @@ def parse_classes(text: str | None, label_dim: int, names: Sequence[str] | None)
         return None
     if label_dim == 0:
         raise ValueError("the network has no classes; leave out --class and --balanced")
-    if text == "":
+    if text == ALL_CLASSES:
         return tuple(range(label_dim))
     if names is not None and text in names:  # a name may itself hold a comma
         return (names.index(text),)

@@ -78,8 +78,8 @@ class ImageFolder:
             reasons = differences(old["settings"], self.all_settings)
         if reasons and not overwrite:
             raise ValueError(
-                f"{self.path} holds images made otherwise ({'; '.join(reasons[:4])}); "
-                "choose another folder, or --overwrite to replace them"
+                f"{self.path} holds images made with other settings ({'; '.join(reasons[:4])}); "
+                "choose another folder, or use --overwrite to replace them"
             )
         if overwrite:
             self._remove(seeds)

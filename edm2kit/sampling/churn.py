@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,13 +14,19 @@ class Churn:
     """Noise added before each step, as in Karras et al. 2022 (EDM), Alg. 2; the default is none.
 
     `S_churn` is spread over the steps whose sigma lies in [S_min, S_max]; `S_noise` scales the noise added.
-    Raises ValueError on a negative or undefined setting.
+    Raises ValueError on a negative or undefined setting. The metadata of a field describes its command-line option.
     """
 
-    S_churn: float = 0.0
-    S_min: float = 0.0
-    S_max: float = math.inf
-    S_noise: float = 1.0
+    S_churn: float = field(
+        default=0.0, metadata={"option": "--S_churn", "help": "Amount of added noise; 0: none", "min": 0}
+    )
+    S_min: float = field(
+        default=0.0, metadata={"option": "--S_min", "help": "Lowest noise level that gets noise", "min": 0}
+    )
+    S_max: float = field(
+        default=math.inf, metadata={"option": "--S_max", "help": "Highest noise level that gets noise", "min": 0}
+    )
+    S_noise: float = field(default=1.0, metadata={"option": "--S_noise", "help": "Scale of the added noise", "min": 0})
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -1,6 +1,6 @@
 """Solvers: from noise to an image along the probability-flow ODE, or with fresh noise along the way."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,15 +70,21 @@ class Sampler:
 
     The defaults are those of the published EDM2 results. `settings` are the solver's own, such as a `TimeTravel`;
     None means its defaults. Raises ValueError on settings that make no schedule or belong to another solver, an
-    unknown solver, or a `dtype` below float32.
+    unknown solver, or a `dtype` below float32. The metadata of a field describes its command-line option.
     """
 
-    num_steps: int = 32
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
+    num_steps: int = field(default=32, metadata={"option": "--steps", "help": "Number of steps", "min": 1})
+    sigma_min: float = field(default=0.002, metadata={"option": "--sigma_min", "help": "Last noise level", "min": 0})
+    sigma_max: float = field(default=80.0, metadata={"option": "--sigma_max", "help": "First noise level", "min": 0})
+    rho: float = field(
+        default=7.0,
+        metadata={"option": "--rho", "help": "Exponent of the schedule; higher: smaller last steps", "min": 0},
+    )
     churn: Churn = NO_CHURN
-    solver: str = "heun"
+    solver: str = field(
+        default="heun",
+        metadata={"option": "--solver", "metavar": "NAME", "choices": tuple(SOLVERS), "help": ", ".join(SOLVERS)},
+    )
     dtype: torch.dtype = torch.float32
     settings: Any = None
 

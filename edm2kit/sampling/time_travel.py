@@ -1,6 +1,6 @@
 """Steps taken again and again, with fresh noise to go back by: time travel, also called recurrence."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,7 +16,9 @@ class TimeTravel:
     below 1 or levels that run backwards.
     """
 
-    times: int = 10
+    times: int = field(
+        default=10, metadata={"option": "--travel-times", "help": "How often time-travel takes a step", "min": 1}
+    )
     sigma_lo: float = 3.4
     sigma_hi: float = 26.0
 

@@ -1,5 +1,6 @@
 """The command line generate.py."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,9 +13,11 @@ from click.testing import CliRunner
 from PIL import Image
 
 from edm2kit.cli import generate
+from edm2kit.cli.click_types import default_text
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.sampling.engine import Engine
-from edm2kit.sampling.solvers import Sampler
+from edm2kit.sampling.solvers import Churn, Sampler
+from edm2kit.sampling.time_travel import TimeTravel
 from tests.support import ROOT
 from tests.support.fakes import tiny_snapshot
 
@@ -124,7 +127,7 @@ def test_a_second_run_makes_only_what_is_missing(nets, tmp_path, monkeypatch):
     monkeypatch.setattr(Engine, "draw", lambda self, seeds: drawn.append(list(seeds)) or draw(self, seeds))
     code, output = run(*arguments, net=nets / "main")
     assert code == 0
-    assert "6 of 6 images are there already" in output
+    assert "Skipping 6 of 6 images that already exist" in output
     assert contents(tmp_path) == first
 
     (tmp_path / "000002.png").write_bytes(first["000002.png"][:-25])
@@ -152,8 +155,8 @@ def test_a_run_that_was_cut_off_continues(nets, tmp_path, monkeypatch):
     assert (code, output.strip().splitlines()[-1]) == (1, "Error: the power went out")  # below the progress bar
     code, output = run(*arguments, net=nets / "main")
     assert code == 0
-    assert "4 of 6 images are there already" in output
-    assert "holds these images already" in run(*arguments, net=nets / "main")[1]
+    assert "Skipping 4 of 6 images that already exist" in output
+    assert "already holds these images" in run(*arguments, net=nets / "main")[1]
 
 
 def test_other_settings_are_refused_until_overwritten(nets, tmp_path):
@@ -241,3 +244,26 @@ def test_wrong_input_is_one_clear_line_and_leaves_nothing(nets, tmp_path, argume
     (line,) = [line for line in output.splitlines() if line.startswith("Error:")]
     assert wrong in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_fits_on_two_screens_in_sections_with_everyday_options_first():
+    lines = CliRunner().invoke(generate.main, ["--help"]).output.splitlines()
+    assert len(lines) < 80
+    titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["Networks:", "Seeds and output:", "Guidance:", "Sampler:", "Other:"]
+    options = [line.split()[0] for line in lines if line.startswith("  --")]
+    for title, first in (("Networks:", ["--net", "--gnet"]), ("Seeds and output:", ["--seeds", "--outdir", "--class"])):
+        start = lines.index(title) + 1
+        assert [line.split()[0] for line in lines[start : start + len(first)]] == first
+    assert options.index("--guidance") < options.index("--S_churn")
+
+
+@pytest.mark.parametrize("config", [Request, Sampler, Churn, TimeTravel], ids=lambda config: config.__name__)
+def test_help_says_what_the_fields_say_with_their_defaults(config):
+    shown = " ".join(CliRunner().invoke(generate.main, ["--help"]).output.split())
+    for field in dataclasses.fields(config):
+        if "option" in field.metadata:
+            assert field.metadata["option"] in shown
+            default = field.metadata.get("default") or default_text(field)
+            end = f" [default: {default}]" if field.default not in (None, False, dataclasses.MISSING) else ""
+            assert f"{field.metadata['help']}{end}" in shown

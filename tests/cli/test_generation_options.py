@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from edm2kit.cli.generation import Request
 from edm2kit.cli.generation_options import generation_options, parse_request
 from edm2kit.guidance.guided import Guided
-from edm2kit.guidance.registry import METHODS, NO_GUIDANCE, Choice, Method, Option
+from edm2kit.guidance.registry import METHODS, NO_GUIDANCE, RULES, Choice, Method, Option
 from edm2kit.sampling.solvers import Churn, Sampler
 from edm2kit.sampling.time_travel import TimeTravel
 
@@ -73,9 +73,9 @@ def test_classes():
         ("--gnet b --guidance 2 --interval nan,2", "runs backwards"),
         ("--guidance-method pair --guidance 2", "pair needs --gnet"),
         ("--guidance-method none --gnet b", "none takes no --gnet"),
-        ("--guidance-method pear", "'pear' is not one of 'none', 'pair'"),
-        ("--class 3 --balanced", "--balanced is for all classes"),
-        ("--steps 0", "0 is not in the range x>=1"),
+        ("--guidance-method pear", "'pear' is not one of none, pair"),
+        ("--class 3 --balanced", "--balanced cycles through all classes"),
+        ("--steps 0", "0 is not at least 1"),
         ("--precision fp8", "'fp8' is not one of"),
     ],
 )
@@ -98,7 +98,10 @@ def test_options_of_methods_come_from_the_registry(monkeypatch):
     assert parse(*chosen, "--blur-radius", "2")[0].guidance == Choice("blur", 3.0, options={"blur_radius": 2.0})
     assert "-1 is not above 0" in parse(*chosen, "--blur-radius", "-1")[2]
     assert "belongs to --guidance-method blur, not none" in " ".join(parse("--blur-radius", "2")[2].split())
-    assert "away from a blurred image (2 main)" in " ".join(parse("--help")[2].split())
+    assert "blur: away from a blurred image (2 main)" in parse("--help-guidance", "list")[2]
+    text = parse("--help-guidance", "blur")[2]
+    assert "away from a blurred image" in text
+    assert "--blur-radius  how wide  [default: 1.5]" in text
 
 
 def test_methods_add_up_under_a_rule_and_a_schedule():
@@ -150,10 +153,31 @@ def test_guidance_that_does_not_combine_is_a_usage_error(arguments, wrong):
     assert wrong in " ".join(output.split())
 
 
-def test_help_has_a_line_for_each_method_with_its_cost():
-    lines = [line.strip() for line in parse("--help")[2].splitlines()]
+def test_the_list_has_a_line_for_each_method_with_its_cost():
+    request, exit_code, output = parse("--help-guidance", "list")
+    assert (request, exit_code) == (None, 0)
+    lines = output.splitlines()
     for name, method in METHODS.items():
         assert f"{name}: {method.summary} ({method.evaluations})" in lines
+
+
+@pytest.mark.parametrize("name", [*METHODS, *RULES])
+def test_help_for_a_method_shows_its_own_options_which_the_general_help_leaves_out(name):
+    owner = {**METHODS, **RULES}[name]
+    _, exit_code, output = parse("--help-guidance", name)
+    words, general = " ".join(output.split()), parse("--help")[2]
+    assert exit_code == 0
+    assert words.startswith(f"{name}: {owner.summary}")
+    for option in owner.options:
+        assert f"--{option.name} " in words
+        assert option.help in words
+        assert f"--{option.name} " not in general
+
+
+def test_help_for_an_unknown_method_names_the_known_ones():
+    _, exit_code, output = parse("--help-guidance", "pear")
+    assert exit_code == 2
+    assert "expected one of list, none, " in " ".join(output.split())
 
 
 def test_the_table_needs_no_network():
