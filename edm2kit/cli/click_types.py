@@ -101,6 +101,19 @@ def section(title: str, *options: Decorator) -> Decorator:
     return decorate
 
 
+def printing_option(name: str, text: Callable[[Any], str], help: str, metavar: str | None = None) -> Decorator:
+    """An option that prints `text(value)` and ends the command; a flag unless it has a metavar."""
+
+    def show(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+        if value and not ctx.resilient_parsing:
+            click.echo(text(value))
+            ctx.exit()
+
+    return click.option(
+        name, metavar=metavar, is_flag=metavar is None, is_eager=True, expose_value=False, callback=show, help=help
+    )
+
+
 def options_from(config: type, *names: str) -> list[Decorator]:
     """Click options for fields of a dataclass: those in `names`, or all that have one.
 

@@ -85,13 +85,8 @@ def _sections() -> list[cli.Decorator]:
             "Networks",
             *cli.options_from(Request, "net", "gnet", "uncond"),
             click.option("--preset", metavar="NAME", help="Published networks and settings; other options override"),
-            click.option(
-                "--list-presets",
-                is_flag=True,
-                is_eager=True,
-                expose_value=False,
-                callback=_print_presets,
-                help="Print the names of presets and exit",
+            cli.printing_option(
+                "--list-presets", lambda _: "\n".join(load_presets()), "Print the names of presets and exit"
             ),
             *cli.options_from(Request, "precision", "vae", "compiled"),
         ),
@@ -156,22 +151,13 @@ def _guidance_options() -> list[cli.Decorator]:
             default=Choice.schedule,
             help=f"How weights vary: {', '.join(SCHEDULES)}",
         ),
-        click.option(
+        cli.printing_option(
             "--help-guidance",
-            metavar="METHOD",
-            is_eager=True,
-            expose_value=False,
-            callback=_print_method,
-            help="Describe a method or rule and its own options; list: name them all",
+            method_help,
+            "Describe a method or rule and its own options; list: name them all",
+            "METHOD",
         ),
-        click.option(
-            "--list-guidance",
-            is_flag=True,
-            is_eager=True,
-            expose_value=False,
-            callback=_print_table,
-            help="Print the table of methods and rules and exit",
-        ),
+        cli.printing_option("--list-guidance", lambda _: table_text(), "Print the table of methods and rules and exit"),
     ]
 
 
@@ -199,32 +185,15 @@ def _method_option_help(option: Option) -> str:
     return f"{option.help}  [default: {default}]"
 
 
-def _print_presets(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    if value and not ctx.resilient_parsing:
-        click.echo("\n".join(load_presets()))
-        ctx.exit()
-
-
-def _print_table(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    if value and not ctx.resilient_parsing:
-        click.echo(table_text())
-        ctx.exit()
-
-
-def _print_method(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    if value is None or ctx.resilient_parsing:
-        return
-    if value == "list":
-        click.echo("\n".join(method_lines()))
-    elif value in _owners():
-        click.echo(method_help(value))
-    else:
-        raise click.UsageError(f"--help-guidance {value}: expected one of list, {', '.join(_owners())}")
-    ctx.exit()
-
-
 def method_help(name: str) -> str:
-    """What --help-guidance prints for a method or rule: its description, then its own options with their defaults."""
+    """What --help-guidance prints: a line per method for "list", else the description and options of one method or rule.
+
+    Raises click.UsageError for an unknown name.
+    """
+    if name == "list":
+        return "\n".join(method_lines())
+    if name not in _owners():
+        raise click.UsageError(f"--help-guidance {name}: expected one of list, {', '.join(_owners())}")
     owner = _owners()[name]
     formatter = click.HelpFormatter()
     formatter.write_text(f"{name}: {owner.summary}.")
