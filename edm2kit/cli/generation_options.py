@@ -14,8 +14,7 @@ from edm2kit.cli.presets import find_preset, load_presets
 from edm2kit.guidance.registry import METHODS, RULES, Choice, Method, Option, Rule, methods_of
 from edm2kit.guidance.table import method_lines, table_text
 from edm2kit.guidance.weight_schedule import SCHEDULES
-from edm2kit.sampling.solvers import Churn, Sampler
-from edm2kit.sampling.time_travel import TimeTravel
+from edm2kit.sampling.solvers import Churn, Sampler, TimeTravel
 
 SECTIONS = ("Networks", "Seeds and output", "Guidance", "Sampler")  # the order of --help
 _WITH_GUIDE = "pair"  # the method if --gnet is given and no method is named

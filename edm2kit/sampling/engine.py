@@ -1,35 +1,40 @@
-"""From seeds to images."""
+"""Generating images from seeds: noise, class labels, the solver and the decoder, in batches."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from edm2kit.conditions import ClassLabels, ConditionLike, FloatVectors
 from edm2kit.denoiser import Denoiser, for_images
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.rng import StackedGenerator, derive_seed
 
-Sampling = Callable[..., torch.Tensor]  # (denoiser, noise, labels, randn_like) -> x0
+Sampling = Callable[..., torch.Tensor]  # (denoiser, noise, condition, randn_like) -> x0
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Finished images; row k of everything belongs to seeds[k]."""
+    """Finished images; row k of every field belongs to seeds[k]."""
 
     seeds: tuple[int, ...]
-    classes: torch.Tensor | None  # int64 [N], class indices; None from a denoiser without labels
-    latents: torch.Tensor  # float32 [N,C,H,W], what the solver returned
+    classes: torch.Tensor | None  # int64 [N], class indices; None without classes
+    latents: torch.Tensor  # float32 [N,C,H,W], the result of the solver
     images: torch.Tensor  # uint8 [N,C,H,W], decoded
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Draws images from a denoiser: image k depends on seed k alone, whatever the batch and the number of ranks.
+    """Generates images with a denoiser; image k depends on seed k only, not on the batch or the number of ranks.
 
-    `sampler` is (denoiser, noise, labels, randn_like) -> x0, such as `edm2kit.sampling.solvers.Sampler`; `decode` turns
-    float32 latents [N,C,H,W] into uint8 images. `shape` is that of one latent, (C, H, W); `label_dim` the number of
-    classes, 0 for none. Where `classes` is given, seed s gets class classes[s % len(classes)] instead of a random
-    one: a list in equal shares, over any range of seeds.
+    `sampler` is (denoiser, noise, condition, randn_like) -> x0, such as `edm2kit.sampling.solvers.Sampler`. `decode`
+    turns float32 latents [N,C,H,W] into uint8 images. `shape` is the shape of one latent, (C, H, W).
+
+    `label_dim` is the number of classes, 0 for an unconditional denoiser. Each image gets a random class; with
+    `classes`, seed s gets class classes[s % len(classes)]. For a denoiser conditioned on float vectors, `vectors`
+    [M, label_dim] are those to choose from, and `classes` are rows of it.
+
+    Example: `Engine(net, encoder.decode, Sampler(), (3, 64, 64), net.label_dim, torch.device("cpu")).generate(range(4))`
     """
 
     denoiser: Denoiser
@@ -39,45 +44,56 @@ class Engine:
     label_dim: int
     device: torch.device
     classes: Sequence[int] | None = None
+    vectors: torch.Tensor | None = None
 
     def batches(self, seeds: Sequence[int], batch_size: int) -> Iterator[ImageBatch]:
-        """The images of `seeds`, in that order, at most `batch_size` at a time; no batch for no seeds.
+        """The images of `seeds`, in that order, at most `batch_size` at a time; no batches if there are no seeds.
 
-        Raises ValueError where an image is not finite, naming its seed.
+        Raises ValueError, naming the seed, if an image is not finite.
         """
         for start in range(0, len(seeds), batch_size):
-            yield self.draw(seeds[start : start + batch_size])
+            yield self.generate(seeds[start : start + batch_size])
 
     @torch.no_grad()
-    def draw(self, seeds: Sequence[int]) -> ImageBatch:
-        """The images of `seeds` as one batch."""
+    def generate(self, seeds: Sequence[int]) -> ImageBatch:
+        """The images of `seeds` as one batch. Raises ValueError, naming the seed, if an image is not finite."""
         rng = StackedGenerator(self.device, seeds)
-        # noise before label, and the label drawn even if its class is forced: either change shifts every image
+        # Noise before label, and the label drawn even if its class is given: another order would change every image.
         noise = rng.randn([len(seeds), *self.shape])
-        classes = self._classes(rng, seeds)
-        labels = None if classes is None else torch.nn.functional.one_hot(classes, self.label_dim).float()
+        picked = self._pick_conditions(rng, seeds)
+        condition = self._condition(picked)
 
-        # a stream of its own, so that a method that draws at random shifts nobody's sampler noise
-        own = StackedGenerator(self.device, [derive_seed(seed, "guidance") for seed in seeds])
-        latents = self.sampler(for_images(self.denoiser, own), noise, labels, rng.randn_like).float()
+        # a generator of its own, so that random numbers of a guidance method leave the sampler's noise unchanged
+        guidance_rng = StackedGenerator(self.device, [derive_seed(seed, "guidance") for seed in seeds])
+        latents = self.sampler(for_images(self.denoiser, guidance_rng), noise, condition, rng.randn_like).float()
 
         finite = latents.isfinite().flatten(1).all(dim=1).tolist()
         if not all(finite):
             raise ValueError(
-                f"the image of seed {seeds[finite.index(False)]} is not finite; is the network in half precision? "
-                "Try bfloat16 or float32, or a guidance weight nearer to 1"
+                f"the image of seed {seeds[finite.index(False)]} is not finite; if the network computes in float16, "
+                "try bfloat16 or float32, or use a guidance weight closer to 1"
             )
+        classes = picked if self.vectors is None else None
         return ImageBatch(tuple(seeds), classes, latents, self.decode(latents))
 
-    def _classes(self, rng: StackedGenerator, seeds: Sequence[int]) -> torch.Tensor | None:
+    def _pick_conditions(self, rng: StackedGenerator, seeds: Sequence[int]) -> torch.Tensor | None:
+        """The class, or the row of `vectors`, of each image: int64 [N]; None for an unconditional denoiser."""
         if self.label_dim == 0:
             return None
-        drawn = rng.randint(self.label_dim, size=[len(seeds)])
+        drawn = rng.randint(self.label_dim if self.vectors is None else len(self.vectors), size=[len(seeds)])
         if self.classes is None:
             return drawn
         return torch.tensor([self.classes[seed % len(self.classes)] for seed in seeds], device=self.device)
 
+    def _condition(self, picked: torch.Tensor | None) -> ConditionLike:
+        if picked is None:
+            return None
+        if self.vectors is None:
+            return ClassLabels.of(picked, self.label_dim).one_hot
+        vectors = self.vectors.to(self.device)
+        return FloatVectors(vectors[picked], vectors)
+
 
 def share_of_rank(seeds: Sequence[int]) -> Sequence[int]:
-    """The part of `seeds` that is this rank's to draw: every world_size-th one, possibly none."""
+    """The part of `seeds` that this rank generates: every world_size-th one, possibly none."""
     return seeds[dist.rank() :: dist.world_size()]

@@ -1,4 +1,4 @@
-"""Noise levels of the steps of a sampling run."""
+"""Noise levels at which a solver evaluates the denoiser."""
 
 import math
 
@@ -13,10 +13,12 @@ def karras_sigmas(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Noise levels that fall from `sigma_max` to `sigma_min` evenly in sigma^(1/rho), then 0.
+    """Noise levels that fall from `sigma_max` to `sigma_min`, evenly spaced in sigma^(1/rho), followed by 0.
 
-    Returns [num_steps + 1], computed in float64 and rounded to `dtype`; one step goes from `sigma_max` to 0.
-    Raises ValueError on a schedule that does not fall. Karras et al. 2022 (EDM), Eq. 5.
+    Returns [num_steps + 1], computed in float64 and rounded to `dtype`; a single step goes from `sigma_max` to 0.
+    Raises ValueError if the levels would not fall. Karras et al. 2022 (EDM), Eq. 5.
+
+    Example: `karras_sigmas(32, 0.002, 80, 7)`
     """
     if num_steps < 1:
         raise ValueError(f"steps is {num_steps}; expected at least 1")

@@ -1,15 +1,64 @@
-"""Solvers: from noise to an image along the probability-flow ODE, or with fresh noise along the way."""
+"""Solvers, from noise to an image: Heun, Euler (deterministic DDIM), ERK-Guid and time travel, all with optional churn.
 
-from dataclasses import dataclass, field
+A solver is a function `(denoiser, noise, sigmas, condition, randn_like) -> x0`. It knows nothing about networks,
+weights or guidance. To add one, write such a function and enter it in SOLVERS.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
+from edm2kit.conditions import ConditionLike
 from edm2kit.denoiser import Denoiser, after_step, for_step
-from edm2kit.sampling.churn import NO_CHURN, Churn, RandnLike
-from edm2kit.sampling.erk import Stiffness, erk
 from edm2kit.sampling.noise_levels import karras_sigmas
-from edm2kit.sampling.time_travel import TimeTravel, time_travel
+
+RandnLike = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _refuse_negative(settings: "Churn | Stiffness") -> None:
+    for name, value in asdict(settings).items():
+        if not value >= 0:  # also refuses NaN
+            raise ValueError(f"{name} is {value:g}; expected a number of at least 0")
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Noise added before each step, which turns a solver of the ODE into one of an SDE; none by default.
+
+    `S_churn` is spread over the steps with sigma in [S_min, S_max]; `S_noise` scales the added noise. Raises
+    ValueError on a negative setting. The metadata of a field describes its command-line option. Karras et al. 2022
+    (EDM), Alg. 2.
+    """
+
+    S_churn: float = field(
+        default=0.0, metadata={"option": "--S_churn", "help": "Amount of added noise; 0: none", "min": 0}
+    )
+    S_min: float = field(
+        default=0.0, metadata={"option": "--S_min", "help": "Lowest noise level that gets noise", "min": 0}
+    )
+    S_max: float = field(
+        default=math.inf, metadata={"option": "--S_max", "help": "Highest noise level that gets noise", "min": 0}
+    )
+    S_noise: float = field(default=1.0, metadata={"option": "--S_noise", "help": "Scale of the added noise", "min": 0})
+
+    def __post_init__(self) -> None:
+        _refuse_negative(self)
+
+    def raise_noise(
+        self, x: torch.Tensor, i: int, sigmas: torch.Tensor, randn_like: RandnLike
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x` at the start of step i with noise added, and its new noise level."""
+        sigma, num_steps = sigmas[i], len(sigmas) - 1
+        if self.S_churn == 0 or not self.S_min <= float(sigma) <= self.S_max:
+            return x, sigma
+        sigma_hat = sigma * (1 + min(self.S_churn / num_steps, math.sqrt(2) - 1))
+        return x + self.S_noise * (sigma_hat**2 - sigma**2).sqrt() * randn_like(x), sigma_hat
+
+
+NO_CHURN = Churn()
 
 
 @torch.no_grad()
@@ -17,24 +66,24 @@ def heun(
     denoiser: Denoiser,
     noise: torch.Tensor,
     sigmas: torch.Tensor,
-    labels: torch.Tensor | None = None,
+    condition: ConditionLike = None,
     randn_like: RandnLike = torch.randn_like,
     churn: Churn = NO_CHURN,
 ) -> torch.Tensor:
-    """Second-order steps, Euler to the last; 2N - 1 evaluations for N steps.
+    """Second-order steps, the last one first-order: 2N - 1 evaluations for N steps.
 
-    `noise` [N,C,H,W] of unit variance, `sigmas` falling and ending in 0. The state and the result have the dtype
-    of `sigmas`. Karras et al. 2022 (EDM), Alg. 1 and, with churn, Alg. 2.
+    `noise` [N,C,H,W] has unit variance; `sigmas` [num_steps + 1] fall and end with 0. The state and the result have
+    the dtype of `sigmas`. `randn_like` is only called with churn. Karras et al. 2022 (EDM), Alg. 1; Alg. 2 with churn.
     """
     x = noise.to(sigmas.dtype) * sigmas[0]
     for i in range(len(sigmas) - 1):
         D = for_step(denoiser, i, sigmas)
         x_hat, sigma_hat = churn.raise_noise(x, i, sigmas, randn_like)
         sigma_next = sigmas[i + 1]
-        d = (x_hat - D(x_hat, sigma_hat, labels).to(x.dtype)) / sigma_hat
+        d = (x_hat - D(x_hat, sigma_hat, condition).to(x.dtype)) / sigma_hat
         x = x_hat + (sigma_next - sigma_hat) * d
         if i < len(sigmas) - 2:
-            d_next = (x - D(x, sigma_next, labels).to(x.dtype)) / sigma_next
+            d_next = (x - D(x, sigma_next, condition).to(x.dtype)) / sigma_next
             x = x_hat + (sigma_next - sigma_hat) * (d + d_next) / 2
         x = after_step(D, x, i, sigmas)
     return x
@@ -45,32 +94,178 @@ def euler(
     denoiser: Denoiser,
     noise: torch.Tensor,
     sigmas: torch.Tensor,
-    labels: torch.Tensor | None = None,
+    condition: ConditionLike = None,
     randn_like: RandnLike = torch.randn_like,
     churn: Churn = NO_CHURN,
 ) -> torch.Tensor:
-    """First-order steps, one evaluation each (deterministic DDIM in these variables); arguments as in `heun`."""
+    """First-order steps, one evaluation each; in these variables the same as deterministic DDIM.
+
+    Arguments as in `heun`. Song et al. 2020 (DDIM); Karras et al. 2022 (EDM), App. B.
+    """
     x = noise.to(sigmas.dtype) * sigmas[0]
     for i in range(len(sigmas) - 1):
         D = for_step(denoiser, i, sigmas)
         x, sigma_hat = churn.raise_noise(x, i, sigmas, randn_like)
-        d = (x - D(x, sigma_hat, labels).to(x.dtype)) / sigma_hat
+        d = (x - D(x, sigma_hat, condition).to(x.dtype)) / sigma_hat
         x = after_step(D, x + (sigmas[i + 1] - sigma_hat) * d, i, sigmas)
     return x
 
 
-SOLVERS = {"heun": heun, "euler": euler, "erk": erk, "time-travel": time_travel}
-# what a solver takes as its last argument, where it has settings of its own
+@dataclass(frozen=True)
+class Stiffness:
+    """The strength of ERK-Guid's correction (`w_stiff`; 0 is Heun) and the stiffness from which on it acts (`w_con`).
+
+    Published values are 0.5 to 2.5 (more for more steps) and 0.1 to 0.5. Raises ValueError on a negative setting.
+    """
+
+    w_stiff: float = 1.0
+    w_con: float = 0.25
+
+    def __post_init__(self) -> None:
+        _refuse_negative(self)
+
+    def correction(
+        self, x: torch.Tensor, d: torch.Tensor, x_before: torch.Tensor, d_before: torch.Tensor, h: torch.Tensor
+    ) -> torch.Tensor:
+        """-h (w_stiff h rho)^2 <d, v> v where rho > w_con, else 0; see `erk`."""
+        rho, v = stiffness_of(x, d, x_before, d_before)
+        along = (d * v).sum(dim=tuple(range(1, d.ndim)), keepdim=True)
+        return torch.where(rho > self.w_con, -h * (self.w_stiff * h * rho) ** 2 * along * v, 0.0)
+
+
+DEFAULT_STIFFNESS = Stiffness()
+
+
+def stiffness_of(
+    x: torch.Tensor, d: torch.Tensor, x_before: torch.Tensor, d_before: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How fast the slope changes between two points at the same noise level, and in which direction.
+
+    Points and slopes are [N,C,H,W]. Returns |d - d'| / |x - x'| per image, [N,1,1,1], and the unit vector along
+    d - d'; both are 0 if nothing changes.
+    """
+    pixels = tuple(range(1, x.ndim))
+    change = d - d_before
+    length = torch.linalg.vector_norm(change, dim=pixels, keepdim=True)
+    distance = torch.linalg.vector_norm(x - x_before, dim=pixels, keepdim=True)
+    known = (length > 0) & (distance > 0)
+    return torch.where(known, length / distance, 0.0), torch.where(known, change / length, 0.0)
+
+
+@torch.no_grad()
+def erk(
+    denoiser: Denoiser,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    condition: ConditionLike = None,
+    randn_like: RandnLike = torch.randn_like,
+    churn: Churn = NO_CHURN,
+    stiffness: Stiffness = DEFAULT_STIFFNESS,
+) -> torch.Tensor:
+    """ERK-Guid: Heun steps corrected along the direction in which the slope changes most; 2N - 1 evaluations.
+
+    Each step is followed by a move of -h z^2 <d, v> v. Two points at the same noise level, the Euler prediction of the
+    last step and its result, give the direction v in which their slopes differ and the rate rho of the difference; h
+    is the width of the step and z = w_stiff h rho. There is no correction for images with rho up to `w_con`, in the
+    first and the last step, and after churn (the two points then have different noise levels). Other arguments as in
+    `heun`. See docs/guidance.md.
+    """
+    x = noise.to(sigmas.dtype) * sigmas[0]
+    euler_point = None  # (x, d) at the Euler prediction of the last step
+    for i in range(len(sigmas) - 1):
+        D = for_step(denoiser, i, sigmas)
+        x_hat, sigma_hat = churn.raise_noise(x, i, sigmas, randn_like)
+        sigma_next = sigmas[i + 1]
+        d = (x_hat - D(x_hat, sigma_hat, condition).to(x.dtype)) / sigma_hat
+        x = x_hat + (sigma_next - sigma_hat) * d
+        if i < len(sigmas) - 2:
+            d_next = (x - D(x, sigma_next, condition).to(x.dtype)) / sigma_next
+            predicted = (x, d_next)
+            x = x_hat + (sigma_next - sigma_hat) * (d + d_next) / 2
+            if euler_point is not None and sigma_hat == sigmas[i]:
+                x = x + stiffness.correction(x_hat, d, *euler_point, sigma_hat - sigma_next)
+            euler_point = predicted
+        x = after_step(D, x, i, sigmas)
+    return x
+
+
+@dataclass(frozen=True)
+class TimeTravel:
+    """How many times to take the steps from noise levels in (`sigma_lo`, `sigma_hi`]; all others are taken once.
+
+    The defaults are those of FreeDoM on ImageNet (Yu et al. 2023: t from 500 to 800). Raises ValueError if `times` is
+    below 1 or the levels are in the wrong order.
+    """
+
+    times: int = field(
+        default=10, metadata={"option": "--travel-times", "help": "How often time-travel takes a step", "min": 1}
+    )
+    sigma_lo: float = 3.4
+    sigma_hi: float = 26.0
+
+    def __post_init__(self) -> None:
+        if self.times < 1:
+            raise ValueError(f"time travel takes a step {self.times} times; expected at least 1")
+        if not 0 <= self.sigma_lo <= self.sigma_hi:
+            raise ValueError(f"time travel in ({self.sigma_lo:g}, {self.sigma_hi:g}]; expected 0 <= lo <= hi")
+
+    def times_at(self, sigma: torch.Tensor) -> int:
+        """How many times to take the step that starts at `sigma`."""
+        return self.times if self.sigma_lo < float(sigma) <= self.sigma_hi else 1
+
+
+FREEDOM = TimeTravel()
+
+
+@torch.no_grad()
+def time_travel(
+    denoiser: Denoiser,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    condition: ConditionLike = None,
+    randn_like: RandnLike = torch.randn_like,
+    churn: Churn = NO_CHURN,
+    travel: TimeTravel = FREEDOM,
+) -> torch.Tensor:
+    """Euler steps, some of them repeated: fresh noise leads back from sigma_next to sigma, then the step is retaken.
+
+    Also called recurrence or resampling. Each repetition costs one evaluation and is a step of its own to the denoiser.
+    With an exact denoiser the way back leaves the distribution of x unchanged. Other arguments as in `heun`. Lugmayr et
+    al. 2022 (RePaint), Sec. 4.2; Yu et al. 2023 (FreeDoM), Alg. 2.
+    """
+    x = noise.to(sigmas.dtype) * sigmas[0]
+    for i in range(len(sigmas) - 1):
+        sigma, sigma_next = sigmas[i], sigmas[i + 1]
+        for repetitions_left in reversed(range(travel.times_at(sigma))):
+            D = for_step(denoiser, i, sigmas)
+            x, sigma_hat = churn.raise_noise(x, i, sigmas, randn_like)
+            d = (x - D(x, sigma_hat, condition).to(x.dtype)) / sigma_hat
+            x = after_step(D, x + (sigma_next - sigma_hat) * d, i, sigmas)
+            if repetitions_left:
+                x = x + (sigma**2 - sigma_next**2).sqrt() * randn_like(x)
+    return x
+
+
+SOLVERS: dict[str, Callable[..., torch.Tensor]] = {
+    "heun": heun,
+    "euler": euler,
+    "erk": erk,
+    "time-travel": time_travel,
+}
+# the settings of a solver's own, which it takes as its last argument
 SETTINGS: dict[str, type] = {"erk": Stiffness, "time-travel": TimeTravel}
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A solver with its noise levels: (denoiser, noise, labels, randn_like) -> x0, in `dtype`.
+    """A solver with its noise levels: a callable (denoiser, noise, condition, randn_like) -> x0, in `dtype`.
 
-    The defaults are those of the published EDM2 results. `settings` are the solver's own, such as a `TimeTravel`;
-    None means its defaults. Raises ValueError on settings that make no schedule or belong to another solver, an
-    unknown solver, or a `dtype` below float32. The metadata of a field describes its command-line option.
+    The defaults are those of the published EDM2 results. `settings` are those of the solver itself, such as a
+    `TimeTravel`; None means its defaults. Raises ValueError on an unknown solver, settings of another solver, noise
+    levels that do not fall, or a `dtype` other than float32 and float64. The metadata of a field describes its
+    command-line option.
+
+    Example: `images = Sampler(num_steps=18, solver="euler")(denoiser, noise, labels)`
     """
 
     num_steps: int = field(default=32, metadata={"option": "--steps", "help": "Number of steps", "min": 1})
@@ -105,11 +300,13 @@ class Sampler:
         self,
         denoiser: Denoiser,
         noise: torch.Tensor,
-        labels: torch.Tensor | None = None,
+        condition: ConditionLike = None,
         randn_like: RandnLike = torch.randn_like,
     ) -> torch.Tensor:
+        """Turn `noise` [N,C,H,W] of unit variance into x0, of the same shape."""
         own = () if self.settings is None else (self.settings,)
-        return SOLVERS[self.solver](denoiser, noise, self.sigmas(noise.device), labels, randn_like, self.churn, *own)
+        sigmas = self.sigmas(noise.device)
+        return SOLVERS[self.solver](denoiser, noise, sigmas, condition, randn_like, self.churn, *own)
 
 
 PUBLISHED = Sampler()
@@ -118,7 +315,7 @@ PUBLISHED = Sampler()
 def edm_sampler(
     denoiser: Denoiser,
     noise: torch.Tensor,
-    labels: torch.Tensor | None = None,
+    labels: ConditionLike = None,
     *,
     num_steps: int = Sampler.num_steps,
     sigma_min: float = Sampler.sigma_min,
@@ -131,10 +328,12 @@ def edm_sampler(
     dtype: torch.dtype = Sampler.dtype,
     randn_like: RandnLike = torch.randn_like,
 ) -> torch.Tensor:
-    """The EDM sampler: Heun steps on the Karras schedule.
+    """The EDM sampler: Heun steps at the noise levels of Karras et al., with EDM2's names for all settings.
 
-    `noise` [N,C,H,W] of unit variance; `labels` [N,K] or None, handed to the denoiser as they are. Returns x0 in
-    `dtype` (float32 or float64, the solver's own precision). Karras et al. 2022 (EDM), Alg. 2.
+    `noise` [N,C,H,W] has unit variance; `labels`, [N,K] or another condition, go to the denoiser unchanged. Returns x0
+    in `dtype` (float32 or float64, the precision of the solver). Karras et al. 2022 (EDM), Alg. 2.
+
+    Example: `edm_sampler(Guided(main, guide, 2.0), torch.randn(4, 3, 64, 64), labels, num_steps=32)`
     """
     churn = Churn(S_churn=S_churn, S_min=S_min, S_max=S_max, S_noise=S_noise)
     sampler = Sampler(num_steps, sigma_min, sigma_max, rho, churn, dtype=dtype)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from edm2kit.sampling.time_travel import TimeTravel
 from PIL import Image
 
 from edm2kit.cli import generate
@@ -17,7 +18,6 @@ from edm2kit.cli.click_types import default_text
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.sampling.engine import Engine
 from edm2kit.sampling.solvers import Churn, Sampler
-from edm2kit.sampling.time_travel import TimeTravel
 from tests.support import ROOT
 from tests.support.fakes import tiny_snapshot
 
@@ -210,7 +210,7 @@ def test_grey_images_without_classes(nets, tmp_path):
 @pytest.mark.parametrize("net", ["main", "grey"])
 def test_pixels_are_those_of_the_engine(nets, tmp_path, net):
     assert run("--seeds", "3", "--outdir", tmp_path, net=nets / net)[0] == 0
-    batch = prepare(Request(str(nets / net), sampler=Sampler(3)), torch.device("cpu")).engine.draw([3])
+    batch = prepare(Request(str(nets / net), sampler=Sampler(3)), torch.device("cpu")).engine.generate([3])
     made = np.asarray(Image.open(tmp_path / "000003.png")).reshape(8, 8, -1)
     assert np.array_equal(made, batch.images[0].permute(1, 2, 0).numpy())
 

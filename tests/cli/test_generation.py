@@ -45,9 +45,9 @@ def request(snapshots, gnet=None, weight=2.0, interval=None, **other):
 def test_a_smaller_net_and_an_unconditional_net_may_guide(snapshots, gnet):
     generation = prepare(request(snapshots, gnet), CPU)
     assert isinstance(generation.engine.denoiser, Guided)
-    batch = generation.engine.draw([0, 1])
+    batch = generation.engine.generate([0, 1])
     assert batch.images.shape == (2, 3, 8, 8)
-    plain = prepare(request(snapshots), CPU).engine.draw([0, 1])
+    plain = prepare(request(snapshots), CPU).engine.generate([0, 1])
     assert not torch.equal(batch.images, plain.images)
     assert torch.equal(batch.classes, plain.classes)
 
@@ -95,7 +95,7 @@ def test_precision_is_that_inside_the_networks(snapshots):
     assert isinstance(generation.engine.denoiser, Precond)
     assert generation.engine.denoiser.compute_dtype == torch.bfloat16
     assert prepare(request(snapshots), CPU).engine.denoiser.compute_dtype == torch.float32
-    assert generation.engine.draw([0]).latents.dtype == torch.float32
+    assert generation.engine.generate([0]).latents.dtype == torch.float32
 
 
 def test_networks_are_frozen(snapshots):

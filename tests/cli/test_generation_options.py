@@ -10,8 +10,7 @@ from edm2kit.cli.generation import Request
 from edm2kit.cli.generation_options import generation_options, parse_request
 from edm2kit.guidance.guided import Guided
 from edm2kit.guidance.registry import METHODS, NO_GUIDANCE, RULES, Choice, Method, Option
-from edm2kit.sampling.solvers import Churn, Sampler
-from edm2kit.sampling.time_travel import TimeTravel
+from edm2kit.sampling.solvers import Churn, Sampler, TimeTravel
 
 
 def parse(*arguments):

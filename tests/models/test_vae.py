@@ -139,7 +139,7 @@ def test_a_folder_stands_in_for_the_vae_that_a_snapshot_names(folder, tmp_path):
     encoder = StabilityVAEEncoder("somebody/elsewhere").spec()
     latent = tiny_snapshot(tmp_path / "latent", img_channels=4, encoder=encoder)
     generation = prepare(Request(str(latent), sampler=Sampler(num_steps=2), vae=str(folder)), CPU)
-    assert generation.engine.draw([0]).images.shape == (1, 3, 16, 16)
+    assert generation.engine.generate([0]).images.shape == (1, 3, 16, 16)
     assert generation.settings["vae_sha256"] == vae_sha256(str(folder))
     pixels = tiny_snapshot(tmp_path / "pixels")
     assert prepare(Request(str(pixels)), CPU).settings["vae_sha256"] is None

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -98,21 +99,21 @@ def test_listed_classes_take_turns_by_seed():
 
 
 def test_the_class_reaches_the_denoiser_as_one_hot():
-    batch = engine(ByLabel((0.0, 1.0, 2.0, 3.0))).draw(SEEDS)
+    batch = engine(ByLabel((0.0, 1.0, 2.0, 3.0))).generate(SEEDS)
     torch.testing.assert_close(batch.latents, batch.classes.float()[:, None, None, None].expand(-1, 1, 4, 4))
     assert torch.equal(batch.images, decode(batch.latents))
 
 
 def test_without_labels_the_denoiser_gets_none():
     counting = Counting(Constant(0.0))
-    batch = engine(counting, label_dim=0).draw(SEEDS)
+    batch = engine(counting, label_dim=0).generate(SEEDS)
     assert batch.classes is None
     assert all(labels is None for _, labels in counting.calls)
 
 
 def test_a_method_that_draws_at_random_shifts_no_sampler_noise():
-    drawing = engine(Jittered(Gaussian(0, 1), scale=0.0), churn=3).draw(SEEDS)
-    assert torch.equal(drawing.latents, engine(Gaussian(0, 1), churn=3).draw(SEEDS).latents)
+    drawing = engine(Jittered(Gaussian(0, 1), scale=0.0), churn=3).generate(SEEDS)
+    assert torch.equal(drawing.latents, engine(Gaussian(0, 1), churn=3).generate(SEEDS).latents)
 
 
 class Drawing(Gaussian):
@@ -125,7 +126,7 @@ class Drawing(Gaussian):
 
 def test_what_a_method_draws_is_not_the_noise_over_again():
     drawing = Drawing(0, 1)
-    engine(drawing).draw(SEEDS)
+    engine(drawing).generate(SEEDS)
     start, _, _ = noise_of({}, SEEDS, 13)
     assert torch.corrcoef(torch.stack([drawing.drawn[0].flatten(), start.flatten()]))[0, 1].abs() < 0.3
 
@@ -138,7 +139,7 @@ def test_what_a_method_draws_belongs_to_the_image():
 
 def test_the_denoiser_follows_the_run():
     following = Following(Gaussian(0, 1))
-    engine(following).draw(SEEDS)
+    engine(following).generate(SEEDS)
     assert following.heard[:2] == [("for_images", len(SEEDS)), ("for_step", 0)]
 
 
@@ -149,4 +150,23 @@ def test_an_image_that_is_not_finite_is_refused_by_seed():
         return D
 
     with pytest.raises(ValueError, match="seed 101 is not finite"):
-        engine(denoiser).draw((100, 101))
+        engine(denoiser).generate((100, 101))
+
+
+def test_a_denoiser_of_float_vectors_gets_rows_of_those_given():
+    vectors = torch.tensor([[0.5, 1.5], [2.0, 3.0], [4.0, 5.0]])
+    seen = []
+
+    def denoiser(x, sigma, condition):
+        seen.append(condition)
+        return torch.zeros_like(x)
+
+    made = Engine(denoiser, decode, Sampler(num_steps=1), (1, 4, 4), 2, torch.device("cpu"), vectors=vectors)
+    batch = made.generate(SEEDS)
+    assert batch.classes is None
+    assert {tuple(row) for row in seen[0].values.tolist()} <= {tuple(row) for row in vectors.tolist()}
+    alone = made.generate(SEEDS[3:4])
+    assert torch.equal(alone.latents, batch.latents[3:4])
+    assert torch.equal(seen[1].values, seen[0].values[3:4])
+    replace(made, classes=[1]).generate(SEEDS)
+    assert torch.equal(seen[2].values, vectors[[1] * len(SEEDS)])

@@ -3,9 +3,7 @@ import itertools
 import pytest
 import torch
 
-from edm2kit.sampling.churn import Churn
-from edm2kit.sampling.erk import Stiffness, erk, stiffness_of
-from edm2kit.sampling.solvers import Sampler, heun
+from edm2kit.sampling.solvers import Churn, Sampler, Stiffness, erk, heun, stiffness_of
 from tests.support.fakes import Constant, Counting, Following, Gaussian
 
 NOISE = torch.randn([3, 2, 4, 4], generator=torch.Generator().manual_seed(0), dtype=torch.float64)

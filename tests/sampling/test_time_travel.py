@@ -5,10 +5,8 @@ import torch
 
 from edm2kit.guidance.losses.loss_steps import LevelStep, Pushed
 from edm2kit.guidance.losses.targets import Masked, Measurement
-from edm2kit.sampling.churn import Churn
 from edm2kit.sampling.noise_levels import karras_sigmas
-from edm2kit.sampling.solvers import Sampler, euler
-from edm2kit.sampling.time_travel import TimeTravel, time_travel
+from edm2kit.sampling.solvers import Churn, Sampler, TimeTravel, euler, time_travel
 from edm2kit.torch_utils.rng import StackedGenerator
 from tests.support.fakes import Counting, Following, Gaussian, Mixture
 

@@ -20,7 +20,7 @@ def measure_costs(generations: Mapping[str, Generation], batch: int, rounds: int
     adds, seconds = {}, {name: float("inf") for name in generations}
     for name, generation in generations.items():
         with FlopCounterMode(display=False) as counter:
-            generation.engine.draw(range(batch))
+            generation.engine.generate(range(batch))
         adds[name] = counter.get_total_flops() / 2 / batch
     for _ in range(rounds):
         for name, generation in generations.items():
@@ -32,7 +32,7 @@ def measure_costs(generations: Mapping[str, Generation], batch: int, rounds: int
 
 def _draw_sec(generation: Generation, batch: int) -> float:
     started = time.perf_counter()
-    drawn = generation.engine.draw(range(batch))
+    drawn = generation.engine.generate(range(batch))
     drawn.images.cpu()  # waits for the device
     return time.perf_counter() - started
 

@@ -183,15 +183,15 @@ def test_a_file_is_recorded_by_its_content_not_its_place(picture, tmp_path):
 
 def test_with_a_network_known_pixels_come_out_as_they_are(picture, mask, tmp_path):
     net = str(tiny_snapshot(tmp_path / "net.safetensors", label_dim=0))
-    plain = prepare(Request(net, sampler=Sampler(8)), torch.device("cpu")).engine.draw([0, 1])
+    plain = prepare(Request(net, sampler=Sampler(8)), torch.device("cpu")).engine.generate([0, 1])
     choice = Choice("loss", 2.0, options=parsed(f"kind=inpaint image={picture} mask={mask} backprop=no"))
     generation = prepare(Request(net, guidance=choice, sampler=Sampler(8)), torch.device("cpu"))
-    drawn = generation.engine.draw([0, 1])
+    drawn = generation.engine.generate([0, 1])
     seen = read_picture(picture)[:, :, :4]
     errors = [(batch.latents[..., :4] - seen).abs().mean() for batch in (drawn, plain)]
     assert errors[0] < 0.2 * errors[1]
     assert "picture.png sha256:" in str(generation.settings)
-    torch.testing.assert_close(generation.engine.draw([1]).latents, drawn.latents[1:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(generation.engine.generate([1]).latents, drawn.latents[1:], atol=1e-4, rtol=1e-4)
 
 
 def test_with_a_vae_the_colour_of_the_decoded_picture_follows(tmp_path):
@@ -202,5 +202,5 @@ def test_with_a_vae_the_colour_of_the_decoded_picture_follows(tmp_path):
     for colour in ("0,0,0", "255,255,255"):
         choice = Choice("loss", 20.0, options=parsed(f"kind=colour colour={colour}"))
         engine = prepare(Request(net, guidance=choice, sampler=Sampler(8)), torch.device("cpu")).engine
-        means[colour] = engine.draw([0, 1]).images.float().mean()
+        means[colour] = engine.generate([0, 1]).images.float().mean()
     assert means["0,0,0"] < means["255,255,255"] - 3  # a random decoder: dark anyhow
