@@ -17,8 +17,9 @@ from click.testing import CliRunner, Result
 from edm2kit.cli import reproduce
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.experiments.paper_tables import run
+from edm2kit.experiments.paper_tables.networks import PublishedNetwork
 from edm2kit.experiments.paper_tables.plan import measure_flops
-from edm2kit.experiments.paper_tables.tables import Network, load_table
+from edm2kit.experiments.paper_tables.tables import load_table
 from edm2kit.metrics.detectors.registry import load_detector
 from edm2kit.metrics.reference import FeatureStatistics, Reference, save_reference
 from edm2kit.metrics.scoring import image_statistics, make_scorer
@@ -127,12 +128,12 @@ KILLED = """
 import os, signal, sys
 from edm2kit.cli import reproduce
 from edm2kit.experiments.paper_tables import run
-save = run.Progress.save
+save = run.PartialStatistics.save
 def save_then_die(self, path):
     save(self, path)
     if "guided" in path.name and self.done == 16:
         os.kill(os.getpid(), signal.SIGKILL)
-run.Progress.save = save_then_die
+run.PartialStatistics.save = save_then_die
 reproduce.main()
 """
 
@@ -150,13 +151,13 @@ def test_two_ranks_killed_and_continued_reach_what_one_alone_does(table, tmp_pat
 
     again = tiny.run("scripts/reproduce.py", *line, ranks=2)
     assert again.returncode == 0, again.stderr
-    assert "plain-fd_random: finished before" in again.stdout
-    assert f"16 of {NUM} images are done already" in again.stdout
+    assert "plain-fd_random: complete, skipped" in again.stdout
+    assert f"Resuming after 16 of {NUM} images" in again.stdout
     assert len(mirror.seen) == asked_for  # every file was in the cache
     assert not list((tmp_path / "two").glob("*.partial.npz"))
     rebuilt = read_header(tmp_path / "two" / "networks" / f"{GUIDE}.safetensors")
     assert (rebuilt.nimg, rebuilt.ema_std, len(rebuilt.recipe["inputs"])) == (64 << 20, 0.070, 4)
-    assert rebuilt.recipe["fit"]["error"] == pytest.approx(Network(GUIDE).fit_error, rel=1e-6)
+    assert rebuilt.recipe["fit"]["error"] == pytest.approx(PublishedNetwork.named(GUIDE).fit.error, rel=1e-6)
 
     alone = invoke(*options(table, tmp_path / "one"))
     assert alone.exit_code == 0, alone.output
@@ -181,12 +182,12 @@ def check_report(text: str, found: dict[str, float]) -> None:
     assert "method" not in guided  # no row uses a method other than pairs
     assert (guided["network"], guided["guide"]) == (MAIN, GUIDE)
     assert (guided["weight"], guided["interval"], guided["published"]) == ("2", "(0.1, 100]", "2.5")
-    assert float(guided["least"]) == pytest.approx(min(found.values()), rel=1e-3)
+    assert float(guided["minimum"]) == pytest.approx(min(found.values()), rel=1e-3)
     assert float(guided["difference"]) == pytest.approx(min(found.values()) - 2.5, rel=1e-2)
     assert guided["seeds"] == f"0-{NUM - 1}, {NUM}-{2 * NUM - 1}"
     assert guided["hardware"].startswith("2 x ")
     assert len(guided["commit"]) >= 7
-    for note in ("50,000 images", "least of three", "CUDA generators"):
+    for note in ("50,000 images", "minimum of three", "CUDA random numbers"):
         assert note in text
 
 
@@ -213,7 +214,7 @@ def test_a_file_that_cannot_be_had_does_not_stop_the_others(table, tmp_path, mir
         mirror.files["/refs/toy.npz"] = missing
     assert got.exit_code == 1
     assert "refs/toy.npz: the server answered 404" in got.output
-    assert "Error: 1 of 3 could not be had" in got.output
+    assert "Error: 1 of 3 downloads failed" in got.output
     assert (tmp_path / "out" / "networks" / f"{GUIDE}.safetensors").is_file()
 
 
@@ -226,13 +227,13 @@ def test_a_network_that_cannot_be_had_costs_its_own_cells_only(table, tmp_path, 
         mirror.files[raw] = missing
     assert got.exit_code == 1
     assert re.search(
-        r"Warning: guided-fd_random is left out: .*toy-0067108-0\.100\.pkl: the server answered 404", got.output
+        r"Warning: guided-fd_random is skipped: .*toy-0067108-0\.100\.pkl: the server answered 404", got.output
     )
-    assert got.output.endswith("Error: 1 of 2 cells were left out, for the reasons above; run this again for them\n")
+    assert got.output.endswith("Error: 1 of 2 cells were skipped, see above. Run the same command to try again\n")
     assert len(values(tmp_path / "out", "plain")) == 1
     again = invoke(*line)
     assert again.exit_code == 0, again.output
-    assert "plain-fd_random: finished before" in again.output
+    assert "plain-fd_random: complete, skipped" in again.output
 
 
 def test_throughput_is_measured(table):
@@ -254,7 +255,7 @@ def test_a_value_is_the_distance_of_its_seeds(table, tmp_path):
 
 def test_a_stopped_cell_goes_on_to_the_same_bits(table, tmp_path, monkeypatch):
     assert invoke(*options(table, tmp_path / "whole", "--rows", "plain")).exit_code == 0
-    save, saves = run.Progress.save, []
+    save, saves = run.PartialStatistics.save, []
 
     def save_then_stop(self, path):
         save(self, path)
@@ -262,14 +263,14 @@ def test_a_stopped_cell_goes_on_to_the_same_bits(table, tmp_path, monkeypatch):
         if len(saves) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.Progress, "save", save_then_stop)
+    monkeypatch.setattr(run.PartialStatistics, "save", save_then_stop)
     assert invoke(*options(table, tmp_path / "parts", "--rows", "plain")).exit_code != 0
-    monkeypatch.setattr(run.Progress, "save", save)
+    monkeypatch.setattr(run.PartialStatistics, "save", save)
     assert saves == [8, 16, 24, 8]
     # --save-every is the unfinished range's own
     again = invoke(*options(table, tmp_path / "parts", "--rows", "plain"), "--save-every", 3)
     assert again.exit_code == 0, again.output
-    assert f"8 of {NUM} images are done already" in again.output
+    assert f"Resuming after 8 of {NUM} images" in again.output
     assert values(tmp_path / "parts", "plain") == values(tmp_path / "whole", "plain")
     runs = json.loads((tmp_path / "parts" / "plain-fd_random.json").read_text())["runs"]
     assert {run["num_images"] for run in runs.values()} == {NUM}
@@ -283,26 +284,26 @@ def test_work_of_other_settings_is_refused(table, tmp_path):
     content = yaml.safe_load(table.read_text())
     content["rows"][0]["fd_random"] |= {"gnet": GUIDE, "guidance": 1.5}
     table.write_text(yaml.safe_dump(content))
-    assert "was measured with gnet null" in invoke(*line).output
+    assert "was measured with other settings (gnet null" in invoke(*line).output
     (tmp_path / "out" / "plain-fd_random.json").write_text("{")
     assert "is damaged" in invoke(*line).output
 
 
 def test_progress_is_whole_or_told(tmp_path):
     statistics = FeatureStatistics(np.ones(2), np.eye(2), "x")
-    progress = run.Progress({"first_seed": 0}, 8).plus(5, statistics, 1.5, {"commit": "c"})
+    progress = run.PartialStatistics({"first_seed": 0}, 8).plus(5, statistics, 1.5, {"commit": "c"})
     progress.save(tmp_path / "p.npz")
-    again = run.load_progress(tmp_path / "p.npz", {"first_seed": 0}, 4)
+    again = run.load_partial(tmp_path / "p.npz", {"first_seed": 0}, 4)
     assert (again.done, again.save_every, again.elapsed_sec, again.made_by) == (5, 8, 1.5, [{"commit": "c"}])
     assert np.array_equal(again.statistics.covariance, np.eye(2))
-    assert run.load_progress(tmp_path / "p.npz", {"first_seed": 24}, 4).done == 0
+    assert run.load_partial(tmp_path / "p.npz", {"first_seed": 24}, 4).done == 0
     (tmp_path / "p.npz").write_bytes(b"PK" + b"0" * 100)
     with pytest.raises(ValueError, match="is damaged"):
-        run.load_progress(tmp_path / "p.npz", {"first_seed": 0}, 4)
+        run.load_partial(tmp_path / "p.npz", {"first_seed": 0}, 4)
 
 
 @pytest.mark.parametrize(("num", "save_every"), [(24, 8), (25, 8), (3, 2), (2, 1), (50_000, 2000), (5, 100)])
 def test_every_stretch_is_long_enough_for_a_covariance(num, save_every):
-    stops = run._stops(num, save_every)
+    stops = run.save_points(num, save_every)
     assert stops[-1] == num
     assert min(np.diff([0, *stops])) >= 2

@@ -1,83 +1,102 @@
-"""The tables in docs/reproduction.md, from a record of what the plans say."""
+"""The generated parts of docs/reproduction.md, and the record of all plans that they come from."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edm2kit.experiments.documents import markdown_table
-from edm2kit.experiments.paper_tables.plan import Need, need_of
-from edm2kit.experiments.paper_tables.raw_snapshots import fit
-from edm2kit.experiments.paper_tables.tables import Network, load_table, table_names
+from edm2kit.experiments.paper_tables.networks import PublishedNetwork, profile_fit_of
+from edm2kit.experiments.paper_tables.plan import CellCost, cell_cost
+from edm2kit.experiments.paper_tables.tables import Table, load_table, table_names
 from edm2kit.torch_utils.provenance import provenance
 
 RECORD = Path("experiments", "paper_tables", "plans.json")  # in the checkout
-IMAGES = 3 * 50_000  # of each value, as published
-_DENSE_NIMG = 8 << 20  # how often training itself stores a snapshot
+IMAGES = 3 * 50_000  # per value, as published
+_DENSE_NIMG = 8 << 20  # training itself stores a snapshot every 8Mi images
 _TFLOPS = 100
 _HOURS = f"GPU-hours at {_TFLOPS} Tflop/s"
-_RAW = "/raw-snapshots/"
 
 
 def make_record(command: str) -> dict[str, Any]:
-    """Costs and files of every cell of every table, and how well networks can be rebuilt; downloads nothing."""
-    tables, networks = {}, {}
+    """Cost and files of every cell of every table, and how well networks can be rebuilt. Downloads nothing."""
+    tables: dict[str, Any] = {}
+    rebuilt: dict[str, Any] = {}
     for name in table_names():
         table = load_table(name)
-        needs = [need_of(cell, table.sampler) for cell in table.cells()]
-        files = {download.url: download.num_bytes or 0 for need in needs for download in need.downloads}
-        tables[name] = {
-            "bytes": sum(files.values()),
-            "bytes_of_raw_snapshots": sum(size for url, size in files.items() if _RAW in url),
-            "cells": [_cell(need) for need in needs],
-        }
-        networks |= {network.name: network for need in needs for network in need.cell.networks if network.fit}
-    rebuilt = {name: _rebuilt(network) for name, network in networks.items()}
+        tables[name] = _table_record(table)
+        for cell in table.cells():
+            for network in cell.networks:
+                if network.fit is not None:
+                    rebuilt[network.name] = fit_record(network)
     return {"command": command, **provenance(), "images": IMAGES, "tables": tables, "rebuilt": rebuilt}
 
 
-def _cell(need: Need) -> dict[str, Any]:
-    networks = {url for network in need.cell.networks for url in network.urls}
+def _table_record(table: Table) -> dict[str, Any]:
+    costs = [cell_cost(cell, table.sampler) for cell in table.cells()]
+    sizes = {file.url: file.num_bytes or 0 for cost in costs for file in cost.files}
     return {
-        "name": need.cell.name,
-        "published": need.cell.value,
-        "networks": [network.name for network in need.cell.networks],
-        "network_files": len(networks),
-        "network_bytes": sum({d.url: d.num_bytes or 0 for d in need.downloads if d.url in networks}.values()),
-        "evaluations": [need.net_evaluations, need.gnet_evaluations],
-        "multiply_adds": need.multiply_adds,
+        "bytes": sum(sizes.values()),
+        "bytes_of_raw_snapshots": sum(size for url, size in sizes.items() if "/raw-snapshots/" in url),
+        "cells": [_cell_record(cost) for cost in costs],
     }
 
 
-def _rebuilt(network: Network) -> dict[str, Any]:
-    error, width = network.fit
-    dense = tuple(range(network.nimg, 0, -_DENSE_NIMG))[::-1]
+def _cell_record(cost: CellCost) -> dict[str, Any]:
+    urls = {url for network in cost.cell.networks for url in network.urls}
+    sizes = {file.url: file.num_bytes or 0 for file in cost.files}
+    return {
+        "name": cost.cell.name,
+        "published": cost.cell.value,
+        "networks": [network.name for network in cost.cell.networks],
+        "network_files": len(urls),
+        "network_bytes": sum(sizes[url] for url in urls),
+        "evaluations": [cost.net_evaluations, cost.gnet_evaluations],
+        "multiply_adds": cost.multiply_adds,
+    }
+
+
+def fit_record(network: PublishedNetwork) -> dict[str, Any]:
+    """How well a network that is not published can be rebuilt, and how well training's own snapshots could.
+
+    Raises ValueError if the network is published.
+    """
+    if network.fit is None:
+        raise ValueError(f"{network.name} is one published file; nothing has to be rebuilt")
+    dense_times = tuple(range(network.nimg, 0, -_DENSE_NIMG))[::-1]
     return {
         "snapshots": len(network.urls),
-        "error": error,
-        "width": width,
-        "error_of_dense": fit(dense, network.nimg, network.ema_std)[0],
+        "error": network.fit.error,
+        "width": network.fit.ema_std,
+        "error_of_dense": profile_fit_of(dense_times, network.nimg, network.ema_std).error,
     }
 
 
 def document_parts(record: Mapping[str, Any]) -> dict[str, str]:
-    """Markdown by the names of the places in the document."""
-    return {
-        "totals": _totals(record),
-        **{name: _cells(table["cells"]) for name, table in record["tables"].items()},
-        "rebuilt": _networks(record["rebuilt"]),
-    }
+    """The generated parts of docs/reproduction.md by name."""
+    parts = {"totals": _totals_table(record), "rebuilt": _fit_table(record["rebuilt"])}
+    for name, table in record["tables"].items():
+        parts[name] = _cell_table(table["cells"])
+    return parts
 
 
-def _totals(record: Mapping[str, Any]) -> str:
+def _totals_table(record: Mapping[str, Any]) -> str:
     rows = []
     for name, table in record["tables"].items():
         multiply_adds = sum(cell["multiply_adds"] for cell in table["cells"]) * record["images"]
-        sizes = (f"{table[key] / 1e9:.1f} GB" for key in ("bytes", "bytes_of_raw_snapshots"))
-        rows.append((f"`{name}`", f"{len(table['cells'])}", *sizes, f"{multiply_adds:.3g}", _hours(multiply_adds)))
-    return markdown_table(("table", "values", "downloads", "raw snapshots among them", "multiply-adds", _HOURS), rows)
+        rows.append(
+            (
+                f"`{name}`",
+                f"{len(table['cells'])}",
+                f"{table['bytes'] / 1e9:.1f} GB",
+                f"{table['bytes_of_raw_snapshots'] / 1e9:.1f} GB",
+                f"{multiply_adds:.3g}",
+                _hours(multiply_adds),
+            )
+        )
+    return markdown_table(("table", "values", "downloads", "of these raw snapshots", "multiply-adds", _HOURS), rows)
 
 
-def _cells(cells: Sequence[Mapping[str, Any]]) -> str:
+def _cell_table(cells: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         (
             f"`{cell['name']}`",
@@ -89,25 +108,19 @@ def _cells(cells: Sequence[Mapping[str, Any]]) -> str:
         )
         for cell in cells
     ]
-    return markdown_table(("cell", "published", "networks", "evaluations", "files of networks", _HOURS), rows)
+    return markdown_table(("cell", "published", "networks", "evaluations", "network files", _HOURS), rows)
 
 
-def _networks(rebuilt: Mapping[str, Mapping[str, Any]]) -> str:
-    rows = [
-        (
-            f"`{name}`",
-            f"{one['snapshots']}",
-            f"{one['error']:.2%}",
-            "none" if one["width"] is None else f"{one['width']:.4f}",
-            f"{one['error_of_dense']:.2%}",
-        )
-        for name, one in sorted(rebuilt.items(), key=lambda item: -item[1]["error"])
-    ]
+def _fit_table(rebuilt: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = []
+    for name, fit in sorted(rebuilt.items(), key=lambda item: -item[1]["error"]):
+        width = "none" if fit["width"] is None else f"{fit['width']:.4f}"
+        rows.append((f"`{name}`", f"{fit['snapshots']}", f"{fit['error']:.2%}", width, f"{fit['error_of_dense']:.2%}"))
     head = (
         "network",
         "raw snapshots used",
         "profile error",
-        "EMA length it has",
+        "resulting EMA length",
         "error with a snapshot every 8Mi images",
     )
     return markdown_table(head, rows)

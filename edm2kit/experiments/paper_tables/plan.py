@@ -1,4 +1,4 @@
-"""What reproducing some cells will need: downloads, evaluations, multiply-adds, time."""
+"""What measuring a cell takes: downloads, network evaluations, multiply-adds, time."""
 
 import json
 import time
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from edm2kit.denoiser import for_images
-from edm2kit.experiments.paper_tables.tables import Cell, Dataset, Network
+from edm2kit.experiments.paper_tables.networks import PublishedNetwork
+from edm2kit.experiments.paper_tables.tables import Cell, ReferenceSet
 from edm2kit.guidance.registry import Parts, guide
 from edm2kit.metrics.detectors.registry import DETECTORS
 from edm2kit.models.cost import Cost, evaluation_cost
@@ -27,40 +28,45 @@ from edm2kit.training.config import config_from_dict, preset_names, preset_path,
 _VAE_URLS = tuple(f"hf://{STABILITY_VAE}@{PINNED_REVISIONS[STABILITY_VAE]}/{name}" for name in VAE_FILES)
 _HALF_BYTES = 2  # published networks are stored in float16
 _PUBLISHED_METRICS = ("fid", "fd_dinov2")
-# float64 mean and covariance of each
+# a float64 mean and covariance for each
 _REFERENCE_BYTES = sum(8 * (n + n * n) for n in (DETECTORS[name].num_features for name in _PUBLISHED_METRICS))
 
 
-class CountedCalls:
-    """Stands in for a network of `architecture`: does nothing, and counts how often its area was evaluated."""
+class CallCounter:
+    """Stands in for a network: computes nothing, and counts how often its full area was evaluated."""
 
     def __init__(self, architecture: Mapping[str, Any]):
-        self.architecture, self.calls = architecture, 0.0
+        self.calls = 0.0
         self.label_dim = architecture["label_dim"]
+        self._image_size = architecture["img_channels"] * architecture["img_resolution"] ** 2
+        self._architecture = json.dumps(dict(architecture))
 
     @property
     def attention_blocks(self) -> list[str]:
-        return _attention_blocks(json.dumps(dict(self.architecture)))
+        return _attention_blocks(self._architecture)
 
     def __call__(
         self,
         x: torch.Tensor,
         sigma: torch.Tensor,
-        labels: torch.Tensor | None = None,
+        condition: Any = None,
+        /,
         *,
         return_attention: Sequence[str] = (),
         **edits: Any,
     ) -> Any:
-        whole = self.architecture["img_channels"] * self.architecture["img_resolution"] ** 2
-        self.calls += x.numel() / whole  # several calls may come as one batch, and crops are less than one
+        self.calls += x.numel() / self._image_size  # several calls may come as one batch, and a crop counts by its area
+        D = torch.zeros_like(x)
+        if not return_attention:
+            return D
         sides = {block: int(block.partition("x")[2].partition("_")[0]) for block in return_attention}
         maps = {block: torch.full([len(x), 1, side**2, side**2], side**-2.0) for block, side in sides.items()}
-        return (x * 0, maps) if return_attention else x * 0
+        return D, maps
 
 
 @dataclass(frozen=True)
-class Download:
-    """A file to be had: `num_bytes` where it is known or follows from the network's size, else None."""
+class NeededFile:
+    """A file that a cell needs; `num_bytes` is None if its size is unknown before the download."""
 
     url: str
     num_bytes: int | None
@@ -68,8 +74,8 @@ class Download:
 
 
 @dataclass(frozen=True)
-class Need:
-    """What one image of a cell takes: evaluations of either network, and multiply-adds of both together.
+class CellCost:
+    """What one image of a cell takes: evaluations of both networks, and multiply-adds of both together.
 
     Decoding and scoring come on top: a few per cent for the larger networks.
     """
@@ -78,54 +84,71 @@ class Need:
     net_evaluations: float
     gnet_evaluations: float
     multiply_adds: float
-    downloads: Sequence[Download] = field(repr=False)
+    files: Sequence[NeededFile] = field(repr=False)
 
 
-def need_of(cell: Cell, sampler: Sampler) -> Need:
-    """The needs of one image; nothing is downloaded where the network's run has a configuration in configs/train."""
-    main, guide_calls = count_evaluations(cell, sampler)
-    costs = [cost_of(network, cell.dataset) for network in cell.networks]
-    total = sum(n * cost.multiply_adds for n, cost in zip((main, guide_calls), costs, strict=False))
-    networks = [
-        Download(url, _size(url, cost.parameters * _HALF_BYTES), cached(url) is not None)
-        for network, cost in zip(cell.networks, costs, strict=True)
-        for url in network.urls
-    ]
-    files = [Download(url, _size(url, size), cached(url) is not None) for url, size in files_beside(cell).items()]
-    return Need(cell, main, guide_calls, total, (*networks, *files))
+def cell_cost(cell: Cell, sampler: Sampler) -> CellCost:
+    """The cost per image; downloads nothing if each network's run has a preset in edm2kit/configs/train."""
+    net_evaluations, gnet_evaluations = count_evaluations(cell, sampler)
+    costs = [network_cost(network, cell.dataset) for network in cell.networks]
+    multiply_adds = net_evaluations * costs[0].multiply_adds
+    if cell.gnet is not None:
+        multiply_adds += gnet_evaluations * costs[1].multiply_adds
+    files = []
+    for network, cost in zip(cell.networks, costs, strict=True):
+        files += [_needed_file(url, cost.parameters * _HALF_BYTES) for url in network.urls]
+    files += [_needed_file(url, size) for url, size in other_files(cell).items()]
+    return CellCost(cell, net_evaluations, gnet_evaluations, multiply_adds, files)
 
 
-def files_beside(cell: Cell) -> dict[str, int | None]:
-    """What a cell needs besides its networks: URLs, and sizes in bytes where they follow from what is inside."""
+def other_files(cell: Cell) -> dict[str, int | None]:
+    """What a cell needs besides its networks: URLs, with the size in bytes if it follows from the content."""
+    files: dict[str, int | None] = {cell.dataset.reference: _REFERENCE_BYTES}
     weights = DETECTORS[cell.metric].weights
-    files = {cell.dataset.reference: _REFERENCE_BYTES} | ({weights.url: None} if weights else {})
+    if weights is not None:
+        files[weights.url] = None
     if _architecture(cell.net, cell.dataset)["img_channels"] == 4:
-        files |= {url: None for url in _VAE_URLS}
+        files |= dict.fromkeys(_VAE_URLS)
     return files
 
 
+def _needed_file(url: str, expected_bytes: int | None) -> NeededFile:
+    path = cached(url)
+    if path is not None:
+        return NeededFile(url, path.stat().st_size, True)
+    pin = pinned(url)
+    if pin is not None and pin.size_bytes is not None:
+        expected_bytes = pin.size_bytes
+    return NeededFile(url, expected_bytes, False)
+
+
 def count_evaluations(cell: Cell, sampler: Sampler) -> tuple[float, float]:
-    """Evaluations of the main and the guide network for one image, counted by a run on networks that do nothing.
+    """Evaluations of the main and the guide network for one image, counted by sampling with `CallCounter`s.
 
-    Raises ValueError where the method refuses its settings.
+    Raises ValueError if the guidance method refuses its settings.
     """
-    nets = [CountedCalls(_architecture(network, cell.dataset)) for network in cell.networks]
-    denoiser = for_images(guide(cell.guidance, Parts(*nets)), StackedGenerator(torch.device("cpu"), [0]))
+    counters = [CallCounter(_architecture(network, cell.dataset)) for network in cell.networks]
+    denoiser = for_images(guide(cell.guidance, Parts(*counters)), StackedGenerator(torch.device("cpu"), [0]))
     shape = (1, cell.dataset.img_channels, cell.dataset.img_resolution, cell.dataset.img_resolution)
-    labels = torch.eye(1, nets[0].label_dim) if nets[0].label_dim else None
+    labels = torch.eye(1, counters[0].label_dim) if counters[0].label_dim else None
     sampler(denoiser, torch.zeros(shape), labels)
-    counts = [int(net.calls) if net.calls.is_integer() else net.calls for net in nets]
-    return counts[0], counts[1] if len(counts) > 1 else 0
+    counts = [counter.calls for counter in counters]
+    main, guide_calls = counts if len(counts) == 2 else (counts[0], 0)
+    return _integer_if_possible(main), _integer_if_possible(guide_calls)
 
 
-def cost_of(network: Network, dataset: Dataset) -> Cost:
-    """Parameters and multiply-adds of one evaluation."""
+def _integer_if_possible(count: float) -> float:
+    return int(count) if float(count).is_integer() else count
+
+
+def network_cost(network: PublishedNetwork, dataset: ReferenceSet) -> Cost:
+    """Parameters, and multiply-adds of one evaluation."""
     return _cost(json.dumps(_architecture(network, dataset)))
 
 
 @cache
 def _cost(architecture: str) -> Cost:
-    # seconds for a large network, and a table names each of them many times
+    # takes seconds for a large network, and a table names each network many times
     return evaluation_cost(json.loads(architecture))
 
 
@@ -136,7 +159,8 @@ def _attention_blocks(architecture: str) -> list[str]:
 
 
 @cache
-def _architecture(network: Network, dataset: Dataset) -> Mapping[str, Any]:
+def _architecture(network: PublishedNetwork, dataset: ReferenceSet) -> Mapping[str, Any]:
+    """Arguments of the network, from the preset of its run or, without one, from its file."""
     preset = network.run.removesuffix("-uncond")
     if preset not in preset_names():
         return open_weights(network.urls[-1]).header.architecture
@@ -145,17 +169,10 @@ def _architecture(network: Network, dataset: Dataset) -> Mapping[str, Any]:
     return full_architecture(dataset.img_resolution, dataset.img_channels, label_dim, config.sigma_data, config.network)
 
 
-def _size(url: str, otherwise: int | None) -> int | None:
-    if (path := cached(url)) is not None:
-        return path.stat().st_size
-    pin = pinned(url)
-    return pin.size_bytes if pin is not None and pin.size_bytes is not None else otherwise
-
-
 def measure_flops(cell: Cell, device: torch.device, precision: str, batch: int, min_sec: float = 2.0) -> float:
     """Floating-point operations per second of the cell's main network on `device`, with random weights.
 
-    `precision` is a key of PRECISIONS; two operations make a multiply-add.
+    `precision` is a key of PRECISIONS. A multiply-add is two operations.
     """
     architecture = _architecture(cell.net, cell.dataset)
     net = Precond(**architecture).to(device)

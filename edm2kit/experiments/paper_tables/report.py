@@ -1,64 +1,66 @@
-"""Published and measured values side by side, from the records of `run` alone."""
+"""Published and measured values side by side, from the records of `measure_cell` alone."""
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edm2kit.experiments.paper_tables.run import How, describe, read_record
-from edm2kit.experiments.paper_tables.tables import Cell, Row, Table
+from edm2kit.experiments.documents import markdown_table
+from edm2kit.experiments.paper_tables.run import MeasureOptions, describe, read_record
+from edm2kit.experiments.paper_tables.tables import Cell, Table, TableRow
 
 PUBLISHED_NUM, PUBLISHED_SEEDS = 50_000, 3
-Line = Mapping[str, str]
+Line = Mapping[str, str]  # column -> text
+Record = Mapping[str, Any]
 
 
 def lines_of(table: Table, outdir: Path) -> list[Line]:
-    """One line per cell, each a mapping from column to text; a column is there if some cell uses it.
+    """One line per cell; columns that no cell uses are left out.
 
-    Raises ValueError where a record is damaged or of another table.
+    Raises ValueError if a record is damaged or belongs to another table.
     """
-    lines = [_line(table, row, cell, _record(table, cell, outdir)) for row in table.rows for cell in row.cells]
+    lines = []
+    for row in table.rows:
+        for cell in row.cells:
+            lines.append(_line(table, row, cell, _read(table, cell, outdir)))
     used = [column for column in lines[0] if any(line[column] for line in lines)]
     return [{column: line[column] for column in used} for line in lines]
 
 
 def notes_of(table: Table, outdir: Path) -> list[str]:
-    """What a reader must know besides the numbers."""
-    records = [r for row in table.rows for cell in row.cells if (r := _record(table, cell, outdir)) is not None]
+    """What a reader has to know besides the numbers."""
+    records = [record for cell in table.cells() if (record := _read(table, cell, outdir)) is not None]
     notes = [f"{row.group}, {row.setting}: {row.note}." for row in table.rows if row.note]
-    for network in {network.name: network for cell in table.cells() for network in cell.networks}.values():
-        if network.fit_error is not None:
+    networks = {network.name: network for cell in table.cells() for network in cell.networks}
+    for network in networks.values():
+        if network.fit is not None:
             notes.append(
-                f"{network.name} is not published: rebuilt from {len(network.urls)} raw snapshots, EMA profile off by "
-                f"{network.fit_error:.2g} of its norm."
+                f"{network.name} is not published. It was rebuilt from {len(network.urls)} raw snapshots; relative "
+                f"error of the EMA profile: {network.fit.error:.2g}."
             )
     if any(record["asked"]["num_images"] != PUBLISHED_NUM for record in records):
-        notes.append("The published values are of 50,000 images; values of other numbers do not compare with them.")
+        notes.append("Published values are of 50,000 images. Values of other numbers cannot be compared with them.")
     if any(0 < len(record["runs"]) < PUBLISHED_SEEDS for record in records):
-        notes.append("The published values are the least of three; the least of fewer is larger on average.")
-    if any(record["settings"]["device"] != "cuda" for record in records if "settings" in record):
-        notes.append(
-            "The published seeds were drawn by CUDA generators; on other devices the same seeds are other images."
-        )
+        notes.append("Published values are the minimum of three. The minimum of fewer is larger on average.")
+    if any("settings" in record and record["settings"]["device"] != "cuda" for record in records):
+        notes.append("Published images used CUDA random numbers. On other devices the same seeds give other images.")
     return notes
 
 
 def markdown(table: Table, lines: Sequence[Line], notes: Sequence[str]) -> str:
     """The report as Markdown."""
-    columns = list(lines[0])
-    rows = [columns, ["---"] * len(columns), *([_escape(line[column]) for column in columns] for line in lines)]
-    body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return "\n\n".join([f"# {table.title}", table.source, body, "\n".join(f"- {note}" for note in notes)]) + "\n"
+    values = markdown_table(list(lines[0]), [list(line.values()) for line in lines])
+    listed = "\n".join(f"- {note}" for note in notes)
+    return "\n\n".join([f"# {table.title}", table.source, values, listed]) + "\n"
 
 
 def html_page(table: Table, lines: Sequence[Line], notes: Sequence[str]) -> str:
-    """The report as a page of its own."""
+    """The report as a self-contained page."""
+    title = html.escape(table.title)
     head = "".join(f"<th>{html.escape(column)}</th>" for column in lines[0])
-    rows = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line.values()) + "</tr>" for line in lines
-    )
-    title, listed = html.escape(table.title), "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    rows = "\n".join(f"<tr>{_html_cells(line.values())}</tr>" for line in lines)
+    listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
         "<style>body{font-family:sans-serif}table{border-collapse:collapse}"
@@ -68,56 +70,76 @@ def html_page(table: Table, lines: Sequence[Line], notes: Sequence[str]) -> str:
     )
 
 
-def _record(table: Table, cell: Cell, outdir: Path) -> Mapping[str, Any] | None:
+def _html_cells(texts: Iterable[str]) -> str:
+    return "".join(f"<td>{html.escape(text)}</td>" for text in texts)
+
+
+def _read(table: Table, cell: Cell, outdir: Path) -> Record | None:
     path = outdir / f"{cell.name}.json"
     if not path.exists():
         return None
     try:
         num = json.loads(path.read_text(encoding="utf-8"))["asked"]["num_images"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to measure this cell anew") from error
-    return read_record(path, describe(table, cell, How(num, 0, 0, 0)))
+        raise ValueError(f"{path} is damaged ({error}). Delete it to measure this cell again") from error
+    return read_record(path, describe(table, cell, MeasureOptions(num, seeds=0, batch=0, save_every=0)))
 
 
-def _line(table: Table, row: Row, cell: Cell, record: Mapping[str, Any] | None) -> Line:
-    runs = [] if record is None else [record["runs"][key] for key in sorted(record["runs"], key=int)]
-    values = [run["value"] for run in runs]
-    made_by = [maker for run in runs for maker in run["made_by"]]
-    choice = cell.guidance
-    line = {
+def _line(table: Table, row: TableRow, cell: Cell, record: Record | None) -> Line:
+    runs = [] if record is None else [record["runs"][first] for first in sorted(record["runs"], key=int)]
+    return {
         "group": row.group,
         "setting": row.setting,
         "metric": cell.metric,
-        "published": f"{cell.value:g}",
-        "least": f"{min(values):.4g}" if values else "",
-        "mean": f"{sum(values) / len(values):.4g}" if values else "",
-        "all": ", ".join(f"{value:.4g}" for value in values),
-        "difference": f"{min(values) - cell.value:+.3g}" if values else "",
-        "network": cell.net.name,
-        "guide": cell.gnet.name if cell.gnet else "",
-        "method": "" if choice.method in ("none", "pair") else choice.method,
-        "weight": "" if choice.method == "none" else f"{choice.weight:g}",
-        "interval": "({:g}, {:g}]".format(*choice.interval) if choice.interval else "",
+        **_value_columns(cell, runs),
+        **_setting_columns(table, cell),
+        **_origin_columns(runs),
     }
-    line |= {name: "" for other in table.cells() for name in other.guidance.options}
-    line |= {name: _text(value) for name, value in choice.options.items()}
-    return line | {
-        "images": str(record["asked"]["num_images"]) if values else "",
+
+
+def _value_columns(cell: Cell, runs: Sequence[Record]) -> Line:
+    columns = {"published": f"{cell.value:g}", "minimum": "", "mean": "", "each": "", "difference": ""}
+    values = [run["value"] for run in runs]
+    if values:
+        columns["minimum"] = f"{min(values):.4g}"
+        columns["mean"] = f"{sum(values) / len(values):.4g}"
+        columns["each"] = ", ".join(f"{value:.4g}" for value in values)
+        columns["difference"] = f"{min(values) - cell.value:+.3g}"
+    return columns
+
+
+def _setting_columns(table: Table, cell: Cell) -> Line:
+    choice = cell.guidance
+    columns = {"network": cell.net.name, "guide": "", "method": "", "weight": "", "interval": ""}
+    if cell.gnet is not None:
+        columns["guide"] = cell.gnet.name
+    if choice.method not in ("none", "pair"):
+        columns["method"] = choice.method
+    if choice.method != "none":
+        columns["weight"] = f"{choice.weight:g}"
+    if choice.interval is not None:
+        columns["interval"] = "({:g}, {:g}]".format(*choice.interval)
+    for other in table.cells():
+        columns |= dict.fromkeys(other.guidance.options, "")
+    for name, value in choice.options.items():
+        if isinstance(value, tuple):
+            columns[name] = ",".join(map(str, value))
+        elif value is not None:  # None is what the method usually does
+            columns[name] = str(value)
+    return columns
+
+
+def _origin_columns(runs: Sequence[Record]) -> Line:
+    if not runs:
+        return {"images": "", "seeds": "", "hardware": "", "commit": ""}
+    makers = [maker for run in runs for maker in run["made_by"]]
+    return {
+        "images": str(runs[0]["num_images"]),
         "seeds": ", ".join(f"{run['first_seed']}-{run['first_seed'] + run['num_images'] - 1}" for run in runs),
-        "hardware": _all(f"{maker['processes']} x {maker['hardware']}" for maker in made_by),
-        "commit": _all(maker["commit"][:12] + maker["commit"][40:] for maker in made_by),
+        "hardware": _unique(f"{maker['processes']} x {maker['hardware']}" for maker in makers),
+        "commit": _unique(maker["commit"][:12] + maker["commit"][40:] for maker in makers),
     }
 
 
-def _text(value: Any) -> str:
-    if value is None:  # what the method usually does
-        return ""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _all(texts: Any) -> str:
+def _unique(texts: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(texts))
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|")

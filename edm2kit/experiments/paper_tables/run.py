@@ -1,4 +1,4 @@
-"""Measuring the cells of a table, a stretch of images at a time, so that a killed run goes on within a cell."""
+"""Measuring the cells of a table, part by part, so that a killed run resumes within a cell."""
 
 import json
 import time
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from edm2kit.cli.generation import Generation, Request, prepare
-from edm2kit.experiments.paper_tables.networks import obtain
+from edm2kit.experiments.paper_tables.networks import snapshot_of
 from edm2kit.experiments.paper_tables.tables import Cell, Table
 from edm2kit.metrics.frechet import frechet_distance
 from edm2kit.metrics.merging import merge_statistics
@@ -26,8 +26,8 @@ from edm2kit.torch_utils.records import differences, plain_json, write_json
 
 
 @dataclass(frozen=True)
-class How:
-    """`num` images for each value, `seeds` values; `save_every` images the work so far is put on disk."""
+class MeasureOptions:
+    """`seeds` values per cell, each of `num` images; the state is saved every `save_every` images."""
 
     num: int
     seeds: int
@@ -39,8 +39,8 @@ class How:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Statistics of the first `done` images of a range, and what made them; `owner` says of which images."""
+class PartialStatistics:
+    """Statistics of the first `done` images of a seed range, and what made them; `owner` says of which images."""
 
     owner: Mapping[str, Any]
     save_every: int
@@ -51,68 +51,91 @@ class Progress:
 
     def plus(
         self, count: int, statistics: FeatureStatistics, elapsed_sec: float, made_by: Mapping[str, Any]
-    ) -> "Progress":
+    ) -> "PartialStatistics":
         """With the next `count` images."""
         if self.statistics is not None:
             _, statistics = merge_statistics(self.done, self.statistics, count, statistics)
-        makers = [*self.made_by, *([made_by] if made_by not in self.made_by else [])]
-        total_sec = self.elapsed_sec + elapsed_sec
-        return replace(self, done=self.done + count, elapsed_sec=total_sec, statistics=statistics, made_by=makers)
+        makers = list(self.made_by)
+        if made_by not in makers:
+            makers.append(made_by)
+        return replace(
+            self,
+            done=self.done + count,
+            elapsed_sec=self.elapsed_sec + elapsed_sec,
+            statistics=statistics,
+            made_by=makers,
+        )
+
+    def value(self, reference: Reference, metric: str) -> float:
+        """The distance from the reference. Raises ValueError if there are no images yet."""
+        if self.statistics is None:
+            raise ValueError("no images have been measured yet")
+        theirs = reference.of(metric)
+        return frechet_distance(self.statistics.mean, self.statistics.covariance, theirs.mean, theirs.covariance)
 
     def save(self, path: Path) -> None:
-        """Write it all, atomically."""
-        header = {name: getattr(self, name) for name in ("owner", "save_every", "done", "elapsed_sec", "made_by")}
-        header["fingerprint"] = self.statistics.fingerprint
+        """Write everything to an npz file, atomically. Raises ValueError if there are no images yet."""
+        if self.statistics is None:
+            raise ValueError("no images have been measured yet")
+        header = {
+            "owner": self.owner,
+            "save_every": self.save_every,
+            "done": self.done,
+            "elapsed_sec": self.elapsed_sec,
+            "made_by": self.made_by,
+            "fingerprint": self.statistics.fingerprint,
+        }
         with atomic_write(path) as file:
             np.savez(
                 file, header=np.array(json.dumps(header)), mu=self.statistics.mean, sigma=self.statistics.covariance
             )
 
 
-def load_progress(path: Path, owner: Mapping[str, Any], save_every: int) -> Progress:
-    """What `path` holds, if it is of `owner`, else the beginning. Raises ValueError where the file is damaged."""
+def load_partial(path: Path, owner: Mapping[str, Any], save_every: int) -> PartialStatistics:
+    """The contents of `path` if they belong to `owner`, else none. Raises ValueError if the file is damaged."""
     if path.exists():
         try:
             arrays = read_npz(path)
             header = json.loads(str(arrays["header"]))
             statistics = FeatureStatistics(arrays["mu"], arrays["sigma"], header.pop("fingerprint"))
             if header["owner"] == owner:
-                return Progress(**header, statistics=statistics)
+                return PartialStatistics(**header, statistics=statistics)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it to start this range of seeds anew") from error
-    return Progress(owner, save_every)
+            raise ValueError(f"{path} is damaged ({error}). Delete it to start this range of seeds again") from error
+    return PartialStatistics(owner, save_every)
 
 
-def run_cell(table: Table, cell: Cell, how: How, outdir: Path, device: torch.device) -> str | None:
-    """Measure what is left of a cell, on all ranks together, and write it to OUTDIR/CELL.json.
+def measure_cell(table: Table, cell: Cell, options: MeasureOptions, outdir: Path, device: torch.device) -> str | None:
+    """Measure what is missing of a cell, on all ranks together, and write OUTDIR/CELL.json.
 
-    Returns the reason where networks or reference cannot be had, None otherwise: other cells can still be measured.
-    Raises ValueError where the folder holds the cell measured otherwise, or other files cannot be had.
+    Returns None, or the reason if networks or the reference are not available: other cells can still be measured.
+    Raises ValueError if the folder holds this cell with other settings, or if another file is not available.
     """
     path = outdir / f"{cell.name}.json"
-    record = dist.on_rank0(read_record, path, describe(table, cell, how))
-    left = [k * how.num for k in range(how.seeds) if str(k * how.num) not in record["runs"]]
-    if not left:
-        dist.print0(f"{cell.name}: finished before")
+    record = dist.on_rank0(read_record, path, describe(table, cell, options))
+    missing = [k * options.num for k in range(options.seeds) if str(k * options.num) not in record["runs"]]
+    if not missing:
+        dist.print0(f"{cell.name}: complete, skipped")
         return None
-    paths, missing = dist.on_rank0(_obtain, cell, outdir / "networks")
-    if missing is not None:
-        return missing
-    generation, scorer = _load(table, cell, how, paths, device)
-    dist.on_rank0(_claim, path, record, generation, scorer)
+    sources, reason = dist.on_rank0(_sources, cell, outdir / "networks")
+    if reason is not None:
+        return reason
+    generation, scorer = _load(table, cell, options, sources, device)
+    dist.on_rank0(_add_identities, path, record, generation, scorer)
     record["settings"] = generation.settings
     dist.print0(f"{cell.name}: {generation.summary}")
-    partial = outdir / f"{cell.name}.partial.npz"
-    for first in left:
-        value = _measure(record, generation, scorer, how, partial, first)
-        record["runs"][str(first)] = value
-        dist.on_rank0(_finish_range, path, partial, record)
-        dist.print0(f"{cell.name}, seeds {first}-{first + how.num - 1}: {value['value']:.6g} (published {cell.value})")
+    partial_path = outdir / f"{cell.name}.partial.npz"
+    for first in missing:
+        found = _measure_range(record, generation, scorer, options, partial_path, first)
+        record["runs"][str(first)] = found
+        dist.on_rank0(_finish_range, path, partial_path, record)
+        last = first + options.num - 1
+        dist.print0(f"{cell.name}, seeds {first}-{last}: {found['value']:.6g} (published {cell.value})")
     return None
 
 
-def describe(table: Table, cell: Cell, how: How) -> dict[str, Any]:
-    """What the table asks for, in JSON's terms: enough to tell finished work from other work."""
+def describe(table: Table, cell: Cell, options: MeasureOptions) -> dict[str, Any]:
+    """What the table asks for, as JSON: two cells with the same description have the same value."""
     return plain_json(
         {
             "table": table.name,
@@ -122,46 +145,55 @@ def describe(table: Table, cell: Cell, how: How) -> dict[str, Any]:
             "gnet": None if cell.gnet is None else cell.gnet.name,
             "guidance": vars(cell.guidance),
             "sampler": {**vars(table.sampler), "churn": vars(table.sampler.churn)},
-            "num_images": how.num,
+            "num_images": options.num,
         }
     )
 
 
 def read_record(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The record at `path`, or a new one; ValueError where it is of something else than `asked`."""
+    """The record at `path`, or a new one. Raises ValueError if it is damaged or of something else than `asked`."""
     if not path.exists():
         return {"asked": dict(asked), "runs": {}}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         found, _ = record["asked"], record["runs"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to measure this cell anew") from error
+        raise ValueError(f"{path} is damaged ({error}). Delete it to measure this cell again") from error
     _refuse_other_settings(path, found, asked)
     return record
 
 
 def _refuse_other_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     if changed := differences(found, wanted):
-        raise ValueError(f"{path} was measured with {'; '.join(changed[:3])}; choose another --outdir")
+        raise ValueError(f"{path} was measured with other settings ({'; '.join(changed[:3])}). Use another --outdir")
 
 
-def _obtain(cell: Cell, folder: Path) -> tuple[list[str], str | None]:
-    """Paths of the networks, then of the reference; or why one of them cannot be had."""
+def _sources(cell: Cell, folder: Path) -> tuple[list[str], str | None]:
+    """Paths of the networks and, last, of the reference; or the reason why one of them is not available."""
     try:
-        return [*(str(obtain(network, folder)) for network in cell.networks), str(fetch(cell.dataset.reference))], None
+        networks = [str(snapshot_of(network, folder)) for network in cell.networks]
+        return [*networks, str(fetch(cell.dataset.reference))], None
     except ValueError as error:
         return [], str(error)
 
 
-def _load(table: Table, cell: Cell, how: How, paths: list[str], device: torch.device) -> tuple[Generation, Scorer]:
-    *networks, reference = paths
-    gnet = networks[1] if len(networks) > 1 else None
-    request = Request(networks[0], gnet, cell.guidance, table.sampler, None, how.precision, how.vae)
-    return prepare(request, device), make_scorer(reference, device, [cell.metric], how.weights_dir)
+def _load(
+    table: Table, cell: Cell, options: MeasureOptions, sources: list[str], device: torch.device
+) -> tuple[Generation, Scorer]:
+    *networks, reference = sources
+    request = Request(
+        net=networks[0],
+        gnet=networks[1] if len(networks) > 1 else None,
+        guidance=cell.guidance,
+        sampler=table.sampler,
+        precision=options.precision,
+        vae=options.vae,
+    )
+    return prepare(request, device), make_scorer(reference, device, [cell.metric], options.weights_dir)
 
 
-def _claim(path: Path, record: dict[str, Any], generation: Generation, scorer: Scorer) -> None:
-    """Refuse to add to a record of other weights or another device, and note what this one is of."""
+def _add_identities(path: Path, record: dict[str, Any], generation: Generation, scorer: Scorer) -> None:
+    """Add detector and reference to the record; refuse a record of other weights or another device."""
     if "settings" in record:
         _refuse_other_settings(path, record["settings"], generation.settings)
     [detector] = scorer.detectors
@@ -169,63 +201,66 @@ def _claim(path: Path, record: dict[str, Any], generation: Generation, scorer: S
     record["reference"] = {"num_images": scorer.reference.num_images, "source": dict(scorer.reference.source)}
 
 
-def _measure(
-    record: Mapping[str, Any], generation: Generation, scorer: Scorer, how: How, path: Path, first: int
+def _measure_range(
+    record: Mapping[str, Any], generation: Generation, scorer: Scorer, options: MeasureOptions, path: Path, first: int
 ) -> dict[str, Any]:
-    """The value of the images of seeds first ... first + how.num - 1, taken up where an earlier run left it."""
+    """The value of the images of seeds first ... first + options.num - 1, resumed from `path` if possible."""
+    metric = record["asked"]["metric"]
     owner = json.loads(json.dumps({"asked": record["asked"], "settings": generation.settings, "first_seed": first}))
-    kept: list[Progress] = []  # one, on rank 0
-    done, save_every = dist.on_rank0(_start, kept, path, owner, how.save_every)
-    made_by = {**provenance(scorer.device), "processes": dist.world_size(), "batch": how.batch}
+    state: list[PartialStatistics] = []  # one element, on rank 0 only
+    done, save_every = dist.on_rank0(_start, state, path, owner, options.save_every)
+    made_by = {**provenance(scorer.device), "processes": dist.world_size(), "batch": options.batch}
     if done:
-        dist.print0(f"{done} of {how.num} images are done already")
-    for stop in _stops(how.num, save_every):
+        dist.print0(f"Resuming after {done} of {options.num} images")
+    for stop in save_points(options.num, save_every):
         if stop <= done:
             continue
         started = time.monotonic()
-        batches = (batch.images for batch in generation.batches(range(first + done, first + stop), how.batch))
+        batches = (batch.images for batch in generation.batches(range(first + done, first + stop), options.batch))
         count, statistics = image_statistics(batches, scorer.detectors, scorer.device)
         elapsed_sec = time.monotonic() - started
-        dist.on_rank0(_keep, kept, path, count, statistics[record["asked"]["metric"]], elapsed_sec, made_by)
+        dist.on_rank0(_extend, state, path, count, statistics[metric], elapsed_sec, made_by)
         done = stop
-    return dist.on_rank0(_value, kept, scorer.reference, record["asked"]["metric"], first)
+    return dist.on_rank0(_result, state, scorer.reference, metric, first)
 
 
-def _start(kept: list[Progress], path: Path, owner: Mapping[str, Any], save_every: int) -> tuple[int, int]:
-    kept.append(load_progress(path, owner, save_every))
-    return kept[0].done, kept[0].save_every
+def _start(state: list[PartialStatistics], path: Path, owner: Mapping[str, Any], save_every: int) -> tuple[int, int]:
+    state.append(load_partial(path, owner, save_every))
+    return state[0].done, state[0].save_every
 
 
-def _stops(num: int, save_every: int) -> list[int]:
-    """Where to save: every so many images, spread evenly, so that no stretch is too short for a covariance."""
-    stretches = max(1, num // max(save_every, 2))
-    return [num * (k + 1) // stretches for k in range(stretches)]
+def save_points(num: int, save_every: int) -> list[int]:
+    """Numbers of images after which to save: about every `save_every`, at equal distances of at least two.
+
+    Two images are the fewest with a covariance.
+    """
+    parts = max(1, num // max(save_every, 2))
+    return [num * (k + 1) // parts for k in range(parts)]
 
 
-def _keep(
-    kept: list[Progress],
+def _extend(
+    state: list[PartialStatistics],
     path: Path,
     count: int,
     statistics: FeatureStatistics,
     elapsed_sec: float,
     made_by: Mapping[str, Any],
 ) -> None:
-    kept[0] = kept[0].plus(count, statistics, elapsed_sec, made_by)
-    kept[0].save(path)
+    state[0] = state[0].plus(count, statistics, elapsed_sec, made_by)
+    state[0].save(path)
 
 
-def _value(kept: list[Progress], reference: Reference, metric: str, first: int) -> dict[str, Any]:
-    ours, theirs = kept[0].statistics, reference.of(metric)
+def _result(state: list[PartialStatistics], reference: Reference, metric: str, first: int) -> dict[str, Any]:
     return {
-        "value": frechet_distance(ours.mean, ours.covariance, theirs.mean, theirs.covariance),
+        "value": state[0].value(reference, metric),
         "first_seed": first,
-        "num_images": kept[0].done,
-        "elapsed_sec": kept[0].elapsed_sec,
+        "num_images": state[0].done,
+        "elapsed_sec": state[0].elapsed_sec,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "made_by": list(kept[0].made_by),
+        "made_by": list(state[0].made_by),
     }
 
 
-def _finish_range(path: Path, partial: Path, record: Mapping[str, Any]) -> None:
+def _finish_range(path: Path, partial_path: Path, record: Mapping[str, Any]) -> None:
     write_json(path, record)
-    partial.unlink(missing_ok=True)
+    partial_path.unlink(missing_ok=True)

@@ -1,83 +1,25 @@
-"""Tables of published results: rows, cells, and the files of the networks behind them."""
+"""Tables of published results: rows and cells with their networks, guidance and values, read from YAML."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from edm2kit.cli.presets import Preset, find_preset, load_presets
-from edm2kit.experiments.paper_tables.raw_snapshots import STORED_STDS, fit, raw_times
+from edm2kit.cli.presets import Preset, find_preset
+from edm2kit.experiments.paper_tables.networks import CONFIGS, PublishedNetwork, published
 from edm2kit.guidance.registry import METHODS, Choice
 from edm2kit.metrics.detectors.registry import DETECTORS
 from edm2kit.sampling.solvers import Sampler
-from edm2kit.snapshots.published import published_time
 from edm2kit.training.config import nearest, read_yaml
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 _ROW_KEYS = ("name", "group", "setting", "dataset", "note")
-_CELL_KEYS = ("net", "gnet", "method", "guidance", "interval", "options", "value")
+_CELL_KEYS = ("preset", "net", "gnet", "method", "guidance", "interval", "options", "value")
 
 
 @dataclass(frozen=True)
-class Network:
-    """A network by its published name, RUN-KIMG-EMA; raises ValueError for a name of another form."""
-
-    name: str
-
-    def __post_init__(self) -> None:
-        told = published_time(f"{self.name}.pkl")
-        if told is None or not told[1]:
-            raise ValueError(f"network {self.name!r}: expected RUN-KIMG-EMA, such as edm2-img512-s-2147483-0.130")
-
-    @property
-    def run(self) -> str:
-        return published_time(f"{self.name}.pkl")[0]
-
-    @property
-    def nimg(self) -> int:
-        return published_time(f"{self.name}.pkl")[1]
-
-    @property
-    def ema_std(self) -> float:
-        return published_time(f"{self.name}.pkl")[2]
-
-    @property
-    def urls(self) -> tuple[str, ...]:
-        """The published file; where there is none, the raw snapshots that it is rebuilt from."""
-        if f"{self.name}.pkl" in published_files():
-            return (published_files()[f"{self.name}.pkl"],)
-        every = published()["raw_snapshots_every_nimg"]
-        if self.nimg % every:
-            raise ValueError(
-                f"network {self.name} is not published, and no raw snapshot was taken at {self.nimg} images"
-            )
-        if self.ema_std in STORED_STDS:
-            return (self._raw(self.nimg, self.ema_std),)
-        times = raw_times(self.nimg, self.ema_std, every)
-        return tuple(self._raw(nimg, std) for nimg in times for std in STORED_STDS)
-
-    @property
-    def fit(self) -> tuple[float, float | None] | None:
-        """Where the network has to be rebuilt: relative error of its EMA profile, and the length that this one has."""
-        if len(self.urls) == 1:
-            return None
-        every = published()["raw_snapshots_every_nimg"]
-        return fit(raw_times(self.nimg, self.ema_std, every), self.nimg, self.ema_std)
-
-    @property
-    def fit_error(self) -> float | None:
-        """The first of these."""
-        return None if self.fit is None else self.fit[0]
-
-    def _raw(self, nimg: int, std: float) -> str:
-        return f"{published()['raw_snapshots_url']}{self.run}/{self.run}-{nimg // 1000:07d}-{std:.3f}.pkl"
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """What images are compared with: URL or path of reference statistics; and the shape that networks draw."""
+class ReferenceSet:
+    """What images are compared with: path or URL of reference statistics, and the shape that networks generate."""
 
     reference: str
     img_resolution: int
@@ -87,28 +29,28 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Cell:
-    """One published number: how its images are made, and the `metric` that was `value`."""
+    """One published number: `metric` of images made by these networks and this guidance was `value`."""
 
     row: str
     metric: str
     value: float
-    net: Network
-    gnet: Network | None
+    net: PublishedNetwork
+    gnet: PublishedNetwork | None
     guidance: Choice
-    dataset: Dataset
+    dataset: ReferenceSet
 
     @property
     def name(self) -> str:
         return f"{self.row}-{self.metric}"
 
     @property
-    def networks(self) -> tuple[Network, ...]:
+    def networks(self) -> tuple[PublishedNetwork, ...]:
         return (self.net,) if self.gnet is None else (self.net, self.gnet)
 
 
 @dataclass(frozen=True)
-class Row:
-    """Cells under one setting; `group` is what the settings of several rows vary."""
+class TableRow:
+    """The cells of one setting, one per metric; rows of the same `group` vary the setting."""
 
     name: str
     group: str
@@ -119,49 +61,41 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A published table; `sampler` made all its images."""
+    """A published table; `sampler` generated all of its images."""
 
     name: str
     title: str
     source: str
     sampler: Sampler
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
 
     def cells(self, rows: Sequence[str] | None = None, metrics: Sequence[str] | None = None) -> list[Cell]:
-        """The cells of the `rows` and `metrics` named, None meaning all; ValueError for a name that is not there."""
-        there = {row.name: row for row in self.rows}
-        for name in rows or ():
-            if name not in there:
-                raise ValueError(f"table {self.name} has no row {name!r}{nearest(name, list(there))}")
-        picked = [there[name] for name in rows] if rows else self.rows
-        cells = [cell for row in picked for cell in row.cells if not metrics or cell.metric in metrics]
-        if not cells:
-            raise ValueError(f"none of these rows has a value of {', '.join(metrics or ())}")
-        return cells
+        """The cells of these rows and metrics; None means all.
 
-
-@cache
-def published() -> Mapping[str, Any]:
-    """edm2kit/configs/published.yaml: where the published files lie, and the data sets."""
-    return read_yaml(CONFIGS / "published.yaml")
-
-
-@cache
-def published_files() -> Mapping[str, str]:
-    """URLs of the networks that are published ready-made, by file name."""
-    urls = [url for preset in load_presets().values() for url in (preset.net, preset.gnet) if url is not None]
-    return {url.rsplit("/", 1)[1]: url for url in urls}
+        Raises ValueError if the table has no row of a name, or if no cell is left.
+        """
+        by_name = {row.name: row for row in self.rows}
+        picked = []
+        for name in rows or by_name:
+            if name not in by_name:
+                raise ValueError(f"table {self.name} has no row {name!r}{nearest(name, list(by_name))}")
+            picked += by_name[name].cells
+        if metrics:
+            picked = [cell for cell in picked if cell.metric in metrics]
+            if not picked:
+                raise ValueError(f"none of these rows has a value of {', '.join(metrics)}")
+        return picked
 
 
 def table_names() -> list[str]:
-    """Names of the tables in configs/tables."""
+    """Names of the tables in edm2kit/configs/tables."""
     return sorted(path.stem for path in (CONFIGS / "tables").glob("*.yaml"))
 
 
 def load_table(name: str | Path) -> Table:
-    """The table `name` of configs/tables, or the one in a YAML file of your own.
+    """The table of that name in edm2kit/configs/tables, or the one in your own YAML file.
 
-    Raises ValueError, naming table, row and key, for what is unknown or missing.
+    Raises ValueError, naming table, row and key, if something is unknown or missing.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
@@ -170,92 +104,104 @@ def load_table(name: str | Path) -> Table:
         path = CONFIGS / "tables" / f"{name}.yaml"
     content = read_yaml(path)
     try:
-        datasets = {**published()["datasets"], **content.get("datasets", {})}
-        rows = tuple(_row(row, {key: Dataset(**value) for key, value in datasets.items()}) for row in content["rows"])
-        sampler = Sampler(**content.get("sampler", {}))
-        table = Table(path.stem, content["title"], content["source"], sampler, rows)
+        return _table(path.stem, content)
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing") from error
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if twice := _first_twice(row.name for row in rows):
-        raise ValueError(f"{path}: two rows are called {twice!r}")
-    return table
 
 
-def _row(fields: Mapping[str, Any], datasets: Mapping[str, Dataset]) -> Row:
+def _table(name: str, content: Mapping[str, Any]) -> Table:
+    fields = {**published()["datasets"], **content.get("datasets", {})}
+    datasets = {key: ReferenceSet(**value) for key, value in fields.items()}
+    rows = tuple(_row(row, datasets) for row in content["rows"])
+    names = [row.name for row in rows]
+    for row_name in names:
+        if names.count(row_name) > 1:
+            raise ValueError(f"two rows have the name {row_name!r}")
+    return Table(name, content["title"], content["source"], Sampler(**content.get("sampler", {})), rows)
+
+
+def _row(fields: Mapping[str, Any], datasets: Mapping[str, ReferenceSet]) -> TableRow:
+    name = fields["name"]
+    if not re.fullmatch(r"[\w.-]+", str(name)):
+        raise ValueError(f"row {name!r}: the name becomes a file name; use letters, digits, dots, - and _")
     metrics = [key for key in fields if key in DETECTORS]
-    if unknown := [key for key in fields if key not in (*_ROW_KEYS, *metrics)]:
-        raise ValueError(f"row {fields.get('name')}: unknown key {unknown[0]!r}{nearest(unknown[0], list(_ROW_KEYS))}")
-    if not re.fullmatch(r"[\w.-]+", str(fields["name"])):
-        raise ValueError(f"row {fields['name']!r}: its name becomes that of a file; use letters, digits, - and _")
+    _refuse_unknown(f"row {name}", fields, (*_ROW_KEYS, *metrics))
     if fields["dataset"] not in datasets:
-        raise ValueError(
-            f"row {fields['name']}: unknown data set {fields['dataset']!r}; there is {', '.join(datasets)}"
-        )
+        raise ValueError(f"row {name}: unknown data set {fields['dataset']!r}; available: {', '.join(datasets)}")
     dataset = datasets[fields["dataset"]]
-    cells = tuple(_cell(fields["name"], metric, fields[metric], dataset) for metric in metrics)
-    return Row(fields["name"], fields["group"], fields["setting"], cells, fields.get("note"))
+    cells = tuple(_cell(name, metric, fields[metric], dataset) for metric in metrics)
+    return TableRow(name, fields["group"], fields["setting"], cells, fields.get("note"))
 
 
-def _cell(row: str, metric: str, fields: Mapping[str, Any], dataset: Dataset) -> Cell:
+def _cell(row: str, metric: str, fields: Mapping[str, Any], dataset: ReferenceSet) -> Cell:
+    where = f"row {row}, {metric}"
+    _refuse_unknown(where, fields, _CELL_KEYS)
     if "preset" in fields:
         preset = find_preset(fields["preset"])
         if preset.metric != metric:
-            raise ValueError(f"row {row}: preset {fields['preset']} is for {preset.metric}, not {metric}")
-        fields = {**_of_preset(preset), **{key: value for key, value in fields.items() if key != "preset"}}
-    if unknown := [key for key in fields if key not in _CELL_KEYS]:
-        raise ValueError(f"row {row}, {metric}: unknown key {unknown[0]!r}{nearest(unknown[0], list(_CELL_KEYS))}")
+            raise ValueError(f"{where}: preset {fields['preset']} is for {preset.metric}, not {metric}")
+        fields = {**_preset_fields(preset), **fields}
     gnet = fields.get("gnet")
-    method = fields.get("method", "pair" if gnet else "none")
-    if method not in METHODS:
-        raise ValueError(f"row {row}, {metric}: unknown guidance method {method!r}{nearest(method, list(METHODS))}")
-    if METHODS[method].needs_gnet != (gnet is not None):
-        raise ValueError(f"row {row}, {metric}: method {method} {'takes no' if gnet else 'needs a'} gnet")
-    weight = float(fields.get("guidance", 1.0))
     try:
-        choice = Choice(method, weight, _interval(fields.get("interval")), _options(method, fields.get("options", {})))
+        guidance = _guidance(fields)
     except ValueError as error:
-        raise ValueError(f"row {row}, {metric}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
     return Cell(
         row,
         metric,
         float(fields["value"]),
-        Network(fields["net"]),
-        None if gnet is None else Network(gnet),
-        choice,
+        PublishedNetwork.named(fields["net"]),
+        None if gnet is None else PublishedNetwork.named(gnet),
+        guidance,
         dataset,
     )
 
 
-def _interval(ends: Any) -> tuple[float, float] | None:
-    if ends is None:
-        return None
-    if not isinstance(ends, list | tuple) or len(ends) != 2:
-        raise ValueError(f"interval is {ends!r}; expected two noise levels, such as [0.28, 2.90]")
-    return float(ends[0]), float(ends[1])
+def _preset_fields(preset: Preset) -> dict[str, Any]:
+    """A preset as fields of a cell."""
+    fields: dict[str, Any] = {"net": Path(preset.net).stem, "value": preset.value}
+    if preset.gnet is not None:
+        fields["gnet"] = Path(preset.gnet).stem
+    if preset.guidance is not None:
+        fields["guidance"] = preset.guidance
+    if preset.interval is not None:
+        fields["interval"] = preset.interval
+    return fields
+
+
+def _guidance(fields: Mapping[str, Any]) -> Choice:
+    has_gnet = fields.get("gnet") is not None
+    method = fields.get("method", "pair" if has_gnet else "none")
+    if method not in METHODS:
+        raise ValueError(f"unknown guidance method {method!r}{nearest(method, list(METHODS))}")
+    if METHODS[method].needs_gnet and not has_gnet:
+        raise ValueError(f"method {method} needs a gnet")
+    if has_gnet and not METHODS[method].needs_gnet:
+        raise ValueError(f"method {method} takes no gnet")
+    interval = fields.get("interval")
+    if interval is not None:
+        if not isinstance(interval, list | tuple) or len(interval) != 2:
+            raise ValueError(f"interval is {interval!r}; expected two noise levels, such as [0.28, 2.90]")
+        interval = (float(interval[0]), float(interval[1]))
+    options = _options(method, fields.get("options", {}))
+    return Choice(method, float(fields.get("guidance", 1.0)), interval, options)
 
 
 def _options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every option of a method: as given, in the words of the command line, or its default."""
+    """All options of a method: as given, spelled as on the command line, else the default."""
     known = {option.keyword: option for option in METHODS[method].options}
-    taken = {keyword: option.default for keyword, option in known.items()}
+    values = {keyword: option.default for keyword, option in known.items()}
     for name, value in given.items():
         keyword = name.replace("-", "_")
         if keyword not in known:
             raise ValueError(f"method {method} has no option {name!r}{nearest(keyword, list(known))}")
-        taken[keyword] = known[keyword].parse(str(value))
-    return taken
+        values[keyword] = known[keyword].parse(str(value))
+    return values
 
 
-def _of_preset(preset: Preset) -> dict[str, Any]:
-    names = {key: Path(url).stem for key, url in (("net", preset.net), ("gnet", preset.gnet)) if url is not None}
-    settings = {"guidance": preset.guidance, "interval": preset.interval, "value": preset.value}
-    return names | {key: value for key, value in settings.items() if value is not None}
-
-
-def _first_twice(names: Iterable[str]) -> str | None:
-    seen: set[str] = set()
-    return next((name for name in names if name in seen or seen.add(name)), None)
+def _refuse_unknown(where: str, fields: Mapping[str, Any], known: Collection[str]) -> None:
+    for key in fields:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}{nearest(key, list(known))}")

@@ -7,7 +7,7 @@ from click.testing import CliRunner, Result
 
 from edm2kit.cli import reproduce
 from edm2kit.experiments.paper_tables import plan
-from edm2kit.experiments.paper_tables.plan import count_evaluations, need_of
+from edm2kit.experiments.paper_tables.plan import cell_cost, count_evaluations
 from edm2kit.experiments.paper_tables.tables import load_table, table_names
 from edm2kit.guidance.registry import METHODS, Choice
 from edm2kit.sampling.solvers import Sampler
@@ -60,16 +60,16 @@ def test_evaluations_of_one_network_are_counted_by_area(method, evaluations):
 def test_a_plan_downloads_nothing_and_adds_up(monkeypatch, tmp_path):
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("EDM2_OFFLINE", "1")
-    need = need_of(cell_of("img512-s-autog"), Sampler())
+    need = cell_cost(cell_of("img512-s-autog"), Sampler())
     assert need.multiply_adds / 1e9 == pytest.approx(63 * (100.8 + 45.0), rel=0.005)
-    sizes = {download.url.rsplit("/", 1)[1]: download for download in need.downloads}
+    sizes = {download.url.rsplit("/", 1)[1]: download for download in need.files}
     assert sizes["edm2-img512-s-2147483-0.070.pkl"].num_bytes == pytest.approx(560565890, rel=0.005)
     assert sizes["diffusion_pytorch_model.safetensors"].num_bytes == 334643276
-    assert not any(download.is_here for download in need.downloads)
+    assert not any(download.is_here for download in need.files)
     here = tmp_path / "nvlabs-fi-cdn.nvidia.com/edm2/dataset-refs/img512.pkl"
     here.parent.mkdir(parents=True)
     here.write_bytes(b"12345")
-    found = {d.url.rsplit("/", 1)[1]: d for d in need_of(cell_of("img512-s-autog"), Sampler()).downloads}
+    found = {d.url.rsplit("/", 1)[1]: d for d in cell_cost(cell_of("img512-s-autog"), Sampler()).files}
     assert (found["img512.pkl"].num_bytes, found["img512.pkl"].is_here) == (5, True)
 
 
@@ -88,7 +88,7 @@ def test_a_network_is_counted_once(monkeypatch):
     monkeypatch.setattr(plan, "evaluation_cost", lambda architecture: counted.append(architecture) or Free())
     plan._cost.cache_clear()
     for cell in load_table("autoguidance-1").cells(["img512-s", "img512-s-autog", "img512-s-cfg"]):
-        need_of(cell, Sampler())
+        cell_cost(cell, Sampler())
     plan._cost.cache_clear()
     assert len(counted) == 3  # S, XS, and XS without classes
 

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from edm2kit.cli.presets import load_presets
+from edm2kit.experiments.paper_tables.networks import PublishedNetwork
 from edm2kit.experiments.paper_tables.report import html_page, lines_of, markdown
-from edm2kit.experiments.paper_tables.tables import Network, load_table, table_names
+from edm2kit.experiments.paper_tables.tables import load_table, table_names
 from tests.support.golden import DATA
 
 RAW = "https://nvlabs-fi-cdn.nvidia.com/edm2/raw-snapshots/"
@@ -54,25 +55,30 @@ def test_every_preset_stands_in_a_table():
 
 
 def test_what_is_not_published_ready_made_names_its_raw_snapshots():
-    assert Network("edm2-img512-s-2147483-0.130").urls[0].endswith("reconstructions/edm2-img512-s-2147483-0.130.pkl")
-    stored = Network("edm2-img512-xs-0134217-0.050").urls
+    assert (
+        PublishedNetwork.named("edm2-img512-s-2147483-0.130")
+        .urls[0]
+        .endswith("reconstructions/edm2-img512-s-2147483-0.130.pkl")
+    )
+    stored = PublishedNetwork.named("edm2-img512-xs-0134217-0.050").urls
     assert stored == (f"{RAW}edm2-img512-xs/edm2-img512-xs-0134217-0.050.pkl",)
-    rebuilt = Network("edm2-img512-xs-0134217-0.115").urls
+    rebuilt = PublishedNetwork.named("edm2-img512-xs-0134217-0.115").urls
     assert len(rebuilt) == 8
     assert rebuilt[0] == f"{RAW}edm2-img512-xs/edm2-img512-xs-0033554-0.050.pkl"
     assert rebuilt[-1] == f"{RAW}edm2-img512-xs/edm2-img512-xs-0134217-0.100.pkl"
-    assert Network("edm2-img512-s-2147483-0.130").fit_error is Network("edm2-img512-xs-0134217-0.050").fit_error is None
+    assert PublishedNetwork.named("edm2-img512-s-2147483-0.130").fit is None
+    assert PublishedNetwork.named("edm2-img512-xs-0134217-0.050").fit is None
     with pytest.raises(ValueError, match="no raw snapshot was taken"):
-        _ = Network("edm2-img512-xs-0134000-0.115").urls
+        _ = PublishedNetwork.named("edm2-img512-xs-0134000-0.115").urls
 
 
 def test_no_more_raw_snapshots_are_taken_than_a_good_fit_needs():
-    quarter = Network("edm2-img512-s-2147483-0.115")
+    quarter = PublishedNetwork.named("edm2-img512-s-2147483-0.115")
     assert len(quarter.urls) == 32
     assert quarter.urls[-1].endswith("edm2-img512-s-2147483-0.100.pkl")
-    assert quarter.fit_error < 0.005
+    assert quarter.fit.error < 0.005
     # 128Mi images are four times 32Mi: all that is stored gives no better
-    assert 0.1 < Network("edm2-img512-s-0134217-0.170").fit_error < 0.2
+    assert 0.1 < PublishedNetwork.named("edm2-img512-s-0134217-0.170").fit.error < 0.2
 
 
 @pytest.mark.parametrize(
@@ -86,7 +92,7 @@ def test_no_more_raw_snapshots_are_taken_than_a_good_fit_needs():
         ({"fid": {"net": PUBLISHED, "wait": 2, "value": 1}}, "unknown key 'wait'"),
         ({"fid": {"net": PUBLISHED, "method": "pair", "value": 1}}, "needs a gnet"),
         ({"fid": {"net": PUBLISHED}}, "'value' is missing"),
-        ({"name": "../a", "fid": {"net": PUBLISHED, "value": 1}}, "its name becomes that of a file"),
+        ({"name": "../a", "fid": {"net": PUBLISHED, "value": 1}}, "the name becomes a file name"),
         ({"fid": {"net": "run-0000000-0.130", "value": 1}}, "expected RUN-KIMG-EMA"),
         ({"fid": {**PAG, "options": {"pag_blokcs": "auto"}}}, "no option 'pag_blokcs'; did you mean 'pag_blocks'"),
         ({"fid": {**PAG, "options": {"pag-blocks": "everywhere"}}}, "'everywhere' is not a list of blocks"),
@@ -94,7 +100,7 @@ def test_no_more_raw_snapshots_are_taken_than_a_good_fit_needs():
         ({"fid": {**PAG, "interval": "all"}}, "interval is 'all'; expected two noise levels"),
     ],
 )
-def test_a_crooked_table_is_told(tmp_path, changes, message):
+def test_a_malformed_table_is_refused(tmp_path, changes, message):
     row = {"name": "a", "group": "g", "setting": "s", "dataset": "img512", **changes}
     (tmp_path / "t.yaml").write_text(yaml.safe_dump({"title": "t", "source": "s", "rows": [row]}))
     with pytest.raises(ValueError, match=re.escape(message)):
