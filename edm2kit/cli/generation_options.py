@@ -185,7 +185,7 @@ def _method_option_help(option: Option) -> str:
 
 
 def method_help(name: str) -> str:
-    """What --help-guidance prints: a line per method for "list", else the description and options of one method or rule.
+    """What --help-guidance prints: a line per method for "list", else one method or rule with its own options.
 
     Raises click.UsageError for an unknown name.
     """

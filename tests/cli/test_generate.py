@@ -61,13 +61,11 @@ def guided(nets):
     return ("--gnet", nets / "guide", "--guidance", "2.1", "--S_churn", "2")
 
 
-def torchrun(ranks, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def torchrun(ranks, *arguments, command=("generate.py",)):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     words = [str(argument) for argument in arguments]
-    done = subprocess.run(
-        [*command, str(ROOT / "generate.py"), *words], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
+    done = subprocess.run([*launcher, *command, *words], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -108,9 +106,8 @@ def test_two_ranks_make_what_one_makes(nets, tmp_path):
 
 
 def test_a_rank_without_work_waits_for_the_others(nets, tmp_path):
-    output = torchrun(
-        4, "--net", nets / "main", "--steps", "3", "--device", "cpu", "--seeds", "0-2", "--npz", tmp_path / "three.npz"
-    )
+    arguments = ("--net", nets / "main", "--steps", "3", "--device", "cpu", "--seeds", "0-2")
+    output = torchrun(4, *arguments, "--npz", tmp_path / "three.npz", command=("-m", "edm2kit.cli.generate"))
     assert output.count("Network:") == 1
     with np.load(tmp_path / "three.npz") as arrays:
         assert arrays["images"].shape == (3, 8, 8, 3)
