@@ -34,7 +34,7 @@ class Engine:
     `classes`, seed s gets class classes[s % len(classes)]. For a denoiser conditioned on float vectors, `vectors`
     [M, label_dim] are those to choose from, and `classes` are rows of it.
 
-    Example: `Engine(net, encoder.decode, Sampler(), (3, 64, 64), net.label_dim, torch.device("cpu")).generate(range(4))`
+    Example: `Engine(net, encoder.decode, Sampler(), (3, 64, 64), 1000, torch.device("cuda")).generate(range(4))`
     """
 
     denoiser: Denoiser

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from edm2kit.sampling.time_travel import TimeTravel
 from PIL import Image
 
 from edm2kit.cli import generate
