@@ -1,11 +1,5 @@
-"""Teach one network to answer at once what a guided pair answers in several evaluations."""
+"""Distil guidance: train one network to give the guided answer in a single evaluation."""
 
-import contextlib
-import dataclasses
-import json
-import sys
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import click
@@ -14,22 +8,14 @@ import torch
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.cli.generation_options import generation_options
-from edm2kit.data.dataset import ImageDataset
 from edm2kit.denoiser import Denoiser, after_step, for_images, for_step
-from edm2kit.models.edm2 import Precond
-from edm2kit.models.encoders import make_encoder
 from edm2kit.snapshots.weights import open_weights
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.locks import exclusive
-from edm2kit.torch_utils.provenance import provenance
-from edm2kit.torch_utils.records import differences
 from edm2kit.torch_utils.rng import StackedGenerator
 from edm2kit.torch_utils.stopping import StopRequest, parse_duration_sec
-from edm2kit.training.config import TrainConfig, run_id
+from edm2kit.training.config import TrainConfig
 from edm2kit.training.distillation import DistillationLoss
-from edm2kit.training.log import RunLog
-from edm2kit.training.loop import Trainer, training_loop
-from edm2kit.training.run import RECORD_NAME, Run, check_run_dir, resolve, stream_batches, write_records
+from edm2kit.training.run import Run, prepare_run
 
 _NOISE_LEVELS = ("P_mean", "P_std")
 
@@ -62,60 +48,43 @@ _NOISE_LEVELS = ("P_mean", "P_std")
 @click.option("--max-time", metavar="TIME", help="Save and stop in good order after 90s, 45m, 11.5h or 2d")
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
 def main(request: Request, outdir: str, max_time: str | None, device: str, **options: Any) -> None:
-    """Distil a guided network: fine-tune a copy of it to give, in one evaluation, the guided answer.
+    """Distil guidance: fine-tune a copy of the network to give the guided answer in a single evaluation.
 
-    Takes the guidance options of generate.py; one weight is learnt, for good. What comes out are snapshots like any
-    others: draw from them without a guide.
+    Takes the guidance options of generate.py; the guidance weight is fixed once learned. The resulting snapshots are
+    used without a guide.
 
     \b
     python scripts/distill.py --net main.safetensors --gnet weaker.safetensors --guidance 2 \\
         --data img64.zip --outdir runs/distilled
     python generate.py --net runs/distilled/network-snapshot-0008388-0.050.safetensors --outdir out
     """
-    _check_request(request)
+    check_request(request)
     max_sec = None if max_time is None else parse_duration_sec(max_time)
-    run_dir = Path(outdir)
-    with dist.session(device) as picked, StopRequest(max_sec) as stop, contextlib.ExitStack() as held:
+    with dist.session(device) as picked, StopRequest(max_sec) as stop:
         generation = prepare(request, picked)
         teacher, sigmas = generation.engine.denoiser, request.sampler.sigmas(picked)
         check_teacher(teacher, sigmas, generation.engine.shape, generation.engine.label_dim)
-        config, settings = configure(request, options, generation.settings["precision"]), dict(generation.settings)
-        dataset = ImageDataset(config.data, use_labels=config.cond)
-        run = taught_by(resolve(config, dataset), settings, generation.engine.label_dim)
-        check_teacher_of(run, run_dir)
-        check_run_dir(run, run_dir)
+        config = configure(request, options, generation.settings["precision"])
+        run = prepare_run(config, outdir, teacher=generation.settings)
+        check_labels(run, generation.engine.label_dim)
         dist.print0(generation.summary)
-        for notice in run.notices:
-            dist.print0(f"Note: {notice}")
-        dist.on_rank0(held.enter_context, exclusive(run_dir))
-        dist.on_rank0(write_records, run, run_dir, provenance(picked), sys.argv)
+        run.print_notices()
         loss = DistillationLoss(teacher, sigmas, run.config.P_mean, run.config.P_std, run.config.sigma_data)
-        training_loop(
-            Trainer(run.config, run.header, make_encoder(run.config.encoder), picked, loss),
-            partial(stream_batches, run, dataset),
-            len(run.micro_batches),
-            run_dir,
-            RunLog(run_dir, run.config.duration_nimg, picked),
-            on_snapshot=_no_samples,
-            should_stop=stop,
-        )
+        run.train(picked, loss_fn=loss, should_stop=stop)
 
 
-def _no_samples(net: Precond, nimg: int) -> None:
-    """Snapshots come without sample images; generate.py draws them."""
-
-
-def _check_request(request: Request) -> None:
+def check_request(request: Request) -> None:
+    """Raise ValueError if `request` has no guidance, or guidance that one network cannot learn."""
     if request.guidance.method == "none":
-        raise ValueError("there is no guidance to distil: give --gnet and --guidance W, or a --guidance-method")
+        raise ValueError("there is no guidance to distil; give --gnet and --guidance W, or a --guidance-method")
     if request.classes is not None:
-        raise ValueError("a student learns every class that --data shows; leave out --class and --balanced")
+        raise ValueError("the network learns all classes of --data; leave out --class and --balanced")
     if request.guidance.options.get("apg_momentum"):
-        raise ValueError("momentum remembers earlier steps, which one network cannot: add --apg-momentum 0")
+        raise ValueError("a single network cannot learn momentum, which depends on earlier steps; add --apg-momentum 0")
 
 
 def check_teacher(teacher: Denoiser, sigmas: torch.Tensor, shape: tuple[int, int, int], label_dim: int) -> None:
-    """ValueError where `teacher` moves images between evaluations, which no network could learn."""
+    """Raise ValueError if `teacher` moves images between evaluations, which a network cannot learn."""
     device = sigmas.device
     own = StackedGenerator(device, [0])
     x, labels = own.randn([1, *shape]), torch.eye(label_dim, device=device)[:1] if label_dim else None
@@ -126,13 +95,18 @@ def check_teacher(teacher: Denoiser, sigmas: torch.Tensor, shape: tuple[int, int
             step(x * sigmas[i], sigmas[i], labels)
             moved = after_step(step, x, i, sigmas)
         if not torch.equal(moved, x):
-            raise ValueError("this guidance moves images after steps instead of changing D: no network can learn it")
+            raise ValueError(
+                "this guidance moves images after steps instead of changing D; a network cannot learn that"
+            )
 
 
 def configure(request: Request, options: dict[str, Any], precision: str) -> TrainConfig:
-    """The student's training: from the main network's weights, at the noise levels that it was trained on."""
+    """The training configuration: starts from the main network's weights, at the noise levels it was trained on."""
     header = open_weights(request.net).header
-    trained = {**header.training_config.get("loss", {}), **header.training_config}  # published files have it inside
+    trained = {
+        **header.training_config.get("loss", {}),
+        **header.training_config,
+    }  # NVIDIA: in "loss"
     levels = {name: trained[name] for name in _NOISE_LEVELS if name in trained}
     given = {name: value for name, value in options.items() if value is not None}
     return TrainConfig(
@@ -146,33 +120,13 @@ def configure(request: Request, options: dict[str, Any], precision: str) -> Trai
     )
 
 
-def taught_by(run: Run, settings: dict[str, Any], label_dim: int) -> Run:
-    """`run` that knows its teacher, a network of `label_dim` classes: in its records, its identity and its snapshots.
-
-    Raises ValueError where the data have other classes.
-    """
-    if (found := run.header.architecture["label_dim"]) != label_dim:
+def check_labels(run: Run, label_dim: int) -> None:
+    """Raise ValueError if the data of `run` have other classes than the teacher, which has `label_dim`."""
+    found = run.header.architecture["label_dim"]
+    if found != label_dim:
         raise ValueError(
-            f"--data {run.config.data} has {found} classes, the network {label_dim}; use what it learnt from"
+            f"--data {run.config.data} has {found} classes, the network {label_dim}; use its training data"
         )
-    identity = {**run.data_identity, "teacher": settings}
-    header = dataclasses.replace(
-        run.header,
-        run_id=run_id(run.config, identity),
-        training_config={**run.header.training_config, "teacher": settings},
-    )
-    return dataclasses.replace(run, header=header, data_identity=identity)
-
-
-def check_teacher_of(run: Run, run_dir: Path) -> None:
-    """ValueError where the folder holds a student of another teacher, naming what differs."""
-    path = run_dir / RECORD_NAME
-    if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))["data_identity"].get("teacher")
-        if changed := differences(there, run.data_identity["teacher"], "teacher"):
-            raise ValueError(
-                f"{run_dir} holds a run by another teacher ({'; '.join(changed[:4])}); use another --outdir"
-            )
 
 
 if __name__ == "__main__":

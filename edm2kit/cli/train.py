@@ -1,8 +1,7 @@
 """Train a diffusion network, main or guide, in one process or many (torchrun)."""
 
-import contextlib
+import itertools
 import math
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,26 +9,18 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from torch import nn
 
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.image_folder import contact_sheet, to_image
 from edm2kit.cli.presets import summary
-from edm2kit.data.dataset import ImageDataset
-from edm2kit.models.edm2 import Precond
-from edm2kit.models.encoders import Encoder, make_encoder
 from edm2kit.sampling.engine import Engine, share_of_rank
 from edm2kit.sampling.solvers import Sampler
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write
-from edm2kit.torch_utils.locks import exclusive
-from edm2kit.torch_utils.precision import PRECISIONS, slow_precision
-from edm2kit.torch_utils.provenance import provenance
 from edm2kit.torch_utils.stopping import StopRequest, parse_duration_sec
 from edm2kit.training.config import TrainConfig, config_from_dict, preset_names, preset_path, read_yaml
-from edm2kit.training.forecast import make_forecast
-from edm2kit.training.log import RunLog
-from edm2kit.training.loop import Trainer, training_loop
-from edm2kit.training.run import Run, check_run_dir, resolve, stream_batches, write_records
+from edm2kit.training.run import Run, prepare_run
 
 SAMPLE_BATCH = 16
 
@@ -90,27 +81,18 @@ def main(
     """
     max_sec = None if max_time is None else parse_duration_sec(max_time)
     config = compose_config(preset, config_file, options)
-    with dist.session(device) as picked, StopRequest(max_sec) as stop, contextlib.ExitStack() as held:
-        dataset = ImageDataset(config.data, use_labels=config.cond)
-        run = resolve(config, dataset)
-        check_run_dir(run, Path(outdir))
-        describe(run, dataset)
-        if slow := slow_precision(PRECISIONS[run.config.precision], picked):
-            dist.warn0(f"--precision {run.config.precision}: {slow}")
-        encoder = make_encoder(run.config.encoder)
+    with dist.session(device) as picked, StopRequest(max_sec) as stop:
+        run = prepare_run(config, outdir)
+        run.describe(picked)
         if dry_run:
             return
-        check_decoder(encoder, run, samples, picked)
-        dist.on_rank0(held.enter_context, exclusive(outdir))
-        dist.on_rank0(write_records, run, Path(outdir), provenance(picked), sys.argv)
-        training_loop(
-            Trainer(run.config, run.header, encoder, picked),
-            partial(stream_batches, run, dataset),
-            len(run.micro_batches),
-            Path(outdir),
-            RunLog(Path(outdir), run.config.duration_nimg, picked, tensorboard),
-            on_snapshot=partial(draw_samples, encoder, Path(outdir), samples, picked),
+        if samples:
+            check_decoder(run, picked)
+        run.train(
+            picked,
+            on_snapshot=partial(write_samples, run, samples, picked) if samples else None,
             should_stop=stop,
+            tensorboard=tensorboard,
         )
 
 
@@ -134,46 +116,33 @@ def compose_config(preset: str | None, config_file: str | None, options: dict[st
     return config_from_dict({**values, **given, "network": network}, str(path or "options"))
 
 
-def describe(run: Run, dataset: ImageDataset) -> None:
-    """Print what will be trained on what, and what it will need."""
-    config, label_dim = run.config, run.header.architecture["label_dim"]
-    shape = "x".join(str(n) for n in dataset.raw_shape)
-    classes = f"{label_dim} classes" if label_dim else "no labels"
-    dist.print0(f"data              {dataset.path}: {len(dataset)} items of {shape}, {classes}")
-    sizes = "+".join(map(str, run.micro_batches[:3])) + ("+..." if len(run.micro_batches) > 3 else "")
-    dist.print0(f"batch             {config.batch_size} images: {dist.world_size()} processes, {sizes} images each")
-    forecast = make_forecast(config, dict(run.header.architecture), max(run.micro_batches), dist.world_size())
-    for line in forecast.lines():
-        dist.print0(line)
-    for notice in run.notices:
-        dist.print0(f"Note: {notice}")
-    for name, value in run.header.training_config.items():
-        dist.print0(f"  {name:22s}{value}")
-
-
-def check_decoder(encoder: Encoder, run: Run, samples: int, device: torch.device) -> None:
-    """Find out now, not at the first snapshot, that sample images cannot be decoded."""
-    if not samples:
-        return
+def check_decoder(run: Run, device: torch.device) -> None:
+    """Raise ValueError now, not at the first snapshot, if sample images cannot be decoded."""
     size = run.header.architecture["img_resolution"]
     try:
-        encoder.decode(torch.zeros(1, run.header.architecture["img_channels"], size, size, device=device))
+        run.encoder.decode(torch.zeros(1, run.header.architecture["img_channels"], size, size, device=device))
     except ValueError as error:
-        raise ValueError(f"sample images cannot be decoded: {error}. Or train without them: --samples 0") from error
+        raise ValueError(f"sample images cannot be decoded: {error}. To train without them: --samples 0") from error
 
 
-def draw_samples(encoder: Encoder, run_dir: Path, count: int, device: torch.device, net: Precond, nimg: int) -> None:
-    """Write samples-KIMG.png: images of seeds 0 to count - 1, the classes in turn."""
-    if not count:
-        return
-    shape = (net.img_channels, net.img_resolution, net.img_resolution)
-    classes = range(net.label_dim) if net.label_dim else None
-    engine = Engine(net, encoder.decode, Sampler(), shape, net.label_dim, device, classes)
+def write_samples(run: Run, count: int, device: torch.device, net: nn.Module, nimg: int) -> None:
+    """Write samples-KIMG.png: images of seeds 0 to count - 1, with the classes in turn."""
+    architecture = run.header.architecture
+    size, label_dim = architecture["img_resolution"], architecture["label_dim"]
+    engine = Engine(
+        net,
+        run.encoder.decode,
+        Sampler(),
+        (architecture["img_channels"], size, size),
+        label_dim,
+        device,
+        classes=range(label_dim) if label_dim else None,
+    )
     mine = [(b.seeds, b.images.cpu().numpy()) for b in engine.batches(share_of_rank(range(count)), SAMPLE_BATCH)]
-    parts = [part for rank_parts in dist.gather_objects(mine) for part in rank_parts]
+    parts = list(itertools.chain.from_iterable(dist.gather_objects(mine)))
     order = np.argsort(np.concatenate([seeds for seeds, _ in parts]))
     images = np.concatenate([images for _, images in parts])[order]
-    dist.on_rank0(write_sheet, images, run_dir / f"samples-{nimg // 1000:07d}.png")
+    dist.on_rank0(write_sheet, images, run.run_dir / f"samples-{nimg // 1000:07d}.png")
 
 
 def write_sheet(images: np.ndarray, path: Path) -> None:

@@ -6,7 +6,7 @@ import functools
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -91,7 +91,7 @@ def training_batches(
     world_size: int,
     batch_gpu: int | None = None,
     workers: int = 0,
-) -> Iterator[MicroBatch]:
+) -> Generator[MicroBatch, None, None]:
     """This rank's micro-batches, without end, from the step that starts at position `start_nimg`.
 
     A step is len(micro_batch_sizes(batch_size, world_size, batch_gpu)) micro-batches. Global batch [nimg, nimg +
@@ -116,7 +116,7 @@ def training_batches(
     return _stream(loader, closing)
 
 
-def _stream(loader: torch.utils.data.DataLoader, closing: ctypes.c_bool) -> Iterator[MicroBatch]:
+def _stream(loader: torch.utils.data.DataLoader, closing: ctypes.c_bool) -> Generator[MicroBatch, None, None]:
     def close() -> None:
         closing.value = True
 

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped."""
+"""Checkpoints: the complete state of a training run, to resume it as if it had never stopped."""
 
 import re
 from collections.abc import Mapping
@@ -28,16 +28,16 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 def checkpoint_state(
     net: nn.Module, optimizer: torch.optim.Optimizer, ema: PowerFunctionEMA, progress: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All that a checkpoint holds, `progress` being plain numbers and strings, "nimg" among them.
+    """The contents of a checkpoint; `progress` holds plain numbers and strings, including "nimg".
 
-    Every rank must ask for it, since each may keep a share; rank 0 gets the whole.
+    Every rank must call it, because the state may be sharded; only rank 0 receives the complete state.
     """
     states = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
     return {**states, "progress": dict(progress)}
 
 
 def save_checkpoint(run_dir: Path, state: Mapping[str, Any]) -> None:
-    """Write what `checkpoint_state` gave, atomically."""
+    """Write the result of `checkpoint_state`, atomically."""
     with atomic_write(checkpoint_path(run_dir, state["progress"]["nimg"])) as file:
         torch.save(state, file)
 
@@ -45,15 +45,15 @@ def save_checkpoint(run_dir: Path, state: Mapping[str, Any]) -> None:
 def load_checkpoint(
     path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, ema: PowerFunctionEMA, device: torch.device
 ) -> dict[str, Any]:
-    """Set everything to what `save_checkpoint` saw and return its progress; ValueError for a damaged file."""
+    """Restore network, optimizer and EMAs, and return the progress. Raises ValueError if the file is damaged."""
     try:
-        # a GPU has no room for a second copy: what it needs is copied there from the mapped file
+        # a GPU has no room for a second copy, so tensors are copied there from the mapped file
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=device.type != "cpu")
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
         return state["progress"]
-    except Exception as error:  # torch.load raises a dozen types for damaged files
+    except Exception as error:  # torch.load raises a dozen types of errors for damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"checkpoint {path} cannot be read ({reason}); delete it to resume from the one before it"

@@ -1,9 +1,10 @@
-"""The loss of a network that is to answer at once what a guided pair answers in several evaluations."""
+"""The loss of guidance distillation: one network learns the answer of a guided denoiser."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 
 from edm2kit.denoiser import Denoiser, for_images, for_step
 from edm2kit.torch_utils.rng import StackedGenerator
@@ -14,10 +15,10 @@ from edm2kit.training.loss import LossTerms
 class DistillationLoss:
     """lambda * (D_student(x) - D_teacher(x))^2 on noisy training images, sigma and lambda as in `EDM2Loss`.
 
-    `teacher` is any denoiser. One that follows a sampling run (an interval, a schedule, random draws) answers as in
-    the step of `sigmas` (falling to 0) that passes the image's noise level, with random numbers of the image's own.
-    Guided distillation of Meng et al. 2023 (arXiv 2210.03142), its first stage, for one weight. Raises ValueError
-    where `teacher` cannot answer outside of a solver.
+    `teacher` is any denoiser. If it follows a sampling run (interval, schedule, random numbers), it answers as in the
+    step of `sigmas` (decreasing to 0) that contains the image's noise level, with random numbers that belong to the
+    image. This is the first stage of guided distillation (Meng et al. 2023, arXiv 2210.03142), for a single guidance
+    weight.
     """
 
     teacher: Denoiser
@@ -27,7 +28,7 @@ class DistillationLoss:
     sigma_data: float = 0.5
 
     def terms(
-        self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor | None, rng: StackedGenerator
+        self, net: Callable[..., Any], images: torch.Tensor, labels: torch.Tensor | None, rng: StackedGenerator
     ) -> LossTerms:
         """The loss and the noise level of each image; arguments as `EDM2Loss.__call__`."""
         sigma = (rng.randn([len(images), 1, 1, 1]) * self.P_std + self.P_mean).exp()
@@ -36,14 +37,14 @@ class DistillationLoss:
         wanted = self.answers(x, sigma.flatten(), labels, seeds)
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
         denoised, logvar = net(x, sigma.flatten(), labels, return_logvar=True)
-        # the uncertainty weighs real images, not these: it takes part, as DDP expects, and learns nothing
+        # the uncertainty head is for real images: it takes part, as DDP requires, but does not learn
         return LossTerms(weight * (denoised - wanted) ** 2 + 0 * logvar, sigma.flatten().detach())
 
     @torch.no_grad()
     def answers(
         self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None, seeds: list[int]
     ) -> torch.Tensor:
-        """What the teacher says to each image; images whose steps make no difference are one batch."""
+        """The teacher's answer for each image; images for which it behaves alike are evaluated as one batch."""
         steps = self.steps_of(sigma)
         groups: list[tuple[Denoiser, list[int]]] = []
         for i in sorted(set(steps)):
@@ -62,6 +63,6 @@ class DistillationLoss:
         return wanted
 
     def steps_of(self, sigma: torch.Tensor) -> list[int]:
-        """The step that passes each noise level: i where it lies in (sigmas[i + 1], sigmas[i]], the first if above."""
+        """The step i with sigmas[i + 1] < sigma <= sigmas[i] for each noise level; the first step if above all."""
         levels = self.sigmas[1:-1].to(sigma)
         return (sigma[:, None] <= levels).sum(dim=1).tolist()

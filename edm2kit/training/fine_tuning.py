@@ -1,4 +1,4 @@
-"""Starting from the weights of another run."""
+"""Fine-tuning: starting from the weights of another run."""
 
 import dataclasses
 import inspect
@@ -18,10 +18,9 @@ _LABELS = "unet.emb_label.weight"  # the one tensor that depends on the classes
 
 
 def adopt_source(config: TrainConfig) -> TrainConfig:
-    """`config` with the hash of its `init_from`, and that snapshot's network arguments where it has none of its own.
+    """`config` with the hash of its `init_from`, and the network arguments of that snapshot where it sets none.
 
-    Unchanged where `init_from` is None. Raises ValueError where that is no snapshot, or not the one of
-    `init_sha256`.
+    Unchanged if `init_from` is None. Raises ValueError if that is not a snapshot, or not the one of `init_sha256`.
     """
     if config.init_from is None:
         return config
@@ -29,7 +28,7 @@ def adopt_source(config: TrainConfig) -> TrainConfig:
     if config.init_sha256 not in (None, sha256):
         raise ValueError(
             f"--init-from {config.init_from} has sha256 {sha256}, expected {config.init_sha256} (according to the "
-            "configuration); it is another snapshot"
+            "configuration); this is another snapshot"
         )
     known = inspect.signature(UNet).parameters.keys() - {"img_resolution", "img_channels", "label_dim"}
     theirs = {
@@ -41,9 +40,9 @@ def adopt_source(config: TrainConfig) -> TrainConfig:
 def check_source(
     config: TrainConfig, architecture: Mapping[str, Any], label_names: tuple[str, ...] | None
 ) -> list[str]:
-    """What a user should know of starting a network of `architecture` from `config.init_from`, in sentences.
+    """Check that a network of `architecture` can start from `config.init_from`, and return notices for the user.
 
-    Reads no weights. Raises ValueError naming what does not fit; other classes do.
+    Reads no weights. Other classes are allowed. Raises ValueError that names the first thing that does not fit.
     """
     if config.init_from is None:
         return []
@@ -60,18 +59,20 @@ def check_source(
         if ours != theirs:
             raise ValueError(f"{where} does not fit: its {what} is {theirs}, this run's {ours}")
     _check_shapes(where, source, net.state_dict())
-    notices = [f"starting from {source.name}: {header.nimg} images, EMA length {header.ema_std}; counting starts anew"]
+    notices = [
+        f"starting from {source.name}: {header.nimg} images, EMA length {header.ema_std}; counting restarts at 0"
+    ]
     old, new = theirs_net.label_dim, net.label_dim
     if old != new:
         notices.append(f"it has {old} classes, this run {new}: the label embedding starts at random")
-    elif new and None not in (header.label_names, label_names) and tuple(header.label_names) != tuple(label_names):
-        notices.append("its classes have other names; their embeddings are kept, in their order")
+    elif new and header.label_names and label_names and tuple(header.label_names) != tuple(label_names):
+        notices.append("its classes have other names; their embeddings are kept, in the same order")
     return notices
 
 
 @torch.no_grad()
 def start_from_(net: Precond, source: str) -> None:
-    """Copy the weights of the snapshot `source` into `net`; a label embedding of another size keeps its own."""
+    """Copy the weights of the snapshot `source` into `net`, except for a label embedding of another size."""
     state = load_snapshot(source).net.state_dict()
     for name, tensor in net.state_dict().items():
         if name != _LABELS or (name in state and state[name].shape == tensor.shape):
@@ -86,11 +87,11 @@ def _check_shapes(where: str, source: Weights, wanted: Mapping[str, torch.Tensor
         theirs = tuple(source.tensors[name].shape) if name in source.tensors else "missing"
         if ours != theirs:
             raise ValueError(
-                f"{where} does not fit: its {name} is {theirs}, this run's {ours}; leave network arguments such as "
-                "--channels and --preset out to take over those of the snapshot"
+                f"{where} does not fit: its {name} is {theirs}, this run's {ours}; leave out network arguments such "
+                "as --channels and --preset to use those of the snapshot"
             )
 
 
 def _latent_space(encoder: Mapping[str, Any]) -> dict[str, Any]:
-    # where the VAE's files lie says nothing about the latents
+    # the location of the VAE's files does not change the latents
     return {key: value for key, value in make_encoder(encoder).spec().items() if key != "vae_name"}

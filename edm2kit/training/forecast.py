@@ -1,4 +1,4 @@
-"""What a run will need, known before it starts: parameters, memory, disk."""
+"""What a training run will need: parameters, memory and disk, computed before it starts."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -19,13 +19,13 @@ _GB = 1e9
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each process; the allocator's own overhead and work space come on top."""
+    """Bytes on each process, not counting allocator overhead and workspaces."""
 
     weights: int  # and their gradients
     optimizer: int
     averages: int
     activations: int  # saved for the backward pass of one micro-batch
-    drawing: int = 0  # a whole average, put together to draw samples with where it is kept in shares
+    sampling: int = 0  # a complete EMA, gathered for sample images if the EMAs are sharded
 
     @property
     def state(self) -> int:
@@ -33,14 +33,14 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.state + max(self.activations, self.drawing)
+        return self.state + max(self.activations, self.sampling)
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """`parameters` counts; `steps` optimizer steps in all; disk in bytes.
+    """The needs of a run: number of parameters, number of optimizer steps, memory and disk in bytes.
 
-    `memory` of the run as configured; `choices` what it would be with other options, by their names.
+    `memory` is that of the run as configured; `choices` holds that of other options, by their names.
     """
 
     parameters: int
@@ -54,29 +54,31 @@ class Forecast:
 
     @property
     def disk_bytes(self) -> int:
-        # one more checkpoint than is kept: the old one goes when the new one is safe
+        # one checkpoint more than is kept, because an old one is deleted only after the new one is complete
         return self.snapshot_bytes * self.num_snapshots + self.checkpoint_bytes * (self.num_checkpoints + 1)
 
     def lines(self) -> list[str]:
-        """The forecast for people."""
+        """The forecast as text."""
         memory = self.memory
-        # a whole average is drawn from where averages are kept in shares, and there checkpoints are put together
-        gathered = f", put together in {(self.checkpoint_bytes - memory.weights // 2) / _GB:.2f} GB of rank 0's memory"
+        gathered = ""
+        if memory.sampling:
+            gathered_gb = (self.checkpoint_bytes - memory.weights // 2) / _GB
+            gathered = f", gathered in {gathered_gb:.2f} GB of rank 0's memory"
         return [
-            f"parameters        {self.parameters / 1e6:.1f} M",
-            f"optimizer steps   {self.steps}",
-            f"memory a process  {memory.total / _GB:.2f} GB at least: {memory.weights / _GB:.2f} for weights and "
-            f"gradients, {memory.optimizer / _GB:.2f} for Adam, {memory.averages / _GB:.2f} for averages, "
-            f"{memory.activations / _GB:.2f} for the activations of a micro-batch",
-            *(f"  with {name:34s}{choice.total / _GB:.2f} GB" for name, choice in self.choices.items()),
-            f"disk              {self.disk_bytes / _GB:.2f} GB: {self.num_snapshots} snapshots of "
+            f"parameters         {self.parameters / 1e6:.1f} M",
+            f"optimizer steps    {self.steps}",
+            f"memory per process {memory.total / _GB:.2f} GB at least: {memory.weights / _GB:.2f} for weights and "
+            f"gradients, {memory.optimizer / _GB:.2f} for Adam, {memory.averages / _GB:.2f} for EMAs, "
+            f"{memory.activations / _GB:.2f} for the activations of one micro-batch",
+            *(f"  with {name:35s}{choice.total / _GB:.2f} GB" for name, choice in self.choices.items()),
+            f"disk               {self.disk_bytes / _GB:.2f} GB: {self.num_snapshots} snapshots of "
             f"{self.snapshot_bytes / _GB:.3f}, {self.num_checkpoints} checkpoints of {self.checkpoint_bytes / _GB:.3f}"
-            + (gathered if memory.drawing else ""),
+            + gathered,
         ]
 
 
 def make_forecast(config: TrainConfig, architecture: dict[str, Any], micro_batch: int, world_size: int) -> Forecast:
-    """Compute the forecast without allocating the network (on the meta device)."""
+    """Compute the forecast without allocating the network, which is built on the meta device."""
     with torch.device("meta"):
         net = Precond(**architecture).train()
     net.compute_dtype = PRECISIONS[config.precision]
@@ -86,8 +88,8 @@ def make_forecast(config: TrainConfig, architecture: dict[str, Any], micro_batch
 
     def memory(recompute: bool, shard: bool) -> Memory:
         kept = max(shares(sizes, world_size)) if shard else parameters
-        drawing = parameters * 4 if shard and world_size > 1 else 0
-        return Memory(parameters * 8, kept * 8, kept * 4 * num_averages, activations[recompute], drawing)
+        sampling = parameters * 4 if shard and world_size > 1 else 0
+        return Memory(parameters * 8, kept * 8, kept * 4 * num_averages, activations[recompute], sampling)
 
     half = 2 if config.snapshot_dtype != "float32" else 4
     snapshots = -(-config.duration_nimg // config.snapshot_every_nimg)
@@ -112,9 +114,9 @@ def _choices(config: TrainConfig, world_size: int) -> Iterable[tuple[str, tuple[
 
 
 def shares(sizes: Sequence[int], world_size: int) -> list[int]:
-    """How many weights each rank keeps of tensors with `sizes` weights: the largest first, each to the emptiest rank.
+    """Number of weights on each rank if tensors of these sizes are sharded, as ZeroRedundancyOptimizer does it.
 
-    It is how ZeroRedundancyOptimizer shares tensors out.
+    Largest first, each tensor goes to the rank with the fewest weights.
     """
     kept = [0] * world_size
     for size in sorted(sizes, reverse=True):
@@ -123,13 +125,13 @@ def shares(sizes: Sequence[int], world_size: int) -> list[int]:
 
 
 def activation_bytes(net: Precond, micro_batch: int, recompute: bool = False) -> int:
-    """Bytes that autograd keeps for the backward pass of the loss of `micro_batch` images; `net` on meta.
+    """Bytes that autograd keeps for the backward pass of `micro_batch` images; `net` is on the meta device.
 
-    Each storage counts once, weights do not. With `recompute` blocks keep what goes into them, and on the way back
-    one at a time has its insides.
+    Each storage counts once, weights do not count. With `recompute`, every block keeps only its inputs, and in the
+    backward pass one block at a time has its other activations too.
     """
     weights = {p.untyped_storage()._cdata for p in net.parameters()}
-    # holding a storage keeps its identity from being used again
+    # holding a storage prevents its address from being reused
     outside: dict[int, torch.UntypedStorage] = {}
     inside: dict[Block, dict[int, torch.UntypedStorage]] = {}
     where = [outside]
@@ -164,7 +166,7 @@ def activation_bytes(net: Precond, micro_batch: int, recompute: bool = False) ->
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What fused attention keeps; the meta device itself would keep all the products of attention."""
+    """Keeps what fused attention keeps; the meta device would keep the full attention matrices."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

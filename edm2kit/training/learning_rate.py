@@ -4,10 +4,12 @@ import math
 
 
 def learning_rate(nimg: int, batch_size: int, ref_lr: float, ref_batches: float, rampup_nimg: float) -> float:
-    """Learning rate of the step that starts when `nimg` images have been seen.
+    """Learning rate of the step that starts after `nimg` images.
 
-    Constant `ref_lr` for `ref_batches` batches, then decaying with the inverse square root of time; a linear
-    ramp over the first `rampup_nimg` images (so the very first step has rate 0). 0 switches either off.
+    `ref_lr` for the first `ref_batches` batches, then proportional to the inverse square root of time. It ramps up
+    linearly over the first `rampup_nimg` images, so the first step has rate 0. A value of 0 disables decay or ramp.
+
+    Example: `learning_rate(nimg=1 << 29, batch_size=2048, ref_lr=0.01, ref_batches=70e3, rampup_nimg=10e6)` is 0.0052.
     """
     lr = ref_lr
     if ref_batches > 0:

@@ -1,4 +1,4 @@
-"""The training loop: images in, snapshots and checkpoints out, the same to the last bit however often it stops."""
+"""The training loop: optimizer steps, snapshots, checkpoints; resumed runs equal uninterrupted ones bit by bit."""
 
 import contextlib
 import dataclasses
@@ -6,10 +6,12 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from edm2kit.data.batches import MicroBatch
@@ -20,7 +22,6 @@ from edm2kit.snapshots.file_format import Header, save_snapshot, snapshot_name
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.precision import PRECISIONS
 from edm2kit.torch_utils.rng import StackedGenerator, derive_seed
-from edm2kit.torch_utils.stats import RunningStats
 from edm2kit.training.checkpoint import (
     checkpoint_state,
     list_checkpoints,
@@ -30,18 +31,18 @@ from edm2kit.training.checkpoint import (
 )
 from edm2kit.training.config import TrainConfig
 from edm2kit.training.fine_tuning import start_from_
-from edm2kit.training.label_dropout import drop_labels
 from edm2kit.training.learning_rate import learning_rate
-from edm2kit.training.log import RunLog
+from edm2kit.training.log import RunLog, RunningStats
 from edm2kit.training.loss import EDM2Loss, TrainingLoss
 
-_SIGMA_BINS = (-1.28, -0.67, 0.0, 0.67, 1.28)  # in units of P_std around P_mean: 10, 15, 25, 25, 15, 10 % of images
+# edges in units of P_std around P_mean; the bins hold 10, 15, 25, 25, 15 and 10 % of the images
+_SIGMA_BINS = (-1.28, -0.67, 0.0, 0.67, 1.28)
 
 
 class Trainer:
-    """The state of a run on one rank, and the one step that changes it.
+    """The state of a training run on one rank, and the step that changes it.
 
-    `header` is the snapshots' header with nimg and ema_std still open; `loss_fn` is EDM2's unless given.
+    `header` is that of the snapshots, except for nimg and ema_std. `loss_fn` is EDM2's unless given.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Trainer:
         torch.manual_seed(derive_seed(config.seed, "init"))
         torch.backends.cudnn.benchmark = config.cudnn_benchmark
         self.config, self.header, self.encoder, self.device = config, header, encoder, device
-        # channels last: 1.2 times as fast on a CPU, and what tensor cores want
+        # channels last is 1.2 times as fast on a CPU, and the layout that tensor cores need
         self.net = Precond(**header.architecture).to(device, memory_format=torch.channels_last).train()
         self.net.compute_dtype = PRECISIONS[config.precision]
         if config.init_from is not None:
@@ -72,8 +73,9 @@ class Trainer:
         normalize_weights_(self.net)
         self.optimizer.zero_grad(set_to_none=True)
         for k in range(rounds):
-            last = k == rounds - 1
-            with contextlib.nullcontext() if last or self.ddp is self.net else self.ddp.no_sync():
+            # DDP exchanges gradients in the last backward pass of the step only
+            waiting = isinstance(self.ddp, DistributedDataParallel) and k < rounds - 1
+            with self.ddp.no_sync() if waiting else contextlib.nullcontext():
                 self._accumulate(next(micro_batches))
         lr = learning_rate(
             self.nimg, self.config.batch_size, self.config.ref_lr, self.config.ref_batches, self.config.rampup_nimg
@@ -89,7 +91,7 @@ class Trainer:
     def _accumulate(self, batch: MicroBatch) -> None:
         config, positions = self.config, batch.positions.tolist()
         rng = StackedGenerator(self.device, [derive_seed(config.seed, "image", p) for p in positions])
-        torch.manual_seed(derive_seed(config.seed, "dropout", positions[0]))  # dropout is all that draws globally
+        torch.manual_seed(derive_seed(config.seed, "dropout", positions[0]))  # only dropout uses the global generator
         images = self.encoder.encode(batch.raw.to(self.device), rng).contiguous(memory_format=torch.channels_last)
         labels = batch.labels.to(self.device) if self.net.label_dim else None
         if labels is not None and config.label_dropout:
@@ -98,30 +100,28 @@ class Trainer:
         # DDP averages gradients over ranks; the loss is a sum over the global batch divided by its size
         scale = config.loss_scaling * dist.world_size() / config.batch_size
         loss.sum().mul(scale).backward()
-        self._add_loss_stats(loss.detach().mean(dim=(1, 2, 3)), sigma)
-
-    def _add_loss_stats(self, loss: torch.Tensor, sigma: torch.Tensor) -> None:
-        self.stats.add("loss", loss)
-        edges = [math.exp(self.config.P_mean + z * self.config.P_std) for z in _SIGMA_BINS]
+        image_loss = loss.detach().mean(dim=(1, 2, 3))
+        self.stats.add("loss", image_loss)
+        edges = [math.exp(config.P_mean + z * config.P_std) for z in _SIGMA_BINS]
         for low, high in zip([0.0, *edges], [*edges, math.inf], strict=True):
-            self.stats.add(f"loss/sigma_{low:.3g}_{high:.3g}", loss, where=(sigma >= low) & (sigma < high))
+            self.stats.add(f"loss/sigma_{low:.3g}_{high:.3g}", image_loss, where=(sigma >= low) & (sigma < high))
 
     @torch.no_grad()
     def _sanitize_gradients(self) -> None:
-        """Undo loss scaling and replace non-finite gradients by 0, after the all-reduce, counting them."""
+        """Undo loss scaling, replace non-finite gradients by 0 and count them; call after the all-reduce."""
         gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
         if self.config.loss_scaling != 1:
             torch._foreach_div_(gradients, self.config.loss_scaling)
         norm = torch.stack(torch._foreach_norm(gradients)).norm()
         count = torch.zeros([], device=self.device)
-        # a finite norm leaves nothing to replace; an accelerator would stall for us to look at it
+        # with a finite norm there is nothing to replace, but looking at it would stall an accelerator
         if self.device.type != "cpu" or not norm.isfinite():
             count = torch.stack([(~g.isfinite()).sum() for g in gradients]).sum()
             for gradient in gradients:
                 torch.nan_to_num(gradient, nan=0, posinf=0, neginf=0, out=gradient)
             norm = torch.stack(torch._foreach_norm(gradients)).norm()
         self.stats.add("gradient_norm", norm)
-        # every rank holds the same gradients: share the count so that the sum over ranks is the count
+        # all ranks hold the same gradients, so each adds its part of the count
         self.stats.add("nonfinite_gradients", count / dist.world_size())
 
     def crossed(self, every_nimg: int) -> bool:
@@ -129,20 +129,20 @@ class Trainer:
         return self.nimg // every_nimg > (self.nimg - self.config.batch_size) // every_nimg
 
     def save_snapshots(self, run_dir: Path) -> None:
-        """Write both averages as snapshots."""
+        """Write a snapshot of each EMA."""
         for number, std in enumerate(self.ema.stds):
             header = dataclasses.replace(self.header, nimg=self.nimg, ema_std=std)
             dist.on_rank0(save_snapshot, run_dir / snapshot_name(self.nimg, std), self.ema.weights(number), header)
 
     def save_checkpoint(self, run_dir: Path) -> None:
-        """Write the state to resume from; older ones go once it is safely there."""
+        """Write the state to resume from, then delete old ones."""
         progress = {"nimg": self.nimg, "elapsed_sec": self.elapsed_sec, "run_id": self.header.run_id}
         state = checkpoint_state(self.net, self.optimizer, self.ema, progress)
         dist.on_rank0(save_checkpoint, run_dir, state)
         dist.on_rank0(prune_checkpoints, run_dir, self.config.keep_checkpoints)
 
     def resume(self, run_dir: Path) -> None:
-        """Go on from the newest checkpoint, if there is one."""
+        """Continue from the newest checkpoint, if there is one."""
         if paths := dist.on_rank0(list_checkpoints, run_dir):
             progress = load_checkpoint(paths[-1], self.net, self.optimizer, self.ema, self.device)
             self.nimg, self.elapsed_sec = progress["nimg"], progress["elapsed_sec"]
@@ -151,42 +151,62 @@ class Trainer:
 def _optimizer_and_averages(
     net: Precond, config: TrainConfig, device: torch.device
 ) -> tuple[torch.optim.Optimizer, PowerFunctionEMA]:
-    arguments = {"lr": config.ref_lr, "betas": config.adam_betas, "eps": config.adam_eps, "fused": device.type != "mps"}
+    arguments: dict[str, Any] = {
+        "lr": config.ref_lr,
+        "betas": config.adam_betas,
+        "eps": config.adam_eps,
+        "fused": device.type != "mps",
+    }
     if config.shard and dist.world_size() > 1:
-        from edm2kit.training.sharding import ShardedAdam, ShardedEMA  # what it needs takes two seconds to load
+        from edm2kit.training.sharding import ShardedAdam, ShardedEMA  # importing its base class takes two seconds
 
         optimizer = ShardedAdam(net.parameters(), **arguments)
         return optimizer, ShardedEMA(net, optimizer, config.ema_stds)
     return torch.optim.Adam(net.parameters(), **arguments), PowerFunctionEMA(net, config.ema_stds)
 
 
-def _distribute(net: Precond, device: torch.device) -> torch.nn.Module:
-    """The network whose gradients are averaged over ranks; the network itself where there is one rank."""
+def _distribute(net: Precond, device: torch.device) -> nn.Module:
+    """The network with gradients averaged over ranks; the network itself if there is a single rank."""
     if dist.world_size() == 1:
         return net
-    # the buffers never change; torch 2.13 renamed the option that says so
+    # buffers never change, so they need no broadcast; torch 2.13 renamed the option
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    ids = [device] if device.type == "cuda" else None
-    # of 1x1 convolutions: channels last or not is the same memory, told by other strides
+    no_broadcast: dict[str, Any] = {option: False}
+    # gradients of 1x1 convolutions may differ in strides, but not in memory layout
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    # gradients that are views of what travels: else there is a second copy of them all
-    return DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True, **{option: False})
+    return DistributedDataParallel(
+        net,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,  # without it, there is a second copy of all gradients
+        **no_broadcast,
+    )
+
+
+def drop_labels(labels: torch.Tensor, positions: Sequence[int], probability: float, seed: int) -> torch.Tensor:
+    """Label dropout for classifier-free guidance: each row of `labels` [N, K] is set to 0 with this probability.
+
+    Which rows are dropped depends only on `seed` and on the images' `positions` in the global order. Ho & Salimans
+    2022 (arXiv 2207.12598).
+    """
+    # its own random stream, so that noise and noise levels are the same with and without label dropout
+    rng = StackedGenerator(labels.device, [derive_seed(seed, "label dropout", position) for position in positions])
+    return labels * (rng.rand([len(positions), 1]) >= probability)
 
 
 def training_loop(
     trainer: Trainer,
-    batches: Callable[[int], Iterator[MicroBatch]],
+    batches: Callable[[int], Generator[MicroBatch, None, None]],
     rounds: int,
     run_dir: Path,
     log: RunLog,
-    on_snapshot: Callable[[Precond, int], None],
+    on_snapshot: Callable[[nn.Module, int], None] | None,
     should_stop: Callable[[], bool],
 ) -> None:
-    """Train to `duration_nimg`, or until some rank's `should_stop` says so; save and return on all ranks together.
+    """Train to `duration_nimg`, or until `should_stop()` is true on any rank; then save, and return on all ranks.
 
-    `batches(nimg)` streams this rank's micro-batches from image `nimg` on, `rounds` of them a step.
-    `on_snapshot(net, nimg)` is called on every rank after each snapshot with the longest average.
+    `batches(nimg)` streams this rank's micro-batches from image `nimg` on, `rounds` of them per step.
+    `on_snapshot(net, nimg)` is called on every rank after each snapshot with the longest EMA.
     """
     config = trainer.config
     trainer.resume(run_dir)
@@ -202,7 +222,8 @@ def training_loop(
                 log.status(trainer.nimg, trainer.elapsed_sec, trainer.stats.collect())
             if done or trainer.crossed(config.snapshot_every_nimg):
                 trainer.save_snapshots(run_dir)
-                on_snapshot(trainer.ema.network(len(config.ema_stds) - 1), trainer.nimg)
+                if on_snapshot is not None:
+                    on_snapshot(trainer.ema.network(len(config.ema_stds) - 1), trainer.nimg)
             if done or stopping or trainer.crossed(config.checkpoint_every_nimg):
                 trainer.save_checkpoint(run_dir)
             if stopping and not done:

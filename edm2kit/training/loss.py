@@ -1,30 +1,30 @@
 """The training loss of EDM2 (Karras et al. 2023, Section 2.1 and Eq. 21)."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import nn
 
 from edm2kit.torch_utils.rng import RandomSource, StackedGenerator
 
 
 class LossTerms(NamedTuple):
-    """`loss` [N, C, H, W], differentiable; `sigma` [N], the noise level that each image was given."""
+    """`loss` [N, C, H, W], differentiable; `sigma` [N], the noise level of each image."""
 
     loss: torch.Tensor
     sigma: torch.Tensor
 
 
 class TrainingLoss(Protocol):
-    """What the training loop asks of a loss: unreduced terms, from one generator per image."""
+    """A loss that the training loop can use: unreduced terms, with random numbers from one generator per image."""
 
     def terms(
-        self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor | None, rng: StackedGenerator
+        self, net: Callable, images: torch.Tensor, labels: torch.Tensor | None, rng: StackedGenerator
     ) -> LossTerms: ...
 
 
 class _GlobalRandom:
-    """torch's global generator of the device at hand."""
+    """torch's global generator of a device, as a RandomSource."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -37,17 +37,23 @@ class _GlobalRandom:
 
 
 class EDM2Loss:
-    """Weighted denoising error with learned uncertainty: lambda / e^u * (D(x + sigma n) - x)^2 + u.
+    """Weighted denoising error with learned uncertainty u: lambda / e^u * (D(x + sigma n) - x)^2 + u.
 
-    ln(sigma) ~ N(P_mean, P_std^2); lambda = (sigma^2 + sigma_data^2) / (sigma * sigma_data)^2. The loss is per
-    element, unreduced: the training loop sums it and divides by the global batch size.
+    ln(sigma) ~ N(P_mean, P_std^2); lambda = (sigma^2 + sigma_data^2) / (sigma * sigma_data)^2. The loss is unreduced;
+    the training loop sums it and divides by the global batch size.
+
+    Example: `EDM2Loss(P_mean=-0.8, P_std=1.6)(net, images, labels).sum().div(len(images)).backward()`
     """
 
     def __init__(self, P_mean: float = -0.4, P_std: float = 1.0, sigma_data: float = 0.5):
         self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
 
     def terms(
-        self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor | None, rng: RandomSource | None = None
+        self,
+        net: Callable,
+        images: torch.Tensor,
+        labels: torch.Tensor | None,
+        rng: RandomSource | None = None,
     ) -> LossTerms:
         """The loss and the noise level of each image; arguments as in `__call__`."""
         rng = _GlobalRandom(images.device) if rng is None else rng
@@ -60,11 +66,16 @@ class EDM2Loss:
         return LossTerms(loss, sigma.flatten().detach())
 
     def __call__(
-        self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor | None, rng: RandomSource | None = None
+        self,
+        net: Callable,
+        images: torch.Tensor,
+        labels: torch.Tensor | None,
+        rng: RandomSource | None = None,
     ) -> torch.Tensor:
-        """Loss of every element.
+        """The loss of every element, [N, C, H, W].
 
-        `images` float32 [N, C, H, W], encoded; `labels` float32 [N, K] or None; `rng` a StackedGenerator with one
-        generator per image, or None for global draws. Returns [N, C, H, W].
+        `net(x, sigma, labels, return_logvar=True)` returns D and u. `images` float32 [N, C, H, W], encoded; `labels`
+        float32 [N, K] or None; `rng` a StackedGenerator with one generator per image, or None to use torch's global
+        generator.
         """
         return self.terms(net, images, labels, rng).loss

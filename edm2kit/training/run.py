@@ -1,24 +1,37 @@
-"""From a configuration and a data set to a run that is ready to start or to go on."""
+"""The life of a training run: settle its configuration, check its folder, write its records, train."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
-from edm2kit.data.batches import GlobalOrder, MicroBatch, micro_batch_sizes, training_batches
+from edm2kit.data.batches import GlobalOrder, micro_batch_sizes, training_batches
 from edm2kit.data.dataset import ImageDataset, data_identity
 from edm2kit.data.latents import read_latent_source
 from edm2kit.models.edm2 import full_architecture
-from edm2kit.models.encoders import ENCODERS, make_encoder
+from edm2kit.models.encoders import ENCODERS, Encoder, make_encoder
 from edm2kit.snapshots.file_format import Header
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write
+from edm2kit.torch_utils.locks import exclusive
+from edm2kit.torch_utils.precision import PRECISIONS, slow_precision
+from edm2kit.torch_utils.provenance import provenance
+from edm2kit.torch_utils.records import differences
 from edm2kit.training.config import TrainConfig, config_to_dict, read_yaml, refuse_changes, run_id, write_config
 from edm2kit.training.fine_tuning import adopt_source, check_source
+from edm2kit.training.forecast import make_forecast
+from edm2kit.training.log import RunLog
+from edm2kit.training.loop import Trainer, training_loop
+from edm2kit.training.loss import TrainingLoss
 
 CONFIG_NAME = "config.yaml"
 RECORD_NAME = "run.json"
@@ -26,26 +39,130 @@ RECORD_NAME = "run.json"
 
 @dataclass(frozen=True)
 class Run:
-    """A resolved run: `config` complete, `header` as its snapshots will carry it but for nimg and ema_std."""
+    """A training run whose settings are complete and agree with its data; nothing has been written yet.
+
+    `header` is that of the run's snapshots, except for nimg and ema_std. `notices` are sentences that the user should
+    read before training starts. `micro_batches` are the images of each forward pass of one process in one step.
+
+    Example:
+
+        run = prepare_run(config, Path("runs/main"))
+        run.describe(device)
+        run.train(device)
+    """
 
     config: TrainConfig
+    dataset: ImageDataset
+    encoder: Encoder
     header: Header
-    notices: list[str]  # what a user should know before it starts
+    notices: list[str]
     data_identity: Mapping[str, Any]
-    micro_batches: list[int]  # images of each forward pass of this rank in one step
+    micro_batches: list[int]
+    run_dir: Path
+
+    def describe(self, device: torch.device) -> None:
+        """Print the data, the forecast, the notices and the configuration."""
+        config, dataset, label_dim = self.config, self.dataset, self.header.architecture["label_dim"]
+        shape = "x".join(str(n) for n in dataset.raw_shape)
+        classes = f"{label_dim} classes" if label_dim else "no labels"
+        dist.print0(f"data               {dataset.path}: {len(dataset)} items of {shape}, {classes}")
+        sizes = "+".join(map(str, self.micro_batches[:3]))
+        if len(self.micro_batches) > 3:
+            sizes += "+..."
+        processes = dist.world_size()
+        dist.print0(f"batch              {config.batch_size} images: {processes} processes, {sizes} images each")
+        forecast = make_forecast(config, dict(self.header.architecture), max(self.micro_batches), processes)
+        for line in forecast.lines():
+            dist.print0(line)
+        self.print_notices()
+        for name, value in self.header.training_config.items():
+            dist.print0(f"  {name:22s}{value}")
+        if slow := slow_precision(PRECISIONS[config.precision], device):
+            dist.warn0(f"--precision {config.precision}: {slow}")
+
+    def print_notices(self) -> None:
+        """Print what the user should know before training starts."""
+        for notice in self.notices:
+            dist.print0(f"Note: {notice}")
+
+    def train(
+        self,
+        device: torch.device,
+        *,
+        loss_fn: TrainingLoss | None = None,
+        on_snapshot: Callable[[nn.Module, int], None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        tensorboard: bool = False,
+    ) -> None:
+        """Train from the newest checkpoint, or from the start, to the end of the run.
+
+        Only one process group at a time may train in a folder. `loss_fn` is EDM2's unless given. After each snapshot,
+        `on_snapshot(net, nimg)` is called on every rank with the longest EMA. If `should_stop()` becomes true on any
+        rank, all of them save a checkpoint and return. Raises ValueError if another job trains in the folder.
+        """
+        config = self.config
+        with contextlib.ExitStack() as stack:
+            dist.on_rank0(stack.enter_context, exclusive(self.run_dir))
+            dist.on_rank0(self.write_records, provenance(device))
+            training_loop(
+                Trainer(config, self.header, self.encoder, device, loss_fn),
+                partial(
+                    training_batches,
+                    self.dataset,
+                    GlobalOrder(len(self.dataset), config.seed),
+                    batch_size=config.batch_size,
+                    rank=dist.rank(),
+                    world_size=dist.world_size(),
+                    batch_gpu=config.batch_gpu,
+                    workers=config.workers,
+                ),
+                len(self.micro_batches),
+                self.run_dir,
+                RunLog(self.run_dir, config.duration_nimg, device, tensorboard),
+                on_snapshot,
+                should_stop,
+            )
+
+    def write_records(self, made_by: Mapping[str, str]) -> None:
+        """Write the resolved configuration and the description of the run beside its results."""
+        record = {
+            "run_id": self.header.run_id,
+            "architecture": dict(self.header.architecture),
+            "data_identity": dict(self.data_identity),
+            "label_names": self.header.label_names,
+            "world_size": dist.world_size(),
+            "micro_batches": self.micro_batches,
+            "command": sys.argv,
+            **made_by,
+        }
+        with atomic_write(self.run_dir / RECORD_NAME, "w") as file:
+            json.dump(record, file, indent=2)
+        write_config(self.config, self.run_dir / CONFIG_NAME)
 
 
-def resolve(config: TrainConfig, dataset: ImageDataset) -> Run:
-    """Settle everything that depends on the data and the number of processes.
+def prepare_run(config: TrainConfig, run_dir: str | Path, teacher: Mapping[str, Any] | None = None) -> Run:
+    """Settle everything that depends on the data and the number of processes, and check the run folder.
 
-    Raises ValueError where they do not fit: labels asked for but not there, a batch that cannot be shared.
+    `teacher` describes the denoiser that the run distils, if it does; it becomes part of the run's identity. Writes
+    nothing. Raises ValueError if configuration and data do not agree (labels are missing, the batch does not divide
+    over the processes), or if the folder holds another run.
     """
+    run = resolve(config, ImageDataset(config.data, use_labels=config.cond), Path(run_dir), teacher)
+    _check_run_dir(run)
+    return run
+
+
+def resolve(
+    config: TrainConfig, dataset: ImageDataset, run_dir: Path = Path(), teacher: Mapping[str, Any] | None = None
+) -> Run:
+    """As `prepare_run`, with an open data set and without a look at the run folder."""
     if config.cond and not dataset.label_dim:
         raise ValueError(
-            f"{dataset.path} has no labels (no dataset.json, or one without labels); add them with "
-            "scripts/dataset_tool.py convert, or train without: --cond false"
+            f"{dataset.path} has no labels (no dataset.json, or one without labels). Add them with "
+            "scripts/dataset_tool.py convert, or train without labels: --cond false"
         )
-    config = adopt_source(dataclasses.replace(config, encoder=_encoder_spec(config, dataset)))
+    encoder = _fitting_encoder(config, dataset)
+    config = adopt_source(dataclasses.replace(config, encoder=encoder.spec()))
     architecture = full_architecture(
         img_resolution=dataset.resolution,
         img_channels=dataset.num_channels if config.encoder["kind"] == "rgb" else dataset.num_channels // 2,
@@ -53,7 +170,9 @@ def resolve(config: TrainConfig, dataset: ImageDataset) -> Run:
         sigma_data=config.sigma_data,
         network=config.network,
     )
-    identity = data_identity(dataset)
+    identity, training_config = data_identity(dataset), config_to_dict(config)
+    if teacher is not None:
+        identity["teacher"] = training_config["teacher"] = dict(teacher)
     header = Header(
         architecture=architecture,
         encoder=config.encoder,
@@ -62,26 +181,26 @@ def resolve(config: TrainConfig, dataset: ImageDataset) -> Run:
         label_names=dataset.label_names if config.cond else None,
         dtype=config.snapshot_dtype,
         run_id=run_id(config, identity),
-        training_config=config_to_dict(config),
+        training_config=training_config,
     )
     sizes = micro_batch_sizes(config.batch_size, dist.world_size(), config.batch_gpu)
     notices = [*reading_notices(dataset), *check_source(config, architecture, header.label_names)]
-    return Run(config, header, notices, identity, sizes)
+    return Run(config, dataset, encoder, header, notices, identity, sizes, run_dir)
 
 
 def reading_notices(dataset: ImageDataset) -> list[str]:
-    """What a user could do for images to be read faster."""
+    """Advice on reading the images faster, if there is any."""
     if not dataset.needs_decoding:
         return []
     return [
         f"the images of {dataset.path} are decoded one by one, in --workers processes. `python scripts/dataset_tool.py "
-        f"convert --source {dataset.path} --dest FASTER.zip` stores them as they are, to be read some twenty times as "
-        "fast; a run whose images keep their names (00000/img00000000.png, ...) can go on with either"
+        f"convert --source {dataset.path} --dest FASTER.zip` stores them uncompressed, which makes reading some twenty "
+        "times faster. If the images keep their names (00000/img00000000.png, ...), a run can be resumed with either"
     ]
 
 
-def _encoder_spec(config: TrainConfig, dataset: ImageDataset) -> dict[str, Any]:
-    """The complete encoder that goes with the data; ValueError where the configuration names one that does not."""
+def _fitting_encoder(config: TrainConfig, dataset: ImageDataset) -> Encoder:
+    """The encoder for the data; raises ValueError if the configuration names one that does not fit."""
     fitting = "rgb" if dataset.raw_dtype == np.uint8 else "vae"
     spec = dict(config.encoder)
     if spec == {"kind": "auto"}:
@@ -89,55 +208,26 @@ def _encoder_spec(config: TrainConfig, dataset: ImageDataset) -> dict[str, Any]:
         if source := read_latent_source(dataset):
             spec["vae_name"] = source.vae_name
     if spec.get("kind") != fitting and spec.get("kind") in ENCODERS:
-        what = "pixels" if fitting == "rgb" else "latents"
-        raise ValueError(f"{dataset.path} holds {what}, which the encoder {spec['kind']!r} does not take")
-    return make_encoder(spec).spec()
+        content = "pixels" if fitting == "rgb" else "latents"
+        raise ValueError(f"{dataset.path} holds {content}, but the encoder {spec['kind']!r} does not take them")
+    return make_encoder(spec)
 
 
-def check_run_dir(run: Run, run_dir: Path) -> None:
-    """ValueError where the folder holds another run, naming what differs."""
-    config_path, record_path = run_dir / CONFIG_NAME, run_dir / RECORD_NAME
+def _check_run_dir(run: Run) -> None:
+    """Raise ValueError if the run folder holds another run, naming the differences."""
+    run_dir, config_path, record_path = run.run_dir, run.run_dir / CONFIG_NAME, run.run_dir / RECORD_NAME
     if not config_path.exists():
         return
-    refuse_changes(read_yaml(config_path), run.config, run_dir)
     try:
         identity = json.loads(record_path.read_text(encoding="utf-8"))["data_identity"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{record_path} is damaged or missing ({error}); use another --outdir") from error
+    if changed := differences(identity.get("teacher"), run.data_identity.get("teacher"), "teacher"):
+        raise ValueError(f"{run_dir} holds a run with another teacher ({'; '.join(changed[:4])}); use another --outdir")
+    refuse_changes(read_yaml(config_path), run.config, run_dir)
     if identity != run.data_identity:
-        changed = [key for key in identity if identity[key] != run.data_identity.get(key)]
+        keys = [key for key in identity if identity[key] != run.data_identity.get(key)]
         raise ValueError(
-            f"{run_dir} holds a run on other images than --data {run.config.data} (differs in {', '.join(changed)}). "
+            f"{run_dir} holds a run on other images than --data {run.config.data} (differs in {', '.join(keys)}). "
             "Use the same data to resume it, or another --outdir"
         )
-
-
-def write_records(run: Run, run_dir: Path, provenance: Mapping[str, str], command: list[str]) -> None:
-    """Write the resolved configuration and what else describes the run beside its results."""
-    record = {
-        "run_id": run.header.run_id,
-        "architecture": dict(run.header.architecture),
-        "data_identity": dict(run.data_identity),
-        "label_names": run.header.label_names,
-        "world_size": dist.world_size(),
-        "micro_batches": run.micro_batches,
-        "command": command,
-        **provenance,
-    }
-    with atomic_write(run_dir / RECORD_NAME, "w") as file:
-        json.dump(record, file, indent=2)
-    write_config(run.config, run_dir / CONFIG_NAME)
-
-
-def stream_batches(run: Run, dataset: ImageDataset, start_nimg: int) -> Iterator[MicroBatch]:
-    """This rank's micro-batches from image number `start_nimg` on."""
-    return training_batches(
-        dataset,
-        GlobalOrder(len(dataset), run.config.seed),
-        start_nimg,
-        run.config.batch_size,
-        rank=dist.rank(),
-        world_size=dist.world_size(),
-        batch_gpu=run.config.batch_gpu,
-        workers=run.config.workers,
-    )

@@ -1,4 +1,4 @@
-"""Each rank keeps only its share of Adam's moments and of the averages (ZeRO stage 1: Rajbhandari et al. 2019)."""
+"""Adam's moments and the EMAs sharded over the ranks (ZeRO stage 1, Rajbhandari et al. 2019)."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -13,10 +13,10 @@ from edm2kit.torch_utils import dist
 
 
 class ShardedAdam(ZeroRedundancyOptimizer):
-    """Adam of which every rank keeps and steps its share; then the ranks give each other their new weights.
+    """Adam with its state sharded: each rank updates its own parameters, then all ranks exchange the new weights.
 
-    The same bits as Adam on every rank. Its state dict is Adam's, so that a run goes on with or without sharding and
-    on any number of ranks.
+    Results are those of Adam, bit by bit. So is the state dict, so that a run can be resumed with or without sharding
+    and on any number of ranks.
     """
 
     def __init__(self, parameters: Iterator[nn.Parameter], **arguments: Any):
@@ -26,12 +26,12 @@ class ShardedAdam(ZeroRedundancyOptimizer):
         self.owners = {number: rank for rank, numbers in enumerate(ranks) for number in numbers}
 
     def numbers(self) -> list[int]:
-        """Which parameters this rank keeps, in the order of its own optimizer."""
+        """Indices of the parameters that this rank owns, in the order of its local optimizer."""
         place = {id(parameter): number for number, parameter in enumerate(self.parameters)}
         return [place[id(parameter)] for parameter in self.optim.param_groups[0]["params"]]
 
     def state_dict(self) -> dict[str, Any]:
-        """Adam's whole state on rank 0, in its host memory; elsewhere without moments. Every rank must call it."""
+        """Adam's complete state on rank 0, in host memory; no moments on other ranks. Every rank must call it."""
         scalars, state = {}, {}
         for number in sorted(self.numbers()):
             scalars[number] = {k: v.cpu() for k, v in self._own(number).items() if v.ndim == 0}
@@ -48,15 +48,15 @@ class ShardedAdam(ZeroRedundancyOptimizer):
         return self.optim.state.get(self.parameters[number], {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take this rank's share out of Adam's whole state."""
+        """Take this rank's part of Adam's complete state."""
         numbers, (group,) = self.numbers(), state_dict["param_groups"]
         state = {local: state_dict["state"][number] for local, number in enumerate(numbers)}
         self.optim.load_state_dict({"state": state, "param_groups": [{**group, "params": list(range(len(numbers)))}]})
         self.param_groups[0].update({key: value for key, value in group.items() if key != "params"})
 
 
-class Share(nn.Module):
-    """Some parameters of a network, the very same ones, under their names."""
+class OwnedParameters(nn.Module):
+    """A view of some parameters of a network (not copies), under their names with / in place of dots."""
 
     def __init__(self, named: Sequence[tuple[str, nn.Parameter]]):
         super().__init__()
@@ -65,24 +65,24 @@ class Share(nn.Module):
 
 
 class ShardedEMA(PowerFunctionEMA):
-    """Averages of which every rank keeps its share: that of the parameters its optimizer keeps."""
+    """EMAs sharded like the optimizer: each rank averages the parameters that its optimizer owns."""
 
     def __init__(self, net: nn.Module, optimizer: ShardedAdam, stds: Sequence[float]):
         self.whole, self.owners = net, optimizer.owners
         named = list(net.named_parameters())
-        super().__init__(Share([named[number] for number in sorted(optimizer.numbers())]), stds)
+        super().__init__(OwnedParameters([named[number] for number in sorted(optimizer.numbers())]), stds)
 
     def weights(self, number: int) -> dict[str, torch.Tensor]:
-        """The average's whole state dict on rank 0, in its host memory; elsewhere nothing. Every rank must call it."""
+        """The state dict of an average on rank 0, in host memory; {} on other ranks. Every rank must call it."""
         own = dict(self.averages[number].named_parameters())
-        state = self.whole.state_dict()  # buffers, and the order of names
+        state = self.whole.state_dict()  # for the buffers and the order of names
         for k, (name, parameter) in enumerate(self.whole.named_parameters()):
             state[name] = dist.send_to_rank0(own.get(name.replace(".", "/")), self.owners[k], parameter)
         return state if dist.rank() == 0 else {}
 
     @torch.no_grad()
     def network(self, number: int) -> nn.Module:
-        """The average as a network, on every rank. Every rank must call it."""
+        """The complete average as a network, on every rank. Every rank must call it."""
         own, net = dict(self.averages[number].named_parameters()), copy.deepcopy(self.whole)
         for k, (name, parameter) in enumerate(net.named_parameters()):
             if self.owners[k] == dist.rank():
@@ -91,7 +91,7 @@ class ShardedEMA(PowerFunctionEMA):
         return net.eval().requires_grad_(False)
 
     def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Take this rank's share out of whole averages."""
+        """Take this rank's part of complete averages."""
         mine = [name for name, _ in self.averages[0].named_parameters()]
         super().load_state_dict(
             {std: {name: whole[name.replace("/", ".")] for name in mine} for std, whole in state.items()}

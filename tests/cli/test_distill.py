@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from edm2kit.cli import distill, generate
 from edm2kit.snapshots.file_format import load_snapshot, read_header
 from edm2kit.torch_utils.rng import StackedGenerator
+from edm2kit.training import run as training_run
 from edm2kit.training.checkpoint import list_checkpoints
 from tests.support import tiny
 from tests.support.fakes import tiny_snapshot
@@ -69,7 +70,7 @@ def test_a_student_starts_as_the_network_itself_and_ends_near_the_guided_pair(pl
 
 def test_the_network_s_weights_are_where_it_starts_bit_for_bit(place, whole, monkeypatch, tmp_path):
     started = []
-    monkeypatch.setattr(distill, "training_loop", lambda trainer, *rest, **more: started.append(trainer))
+    monkeypatch.setattr(training_run, "training_loop", lambda trainer, *rest, **more: started.append(trainer))
     run(place, tmp_path / "run")
     main, (trainer,) = load_snapshot(place / "main.safetensors").net, started
     for name, value in trainer.net.state_dict().items():
@@ -151,4 +152,4 @@ def test_what_no_network_can_learn_is_refused(place, tmp_path, words, reason):
 
 def test_another_teacher_does_not_go_on_where_this_one_stopped(place, whole):
     told = run(place, whole, guidance=("--guidance", 3), code=1)
-    assert "holds a run by another teacher (teacher.guidance.weight 2.5 there, 3.0 now)" in told
+    assert "holds a run with another teacher (teacher.guidance.weight 2.5 there, 3.0 now)" in told

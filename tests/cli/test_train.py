@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from edm2kit.cli import train
 from edm2kit.snapshots.file_format import load_snapshot, read_header
+from edm2kit.training import run as training_run
 from edm2kit.training.checkpoint import list_checkpoints
 from edm2kit.training.config import TrainConfig
 from scripts import config_table
@@ -149,7 +150,7 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(uninterrupted, data,
     arguments = [*options(tmp_path, data, network=network), "--outdir", tmp_path / "run"]
     stopped = signalled_at(48, "SIGTERM", *arguments)
     assert stopped.returncode == 0, stopped.stderr
-    assert "Stopped as asked at 48 images" in stopped.stdout
+    assert "Stopped at 48 images; state saved" in stopped.stdout
     assert invoke(*arguments).exit_code == 0
     assert_same_bits(final_state(uninterrupted), final_state(tmp_path / "run"))
 
@@ -157,7 +158,7 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(uninterrupted, data,
 def test_time_limit_stops_all_ranks_with_exit_code_0(data, tmp_path):
     done = tiny.run("train.py", *options(tmp_path, data), "--outdir", tmp_path / "run", "--max-time", "0.001s", ranks=2)
     assert done.returncode == 0, done.stderr
-    assert "Stopped as asked at 16 images" in done.stdout
+    assert "Stopped at 16 images; state saved" in done.stdout
     assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["training-state-0000000016.pt"]
 
 
@@ -198,7 +199,7 @@ def test_resuming_on_other_images_is_refused(uninterrupted, data, tmp_path):
 
 
 def test_a_precision_that_makes_this_machine_slower_is_warned_of(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "slow_precision", lambda dtype, device: dtype == torch.bfloat16 and "slow")
+    monkeypatch.setattr(training_run, "slow_precision", lambda dtype, device: dtype == torch.bfloat16 and "slow")
     arguments = [*options(tmp_path, data), "--outdir", tmp_path / "run", "--dry-run"]
     assert "slow" not in invoke(*arguments).output
     assert "--precision bf16: slow" in invoke(*arguments, "--precision", "bf16").output
@@ -207,7 +208,7 @@ def test_a_precision_that_makes_this_machine_slower_is_warned_of(data, tmp_path,
 def test_dry_run_writes_nothing(data, tmp_path):
     done = invoke(*options(tmp_path, data), "--outdir", tmp_path / "run", "--dry-run")
     assert done.exit_code == 0
-    assert "optimizer steps   10" in done.output
+    assert "optimizer steps    10" in done.output
     assert not (tmp_path / "run").exists()
 
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from edm2kit.cli import train
 from edm2kit.training import loop
 from edm2kit.training.config import TrainConfig
-from edm2kit.training.label_dropout import drop_labels
+from edm2kit.training.loop import drop_labels
 from tests.support import tiny
 
 NUM = 2000

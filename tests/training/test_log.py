@@ -1,11 +1,12 @@
 """What a run writes of itself."""
 
 import json
+import math
 
 import pytest
 import torch
 
-from edm2kit.training.log import STATS_NAME, RunLog, memory_gb
+from edm2kit.training.log import STATS_NAME, RunLog, RunningStats, memory_gb
 
 STATS = {"loss": (0.5, 32), "lr": (0.01, 2), "gradient_norm": (3.0, 2), "nonfinite_gradients": (1.5, 2)}
 
@@ -33,7 +34,7 @@ def test_status_line_tells_what_matters(tmp_path, capsys):
         "loss 0.5000",
         "lr 0.01000",
         "16.0 img/s",
-        "0:00:04 gone, 0:00:04 left",
+        "0:00:04 elapsed, 0:00:04 left",
         "3 non-",
     ):
         assert part in line
@@ -50,3 +51,19 @@ def test_tensorboard_events_are_written(tmp_path):
 
 def test_memory_is_of_this_process():
     assert 0.05 < memory_gb(torch.device("cpu"))["cpu_peak_gb"] < 100
+
+
+def test_means_and_counts_since_the_last_look():
+    stats = RunningStats(torch.device("cpu"))
+    assert stats.collect() == {}
+    stats.add("a", torch.tensor([1.0, 2.0]))
+    stats.add("a", 6.0)
+    values = torch.tensor([1.0, float("inf"), 3.0])
+    stats.add("b", values, where=torch.tensor([True, False, True]))
+    stats.add("c", values, where=torch.zeros(3, dtype=torch.bool))
+    means = stats.collect()
+    assert means["a"] == (3.0, 3)
+    assert means["b"] == (2.0, 2)
+    assert means["c"][1] == 0
+    assert math.isnan(means["c"][0])
+    assert stats.collect() == {}
