@@ -16,7 +16,7 @@ from edm2kit.cli import generate
 from edm2kit.cli.click_types import default_text
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.sampling.engine import Engine
-from edm2kit.sampling.solvers import Churn, Sampler
+from edm2kit.sampling.solvers import Churn, Sampler, TimeTravel
 from tests.support import ROOT
 from tests.support.fakes import tiny_snapshot
 
