@@ -119,8 +119,8 @@ def test_a_second_run_makes_only_what_is_missing(nets, tmp_path, monkeypatch):
     assert run(*arguments, net=nets / "main")[0] == 0
     first = contents(tmp_path)
     drawn = []
-    draw = Engine.draw
-    monkeypatch.setattr(Engine, "draw", lambda self, seeds: drawn.append(list(seeds)) or draw(self, seeds))
+    draw = Engine.generate
+    monkeypatch.setattr(Engine, "generate", lambda self, seeds: drawn.append(list(seeds)) or draw(self, seeds))
     code, output = run(*arguments, net=nets / "main")
     assert code == 0
     assert "Skipping 6 of 6 images that already exist" in output
@@ -138,7 +138,7 @@ def test_a_second_run_makes_only_what_is_missing(nets, tmp_path, monkeypatch):
 
 def test_a_run_that_was_cut_off_continues(nets, tmp_path, monkeypatch):
     arguments = ("--seeds", "0-5", "--batch", "2", "--npz", tmp_path / "six.npz")
-    draw = Engine.draw
+    draw = Engine.generate
 
     def fail_late(self, seeds):
         if 4 in seeds:
@@ -146,7 +146,7 @@ def test_a_run_that_was_cut_off_continues(nets, tmp_path, monkeypatch):
         return draw(self, seeds)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "draw", fail_late)
+        patch.setattr(Engine, "generate", fail_late)
         code, output = run(*arguments, net=nets / "main")
     assert (code, output.strip().splitlines()[-1]) == (1, "Error: the power went out")  # below the progress bar
     code, output = run(*arguments, net=nets / "main")
