@@ -10,7 +10,8 @@ import torch
 
 from edm2kit.cli import click_types as cli
 from edm2kit.data.batches import GlobalOrder, training_batches
-from edm2kit.data.dataset import ImageDataset
+from edm2kit.data.dataset import Source
+from edm2kit.data.sources import open_source
 from edm2kit.guidance.classifier.noise_classifier import ClassifierHeader, NoiseClassifier, save_classifier
 from edm2kit.models.encoders import Encoder, make_encoder
 from edm2kit.torch_utils import dist
@@ -65,10 +66,13 @@ def main(
     with dist.session(device) as where:
         if dist.world_size() > 1:
             raise ValueError("a classifier is small: train it in one process, without torchrun")
-        dataset = ImageDataset(data)
-        if not dataset.label_dim:
-            raise ValueError(f"{data} has no labels; a classifier needs them (scripts/dataset_tool.py convert)")
-        pixels = dataset.raw_dtype == np.uint8
+        dataset = open_source(data)
+        if dataset.condition_space.kind != "classes":
+            raise ValueError(
+                f"{data} has {dataset.condition_space}; a classifier needs class labels: add them with "
+                "scripts/dataset_tool.py convert"
+            )
+        pixels = dataset.item_dtype == np.uint8
         architecture = {
             "img_resolution": dataset.resolution,
             "img_channels": dataset.num_channels if pixels else dataset.num_channels // 2,
@@ -89,7 +93,7 @@ def main(
 
 def train_(
     net: NoiseClassifier,
-    dataset: ImageDataset,
+    dataset: Source,
     encoder: Encoder,
     training: Training,
     workers: int,
@@ -129,7 +133,7 @@ def train_(
 
 @torch.no_grad()
 def accuracies(
-    net: NoiseClassifier, dataset: ImageDataset, encoder: Encoder, seed: int, device: torch.device
+    net: NoiseClassifier, dataset: Source, encoder: Encoder, seed: int, device: torch.device
 ) -> Iterator[tuple[float, float]]:
     """(sigma, share of images put into their class) at a few noise levels, on images spread over the data set."""
     picked = np.linspace(0, len(dataset) - 1, min(_JUDGED, len(dataset))).astype(int)

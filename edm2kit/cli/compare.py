@@ -11,8 +11,8 @@ import torch
 
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.generation import prepare
-from edm2kit.cli.image_folder import to_image
 from edm2kit.cli.image_source import image_batches, open_images
+from edm2kit.data.image_files import to_image
 from edm2kit.experiments.compare_guidance.cost import describe_student, measure_costs
 from edm2kit.experiments.compare_guidance.measure import (
     Yardstick,

@@ -1,17 +1,16 @@
-"""Make and check training sets: `python scripts/dataset_tool.py --help`."""
+"""Make and check training sets: edm2kit-dataset, or scripts/dataset_tool.py."""
 
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from edm2kit.cli.click_types import Group
+from edm2kit.cli.click_types import Decorator, Group, section
 from edm2kit.data import check as dataset_check
 from edm2kit.data import convert as dataset_convert
-from edm2kit.data import encode as dataset_latents
+from edm2kit.data import encode as dataset_encode
 from edm2kit.data.crops import TRANSFORMS
 from edm2kit.data.workers import num_cpus
 from edm2kit.models.vae import STABILITY_VAE
@@ -29,106 +28,169 @@ class Resolution(click.ParamType):
         return int(match[1]), int(match[2] or match[1])
 
 
-_WORKERS = click.option(
-    "--workers", type=click.IntRange(min=1), default=num_cpus, show_default="one per CPU", help="Number of processes."
+_SOURCE_HELP = "Training set: folder, zip, .npy arrays, or hf:FOLDER"
+_dest = click.option(
+    "--dest", metavar="ZIP|DIR", type=click.Path(path_type=Path), required=True, help="Folder or .zip file to write"
+)
+_processes = click.option(
+    "--workers",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=num_cpus,
+    show_default="one per CPU",
+    help="Number of worker processes",
 )
 
 
 @click.group(cls=Group)
 def main() -> None:
-    """Make and check training sets."""
+    """Make and check training sets.
+
+    \b
+    From images to a training set:      convert
+    From pixels to latents and back:    encode, decode
+    Find everything that is wrong:      check
+
+    The same command is called edm2kit-dataset and scripts/dataset_tool.py.
+    """
 
 
 @main.command()
-@click.option("--source", type=click.Path(path_type=Path), required=True, help="Folder or zip of images.")
-@click.option("--dest", type=click.Path(path_type=Path), required=True, help="Folder or .zip to write.")
-@click.option("--resolution", type=Resolution(), help="Size of the result, such as 64 or 64x64.  [default: as it is]")
-@click.option("--transform", type=click.Choice(list(TRANSFORMS)), default="none", show_default=True, help="See above.")
-@click.option(
-    "--max-images", type=click.IntRange(min=1), help="Take at most so many, equally from each class.  [default: all]"
+@section(
+    "Input and output",
+    click.option(
+        "--source",
+        metavar="ZIP|DIR",
+        type=click.Path(path_type=Path),
+        required=True,
+        help="Folder or zip file of images, also in subfolders",
+    ),
+    _dest,
+    click.option(
+        "--max-images",
+        metavar="N",
+        type=click.IntRange(min=1),
+        help="Maximum number of images, the same for each class  [default: all]",
+    ),
+    click.option(
+        "--labels",
+        "label_source",
+        type=click.Choice(["auto", "json", "folders", "none"]),
+        default="auto",
+        help="Labels from dataset.json, from top-level folders, or from whichever is there (auto)",
+    ),
+    click.option("--skip-broken", is_flag=True, help="Skip and list images that cannot be read, instead of stopping"),
 )
-@click.option(
-    "--labels",
-    "label_source",
-    type=click.Choice(["auto", "json", "folders", "none"]),
-    default="auto",
-    show_default=True,
-    help="Classes from dataset.json in the source, from top-level folders, or (auto) whichever there is; images of "
-    "generate.py keep theirs.",
+@section(
+    "Image size",
+    click.option(
+        "--resolution",
+        type=Resolution(),
+        help="Width and height of the result, such as 64 or 64x64  [default: unchanged]",
+    ),
+    click.option("--transform", type=click.Choice(list(TRANSFORMS)), default="none", help="How to make images square"),
 )
-@click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read, and name them.")
-@_WORKERS
+@section("Speed", _processes)
 def convert(**options: Any) -> None:
-    """Turn images into a training set: square PNG files of one size, and dataset.json.
+    """Convert images to a training set: square PNG files of one size, and dataset.json with their labels.
 
-    The work is kept in DEST.partial until it is whole; a command that was stopped goes on when it is run again.
-    Neither the .zip nor the PNG files in it are compressed: training reads them without decoding. To make an existing
-    training set faster to read, convert it once more, without --resolution and --transform.
+    \b
+    edm2kit-dataset convert --source photos --dest photos64.zip --resolution 64x64 --transform center-crop
 
     \b
     --transform
       none                  The whole image, resized (Lanczos) to --resolution if
                             that is given; only for images that are square.
       center-crop           Largest central square, resized (Lanczos).
-      center-crop-wide      Largest central part of the shape of --resolution,
-                            say 256x144, resized (Lanczos), with black bars above
-                            and below to make it square: 256x256.
-      center-crop-dhariwal  As ImageNet in ADM and EDM2: halved by averaging,
+      center-crop-wide      Largest central part with the aspect ratio of
+                            --resolution, such as 256x144, resized (Lanczos), with
+                            black bars above and below to make it square: 256x256.
+      center-crop-dhariwal  As for ImageNet in ADM and EDM2: halved by averaging,
                             resized (bicubic), central square. For comparison
                             with published numbers.
 
-    Images smaller than --resolution are enlarged. Grey images stay grey if all are; else all become RGB.
-    Transparency is dropped, 16-bit images keep their upper 8 bits, and EXIF orientation is ignored, as in the tools
-    that made the published data sets. The side of the result must be a power of two.
+    The side of the result must be a power of two. Images smaller than --resolution are enlarged. The result is grey if
+    all images are grey, otherwise RGB. Transparency is dropped, 16-bit images keep their upper 8 bits, and EXIF
+    orientation is ignored, as in the tools that made the published data sets.
+
+    Labels in dataset.json are classes or lists of floats. Images of generate.py keep the classes noted in them.
+
+    Unfinished work stays in DEST.partial; run the same command again to resume. The PNG files are not compressed, so
+    that training reads them without decoding. To make an existing training set faster to read, convert it again without
+    --resolution and --transform.
     """
     dataset_convert.convert(**options)
 
 
-def _latent_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What encode and decode share."""
-    threads = click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Readers each.")
-    for option in (
-        click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu."),
-        threads,
+_max_images = click.option(
+    "--max-images",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Maximum number of images, evenly spread over the source  [default: all]",
+)
+
+
+def _vae_options(vae: Decorator) -> Decorator:
+    return section(
+        "VAE and speed",
+        vae,
         click.option(
-            "--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Images at once, each."
+            "--batch", metavar="N", type=click.IntRange(min=1), default=32, help="Images per process at a time"
         ),
-        click.option("--max-images", type=click.IntRange(min=1), help="Take so many, evenly spread.  [default: all]"),
-        click.option("--dest", type=click.Path(path_type=Path), required=True, help="Folder or .zip to write."),
-        click.option("--source", type=click.Path(path_type=Path), required=True, help="Training set, folder or zip."),
-    ):
-        command = option(command)
-    return command
+        click.option(
+            "--workers", metavar="N", type=click.IntRange(min=1), default=4, help="Reading threads per process"
+        ),
+        click.option("--device", default="auto", help="Device to use: auto, cuda, mps or cpu"),
+    )
 
 
 @main.command()
-@_latent_options
-@click.option("--vae", metavar="NAME|DIR", default=STABILITY_VAE, show_default=True, help="Hub name, or a folder.")
-@click.option("--dtype", type=click.Choice(list(dataset_latents.DTYPES)), default="fp32", show_default=True)
+@section(
+    "Input and output",
+    click.option("--source", metavar="PATH", required=True, help=_SOURCE_HELP),
+    _dest,
+    _max_images,
+    click.option(
+        "--dtype",
+        type=click.Choice(list(dataset_encode.DTYPES)),
+        default="fp32",
+        help="Precision of stored latents",
+    ),
+)
+@_vae_options(
+    click.option("--vae", metavar="NAME|DIR", default=STABILITY_VAE, help="VAE: a Hugging Face name or a folder")
+)
 def encode(**options: Any) -> None:
-    """Turn pixels into latents of the VAE, which latent networks train on.
+    """Encode pixels to the latents of a VAE, which latent networks are trained on.
 
-    Stores the mean and the standard deviation of the posterior, from which training draws. Runs on all GPUs under
-    torchrun. A command that was stopped goes on when it is run again; what it will need of the disk is told first.
+    Stores the mean and standard deviation of the posterior; training samples from it. Use torchrun for several GPUs.
+    Prints the disk space it needs. Run the same command again to resume.
     """
-    dataset_latents.encode(**options)
+    dataset_encode.encode(**options)
 
 
 @main.command()
-@_latent_options
-@click.option("--vae", metavar="NAME|DIR", help="Where the VAE lies.  [default: as encode recorded]")
+@section(
+    "Input and output",
+    click.option("--source", metavar="PATH", required=True, help="Latents, as written by encode"),
+    _dest,
+    _max_images,
+)
+@_vae_options(
+    click.option("--vae", metavar="NAME|DIR", help="Name or folder of the same VAE  [default: as encode recorded]")
+)
 def decode(**options: Any) -> None:
-    """Turn latents that encode wrote back into pixels, to see what the VAE keeps of them."""
-    dataset_latents.decode(**options)
+    """Decode latents to pixels, to see how much detail the VAE keeps."""
+    dataset_encode.decode(**options)
 
 
 @main.command()
-@click.option("--source", type=click.Path(path_type=Path), required=True, help="Folder or zip to look at.")
-@_WORKERS
-def check(source: Path, workers: int) -> None:
-    """Read every file of a training set; print counts, shapes and classes, and name everything that is wrong.
+@click.option("--source", metavar="PATH", required=True, help=_SOURCE_HELP)
+@_processes
+def check(source: str, workers: int) -> None:
+    """Read every file of a training set; print counts, shapes and labels, and list everything that is wrong.
 
-    Exit code 1 where something is wrong.
+    The exit code is 1 if there are problems.
     """
     if not dataset_check.check(source, workers):
         sys.exit(1)

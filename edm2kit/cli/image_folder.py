@@ -11,18 +11,12 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from edm2kit.cli.click_types import IntRanges
+from edm2kit.data.image_files import to_image
 from edm2kit.data.labels import RECORD
 from edm2kit.sampling.engine import ImageBatch
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write
 from edm2kit.torch_utils.records import differences, write_json
-
-
-def to_image(pixels: np.ndarray) -> Image.Image:
-    """uint8 [C,H,W] as an image, grey for one channel. Raises ValueError for other than 1 or 3 channels."""
-    if len(pixels) not in (1, 3):
-        raise ValueError(f"{len(pixels)} channels make no image; expected 1 (grey) or 3 (RGB)")
-    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:

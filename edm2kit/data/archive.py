@@ -1,7 +1,7 @@
 """Folders and zip files of images, read by number.
 
-A zip is indexed by hand into a few arrays: Python's zipfile takes 12 seconds and 1.4 GB to open 1.28 million images,
-once for every process.
+The index of a zip file is parsed into a few arrays here: Python's zipfile takes 12 seconds and 1.4 GB to open 1.28
+million images, in every process.
 """
 
 import contextlib
@@ -24,41 +24,41 @@ _IN_EXTRA = 0xFFFFFFFF
 
 
 def open_archive(path: str | Path, extensions: tuple[str, ...]) -> "FolderArchive | ZipArchive":
-    """The files at `path` whose names end in one of `extensions` (lower case), as a folder or zip archive.
+    """The files at `path`, a folder or zip file, whose names end in one of `extensions` (lower case).
 
-    Hidden files and __MACOSX are left out. Raises ValueError where `path` is neither a folder nor a whole zip, or
-    holds no such file.
+    Hidden files and __MACOSX are ignored. Raises ValueError if `path` is neither a folder nor a complete zip file, or
+    contains no such file.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; expected a folder or a .zip of images")
     archive = FolderArchive(path, extensions) if path.is_dir() else ZipArchive(path, extensions)
     if not archive.names:
-        found = (
-            f"; it holds {len(archive.ignored)} other files, such as {archive.ignored[0]}" if archive.ignored else ""
-        )
-        raise ValueError(f"{path}: holds no image ({', '.join(extensions)}){found}")
+        found = ""
+        if archive.ignored:
+            found = f"; it contains {len(archive.ignored)} other files, such as {archive.ignored[0]}"
+        raise ValueError(f"{path}: contains no images ({', '.join(extensions)}){found}")
     return archive
 
 
 class FolderArchive:
-    """The images in a folder and the folders below it.
+    """The images in a folder and its subfolders.
 
-    `names` are sorted paths relative to the folder, with forward slashes; `ignored` are the names left out.
+    `names` are sorted paths relative to the folder, with forward slashes; `ignored` are those of other files.
     """
 
     def __init__(self, path: Path, extensions: tuple[str, ...]):
         self.path = path
-        all_names = _walk(path)
-        picked, ignored = _pick(all_names, extensions)
+        all_names = _file_names(path)
+        picked, ignored = _split_names(all_names, extensions)
         self.names, self.ignored = [all_names[k] for k in picked], [all_names[k] for k in ignored]
 
     def where(self, index: int) -> str:
-        """File `index` as named in messages."""
+        """The name of file `index` for messages."""
         return f"{self.path}/{self.names[index]}"
 
     def read(self, index: int) -> bytes:
-        """The bytes of file `index`; raises ValueError, naming the file, where it cannot be read."""
+        """The bytes of file `index`; raises ValueError, naming the file, if it cannot be read."""
         try:
             return Path(self.path, self.names[index]).read_bytes()
         except OSError as error:
@@ -69,17 +69,18 @@ class FolderArchive:
         return os.path.getsize(self.path / self.names[index])
 
     def read_extra(self, name: str) -> bytes | None:
-        """The bytes of another file, such as dataset.json; None where there is none."""
+        """The bytes of another file, such as dataset.json, or None if there is none."""
         path = self.path / name
         return path.read_bytes() if path.is_file() else None
 
     def read_stored(self, indices: np.ndarray, num_bytes: int, split: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Files `indices` [n] as far as each is of `num_bytes` bytes, cut in two after `split` of them.
+        """Read files `indices` [n] of `num_bytes` bytes, each divided into two parts after `split` bytes.
 
-        uint8 [n, split], uint8 [n, num_bytes - split], and bool [n], false where a file is not there so: its rows
-        mean nothing.
+        Returns uint8 [n, split], uint8 [n, num_bytes - split], and bool [n], which is false for files of another size:
+        their rows are undefined.
         """
-        files, whole = np.empty([len(indices), num_bytes], np.uint8), np.zeros(len(indices), bool)
+        files = np.empty([len(indices), num_bytes], np.uint8)
+        whole = np.zeros(len(indices), bool)
         for k, index in enumerate(indices.tolist()):
             data = self.read(index)
             whole[k] = len(data) == num_bytes
@@ -89,24 +90,24 @@ class FolderArchive:
 
 
 class ZipArchive:
-    """The images in a zip file, stored or deflated; attributes and methods as FolderArchive.
+    """The images in a zip file, stored or deflated, with the attributes and methods of FolderArchive.
 
-    Safe to use after a fork and in threads (positioned reads share no file offset), and to pickle (the copy opens
-    the file anew). Raises ValueError where the file is not a zip archive or is not whole.
+    Safe to use after a fork and in threads (positioned reads share no file offset), and to pickle (the copy opens the
+    file again). Raises ValueError if the file is not a zip archive or is incomplete.
     """
 
     def __init__(self, path: Path, extensions: tuple[str, ...]):
         self.path = path
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (open as long as the archive lives)
         all_names, entries = _read_index(self._file.fileno(), path)
-        picked, ignored = _pick(all_names, extensions)
+        picked, ignored = _split_names(all_names, extensions)
         self.names, self.ignored = [all_names[k] for k in picked], [all_names[k] for k in ignored]
         self._entries = entries[picked]  # int64 [n, 6]: offset, bytes in the zip, bytes, checksum, method, name's bytes
         self._extra = dict(zip(self.ignored, entries[ignored], strict=True))
         self._local_extra = _local_extra(self._file.fileno(), self._entries)
-        twice = next((a for a, b in itertools.pairwise(self.names) if a == b), None)
-        if twice is not None:
-            raise ValueError(f"{path}: holds {twice} twice; write the archive again")
+        for name, following in itertools.pairwise(self.names):
+            if name == following:
+                raise ValueError(f"{path}: contains {name} twice; write the archive again")
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != "_file"}
@@ -116,11 +117,11 @@ class ZipArchive:
         self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (open as long as the archive lives)
 
     def where(self, index: int) -> str:
-        """File `index` as named in messages."""
+        """The name of file `index` for messages."""
         return f"{self.path}/{self.names[index]}"
 
     def read(self, index: int) -> bytes:
-        """The bytes of file `index`; raises ValueError, naming the file, where it cannot be read whole."""
+        """The bytes of file `index`; raises ValueError, naming the file, if it cannot be read or is damaged."""
         return self._read(self._entries[index], self.where(index))
 
     def num_bytes(self, index: int) -> int:
@@ -128,24 +129,27 @@ class ZipArchive:
         return int(self._entries[index, 2])
 
     def read_extra(self, name: str) -> bytes | None:
-        """The bytes of another file, such as dataset.json; None where there is none."""
-        return self._read(self._extra[name], f"{self.path}/{name}") if name in self._extra else None
+        """The bytes of another file, such as dataset.json, or None if there is none."""
+        if name not in self._extra:
+            return None
+        return self._read(self._extra[name], f"{self.path}/{name}")
 
     def read_stored(self, indices: np.ndarray, num_bytes: int, split: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As FolderArchive's. Compressed files are not there so. Checksums are not looked at, to save half the time."""
+        """Like FolderArchive.read_stored; compressed files give false. Skips checksums, which would double the time."""
         entries = self._entries[indices]
         before = _LOCAL_BYTES + entries[:, 5] + self._local_extra  # bytes between `offset` and the file itself
         heads = np.zeros([len(indices), _LOCAL_BYTES + int(before.max(initial=0)) + split], np.uint8)
         rests = np.empty([len(indices), num_bytes - split], np.uint8)
         stored = (entries[:, 4] == _STORED) & (entries[:, 1] == num_bytes)
         whole = np.zeros(len(indices), bool)
-        preadv = getattr(os, "preadv", None)  # Windows has none
         offsets, head_bytes, descriptor = entries[:, 0].tolist(), (before + split).tolist(), self._file.fileno()
-        for k in np.flatnonzero(stored).tolist() if preadv else ():
+        if not hasattr(os, "preadv"):  # Windows
+            stored[:] = False
+        for k in np.flatnonzero(stored).tolist():
             try:
-                count = preadv(descriptor, [heads[k, : head_bytes[k]], rests[k]], offsets[k])
+                count = os.preadv(descriptor, [heads[k, : head_bytes[k]].data, rests[k].data], offsets[k])
             except OSError:
-                continue  # whoever needs this file will read it by itself and hear why
+                continue  # the caller reads this file by itself and gets the reason
             whole[k] = count == head_bytes[k] + num_bytes - split
         whole &= heads[:, :4].copy().view("S4")[:, 0] == b"PK\x03\x04"
         lengths = heads[:, 26:30].copy().view("<u2")
@@ -157,7 +161,7 @@ class ZipArchive:
         offset, packed, size, checksum, method, _ = entry.tolist()
         header = self._pread(_LOCAL_BYTES, offset, where)
         if len(header) < _LOCAL_BYTES or header[:4] != b"PK\x03\x04":
-            raise ValueError(f"{where}: is not where the zip's index says; the archive is damaged: write it again")
+            raise ValueError(f"{where}: is not where the zip's index says; the archive is damaged, write it again")
         name_bytes, extra_bytes = struct.unpack_from("<2H", header, 26)
         data = self._pread(packed, offset + _LOCAL_BYTES + name_bytes + extra_bytes, where)
         if method == _DEFLATED:
@@ -166,7 +170,7 @@ class ZipArchive:
             except zlib.error as error:
                 raise ValueError(f"{where}: is damaged in the zip: {error}") from error
         elif method != _STORED:
-            raise ValueError(f"{where}: is packed by method {method}; pack it stored or deflated")
+            raise ValueError(f"{where}: uses zip compression method {method}; write the zip stored or deflated")
         if len(data) != size or zlib.crc32(data) != checksum:
             raise ValueError(f"{where}: is damaged in the zip: its checksum is wrong; write the archive again")
         return data
@@ -179,37 +183,45 @@ class ZipArchive:
 
 
 def _local_extra(descriptor: int, entries: np.ndarray) -> int:
-    """How many extra bytes the first file has before it; a zip's index does not tell, and they are mostly alike."""
+    """The number of extra bytes in front of the first file: not in the index, and usually the same for all files."""
     header = b""
-    with contextlib.suppress(OSError, IndexError):  # a damaged index; reading a file will tell
+    with contextlib.suppress(OSError, IndexError):  # a damaged index; reading a file reports it
         header = os.pread(descriptor, _LOCAL_BYTES, int(entries[0, 0]))
     return struct.unpack_from("<H", header, 28)[0] if len(header) == _LOCAL_BYTES else 0
 
 
-def _walk(root: Path) -> list[str]:
-    names, seen = [], set()
-    # class folders are often links to elsewhere; `seen` keeps a link to a parent from going round for ever
+def _file_names(root: Path) -> list[str]:
+    names: list[str] = []
+    seen: set[str] = set()
+    # class folders are often links to elsewhere; `seen` stops a link to a parent folder from looping forever
     for folder, folders, files in os.walk(root, followlinks=True):
         seen.add(os.path.realpath(folder))
         folders[:] = [f for f in folders if os.path.realpath(os.path.join(folder, f)) not in seen]
-        prefix = Path(folder).relative_to(root).as_posix() + "/"
-        prefix = "" if prefix == "./" else prefix
-        names.extend(prefix + file for file in files)
+        prefix = Path(folder).relative_to(root).as_posix()
+        if prefix == ".":
+            names.extend(files)
+        else:
+            names.extend(f"{prefix}/{file}" for file in files)
     return names
 
 
-def _pick(all_names: list[str], extensions: tuple[str, ...]) -> tuple[list[int], list[int]]:
-    """Positions of the images in `all_names`, in the order of their names, and of the other files."""
-    picked, ignored = [], []
+def _split_names(all_names: list[str], extensions: tuple[str, ...]) -> tuple[list[int], list[int]]:
+    """The positions of the images in `all_names`, sorted by name, and of the other files."""
+    picked: list[int] = []
+    ignored: list[int] = []
     for position, name in enumerate(all_names):
-        if name.startswith((".", "__MACOSX/")) or "/." in name or name.endswith("/"):
+        hidden = name.startswith((".", "__MACOSX/")) or "/." in name
+        if hidden or name.endswith("/"):
             continue
-        (picked if name.lower().endswith(extensions) else ignored).append(position)
+        if name.lower().endswith(extensions):
+            picked.append(position)
+        else:
+            ignored.append(position)
     return sorted(picked, key=all_names.__getitem__), sorted(ignored, key=all_names.__getitem__)
 
 
 def _read_index(descriptor: int, path: Path) -> tuple[list[str], np.ndarray]:
-    """Names and entries of a zip's central directory (PKWARE APPNOTE 4.3.12 to 4.3.16)."""
+    """Parse a zip's central directory (PKWARE APPNOTE 4.3.12 to 4.3.16) into names and entries, int64 [n, 6]."""
     start, num_bytes, count, shift = _find_index(descriptor, path)
     directory = os.pread(descriptor, num_bytes, start)
     names: list[str] = []
@@ -226,24 +238,24 @@ def _read_index(descriptor: int, path: Path) -> tuple[list[str], np.ndarray]:
                 raise ValueError
             names.append(directory[name_start:name_end].decode("utf-8" if flags & 0x800 else "cp437"))
             if _IN_EXTRA in (packed, size, offset):
-                size, packed, offset = _wide(directory[name_end : name_end + extra_bytes], size, packed, offset)
+                size, packed, offset = _zip64_fields(directory[name_end : name_end + extra_bytes], size, packed, offset)
             numbers.extend((offset + shift, packed, size, crc, method, name_bytes))
             position = name_end + extra_bytes + comment_bytes
         if position != num_bytes:
             raise ValueError
     except (struct.error, ValueError, IndexError) as error:
-        raise ValueError(f"{path}: the zip's index is damaged, or it is encrypted, at entry {len(names)}") from error
+        raise ValueError(f"{path}: the zip is encrypted or its index is damaged, at entry {len(names)}") from error
     return names, np.frombuffer(numbers, np.int64).reshape(-1, 6)
 
 
 def _find_index(descriptor: int, path: Path) -> tuple[int, int, int, int]:
-    """Start, size and number of entries of the central directory, and what to add to the offsets in it."""
+    """Start, size and number of entries of the central directory, and the value to add to the offsets in it."""
     file_bytes = os.fstat(descriptor).st_size
     tail_start = max(0, file_bytes - (1 << 16) - _END.size - _END64_LOCATOR.size)
     tail = os.pread(descriptor, file_bytes - tail_start, tail_start)
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or at + _END.size > len(tail):
-        raise ValueError(f"{path}: not a zip archive, or cut short: it has no index at its end; copy or write it again")
+        raise ValueError(f"{path}: not a zip archive, or cut short: no index at its end; copy or write it again")
     _, _, _, _, count, num_bytes, offset, _ = _END.unpack_from(tail, at)
     end = tail_start + at
     locator = tail[at - _END64_LOCATOR.size : at] if at >= _END64_LOCATOR.size else b""
@@ -260,7 +272,7 @@ def _find_index(descriptor: int, path: Path) -> tuple[int, int, int, int]:
     return end - num_bytes, num_bytes, count, shift
 
 
-def _wide(extra: bytes, size: int, packed: int, offset: int) -> tuple[int, int, int]:
+def _zip64_fields(extra: bytes, size: int, packed: int, offset: int) -> tuple[int, int, int]:
     """Size, packed size and offset of an entry beyond 4 GiB (zip64 extended information)."""
     position = 0
     while position + 4 <= len(extra):

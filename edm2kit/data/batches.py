@@ -1,4 +1,4 @@
-"""Which image is trained on when: one global order, the same for any number of ranks."""
+"""The order of training images, the same for any number of ranks, and the batches that each rank reads."""
 
 import atexit
 import ctypes
@@ -13,29 +13,32 @@ import numpy as np
 import torch
 import torch.utils.data
 
-from edm2kit.data.dataset import ImageDataset
+from edm2kit.data.dataset import Source
 from edm2kit.torch_utils.rng import derive_seed
 
 
 class GlobalOrder:
-    """The endless sequence of training images: epoch after epoch, each in an independent random order.
+    """The endless sequence of training images: each epoch is an independent random permutation.
 
-    Position p of the sequence is image p % num_images of permutation p // num_images, and a permutation depends on
-    (seed, epoch) alone: a resumed run, or one on another number of ranks, sees the same sequence. At most two
-    permutations are held. Raises ValueError for fewer than one image or a negative position.
+    Position p of the sequence is image p % num_images of permutation p // num_images. A permutation depends only on
+    (seed, epoch), so a resumed run sees the same sequence, on any number of ranks. At most two permutations are kept in
+    memory. Raises ValueError for fewer than one image.
     """
 
     def __init__(self, num_images: int, seed: int):
         if num_images < 1:
-            raise ValueError(f"an order of {num_images} images; expected at least 1")
+            raise ValueError(f"cannot order {num_images} images; expected at least 1")
         self.num_images = num_images
         self.seed = seed
         self._permutations: dict[int, np.ndarray] = {}
 
     def indices(self, start_nimg: int, count: int) -> np.ndarray:
-        """The images at positions start_nimg ... start_nimg + count - 1, int64 [count]."""
+        """The images at positions start_nimg ... start_nimg + count - 1, int64 [count].
+
+        Raises ValueError for negative arguments.
+        """
         if start_nimg < 0 or count < 0:
-            raise ValueError(f"positions {start_nimg} to {start_nimg + count}; expected numbers from 0 up")
+            raise ValueError(f"start_nimg is {start_nimg} and count {count}; expected numbers from 0 up")
         parts = [np.empty(0, np.int64)]
         position, end = start_nimg, start_nimg + count
         while position < end:
@@ -56,8 +59,11 @@ class GlobalOrder:
 
 
 class MicroBatch(NamedTuple):
-    """What one forward and backward pass takes: raw [n, C, H, W], labels float32 [n, label_dim], and the images'
-    positions in the global order, int64 [n] (the seed of each image's randomness)."""
+    """The input of one forward and backward pass.
+
+    `raw` [n, C, H, W] as stored, `labels` float32 [n, label_dim], and `positions` in the global order, int64 [n], from
+    which the random numbers of each image derive.
+    """
 
     raw: torch.Tensor
     labels: torch.Tensor
@@ -65,24 +71,24 @@ class MicroBatch(NamedTuple):
 
 
 def micro_batch_sizes(batch_size: int, world_size: int, batch_gpu: int | None = None) -> list[int]:
-    """How a rank splits its share of a global batch: parts of at most `batch_gpu` images (None: a single part).
+    """The micro-batches of each rank for one global batch: at most `batch_gpu` images each (None: one micro-batch).
 
-    The same on every rank. Raises ValueError where the ranks' shares would differ.
+    Raises ValueError if the batch cannot be divided equally among the ranks.
     """
     if batch_size < 1 or batch_size % world_size:
         raise ValueError(
-            f"a batch of {batch_size} images does not divide over {world_size} processes; "
+            f"a batch of {batch_size} images cannot be divided among {world_size} processes; "
             f"use a multiple of {world_size}"
         )
     share = batch_size // world_size
     part = share if batch_gpu is None else min(batch_gpu, share)
     if part < 1:
-        raise ValueError(f"{batch_gpu} images at a time on each process; expected at least 1")
+        raise ValueError(f"batch_gpu is {batch_gpu}; expected at least 1 image per process")
     return [min(part, share - done) for done in range(0, share, part)]
 
 
 def training_batches(
-    dataset: ImageDataset,
+    source: Source,
     order: GlobalOrder,
     start_nimg: int,
     batch_size: int,
@@ -92,31 +98,32 @@ def training_batches(
     batch_gpu: int | None = None,
     workers: int = 0,
 ) -> Generator[MicroBatch, None, None]:
-    """This rank's micro-batches, without end, from the step that starts at position `start_nimg`.
+    """This rank's endless stream of micro-batches, starting with the step at position `start_nimg`.
 
-    A step is len(micro_batch_sizes(batch_size, world_size, batch_gpu)) micro-batches. Global batch [nimg, nimg +
-    batch_size) is cut into one contiguous share per rank, in rank order, and a share into contiguous micro-batches.
-    `workers` processes read ahead (0: none); close the iterator to end them. No global random number is drawn. Raises
-    ValueError, naming the file, when one cannot be read.
+    Each step yields len(micro_batch_sizes(batch_size, world_size, batch_gpu)) micro-batches. The global batch [nimg,
+    nimg + batch_size) is divided into one contiguous share per rank, and a share into contiguous micro-batches.
+    `workers` processes read ahead (0: no processes); close the generator to end them. The global random state is not
+    used. Raises ValueError, naming the file, if an image cannot be read.
     """
-    if order.num_images != len(dataset):
-        raise ValueError(f"the order is one of {order.num_images} images, the data set has {len(dataset)}")
+    if order.num_images != len(source):
+        raise ValueError(f"the order is for {order.num_images} images, but the data set has {len(source)}")
     sizes = micro_batch_sizes(batch_size, world_size, batch_gpu)
     plan = _Plan(order, start_nimg, batch_size, rank, sizes)
     closing = multiprocessing.RawValue(ctypes.c_bool, False)
-    loader = torch.utils.data.DataLoader(
-        _Reader(dataset),
+    loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
+        _Reader(source),
         sampler=plan,
         batch_size=None,
-        collate_fn=_as_is,
+        collate_fn=_identity,  # type: ignore[arg-type]  # with batch_size=None it gets a MicroBatch, not a list
         num_workers=workers,
-        worker_init_fn=functools.partial(_outlive_signals, closing),
-        generator=torch.Generator(),  # else the loader takes a seed from the global generator
+        worker_init_fn=functools.partial(_ignore_signals, closing),
+        generator=torch.Generator(),  # otherwise the loader takes a seed from the global generator
     )
     return _stream(loader, closing)
 
 
 def _stream(loader: torch.utils.data.DataLoader, closing: ctypes.c_bool) -> Generator[MicroBatch, None, None]:
+    # a generator of its own: training_batches checks its arguments when it is called
     def close() -> None:
         closing.value = True
 
@@ -129,12 +136,12 @@ def _stream(loader: torch.utils.data.DataLoader, closing: ctypes.c_bool) -> Gene
                 raise batch
             yield batch
     finally:
-        del batches  # ends the workers, even where a traceback keeps this frame
+        del batches  # ends the workers, even if a traceback keeps this frame alive
         close()
         atexit.unregister(close)
 
 
-class _Plan:
+class _Plan(torch.utils.data.Sampler):
     """(positions, indices) of each micro-batch of one rank."""
 
     def __init__(self, order: GlobalOrder, start_nimg: int, batch_size: int, rank: int, sizes: list[int]):
@@ -150,27 +157,27 @@ class _Plan:
             position += self.batch_size
 
 
-class _Reader:
-    """Reads a micro-batch; what goes wrong is returned, since the loader would wrap it in its own traceback."""
+class _Reader(torch.utils.data.Dataset):
+    """Reads micro-batches. Returns errors instead of raising them: the loader would wrap them in its own traceback."""
 
-    def __init__(self, dataset: ImageDataset):
-        self.dataset = dataset
+    def __init__(self, source: Source):
+        self.source = source
 
     def __getitem__(self, key: tuple[np.ndarray, np.ndarray]) -> MicroBatch | Exception:
         positions, indices = key
         try:
-            raw, labels = map(torch.from_numpy, self.dataset.read_batch(indices))
+            raw, labels = self.source.read(indices), self.source.read_labels(indices)
         except (ValueError, OSError) as error:
             return error
-        return MicroBatch(raw, labels, torch.from_numpy(positions))
+        return MicroBatch(torch.from_numpy(raw), torch.from_numpy(labels), torch.from_numpy(positions))
 
 
-def _as_is(batch: MicroBatch | Exception) -> MicroBatch | Exception:
+def _identity(batch: MicroBatch | Exception) -> MicroBatch | Exception:
     return batch
 
 
-def _outlive_signals(closing: ctypes.c_bool, worker: int) -> None:
-    # Ctrl-C, or a scheduler ending the job, reaches the workers too, while the training process still needs them to
-    # finish its step and save; they go when it closes them, or with it.
+def _ignore_signals(closing: ctypes.c_bool, worker: int) -> None:
+    # Ctrl-C, or a scheduler ending the job, also reaches the workers, while the training process still needs them to
+    # finish its step and save; they end when it closes them, or with it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.value else None)

@@ -1,4 +1,4 @@
-"""Images of any size in a folder or zip -> a training set."""
+"""Convert images of any size in a folder or zip to a training set."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,7 @@ Archive = FolderArchive | ZipArchive
 
 
 @dataclass(frozen=True)
-class Broken:
+class BrokenImage:
     """An image that cannot be read, and why."""
 
     reason: str
@@ -28,10 +28,10 @@ class Broken:
 
 @dataclass(frozen=True)
 class Converter:
-    """Callable from the number of a source image to the bytes of its PNG, or Broken.
+    """Callable from the number of a source image to the bytes of its PNG file, or BrokenImage.
 
-    `size` is (width, height) for the transform; `model` is the image that the others must equal in size, or None
-    where the transform unifies. Raises ValueError where the transform refuses.
+    `size` is (width, height) for the transform. `model` names the image whose size all others must have, or is None if
+    the transform makes sizes equal. Raises ValueError if an image does not suit the transform.
     """
 
     archive: Archive
@@ -40,12 +40,12 @@ class Converter:
     channels: int
     model: str | None
 
-    def __call__(self, index: int) -> bytes | Broken:
+    def __call__(self, index: int) -> bytes | BrokenImage:
         where = self.archive.where(index)
         try:
             image = to_8bit(open_image(self.archive.read(index), where), self.channels, where)
         except ValueError as error:
-            return Broken(str(error))
+            return BrokenImage(str(error))
         if self.model is not None and image.size != self.size:
             raise ValueError(
                 f"the images differ in size: {self.model} is {_text(self.size)}, {where} is {_text(image.size)}; add "
@@ -68,19 +68,21 @@ def convert(
     workers: int,
     skip_broken: bool,
 ) -> None:
-    """Write the training set `dest`, or finish writing it.
+    """Write the training set `dest`, or resume writing it.
 
-    Raises ValueError for wrong input, a source image that cannot be read included, unless `skip_broken`; OSError
-    where writing fails. Either way nothing is at `dest`, and calling again goes on where this one stopped.
+    Raises ValueError for wrong input, including a source image that cannot be read unless `skip_broken`, and OSError if
+    writing fails. In both cases there is nothing at `dest`, and calling this again resumes.
     """
     check_transform(transform, resolution)
     if dest.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"--dest {dest} lies within --source {source}; choose a place outside")
+        raise ValueError(f"--dest {dest} is inside --source {source}; choose a folder outside")
     archive = open_archive(source, IMAGE_EXTENSIONS)
     labels = find_labels(archive, label_source)
-    indices = pick_balanced(len(archive.names), None if labels is None else labels.classes, max_images)
+    classes = labels.values if labels is not None and labels.space.kind == "classes" else None
+    indices = pick_balanced(len(archive.names), classes, max_images)
     converter = plan(archive, indices, transform, resolution)
-    click.echo(_describe(archive, indices, labels, converter))
+    for line in _description(archive, len(indices), labels, converter.channels):
+        click.echo(line)
     settings = {
         "images": len(indices),
         "source_digest": _digest(archive, indices, labels),
@@ -89,57 +91,60 @@ def convert(
         "channels": converter.channels,
     }
     if is_finished(dest, settings):
-        click.echo(f"{dest} is already there, whole and made with these settings: nothing to do")
+        click.echo(f"{dest} is complete and was made with these settings: nothing to do")
         return
     broken = _write(converter, indices, labels, PartialDataset(dest, settings), workers, skip_broken)
     for item in broken:
-        click.echo(f"Left out: {item.reason}")
-    left_out = f"; {len(broken)} could not be read and were left out" if broken else ""
-    click.echo(f"Wrote {len(indices) - len(broken)} images to {dest}{left_out}")
+        click.echo(f"Skipped: {item.reason}")
+    click.echo(f"Wrote {len(indices) - len(broken)} images to {dest}")
+    if broken:
+        click.echo(f"Skipped {len(broken)} images that could not be read")
 
 
 def check_transform(transform: str, resolution: tuple[int, int] | None) -> None:
-    """Raise ValueError where the transform and the resolution do not go together, or make no training set."""
+    """Raise ValueError if the transform does not work with the resolution, or the result cannot be trained on."""
     if resolution is None:
         if transform != "none":
             raise ValueError(f"--transform {transform} needs --resolution, for example --resolution 64x64")
         return
     width, height = resolution
     if width < 1 or width & (width - 1):
-        raise ValueError(f"--resolution {_text(resolution)}: the width must be a power of two, as training needs it")
+        raise ValueError(f"--resolution {_text(resolution)}: the width must be a power of two for training")
     if transform == "center-crop-wide" and not width > height > 0:
         raise ValueError(
             f"--resolution {_text(resolution)}: center-crop-wide needs a width above the height, for example 256x144; "
-            "for square pictures use center-crop"
+            "for square images use center-crop"
         )
     if transform != "center-crop-wide" and width != height:
         raise ValueError(f"--resolution {_text(resolution)}: width and height must be equal for {transform}")
 
 
 def find_labels(archive: Archive, label_source: str) -> Labels | None:
-    """The labels of the source images: from dataset.json (json), top-level folders, whichever is there (auto), or None.
+    """The labels of the source images, or None.
 
-    What generate.py drew lies in folders that are no classes, and says itself which class it is of.
+    `label_source` is json (dataset.json), folders (top-level folders), none, or auto: dataset.json if there is one,
+    else the classes that generate.py noted in its own images, else top-level folders. Raises ValueError if labels are
+    requested that are not there.
     """
-    has_file = archive.read_extra(LABELS_FILE) is not None
-    if label_source == "json" and not has_file:
-        raise ValueError(f"{archive.path}: holds no {LABELS_FILE}; use --labels folders or --labels none")
-    if label_source == "json" or (label_source == "auto" and has_file):
-        return read_labels(archive)
     if label_source == "none":
         return None
+    has_file = archive.read_extra(LABELS_FILE) is not None
+    if label_source == "json" and not has_file:
+        raise ValueError(f"{archive.path}: contains no {LABELS_FILE}; use --labels folders or --labels none")
+    if label_source != "folders" and has_file:
+        return read_labels(archive)
     if label_source == "auto" and archive.read_extra(RECORD) is not None:
         return noted_labels(archive)
     labels = folder_labels(archive.names)
     if labels is None and label_source == "folders":
-        raise ValueError(f"{archive.path}: the images do not lie in two or more class folders")
+        raise ValueError(f"{archive.path}: the images are not in two or more class folders; use --labels none")
     return labels
 
 
 def pick_balanced(num_images: int, classes: np.ndarray | None, max_images: int | None) -> np.ndarray:
-    """Numbers of at most `max_images` images, in order: the first of each class, as many of one as of another.
+    """Numbers of at most `max_images` images, in order: the first ones of each class, equally many per class.
 
-    Classes with fewer images than their share give all they have; the others share the rest. int64 [n].
+    A class with fewer images than its share contributes all of them; the other classes fill up. int64 [n].
     """
     if max_images is None or max_images >= num_images:
         return np.arange(num_images)
@@ -153,12 +158,13 @@ def pick_balanced(num_images: int, classes: np.ndarray | None, max_images: int |
 
 
 def plan(archive: Archive, indices: np.ndarray, transform: str, resolution: tuple[int, int] | None) -> Converter:
-    """Settle size and channels from the headers of the images, as far as they need to be read.
+    """Decide size and channels from the headers of the images, reading only as many as necessary.
 
-    The result is grey where every image is. Raises ValueError where no image can be read, or the size is none that
-    can be trained on.
+    The result is grey if all images are. Raises ValueError if no image can be read, or if the size does not suit
+    training.
     """
     first = None
+    grey = True
     for index in indices.tolist():
         try:
             header = open_header(archive.read(index), archive.where(index))
@@ -166,10 +172,11 @@ def plan(archive: Archive, indices: np.ndarray, transform: str, resolution: tupl
             continue
         first = first or (header.size, archive.where(index))
         if not is_grey(header):
+            grey = False
             break
     if first is None:
         raise ValueError(f"{archive.path}: none of the {len(indices)} images can be read")
-    channels = 1 if is_grey(header) else 3
+    channels = 1 if grey else 3
     if resolution is not None:
         return Converter(archive, transform, resolution, channels, None)
     (width, height), where = first
@@ -188,73 +195,63 @@ def _write(
     output: PartialDataset,
     workers: int,
     skip_broken: bool,
-) -> list[Broken]:
+) -> list[BrokenImage]:
+    """Write the images that are not in `output` yet, then dataset.json; returns the images that cannot be read."""
     names = {index: f"{k // 1000:05d}/img{k:08d}.png" for k, index in enumerate(indices.tolist())}
+    todo = [index for index, name in names.items() if name not in output.names]
+    broken: dict[int, BrokenImage] = {}
     try:
         with output:
-            broken = _convert_rest(converter, names, output, workers, skip_broken)
-            written = {index: name for index, name in names.items() if index not in broken}
+            with (
+                contextlib.closing(run_in_order(converter, todo, workers)) as results,
+                progress_bar(len(names), initial=len(names) - len(todo)) as bar,
+            ):
+                for index, result in results:
+                    bar.update()
+                    if isinstance(result, bytes):
+                        output.add(names[index], result)
+                    elif skip_broken:
+                        broken[index] = result
+                    else:
+                        raise ValueError(f"{result.reason}; use --skip-broken to leave such images out")
+            written = [index for index in names if index not in broken]
             if not written:
                 raise ValueError(f"{converter.archive.path}: none of the {len(indices)} images can be read")
-            output.finish(_dataset_json(written, labels))
+            content: dict = {"labels": None}
+            if labels is not None:
+                kept = Labels(labels.values[written], labels.class_names)
+                content = kept.to_json([names[index] for index in written])
+            output.finish(content)
     except OSError as error:
         raise OSError(
-            f"{output.folder}: cannot be written: {error.strerror or error}; run the same command again to go on"
+            f"{output.folder}: cannot be written: {error.strerror or error}; run the same command again to resume"
         ) from error
     return list(broken.values())
 
 
-def _convert_rest(
-    converter: Converter, names: dict[int, str], output: PartialDataset, workers: int, skip_broken: bool
-) -> dict[int, Broken]:
-    """Write the images that are not in `output` yet; returns those that cannot be read."""
-    todo = [index for index, name in names.items() if name not in output.names]
-    broken: dict[int, Broken] = {}
-    with (
-        contextlib.closing(run_in_order(converter, todo, workers)) as results,
-        progress_bar(len(names), initial=len(names) - len(todo)) as bar,
-    ):
-        for index, result in results:
-            bar.update()
-            if isinstance(result, bytes):
-                output.add(names[index], result)
-            elif skip_broken:
-                broken[index] = result
-            else:
-                raise ValueError(f"{result.reason}; --skip-broken leaves such images out")
-    return broken
-
-
-def _dataset_json(names: dict[int, str], labels: Labels | None) -> dict:
-    if labels is None:
-        return {"labels": None}
-    content: dict = {"labels": [[name, int(labels.classes[index])] for index, name in names.items()]}
-    if labels.class_names is not None:
-        content["label_names"] = list(labels.class_names)
-    return content
-
-
 def _digest(archive: Archive, indices: np.ndarray, labels: Labels | None) -> str:
-    """A hash of names, sizes and classes: enough to tell that a source has changed, without reading it."""
+    """A hash of names, sizes and labels: it shows that a source has changed, without reading the images."""
     digest = hashlib.sha256()
     for index in indices.tolist():
-        label = "" if labels is None else labels.classes[index]
+        label = "" if labels is None else labels.values[index].tolist()
         digest.update(f"{archive.names[index]}\0{archive.num_bytes(index)}\0{label}\n".encode())
     return digest.hexdigest()
 
 
-def _describe(archive: Archive, indices: np.ndarray, labels: Labels | None, converter: Converter) -> str:
-    colour = "grey" if converter.channels == 1 else "RGB"
-    lines = [f"{archive.path}: {len(archive.names)} images; converting {len(indices)} to {colour}"]
+def _description(archive: Archive, count: int, labels: Labels | None, channels: int) -> list[str]:
+    color = "grey" if channels == 1 else "RGB"
+    lines = [f"{archive.path}: {len(archive.names)} images; converting {count} to {color}"]
     others = [name for name in archive.ignored if name not in (LABELS_FILE, RECORD)]
     if others:
-        lines.append(f"Passing over {len(others)} other files, such as {others[0]}")
+        lines.append(f"Ignoring {len(others)} other files, such as {others[0]}")
     if labels is None:
-        lines.append("No labels")
-    else:
-        some = ": " + ", ".join(labels.class_names[:5]) if labels.class_names else ""
-        lines.append(f"{labels.num_classes} classes{some}{', ...' if some and labels.num_classes > 5 else ''}")
-    return "\n".join(lines)
+        return [*lines, "No labels"]
+    summary = str(labels.space)
+    if labels.class_names:
+        summary += ": " + ", ".join(labels.class_names[:5])
+        if len(labels.class_names) > 5:
+            summary += ", ..."
+    return [*lines, summary]
 
 
 def _text(size: tuple[int, int]) -> str:

@@ -1,10 +1,13 @@
-"""From images of any size to training images of one size."""
+"""Crops and resizing: images of any size to training images of one size."""
 
 from PIL import Image
 
 
 def keep(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The whole image, resized (Lanczos) where its size is another; ValueError where that would distort it."""
+    """The complete image, resized (Lanczos) if necessary.
+
+    Raises ValueError if that would distort it.
+    """
     if image.width * height != image.height * width:
         raise ValueError(
             f"is {image.width}x{image.height} and would be distorted to {width}x{height}; "
@@ -14,15 +17,15 @@ def keep(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def center_crop(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The largest central square, resized (Lanczos); width equals height."""
+    """The largest central square, resized (Lanczos); `width` equals `height`."""
     side = min(image.size)
     return _resize(_crop_center(image, side, side), width, height)
 
 
 def center_crop_wide(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The largest central part of the shape width x height, resized (Lanczos), with black bars above and below.
+    """The largest central part with the aspect ratio width:height, resized (Lanczos), with black bars above and below.
 
-    The result is width x width: width exceeds height.
+    The result is width x width; `width` exceeds `height`.
     """
     part_width = min(image.width, round(image.height * width / height))
     part_height = min(image.height, max(1, round(image.width * height / width)))
@@ -33,10 +36,10 @@ def center_crop_wide(image: Image.Image, width: int, height: int) -> Image.Image
 
 
 def center_crop_dhariwal(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The central square as ADM and EDM2 cut ImageNet; width equals height.
+    """The central square, as in ADM's and EDM2's ImageNet; `width` equals `height`.
 
-    Halved by area averaging while the shorter side is at least twice the size, then resized (bicubic) so that the
-    shorter side is the size, then cropped. Dhariwal and Nichol 2021; exact to the last bit.
+    The image is halved by area averaging while its shorter side is at least twice `width`, then resized (bicubic) until
+    the shorter side is `width`, then cropped. Dhariwal and Nichol 2021; bit-exact.
     """
     size = width
     while min(image.size) >= 2 * size:

@@ -1,165 +1,278 @@
-"""Training images on disk."""
+"""Data sets that training reads: the Source protocol, and ImageDataset for folders and zip files of images."""
 
 import hashlib
+import json
+from abc import abstractmethod
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from edm2kit.data.archive import open_archive
-from edm2kit.data.image_files import decode_array
-from edm2kit.data.labels import read_labels
-from edm2kit.data.raw_layout import Layout, find_layout
+from edm2kit.data.image_files import Layout, decode_array, find_layout
+from edm2kit.data.labels import ConditionSpace, Labels, read_labels
 
 FILE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".npy")
+ENCODER_FILE = "encoder.json"
 CONVERT_HINT = (
     "make a training set of the images with "
     "`python scripts/dataset_tool.py convert --source=... --dest=... --resolution=64x64 --transform=center-crop`"
 )
 
 
-class ImageDataset:
-    """The training images in a folder or zip: PNG, JPEG or .npy files, in the order of their sorted names.
+class Source(Protocol):
+    """A data set for training. Subclass it for a new kind of data and add the class to `sources.SOURCES`.
 
-    `dataset[i]` is (raw, label): raw uint8 [C, H, W] (pixels 0 ... 255; C is 3 or, for grey files, 1) or float32
-    [C, H, W] (raw latents: the encoder's means, then its standard deviations); label float32 [label_dim], one-hot,
-    empty where there are no labels. The classes come from dataset.json (edm2kit.data.labels.read_labels);
-    `use_labels=False` ignores that file. `max_images` keeps that many, evenly spread over the sorted names.
+    `item_shape` is (C, H, W) and `item_dtype` uint8 for pixels 0 ... 255, or float32 for raw latents (the means of the
+    encoder, then its standard deviations). `labels` are classes, int64 [N], vectors, float32 [N, D], or None;
+    `condition_space` describes them. `path` appears in messages. Training forks or pickles the source for its reading
+    processes.
 
-    Pixels are square and their side is a power of two; latents are square. Opening looks at the first file alone, and
-    reading any other raises ValueError, naming it, where it differs. Any number of processes may share an instance:
-    it can be forked and pickled.
+    Example::
+
+        class Noise(Source):
+            path, item_shape, item_dtype = Path("noise"), (3, 64, 64), np.dtype(np.uint8)
+            condition_space, labels = ConditionSpace(), None
+
+            def __len__(self):
+                return 1000
+
+            def read(self, indices):
+                return np.stack([np.random.default_rng(k).integers(0, 256, self.item_shape, np.uint8) for k in indices])
+
+            def identity(self):
+                return {"source": "noise"}
+    """
+
+    path: Path
+    item_shape: tuple[int, int, int]
+    item_dtype: np.dtype
+    condition_space: ConditionSpace
+    labels: np.ndarray | None
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of items."""
+
+    @abstractmethod
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Items `indices`, int64 [n], as one array [n, C, H, W]; in memory its channels may be last.
+
+        An item must never change: resumed runs are bit-identical. Raises ValueError, naming the item, if one cannot be
+        read.
+        """
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """JSON values that distinguish this data set from others, wherever it is stored. Resuming a run checks them."""
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Item `index` [C, H, W] and its label as the network receives it, float32 [label_dim]."""
+        indices = np.array([index])
+        return self.read(indices)[0], self.read_labels(indices)[0]
+
+    def read_labels(self, indices: np.ndarray) -> np.ndarray:
+        """The labels of items `indices` as the network receives them: float32 [n, label_dim]."""
+        if self.labels is None:
+            return np.zeros([len(indices), 0], np.float32)
+        return self.condition_space.encode(self.labels[indices])
+
+    def item_name(self, index: int) -> str:
+        """A file name for item `index`, for data sets that are made from this one."""
+        return f"{index // 1000:05d}/img{index:08d}"
+
+    def read_extra(self, name: str) -> bytes | None:
+        """The bytes of a file that is stored with the items, such as encoder.json, or None if there is none."""
+        return None
+
+    @property
+    def needs_decoding(self) -> bool:
+        """Whether reading has to decode or decompress; `dataset_tool.py convert` makes a faster copy."""
+        return False
+
+    @property
+    def label_dim(self) -> int:
+        """The number of classes or the length of the label vectors; 0 without labels."""
+        return self.condition_space.dimension
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """The names of the classes, or None if they have no names."""
+        return self.condition_space.class_names
+
+    @property
+    def num_channels(self) -> int:
+        """Channels as stored; raw latents have twice as many as the latents that the network sees."""
+        return self.item_shape[0]
+
+    @property
+    def resolution(self) -> int:
+        """Height and width as stored."""
+        return self.item_shape[1]
+
+
+class ImageDataset(Source):
+    """The training images in a folder or zip: PNG, JPEG or .npy files, sorted by name. The source `image_files`.
+
+    `dataset[i]` is (raw, label): raw uint8 [C, H, W] (pixels 0 ... 255; C is 3, or 1 for grey files) or float32
+    [C, H, W] (raw latents); label float32 [label_dim], one-hot for classes, empty without labels. Labels come from
+    dataset.json (see `edm2kit.data.labels.read_labels`); `use_labels=False` ignores that file. `max_images` keeps that
+    many images, evenly spread over the sorted names.
+
+    Pixels must be square with a power of two as side; latents must be square. Opening a data set checks the first file
+    only. Reading another one raises ValueError, naming it, if it differs in shape or type. Processes may share an
+    instance: it can be forked and pickled.
+
+    Example::
+
+        dataset = ImageDataset("img64.zip")
+        raw, label = dataset[0]
+        batch = dataset.read(np.arange(32))  # uint8 [32, 3, 64, 64]
     """
 
     def __init__(self, path: str | Path, max_images: int | None = None, use_labels: bool = True):
         self._archive = open_archive(path, FILE_EXTENSIONS)
-        self._picked = _spread(len(self._archive.names), max_images)
-        self._shape, self._dtype = check_first(self._read(0), self._archive.where(self._picked[0]))
-        self._layout = self._find_layout()
+        self.path = self._archive.path
+        self._picked = spread_evenly(len(self._archive.names), max_images)
+        first = int(self._picked[0])
+        data, where = self._archive.read(first), self._archive.where(first)
+        raw = decode_array(data, where)
+        check_item(raw, where, CONVERT_HINT)
+        self.item_shape, self.item_dtype = raw.shape, raw.dtype
+        self._layout = find_layout(data)
+        if self._layout is not None and not self._read_stored(self._picked[:1], self._layout)[1][0]:
+            self._layout = None  # compressed in the zip
         found = read_labels(self._archive) if use_labels else None
-        self.labels = None if found is None else found.classes[self._picked]
-        self.label_names = None if found is None else found.class_names
-        self.label_dim = 0 if found is None else found.num_classes
+        self.labels, self.condition_space = pick_labels(found, self._picked)
 
     def __len__(self) -> int:
         return len(self._picked)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        raw = self._read(index)
-        if raw.shape != self._shape or raw.dtype != self._dtype:
-            raise ValueError(
-                f"{self._archive.where(self._picked[index])}: is {raw.dtype} {list(raw.shape)}, but the first file, "
-                f"{self._archive.names[self._picked[0]]}, is {self._dtype} {list(self._shape)}; {CONVERT_HINT}"
-            )
-        label = np.zeros(self.label_dim, np.float32)
-        if self.labels is not None:
-            label[self.labels[index]] = 1
-        return raw, label
+        # decodes the file and, in a zip, verifies its checksum, which `read` skips
+        return self._decode(index), self.read_labels(np.array([index]))[0]
 
-    def read_batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Items `indices` [n] together: raw [n, C, H, W], in memory perhaps channels last, and labels [n, label_dim].
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Items `indices` as one array [n, C, H, W], in memory perhaps channels last.
 
-        Files that need no decoding (raw_layout.py) are copied into place, some twenty times faster than one by one;
-        the checksums that a zip has of them are then not looked at (`scripts/dataset_tool.py check` does).
+        Files that need no decoding are copied into place, about 20 times as fast as one by one. The checksums in a zip
+        are not verified then (`dataset_tool.py check` does that).
         """
-        labels = np.zeros([len(indices), self.label_dim], np.float32)
-        if self.labels is not None:
-            labels[np.arange(len(indices)), self.labels[indices]] = 1
         if self._layout is None:
-            return np.stack([self[k][0] for k in indices.tolist()]), labels
-        split = len(self._layout.start)
-        starts, rests, whole = self._archive.read_stored(self._picked[indices], self._layout.num_bytes, split)
-        raw, fitting = self._layout.values(starts, rests)
-        for k in np.flatnonzero(~(whole & fitting)).tolist():
-            raw[k] = self[int(indices[k])][0]
-        return raw, labels
+            return np.stack([self._decode(k) for k in indices.tolist()])
+        raw, fitting = self._read_stored(self._picked[indices], self._layout)
+        for k in np.flatnonzero(~fitting).tolist():
+            raw[k] = self._decode(int(indices[k]))
+        return raw
 
-    def _find_layout(self) -> Layout | None:
-        """The first file's layout; None where it has none, or cannot be read but by unpacking it."""
-        layout = find_layout(self._archive.read(self._picked[0]))
-        if layout is None:
-            return None
-        *_, whole = self._archive.read_stored(self._picked[:1], layout.num_bytes, len(layout.start))
-        return layout if whole[0] else None
+    def _read_stored(self, numbers: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+        """The arrays in the files `numbers` of the archive, and whether each file really has the layout."""
+        starts, rests, whole = self._archive.read_stored(numbers, layout.num_bytes, len(layout.start))
+        raw, fitting = layout.values(starts, rests)
+        return raw, whole & fitting
 
-    def _read(self, index: int) -> np.ndarray:
-        number = self._picked[index]
-        return decode_array(self._archive.read(number), self._archive.where(number))
+    def _decode(self, index: int) -> np.ndarray:
+        number = int(self._picked[index])
+        where = self._archive.where(number)
+        raw = decode_array(self._archive.read(number), where)
+        if raw.shape != self.item_shape or raw.dtype != self.item_dtype:
+            raise ValueError(
+                f"{where}: is {raw.dtype} {list(raw.shape)}, but the first file, {self.item_name(0)}, is "
+                f"{self.item_dtype} {list(self.item_shape)}; {CONVERT_HINT}"
+            )
+        return raw
 
-    @property
-    def path(self) -> Path:
-        """The folder or zip."""
-        return self._archive.path
+    def identity(self) -> dict[str, Any]:
+        """The number, shape, names and labels of the images; pixels are not read."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(self.item_name(index).encode() + b"\n")
+        return {
+            "num_images": len(self),
+            "raw_shape": list(self.item_shape),
+            **labels_identity(self, digest),
+        }
 
     @property
     def needs_decoding(self) -> bool:
-        """Whether the files, by the first of them, hold something else than the numbers as they are, or compressed."""
+        """Whether the first file is compressed, in itself or within the zip."""
         return self._layout is None
 
-    @property
-    def raw_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every item as stored."""
-        return self._shape
-
-    @property
-    def raw_dtype(self) -> np.dtype:
-        """uint8 for pixels, float32 for raw latents."""
-        return self._dtype
-
-    @property
-    def num_channels(self) -> int:
-        """Channels as stored; raw latents have twice as many as the latents the network sees."""
-        return self._shape[0]
-
-    @property
-    def resolution(self) -> int:
-        """Height and width as stored."""
-        return self._shape[1]
-
-    def file_name(self, index: int) -> str:
+    def item_name(self, index: int) -> str:
         """The name of file `index` within the folder or zip."""
         return self._archive.names[self._picked[index]]
 
     def read_extra(self, name: str) -> bytes | None:
-        """The bytes of a file that is no image, such as encoder.json; None where there is none."""
+        """The bytes of another file in the folder or zip, such as encoder.json, or None if there is none."""
         return self._archive.read_extra(name)
 
 
-def check_first(raw: np.ndarray, where: str) -> tuple[tuple[int, int, int], np.dtype]:
-    """Shape and dtype of a raw item that a network can be trained on; ValueError, naming `where`, for any other."""
+def check_item(raw: np.ndarray, where: str, hint: str) -> None:
+    """Raise ValueError, starting with `where`, unless a network can be trained on items like `raw` [C, H, W]."""
     channels, height, width = raw.shape
     if raw.dtype == np.uint8:
         if height != width or height & (height - 1) or channels not in (1, 3):
-            kind = f"{width}x{height} pixels of {channels} channel{'s' * (channels != 1)}"
+            unit = "channel" if channels == 1 else "channels"
             raise ValueError(
-                f"{where}: is {kind}; training takes square grey or RGB images whose side is a power of two: "
-                + CONVERT_HINT
+                f"{where}: is {width}x{height} pixels of {channels} {unit}; training takes square grey or RGB images "
+                f"whose side is a power of two: {hint}"
             )
     elif height != width or channels % 2:
         raise ValueError(
             f"{where}: holds {list(raw.shape)} numbers; raw latents are square and have an even number of channels "
             "(means, then standard deviations)"
         )
-    return raw.shape, raw.dtype
 
 
-def _spread(available: int, max_images: int | None) -> np.ndarray:
+def spread_evenly(available: int, max_images: int | None) -> np.ndarray:
+    """The positions of at most `max_images` of `available` items, evenly spread, int64."""
     if max_images is not None and max_images < 1:
         raise ValueError(f"max_images is {max_images}; expected at least 1")
     count = min(available, max_images or available)
     return np.arange(count) * available // count
 
 
-def data_identity(dataset: ImageDataset) -> dict[str, Any]:
-    """Tells one data set from another wherever it lies: shape, number, names and labels of its images."""
-    digest = hashlib.sha256()
-    for index in range(len(dataset)):
-        digest.update(dataset.file_name(index).encode() + b"\n")
-    if dataset.labels is not None:
-        digest.update(np.ascontiguousarray(dataset.labels, dtype="<i8").tobytes())
-    return {
-        "num_images": len(dataset),
-        "raw_shape": list(dataset.raw_shape),
-        "label_dim": dataset.label_dim,
-        "sha256": digest.hexdigest(),
-    }
+def pick_labels(found: Labels | None, picked: np.ndarray) -> tuple[np.ndarray | None, ConditionSpace]:
+    """The labels of the items `picked`, and the condition space of all labels `found`."""
+    if found is None:
+        return None, ConditionSpace()
+    return found.values[picked], found.space
+
+
+def labels_identity(source: Source, digest: "hashlib._Hash") -> dict[str, Any]:
+    """The part of an identity that covers the labels; `digest` has hashed the items."""
+    if source.labels is None:
+        return {"label_dim": 0, "sha256": digest.hexdigest()}
+    vectors = source.condition_space.kind == "vectors"
+    digest.update(np.ascontiguousarray(source.labels, dtype="<f4" if vectors else "<i8").tobytes())
+    identity: dict[str, Any] = {"label_dim": source.label_dim, "sha256": digest.hexdigest()}
+    if vectors:
+        identity["label_kind"] = "vectors"
+    return identity
+
+
+@dataclass(frozen=True)
+class EncoderRecord:
+    """The VAE that made raw latents: `vae_name`, its hub name or folder, and `vae_sha256` of its weights."""
+
+    vae_name: str
+    vae_sha256: str
+
+    def to_json(self) -> bytes:
+        """The content of encoder.json."""
+        return json.dumps(asdict(self)).encode()
+
+
+def read_encoder_record(source: Source) -> EncoderRecord | None:
+    """The data set's encoder.json, or None for pixels and for latents made by other tools.
+
+    Raises ValueError if the file is damaged.
+    """
+    data = source.read_extra(ENCODER_FILE)
+    if data is None:
+        return None
+    try:
+        return EncoderRecord(**json.loads(data))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{source.path}/{ENCODER_FILE}: is damaged: {error}") from error

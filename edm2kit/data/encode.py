@@ -1,38 +1,40 @@
-"""Pixels -> raw latents of the VAE, and back, on any number of GPUs, continued where it stopped."""
+"""Latents: encode pixels with the VAE and decode them again, on any number of GPUs, resuming where it stopped."""
 
-import io
+import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from edm2kit.data.dataset import ImageDataset, data_identity
-from edm2kit.data.image_files import encode_png
-from edm2kit.data.latents import ENCODER_FILE, LatentSource, read_latent_source
+from edm2kit.data.dataset import ENCODER_FILE, EncoderRecord, Source, read_encoder_record
+from edm2kit.data.image_files import encode_npy, encode_png, to_image
+from edm2kit.data.labels import Labels
 from edm2kit.data.output import PartialDataset, is_finished
+from edm2kit.data.sources import open_source
 from edm2kit.models.vae import STABILITY_VAE, load_vae, vae_decode, vae_encode, vae_sha256
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.progress import progress_bar
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
-_ZIP_ENTRY_BYTES = 200  # headers and index of one file
+_ZIP_ENTRY_BYTES = 200  # headers and index entry of one file
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to write: `work` turns raw items [N, C, H, W] into the bytes of N files, called `names` at `dest`.
+class FileJob:
+    """Files to write to `dest`: `work` turns raw items [N, C, H, W] into the bytes of N files.
 
-    `settings` tell one result from another; `extra` are files beside the images.
+    `names` has one file name per item. `settings` distinguish this result from others; `extra` are files that are
+    written beside the items.
     """
 
-    dataset: ImageDataset
+    source: Source
     dest: Path
     names: Sequence[str]
     work: Callable[[np.ndarray], list[bytes]]
@@ -41,7 +43,7 @@ class Job:
 
 
 def encode(
-    source: Path,
+    source: str,
     dest: Path,
     *,
     vae: str,
@@ -51,122 +53,139 @@ def encode(
     workers: int,
     device: str,
 ) -> None:
-    """Write the raw latents of the pixels at `source` to `dest`, posterior mean and std, one .npy file per image.
+    """Encode the pixels at `source` to raw latents, posterior mean and standard deviation, one .npy file per image.
 
-    `vae` is a hub name or folder; `dtype`, a key of DTYPES, what is stored; `batch`, `workers` as for `run`. Raises
-    ValueError for wrong input, OSError where writing fails. Calling again goes on where this one stopped.
+    `vae` is a hub name or folder, `dtype` a key of DTYPES. `batch` and `workers` are those of `run`. Calling this again
+    resumes an unfinished result. Raises ValueError for wrong input and OSError if writing fails.
     """
     with dist.session(device) as picked:
-        dataset = ImageDataset(source, max_images)
-        if dataset.raw_dtype != np.uint8:
-            raise ValueError(f"{source} holds latents already; encode takes pixels")
+        dataset = open_source(source, max_images)
+        if dataset.item_dtype != np.uint8:
+            raise ValueError(f"{source} contains latents already; encode needs pixels")
         work = partial(encode_batch, load_vae(vae, picked), picked, DTYPES[dtype])
-        identity = LatentSource(vae, vae_sha256(vae))
-        settings = {"made_by": "encode", "dtype": dtype, "vae_sha256": identity.vae_sha256}
-        run(make_job(dataset, dest, ".npy", work, settings, {ENCODER_FILE: identity.to_json()}), batch, workers)
+        record = EncoderRecord(vae, vae_sha256(vae))
+        settings = {"made_by": "encode", "dtype": dtype, "vae_sha256": record.vae_sha256}
+        run(make_job(dataset, dest, ".npy", work, settings, {ENCODER_FILE: record.to_json()}), batch, workers)
 
 
 def decode(
-    source: Path, dest: Path, *, vae: str | None, max_images: int | None, batch: int, workers: int, device: str
+    source: str, dest: Path, *, vae: str | None, max_images: int | None, batch: int, workers: int, device: str
 ) -> None:
-    """Write the pixels of the raw latents at `source` (of the posterior's mean) to `dest` as PNG files.
+    """Decode the raw latents at `source`, using the posterior mean, to PNG files.
 
-    `vae` stands in for the name that encode recorded, and must be the same VAE. Otherwise as `encode`.
+    `vae` replaces the name that encode recorded; the weights must be the same. Otherwise like `encode`.
     """
     with dist.session(device) as picked:
-        dataset = ImageDataset(source, max_images)
-        if dataset.raw_dtype == np.uint8:
-            raise ValueError(f"{source} holds pixels; decode takes what encode wrote")
-        recorded = read_latent_source(dataset)
-        name = vae or (recorded.vae_name if recorded else STABILITY_VAE)
+        dataset = open_source(source, max_images)
+        if dataset.item_dtype == np.uint8:
+            raise ValueError(f"{source} contains pixels; decode needs the latents that encode writes")
+        record = read_encoder_record(dataset)
+        recorded_name = STABILITY_VAE if record is None else record.vae_name
+        name = vae or recorded_name
         sha256 = vae_sha256(name)
-        if recorded is not None and recorded.vae_sha256 != sha256:
+        if record is not None and record.vae_sha256 != sha256:
             raise ValueError(
-                f"{source} was encoded by the VAE {recorded.vae_name} with weights {recorded.vae_sha256[:12]}..., and "
-                f"{name} has {sha256[:12]}...; name the same one with --vae"
+                f"{source} was encoded by the VAE {record.vae_name} with weights {record.vae_sha256[:12]}..., but "
+                f"{name} has {sha256[:12]}...; give the same VAE with --vae"
             )
         work = partial(decode_batch, load_vae(name, picked), picked)
         run(make_job(dataset, dest, ".png", work, {"made_by": "decode", "vae_sha256": sha256}, {}), batch, workers)
 
 
 def encode_batch(vae: torch.nn.Module, device: torch.device, dtype: type, images: np.ndarray) -> list[bytes]:
-    """uint8 [N, 1 or 3, H, W] -> .npy files of [8, H/8, W/8]; ValueError where a number is too large for `dtype`."""
+    """Encode uint8 [N, 1 or 3, H, W] to .npy files of [8, H/8, W/8].
+
+    Raises ValueError if a number is too large for `dtype`.
+    """
     pixels = torch.from_numpy(images).to(device).expand(-1, 3, -1, -1)
-    with np.errstate(over="ignore"):  # told below
-        latents = vae_encode(vae, pixels).cpu().numpy().astype(dtype)
+    with np.errstate(over="ignore"):  # reported below
+        latents: np.ndarray = vae_encode(vae, pixels).cpu().numpy().astype(dtype)
     if not np.isfinite(latents).all():
-        raise ValueError(f"the VAE's latents are not finite in {np.dtype(dtype).name}; store them as fp32")
-    return [_npy(latent) for latent in latents]
+        raise ValueError(f"the VAE's latents are not finite in {np.dtype(dtype).name}; use --dtype fp32")
+    return [encode_npy(latent) for latent in latents]
 
 
 def decode_batch(vae: torch.nn.Module, device: torch.device, raw: np.ndarray) -> list[bytes]:
-    """float32 raw latents [N, 8, h, w] -> PNG files of [8h, 8w] RGB pixels."""
+    """Decode float32 raw latents [N, 8, h, w] to PNG files of [8h, 8w] RGB pixels."""
     means = torch.from_numpy(raw[:, : raw.shape[1] // 2].copy()).to(device)
-    pixels = vae_decode(vae, means).permute(0, 2, 3, 1).cpu().numpy()
-    return [encode_png(Image.fromarray(image)) for image in pixels]
+    return [encode_png(to_image(pixels)) for pixels in vae_decode(vae, means).cpu().numpy()]
 
 
 def make_job(
-    dataset: ImageDataset,
+    source: Source,
     dest: Path,
     suffix: str,
     work: Callable[[np.ndarray], list[bytes]],
     settings: dict[str, Any],
     extra: dict[str, bytes],
-) -> Job:
-    """A job whose files keep the names of the source but for their ending. ValueError where two become the same."""
-    if dest.resolve().is_relative_to(dataset.path.resolve()):
-        raise ValueError(f"--dest {dest} lies within --source {dataset.path}; choose a place outside")
-    names = [PurePosixPath(dataset.file_name(k)).with_suffix(suffix).as_posix() for k in range(len(dataset))]
-    if len(set(names)) < len(names):
-        twice = next(a for a, b in zip(sorted(names), sorted(names)[1:], strict=False) if a == b)
-        raise ValueError(f"{dataset.path}: two images would become {twice}; rename one")
-    return Job(dataset, dest, names, work, {**settings, "source": data_identity(dataset)}, extra)
+) -> FileJob:
+    """A job whose files have the names of the source, with another suffix.
+
+    Raises ValueError if `dest` is inside the source, or if two names become the same.
+    """
+    if dest.resolve().is_relative_to(source.path.resolve()):
+        raise ValueError(f"--dest {dest} is inside --source {source.path}; choose a folder outside")
+    names = [PurePosixPath(source.item_name(k)).with_suffix(suffix).as_posix() for k in range(len(source))]
+    for name, following in itertools.pairwise(sorted(names)):
+        if name == following:
+            raise ValueError(f"{source.path}: two images would become {name}; rename one")
+    return FileJob(source, dest, names, work, {**settings, "source": source.identity()}, extra)
 
 
-def run(job: Job, batch: int, workers: int) -> None:
-    """Do what is left of a job, on all ranks together: `batch` images at a time, read by `workers` threads, on each.
+def run(job: FileJob, batch: int, workers: int) -> None:
+    """Write the files of a job that are not there yet, on all ranks together.
 
-    Rank 0 writes. Raises, on every rank, ValueError or OSError where one fails; what is written stays.
+    Each rank processes `batch` images at a time and reads them with `workers` threads; rank 0 writes. If one rank fails
+    with ValueError or OSError, all ranks raise it, and the files written so far are kept.
     """
     if dist.on_rank0(is_finished, job.dest, job.settings):
-        dist.print0(f"{job.dest} is already there, whole and made with these settings: nothing to do")
+        dist.print0(f"{job.dest} is complete and was made with these settings: nothing to do")
         return
     with _Output(job) as output:
         todo = [k for k, name in enumerate(job.names) if name not in output.names]
-        told = False
+        checked = False
         with progress_bar(len(job.names), initial=len(job.names) - len(todo)) as bar:
             for names, files in _results(job, todo, batch, workers):
-                if not told:
+                if not checked:
                     dist.on_rank0(_check_disk, job, files, len(todo))
-                    told = True
+                    checked = True
                 parts = dist.gather_on_rank0(list(zip(names, files, strict=True)))
                 bar.update(dist.on_rank0(output.add, parts))
         dist.on_rank0(output.finish)
     dist.print0(f"Wrote {len(job.names)} files to {job.dest}")
 
 
-def _results(job: Job, todo: Sequence[int], batch: int, workers: int) -> Iterator[tuple[list[str], list[bytes]]]:
-    """This rank's names and files, round by round, as many rounds on every rank; reads one round ahead."""
-    each = batch * dist.world_size()
-    rounds = [todo[start : start + each] for start in range(0, len(todo), each)]
-    shares = [chunk[dist.rank() * batch : (dist.rank() + 1) * batch] for chunk in rounds]
+def _results(job: FileJob, todo: Sequence[int], batch: int, workers: int) -> Iterator[tuple[list[str], list[bytes]]]:
+    """This rank's names and files, round by round, with the same number of rounds on all ranks; reads one round ahead.
+
+    An error on one rank is raised on all.
+    """
+    shares = []
+    for start in range(0, len(todo), batch * dist.world_size()):
+        first = start + dist.rank() * batch
+        shares.append(todo[first : first + batch])
     with ThreadPoolExecutor(workers) as pool:
-        ahead = [pool.submit(job.dataset.__getitem__, k) for k in shares[0]] if shares else []
-        for this, following in zip(shares, [*shares[1:], []], strict=True):
-            reading, ahead = ahead, [pool.submit(job.dataset.__getitem__, k) for k in following]
-            files, error = [], None
+
+        def submit(share: Sequence[int]) -> list:
+            return [pool.submit(job.source.__getitem__, k) for k in share]
+
+        ahead = submit(shares[0]) if shares else []
+        for number, share in enumerate(shares, 1):
+            reading = ahead
+            ahead = submit(shares[number]) if number < len(shares) else []
+            files: list[bytes] = []
+            error = None
             try:
-                items = [future.result()[0] for future in reading]
-                files = job.work(np.stack(items)) if items else []
+                if reading:
+                    files = job.work(np.stack([future.result()[0] for future in reading]))
             except ValueError as caught:
                 error = caught
             dist.raise_together(error)
-            yield [job.names[k] for k in this], files
+            yield [job.names[k] for k in share], files
 
 
-def _check_disk(job: Job, files: Sequence[bytes], num_left: int) -> None:
-    """Tell what the work will need; ValueError where the disk has less."""
+def _check_disk(job: FileJob, files: Sequence[bytes], num_left: int) -> None:
+    """Print the space that the job needs; raises ValueError if the disk has less."""
     need = num_left * (len(files[0]) + _ZIP_ENTRY_BYTES)
     folder = job.dest.resolve().parent
     free = shutil.disk_usage(folder).free
@@ -177,13 +196,13 @@ def _check_disk(job: Job, files: Sequence[bytes], num_left: int) -> None:
 
 
 class _Output:
-    """A PartialDataset open on rank 0; every rank knows the `names` that are there and whole."""
+    """A PartialDataset that is open on rank 0; every rank knows the `names` of the files that are complete."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: FileJob):
         self.job = job
+        self._partial: PartialDataset | None = None
 
     def __enter__(self) -> "_Output":
-        self._partial: PartialDataset | None = None
         self.names: set[str] = dist.on_rank0(self._open)
         return self
 
@@ -191,34 +210,27 @@ class _Output:
         self._partial = PartialDataset(self.job.dest, self.job.settings).__enter__()
         return set(self._partial.names)
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if self._partial is not None:
-            self._partial.__exit__(*error)
+            self._partial.__exit__(kind, error, traceback)
 
     def add(self, parts: list[list[tuple[str, bytes]]]) -> int:
-        """Write every rank's files (rank 0); returns how many."""
+        """Write the files of all ranks (on rank 0) and return their number."""
+        assert self._partial is not None
         files = [file for part in parts for file in part]
         for name, data in files:
             self._partial.add(name, data)
         return len(files)
 
     def finish(self) -> None:
-        """Write labels and extra files, and give the data set its name (rank 0)."""
+        """Write labels and extra files, and move the data set to its destination (on rank 0)."""
+        assert self._partial is not None
         for name, data in self.job.extra.items():
             self._partial.add(name, data)
-        self._partial.finish(_labels(self.job))
-
-
-def _labels(job: Job) -> dict[str, Any]:
-    """dataset.json with the source's labels under the new names."""
-    dataset = job.dataset
-    if dataset.labels is None:
-        return {"labels": None}
-    content = {"labels": [[name, int(k)] for name, k in zip(job.names, dataset.labels, strict=True)]}
-    return content if dataset.label_names is None else {**content, "label_names": list(dataset.label_names)}
-
-
-def _npy(values: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, values)
-    return file.getvalue()
+        source = self.job.source
+        content: dict[str, Any] = {"labels": None}
+        if source.labels is not None:
+            content = Labels(source.labels, source.label_names).to_json(list(self.job.names))
+        self._partial.finish(content)

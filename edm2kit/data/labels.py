@@ -1,40 +1,107 @@
-"""The class of each image: dataset.json, the folders that images lie in, or a note in the image."""
+"""Image labels: classes or float vectors, from dataset.json, class folders, or notes inside generated images."""
 
 import json
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 from edm2kit.data.archive import FolderArchive, ZipArchive
 from edm2kit.data.image_files import open_header
 
-RECORD = "generation.json"  # beside generated images: what made them, and the class of each
+RECORD = "generation.json"  # written beside generated images: how they were made
 LABELS_FILE = "dataset.json"
 _MAX_CLASSES = 1 << 20
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class ConditionSpace:
+    """The conditions that a data set offers to a network.
+
+    `dimension` is the number of classes, or the length of the vectors (0 for kind "none"). `class_names` has one name
+    per class, or is None if the classes have no names.
+    """
+
+    kind: Literal["none", "classes", "vectors"] = "none"
+    dimension: int = 0
+    class_names: tuple[str, ...] | None = None
+
+    def encode(self, labels: np.ndarray) -> np.ndarray:
+        """What the network receives for `labels`: float32 [n, dimension].
+
+        Classes, int64 [n], become one-hot rows. Vectors, float32 [n, dimension], are returned unchanged.
+        """
+        if self.kind == "vectors":
+            return np.asarray(labels, np.float32)
+        rows = np.zeros([len(labels), self.dimension], np.float32)
+        if self.kind == "classes":
+            rows[np.arange(len(labels)), labels] = 1
+        return rows
+
+    def __str__(self) -> str:
+        if self.kind == "none":
+            return "no labels"
+        return f"{self.dimension} classes" if self.kind == "classes" else f"label vectors of {self.dimension} numbers"
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The class of each image, int64 [n] in the order of the archive's names, and what the classes are called.
+    """One label per image: `values` are classes, int64 [n], or vectors, float32 [n, D].
 
-    `class_names` is None where nobody named them. Classes are 0 ... num_classes - 1; some may have no image.
+    Classes count from 0. Some classes may have no image; `class_names`, if known, names all of them.
     """
 
-    classes: np.ndarray
-    class_names: tuple[str, ...] | None
+    values: np.ndarray
+    class_names: tuple[str, ...] | None = None
 
     @property
-    def num_classes(self) -> int:
-        """The largest class + 1, or the number of names where that is more."""
-        return max(int(self.classes.max()) + 1, len(self.class_names or ()))
+    def space(self) -> ConditionSpace:
+        """The number of classes is the largest class + 1, or the number of names if that is larger."""
+        if self.values.ndim == 2:
+            return ConditionSpace("vectors", self.values.shape[1])
+        count = max(int(self.values.max()) + 1, len(self.class_names or ()))
+        return ConditionSpace("classes", count, self.class_names)
+
+    def to_json(self, names: list[str]) -> dict[str, Any]:
+        """The content of dataset.json for images of these names, one per label."""
+        content: dict[str, Any] = {"labels": [list(pair) for pair in zip(names, self.values.tolist(), strict=True)]}
+        if self.class_names is not None:
+            content["label_names"] = list(self.class_names)
+        return content
+
+
+def labels_of_array(values: np.ndarray, where: str, class_names: tuple[str, ...] | None = None) -> Labels:
+    """Labels from an array: integers [n] are classes, floats [n, D] are vectors.
+
+    Raises ValueError, starting with `where`, for any other array, negative classes, and numbers that are not finite.
+    """
+    if values.ndim == 1 and np.issubdtype(values.dtype, np.integer):
+        if values.min() < 0 or values.max() >= _MAX_CLASSES:
+            raise ValueError(
+                f"{where}: classes run from {values.min()} to {values.max()}; number the classes from 0 and label "
+                "every image, or none"
+            )
+        return Labels(values.astype(np.int64), class_names)
+    if values.ndim == 2 and values.shape[1] > 0 and np.issubdtype(values.dtype, np.floating):
+        with np.errstate(over="ignore"):  # reported below
+            vectors = values.astype(np.float32)
+        if not np.isfinite(vectors).all():
+            raise ValueError(f"{where}: label vectors hold numbers that are not finite")
+        return Labels(vectors)
+    raise ValueError(
+        f"{where}: labels are {values.dtype} {list(values.shape)}; expected classes, integers [N], or vectors, floats "
+        "[N, D]"
+    )
 
 
 def read_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
-    """The labels in the archive's dataset.json; None where there is no such file or it says there are none.
+    """The labels in the archive's dataset.json, or None if that file is missing or contains no labels.
 
-    The file is {"labels": [["00000/img00000000.png", 6], ...] or null}, one entry for each image (specification:
-    EDM2's data sets), and may hold our extension "label_names": ["cat", ...]. Raises ValueError naming what is wrong.
+    The file is {"labels": [["00000/img00000000.png", 6], ...] or null}, with one entry per image. A label is a class
+    or a list of floats (the format of NVlabs/edm2). "label_names": ["cat", ...] is an optional extension for classes.
+    Raises ValueError if the file breaks these rules.
     """
     where = f"{archive.path}/{LABELS_FILE}"
     content = read_labels_file(archive)
@@ -46,13 +113,22 @@ def read_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
         raise ValueError(f"{where}: has no label for {_some(unlabelled)}; label every image, or none")
     if len(by_name) > len(archive.names):
         unknown = sorted(set(by_name).difference(archive.names))
-        raise ValueError(f"{where}: labels {_some(unknown)}, which {archive.path} does not hold")
-    classes = np.array([by_name[name] for name in archive.names], dtype=np.int64)
-    return Labels(classes, _check_class_names(content.get("label_names"), int(classes.max()) + 1, where))
+        raise ValueError(f"{where}: labels {_some(unknown)}, which is not in {archive.path}")
+    values = [by_name[name] for name in archive.names]
+    class_names = content.get("label_names")
+    if isinstance(values[0], list):
+        if class_names is not None:
+            raise ValueError(f'{where}: "label_names" names classes, but the labels are vectors; remove the names')
+        return labels_of_array(np.array(values, np.float64), where)
+    classes = np.array(values, np.int64)
+    return Labels(classes, _check_class_names(class_names, int(classes.max()) + 1, where))
 
 
-def read_labels_file(archive: FolderArchive | ZipArchive) -> dict | None:
-    """All of the archive's dataset.json; None where there is no such file, ValueError where it is not a JSON object."""
+def read_labels_file(archive: FolderArchive | ZipArchive) -> dict[str, Any] | None:
+    """The content of the archive's dataset.json, or None if there is no such file.
+
+    Raises ValueError if the file is not a JSON object.
+    """
     data = archive.read_extra(LABELS_FILE)
     if data is None:
         return None
@@ -62,56 +138,84 @@ def read_labels_file(archive: FolderArchive | ZipArchive) -> dict | None:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f'{where}: holds a JSON {type(content).__name__}; expected {{"labels": [[name, class], ...]}}')
+        raise ValueError(
+            f'{where}: contains a JSON {type(content).__name__}; expected {{"labels": [[name, label], ...]}}'
+        )
     return content
 
 
 def folder_labels(names: list[str]) -> Labels | None:
-    """Classes from top-level folders, in the order of their names; None where images lie in fewer than two.
+    """Classes from the top-level folders, sorted by name; None if there are fewer than two folders.
 
-    Folders that all images share (`train/cat/1.png`, `train/dog/1.png`) are passed over. Raises ValueError where some
-    images lie in class folders and others beside them.
+    Folders that all images share are skipped: `train/cat/1.png` and `train/dog/1.png` have classes cat and dog. Raises
+    ValueError if some images are in class folders and others are not.
     """
     folders = [name.split("/")[:-1] for name in names]
-    first, last = min(folders), max(folders)
-    depth = next((k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    tops = [folder[depth] if len(folder) > depth else None for folder in folders]
-    if None in tops:
-        if any(top is not None for top in tops):
-            raise ValueError(f"{names[tops.index(None)]} lies outside the class folders: move it, or use --labels none")
+    shared = 0  # depth of the folders that all images share
+    for first, last in zip(min(folders), max(folders), strict=False):
+        if first != last:
+            break
+        shared += 1
+    if all(len(folder) == shared for folder in folders):
         return None
-    class_names = sorted(set(tops))
+    for name, folder in zip(names, folders, strict=True):
+        if len(folder) == shared:
+            raise ValueError(f"{name} is outside the class folders; move it, or use --labels none")
+    class_names = sorted({folder[shared] for folder in folders})
     number = {name: k for k, name in enumerate(class_names)}
-    return Labels(np.array([number[top] for top in tops], dtype=np.int64), tuple(class_names))
+    return Labels(np.array([number[folder[shared]] for folder in folders], np.int64), tuple(class_names))
 
 
 def noted_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
-    """The class that generate.py noted in each image it drew; None where it noted none.
+    """The classes that generate.py noted in its images, or None if it noted none.
 
-    Raises ValueError where some images have a class and others none.
+    Raises ValueError if only some of the images have a class.
     """
-    notes = [open_header(archive.read(k), archive.where(k)).info.get("class") for k in range(len(archive.names))]
-    if all(note is None for note in notes):
+    classes: list[int] = []
+    without: list[str] = []
+    for index, name in enumerate(archive.names):
+        note = open_header(archive.read(index), archive.where(index)).info.get("class")
+        if note is None:
+            without.append(name)
+        else:
+            classes.append(int(note))
+    if not classes:
         return None
-    without = [name for name, note in zip(archive.names, notes, strict=True) if note is None]
     if without:
         raise ValueError(f"{archive.path}: no class is noted in {_some(without)}; label every image, or none")
-    return Labels(np.array([int(note) for note in notes], dtype=np.int64), None)
+    return Labels(np.array(classes, np.int64))
 
 
-def _check_entries(entries: object, where: str) -> dict[str, int]:
+def _check_entries(entries: object, where: str) -> dict[str, Any]:
+    """The label of each file name: all of them classes, or all of them vectors of one length."""
     if not isinstance(entries, list):
-        raise ValueError(f'{where}: "labels" is a {type(entries).__name__}; expected a list of [name, class] or null')
+        raise ValueError(f'{where}: "labels" is a {type(entries).__name__}; expected a list of [name, label] or null')
     for entry in entries:
         if not isinstance(entry, list) or len(entry) != 2 or type(entry[0]) is not str:
-            raise ValueError(f"{where}: the entry {_short(entry)} is not [name, class]")
-        if type(entry[1]) is not int or not 0 <= entry[1] < _MAX_CLASSES:
-            raise ValueError(f"{where}: {entry[0]} has class {_short(entry[1])}; expected an integer from 0 up")
-    by_name: dict[str, int] = dict(entries)
+            raise ValueError(f"{where}: the entry {_short(entry)} is not [name, label]")
+    length = len(entries[0][1]) if entries and isinstance(entries[0][1], list) else None
+    for name, label in entries:
+        if length is None:
+            problem = None if _is_class(label) else "expected a class, an integer from 0 up"
+        else:
+            problem = None if _is_vector(label, length) else f"expected {length or 'one or more'} finite numbers"
+        if problem:
+            raise ValueError(f"{where}: {name} has the label {_short(label)}; {problem}")
+    by_name: dict[str, Any] = dict(entries)
     if len(by_name) < len(entries):
         twice = [name for name, count in Counter(name for name, _ in entries).items() if count > 1]
         raise ValueError(f"{where}: labels {_some(twice)} more than once")
     return by_name
+
+
+def _is_class(label: object) -> bool:
+    return type(label) is int and 0 <= label < _MAX_CLASSES
+
+
+def _is_vector(label: object, length: int) -> bool:
+    if not isinstance(label, list) or len(label) != length or length == 0:
+        return False
+    return all(type(value) in (int, float) and abs(value) <= _MAX_FLOAT32 for value in label)
 
 
 def _check_class_names(names: object, needed: int, where: str) -> tuple[str, ...] | None:

@@ -1,4 +1,4 @@
-"""A data set being written: kept in `<dest>.partial` until it is whole, so that a killed command can go on."""
+"""Write a data set: it stays in `<dest>.partial` until it is complete, so that a killed command can resume."""
 
 import contextlib
 import fcntl
@@ -21,9 +21,9 @@ _DATE_1980 = 33  # the same bytes whenever it is written
 
 
 def is_finished(dest: Path, settings: dict) -> bool:
-    """True if the data set at `dest` was made with `settings`, False if there is none.
+    """Whether `dest` is a complete data set made with `settings`; False if there is nothing.
 
-    Raises ValueError where `dest` is something else.
+    Raises ValueError if `dest` is anything else.
     """
     if not dest.exists() or (dest.is_dir() and not any(dest.iterdir())):
         return False
@@ -43,10 +43,9 @@ def is_finished(dest: Path, settings: dict) -> bool:
 class PartialDataset:
     """The files of an unfinished data set; a context manager.
 
-    `settings` (JSON values) identify the data set: what is found in `<dest>.partial` is continued if it was begun
-    with the same ones. `names` are the files already there and whole. Raises ValueError where it was begun with
-    other settings, or another process is writing it; OSError where writing fails. Either way what is written stays,
-    to be continued; a folder with nothing in it is removed.
+    `settings` (JSON values) identify the data set: files in `<dest>.partial` that were written with the same settings
+    are kept. `names` are those files. Raises ValueError if the settings differ or another process is writing there, and
+    OSError if writing fails; in both cases the files stay, for the next attempt. An empty folder is removed.
     """
 
     def __init__(self, dest: Path, settings: dict):
@@ -55,29 +54,30 @@ class PartialDataset:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 (held until __exit__)
         try:
-            self._take_up()
+            self._writer = self._open_writer()
         except BaseException:
             self._lock.close()
             raise
         self.names = self._writer.names
         self._num_files = len(self.names)
 
-    def _take_up(self) -> None:
+    def _open_writer(self) -> "_FolderWriter | _ZipWriter":
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{self.folder}: another process is writing there") from None
-        begun = self.folder / "settings.json"
-        if begun.exists() and (self.folder / "data").exists():
-            difference = _difference(json.loads(begun.read_bytes()), self.settings)
+        settings_file = self.folder / "settings.json"
+        if settings_file.exists() and (self.folder / "data").exists():
+            difference = _difference(json.loads(settings_file.read_bytes()), self.settings)
             if difference:
                 raise ValueError(
-                    f"{self.folder} holds an unfinished data set with {difference}; run with its settings to finish "
+                    f"{self.folder} contains an unfinished data set with {difference}; run with its settings to finish "
                     "it, or delete it"
                 )
-        with atomic_write(begun, "w") as file:
+        with atomic_write(settings_file, "w") as file:
             json.dump(self.settings, file, indent=1)
-        self._writer = (_ZipWriter if self.dest.suffix == ".zip" else _FolderWriter)(self.folder / "data")
+        writer = _ZipWriter if self.dest.suffix == ".zip" else _FolderWriter
+        return writer(self.folder / "data")
 
     def __enter__(self) -> "PartialDataset":
         return self
@@ -94,7 +94,7 @@ class PartialDataset:
         self._num_files += 1
 
     def finish(self, content: dict) -> None:
-        """Write dataset.json (`content` and the settings) and give the data set its name."""
+        """Write dataset.json (`content` and the settings) and move the data set to its destination."""
         self.add(LABELS_FILE, json.dumps(content | {"settings": self.settings}).encode())
         self._writer.finish()
         if self.dest.is_dir():
@@ -104,10 +104,10 @@ class PartialDataset:
 
 
 class _FolderWriter:
-    """Writes files that are whole whenever the process is killed.
+    """Writes files that are complete or absent, whenever the process is killed.
 
-    They are not flushed to disk one by one, which would take longer than to make them: after a power cut within
-    seconds of the end some may be empty (`dataset_tool.py check` finds them). A zip is flushed.
+    Files are not flushed to disk one by one, which would take longer than producing them: after a power cut within
+    seconds of the end, some may be empty (`dataset_tool.py check` finds them). A zip file is flushed.
     """
 
     def __init__(self, path: Path):
@@ -132,19 +132,15 @@ class _FolderWriter:
 
 
 class _ZipWriter:
-    """Appends stored files to a zip and, unlike zipfile, to one that was never finished.
+    """Appends stored files to a zip file and, unlike zipfile, to one that was never finished.
 
-    Layout: PKWARE APPNOTE 4.3.6 to 4.3.16, zip64 where needed. A file of 4 GiB or more is refused.
+    Layout: PKWARE APPNOTE 4.3.6 to 4.3.16, zip64 if needed. Raises ValueError for a file of 4 GiB or more.
     """
 
     def __init__(self, path: Path):
         self._entries: dict[str, tuple[int, int, int]] = {}  # name: offset, bytes, checksum
         self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (closed by close)
-        self._recover()
-        self.names = set(self._entries)
-
-    def _recover(self) -> None:
-        """Read what is there up to the first byte that is not part of a whole file, and cut the rest off."""
+        # keep the complete files at the start, and cut off the rest
         end = 0
         while (header := self._file.read(_LOCAL.size))[:4] == b"PK\x03\x04" and len(header) == _LOCAL.size:
             checksum, num_bytes, name_bytes = *_LOCAL.unpack(header)[6:8], _LOCAL.unpack(header)[9]
@@ -156,10 +152,11 @@ class _ZipWriter:
             end = self._file.tell()
         self._file.seek(end)
         self._file.truncate()
+        self.names = set(self._entries)
 
     def add(self, name: str, data: bytes) -> None:
         if len(data) >= _LIMIT_32:
-            raise ValueError(f"{name}: {len(data)} bytes are too many for one file in a zip")
+            raise ValueError(f"{name}: has {len(data)} bytes, too many for one file in a zip; use a folder as --dest")
         checksum, path = zlib.crc32(data), name.encode()
         self._entries[name] = (self._file.tell(), len(data), checksum)
         fields = (20, 0x800, 0, 0, _DATE_1980, checksum, len(data), len(data), len(path), 0)
@@ -179,19 +176,22 @@ class _ZipWriter:
             self._file.write(struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", *record))
             self._file.write(struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1))
         count = min(count, _LIMIT_16)
-        record = (0, 0, count, count, min(end - start, _LIMIT_32), min(start, _LIMIT_32), 0)
-        self._file.write(struct.pack("<4s4H2LH", b"PK\x05\x06", *record))
+        last = (0, 0, count, count, min(end - start, _LIMIT_32), min(start, _LIMIT_32), 0)
+        self._file.write(struct.pack("<4s4H2LH", b"PK\x05\x06", *last))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
 
     def close(self) -> None:
-        # what a full disk keeps from being written is cut off when the work is taken up again
+        # whatever a full disk kept from being written is cut off on resuming
         with contextlib.suppress(OSError):
             self._file.close()
 
 
 def _difference(found: dict, wanted: dict) -> str | None:
+    """The first setting that differs, in words, or None."""
     wanted = json.loads(json.dumps(wanted))
-    key = next((key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)), None)
-    return None if key is None else f"{key} {json.dumps(found.get(key))}, not {json.dumps(wanted.get(key))}"
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            return f"{key} {json.dumps(found.get(key))}, not {json.dumps(wanted.get(key))}"
+    return None

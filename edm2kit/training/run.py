@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from edm2kit.data.batches import GlobalOrder, micro_batch_sizes, training_batches
-from edm2kit.data.dataset import ImageDataset, data_identity
-from edm2kit.data.latents import read_latent_source
+from edm2kit.data.dataset import Source, read_encoder_record
+from edm2kit.data.sources import open_source
 from edm2kit.models.edm2 import full_architecture
 from edm2kit.models.encoders import ENCODERS, Encoder, make_encoder
 from edm2kit.snapshots.file_format import Header
@@ -52,7 +52,7 @@ class Run:
     """
 
     config: TrainConfig
-    dataset: ImageDataset
+    dataset: Source
     encoder: Encoder
     header: Header
     notices: list[str]
@@ -62,10 +62,10 @@ class Run:
 
     def describe(self, device: torch.device) -> None:
         """Print the data, the forecast, the notices and the configuration."""
-        config, dataset, label_dim = self.config, self.dataset, self.header.architecture["label_dim"]
-        shape = "x".join(str(n) for n in dataset.raw_shape)
-        classes = f"{label_dim} classes" if label_dim else "no labels"
-        dist.print0(f"data               {dataset.path}: {len(dataset)} items of {shape}, {classes}")
+        config, dataset = self.config, self.dataset
+        shape = "x".join(str(n) for n in dataset.item_shape)
+        labels = dataset.condition_space if config.cond else "no labels"
+        dist.print0(f"data               {dataset.path}: {len(dataset)} items of {shape}, {labels}")
         sizes = "+".join(map(str, self.micro_batches[:3]))
         if len(self.micro_batches) > 3:
             sizes += "+..."
@@ -147,13 +147,13 @@ def prepare_run(config: TrainConfig, run_dir: str | Path, teacher: Mapping[str, 
     nothing. Raises ValueError if configuration and data do not agree (labels are missing, the batch does not divide
     over the processes), or if the folder holds another run.
     """
-    run = resolve(config, ImageDataset(config.data, use_labels=config.cond), Path(run_dir), teacher)
+    run = resolve(config, open_source(config.data, use_labels=config.cond), Path(run_dir), teacher)
     _check_run_dir(run)
     return run
 
 
 def resolve(
-    config: TrainConfig, dataset: ImageDataset, run_dir: Path = Path(), teacher: Mapping[str, Any] | None = None
+    config: TrainConfig, dataset: Source, run_dir: Path = Path(), teacher: Mapping[str, Any] | None = None
 ) -> Run:
     """As `prepare_run`, with an open data set and without a look at the run folder."""
     if config.cond and not dataset.label_dim:
@@ -170,7 +170,7 @@ def resolve(
         sigma_data=config.sigma_data,
         network=config.network,
     )
-    identity, training_config = data_identity(dataset), config_to_dict(config)
+    identity, training_config = dataset.identity(), config_to_dict(config)
     if teacher is not None:
         identity["teacher"] = training_config["teacher"] = dict(teacher)
     header = Header(
@@ -188,7 +188,7 @@ def resolve(
     return Run(config, dataset, encoder, header, notices, identity, sizes, run_dir)
 
 
-def reading_notices(dataset: ImageDataset) -> list[str]:
+def reading_notices(dataset: Source) -> list[str]:
     """Advice on reading the images faster, if there is any."""
     if not dataset.needs_decoding:
         return []
@@ -199,13 +199,13 @@ def reading_notices(dataset: ImageDataset) -> list[str]:
     ]
 
 
-def _fitting_encoder(config: TrainConfig, dataset: ImageDataset) -> Encoder:
+def _fitting_encoder(config: TrainConfig, dataset: Source) -> Encoder:
     """The encoder for the data; raises ValueError if the configuration names one that does not fit."""
-    fitting = "rgb" if dataset.raw_dtype == np.uint8 else "vae"
+    fitting = "rgb" if dataset.item_dtype == np.uint8 else "vae"
     spec = dict(config.encoder)
     if spec == {"kind": "auto"}:
         spec = {"kind": fitting}
-        if source := read_latent_source(dataset):
+        if source := read_encoder_record(dataset):
             spec["vae_name"] = source.vae_name
     if spec.get("kind") != fitting and spec.get("kind") in ENCODERS:
         content = "pixels" if fitting == "rgb" else "latents"

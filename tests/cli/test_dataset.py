@@ -25,10 +25,10 @@ def source(tmp_path):
 def test_class_folders_become_a_data_set(tmp_path, source, dest):
     output = convert(source, tmp_path / dest)
     assert "6 images; converting 6 to RGB" in output
-    assert "Passing over 1 other files, such as note.txt" in output
+    assert "Ignoring 1 other files, such as note.txt" in output
     assert "2 classes: cat, dog" in output
     dataset = ImageDataset(tmp_path / dest)
-    assert [dataset.file_name(k) for k in range(6)] == [f"00000/img{k:08d}.png" for k in range(6)]
+    assert [dataset.item_name(k) for k in range(6)] == [f"00000/img{k:08d}.png" for k in range(6)]
     assert (dataset.label_names, dataset.labels.tolist()) == (("cat", "dog"), [0, 0, 0, 1, 1, 1])
     for k in range(6):
         np.testing.assert_array_equal(dataset[k][0], np.asarray(picture(k % 3)).transpose(2, 0, 1))
@@ -72,8 +72,8 @@ def test_labels_can_be_chosen(tmp_path):
     flat = write_folder(tmp_path / "flat", some_files(2))
     convert(flat, tmp_path / "flat-out")
     assert ImageDataset(tmp_path / "flat-out").labels is None
-    assert "holds no dataset.json" in convert(flat, tmp_path / "x", "--labels", "json", code=1)
-    assert "do not lie in two or more class folders" in convert(flat, tmp_path / "x", "--labels", "folders", code=1)
+    assert "contains no dataset.json" in convert(flat, tmp_path / "x", "--labels", "json", code=1)
+    assert "are not in two or more class folders" in convert(flat, tmp_path / "x", "--labels", "folders", code=1)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_squares_are_resized_without_a_transform(tmp_path):
 def test_grey_stays_grey_only_if_all_are(tmp_path):
     grey = {"a.png": encoded(picture(0, mode="L")), "b.png": encoded(picture(1, mode="LA"))}
     convert(write_folder(tmp_path / "grey", grey), tmp_path / "grey-out")
-    assert ImageDataset(tmp_path / "grey-out").raw_shape == (1, 8, 8)
+    assert ImageDataset(tmp_path / "grey-out").item_shape == (1, 8, 8)
     mixed = grey | {"c.png": encoded(picture(2).convert("P")), "d.jpg": encoded(picture(3), "jpeg")}
     convert(write_folder(tmp_path / "mixed", mixed), tmp_path / "mixed-out")
     dataset = ImageDataset(tmp_path / "mixed-out")
@@ -131,9 +131,9 @@ def test_what_the_tool_writes_it_reads(tmp_path, source):
 @pytest.mark.parametrize(
     ("files", "options", "code", "reason"),
     [
-        ({}, (), 1, "holds no image"),
-        ({"a.txt": b"x"}, (), 1, "it holds 1 other files, such as a.txt"),
-        ({"a.npy": npy(np.zeros((8, 4, 4), np.float32))}, (), 1, "holds no image"),
+        ({}, (), 1, "contains no images"),
+        ({"a.txt": b"x"}, (), 1, "it contains 1 other files, such as a.txt"),
+        ({"a.npy": npy(np.zeros((8, 4, 4), np.float32))}, (), 1, "contains no images"),
         (CLASSES, ("--transform", "crop"), 2, "'crop' is not one of 'none', 'center-crop'"),
         (CLASSES, ("--resolution", "8x"), 2, "'8x' is not a size; write for example 64 or 64x64"),
         (CLASSES, ("--resolution", "12"), 1, "12x12: the width must be a power of two"),
@@ -142,13 +142,13 @@ def test_what_the_tool_writes_it_reads(tmp_path, source):
         (CLASSES, ("--max-images", "0"), 2, "0 is not in the range"),
         (CLASSES, ("--transform", "center-crop"), 1, "center-crop needs --resolution, for example"),
         (CLASSES, ("--transform", "center-crop-wide", "--resolution", "8"), 1, "needs a width above the height"),
-        (CLASSES | {"z.png": encoded(picture(0))}, (), 1, "z.png lies outside the class folders"),
-        (with_labels(CLASSES, [0, 1, 2, 0, 1, -2]), (), 1, "cat/2.png has class -2"),
+        (CLASSES | {"z.png": encoded(picture(0))}, (), 1, "z.png is outside the class folders"),
+        (with_labels(CLASSES, [0, 1, 2, 0, 1, -2]), (), 1, "cat/2.png has the label -2; expected a class"),
         ({"a.png": encoded(picture(0, (12, 12)))}, (), 1, "a.png is 12x12; training needs squares whose side"),
         ({"a.png": encoded(picture(0, (8, 4)))}, (), 1, "a.png is 8x4; training needs squares"),
         ({"a.png": encoded(picture(0, (8, 4)))}, ("--resolution", "8"), 1, "a.png is 8x4 and would be distorted"),
         ({"a.png": b"x"}, (), 1, "none of the 1 images can be read"),
-        ({"a.png": encoded(picture(0)), "b.png": b"x"}, (), 1, "b.png: is not an image, or cut short within its"),
+        ({"a.png": encoded(picture(0)), "b.png": b"x"}, (), 1, "b.png: is not an image, or is cut short within its"),
         ({"a.png": encoded(picture(0))[:150]}, ("--skip-broken",), 1, "none of the 1 images can be read"),
     ],
 )
@@ -171,7 +171,7 @@ def test_images_of_two_sizes_are_both_named(tmp_path):
 
 def test_a_missing_source_and_a_destination_within_it_are_refused(tmp_path, source):
     assert "nothing: no such file or folder" in convert(tmp_path / "nothing", tmp_path / "out", code=1)
-    assert "lies within --source" in convert(source, source / "out", code=1)
+    assert "is inside --source" in convert(source, source / "out", code=1)
 
 
 def test_broken_images_can_be_left_out(tmp_path):
@@ -179,10 +179,10 @@ def test_broken_images_can_be_left_out(tmp_path):
     source = write_folder(tmp_path / "d", files)
     assert "d/cat/1.png: is not an image" in convert(source, tmp_path / "out", code=1)
     output = convert(source, tmp_path / "out", "--skip-broken")
-    assert f"Left out: {tmp_path}/d/cat/1.png: is not an image" in output
-    assert f"Left out: {tmp_path}/d/dog/0.png: the image is damaged" in output
+    assert f"Skipped: {tmp_path}/d/cat/1.png: is not an image" in output
+    assert f"Skipped: {tmp_path}/d/dog/0.png: the image is damaged" in output
     assert "Wrote 4 images" in output
-    assert "2 could not be read and were left out" in output
+    assert "Skipped 2 images that could not be read" in output
     dataset = ImageDataset(tmp_path / "out")
     assert dataset.labels.tolist() == [0, 0, 1, 1]
     np.testing.assert_array_equal(dataset[1][0], np.asarray(picture(2)).transpose(2, 0, 1))
@@ -215,7 +215,7 @@ def test_check_names_everything_that_is_wrong(tmp_path):
         "d/a.png: is not an image",
         "d/b.png: the image is damaged",
         "d/c.png: its pixels are RGBA",
-        "d/e.npy: holds numbers that are not finite",
+        "d/e.npy: contains numbers that are not finite",
         "d/dataset.json: is not JSON",
         "the images differ in shape: uint8 [3, 8, 8] (00000/img00000000.png), uint8 [3, 4, 4] (d.png)",
     ):
@@ -225,6 +225,6 @@ def test_check_names_everything_that_is_wrong(tmp_path):
 
 def test_check_knows_what_training_takes(tmp_path):
     output = run("check", "--source", write_folder(tmp_path / "d", some_files(2, size=(12, 12))), code=1)
-    assert "1 problems" in output
+    assert "1 problem\n" in output
     assert "is 12x12 pixels of 3 channels; training takes square grey or RGB images" in output
     assert "no such file" in run("check", "--source", tmp_path / "none", code=1)

@@ -14,8 +14,7 @@ from click.testing import CliRunner, Result
 
 from edm2kit.cli import dataset as dataset_tool
 from edm2kit.data import encode as dataset_latents
-from edm2kit.data.dataset import ImageDataset
-from edm2kit.data.latents import LatentSource, read_latent_source
+from edm2kit.data.dataset import EncoderRecord, ImageDataset, read_encoder_record
 from edm2kit.models.vae import load_vae, vae_decode, vae_encode, vae_sha256
 from tests.support import tiny
 from tests.support.fakes import tiny_vae
@@ -61,13 +60,13 @@ def raw(path: Path) -> torch.Tensor:
 
 def test_encode_stores_mean_and_std_and_carries_names_and_labels_over(vae, pixels, encoded):
     source, dest = ImageDataset(pixels), ImageDataset(encoded)
-    assert (dest.raw_shape, dest.raw_dtype) == ((8, 4, 4), np.float32)
-    assert [dest.file_name(k) for k in (0, 20)] == ["00000/img00000000.npy", "00000/img00000020.npy"]
+    assert (dest.item_shape, dest.item_dtype) == ((8, 4, 4), np.float32)
+    assert [dest.item_name(k) for k in (0, 20)] == ["00000/img00000000.npy", "00000/img00000020.npy"]
     assert np.array_equal(dest.labels, source.labels)
     assert (dest.label_dim, dest.label_names) == (5, ("a", "b", "c", "d", "e"))
     expected = vae_encode(load_vae(str(vae), torch.device("cpu")), raw(pixels))
     torch.testing.assert_close(raw(encoded), expected, atol=1e-5, rtol=1e-5)
-    assert read_latent_source(dest) == LatentSource(str(vae), vae_sha256(str(vae)))
+    assert read_encoder_record(dest) == EncoderRecord(str(vae), vae_sha256(str(vae)))
 
 
 def test_two_ranks_write_the_same_files(vae, pixels, encoded, tmp_path):
@@ -128,7 +127,7 @@ def test_decode_reads_what_encode_wrote(vae, encoded, tmp_path):
     result = CliRunner().invoke(dataset_tool.main, line)  # the VAE as recorded
     assert result.exit_code == 0, result.output
     dataset = ImageDataset(tmp_path / "pixels")
-    assert (dataset.raw_shape, dataset.raw_dtype) == ((3, 8, 8), np.uint8)
+    assert (dataset.item_shape, dataset.item_dtype) == ((3, 8, 8), np.uint8)
     assert dataset.label_names == ("a", "b", "c", "d", "e")
     expected = vae_decode(load_vae(str(vae), torch.device("cpu")), raw(encoded)[:, :4])
     assert (raw(tmp_path / "pixels").int() - expected.int()).abs().max() <= 1
@@ -138,13 +137,13 @@ def test_another_vae_is_refused(encoded, tmp_path):
     other = tiny_vae(tmp_path / "other", seed=1)
     result = invoke("decode", other, encoded, tmp_path / "pixels")
     assert result.exit_code == 1
-    assert "name the same one with --vae" in result.output
+    assert "give the same VAE with --vae" in result.output
 
 
 def test_wrong_sources_are_refused(vae, pixels, encoded, tmp_path):
-    assert "holds latents already" in invoke("encode", vae, encoded, tmp_path / "x").output
-    assert "holds pixels" in invoke("decode", vae, pixels, tmp_path / "x").output
-    assert "lies within" in invoke("encode", vae, pixels, pixels / "x").output
+    assert "contains latents already" in invoke("encode", vae, encoded, tmp_path / "x").output
+    assert "contains pixels" in invoke("decode", vae, pixels, tmp_path / "x").output
+    assert "is inside" in invoke("encode", vae, pixels, pixels / "x").output
 
 
 def test_a_full_disk_is_told_before_the_start(vae, pixels, tmp_path, monkeypatch):
@@ -168,5 +167,5 @@ def test_latents_too_large_for_half_precision_are_refused(vae, pixels):
         def encode(x):
             return type("O", (), {"latent_dist": type("D", (), {"mean": x * 1e6, "std": x})})
 
-    with pytest.raises(ValueError, match="store them as fp32"):
+    with pytest.raises(ValueError, match="use --dtype fp32"):
         dataset_latents.encode_batch(Loud, torch.device("cpu"), np.float16, raw(pixels)[:2].numpy())

@@ -127,7 +127,7 @@ def test_latents_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("files", "reason"), [(None, "no such file"), ({}, "holds no image"), ({"a.txt": b"x"}, "such as a.txt")]
+    ("files", "reason"), [(None, "no such file"), ({}, "contains no images"), ({"a.txt": b"x"}, "such as a.txt")]
 )
 def test_nothing_to_read_is_told(tmp_path, files, reason):
     path = tmp_path / "images"

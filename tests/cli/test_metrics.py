@@ -211,7 +211,7 @@ def test_grey_and_colour_images_may_be_mixed(place, tmp_path):
         (["gen", "--ref", "ref.npz", "--net", "main", "--seed", "5,5", "--num", "20"], 2, "starts at 25"),
         (["gen", "--ref", "ref.npz", "--net", "main", "--gnet", "guide"], 2, "needs a weight"),
         (["ref", "--data", "real", "--dest", "x.pkl"], 2, "an .npz"),
-        (["ref", "--data", "empty", "--dest", "x.npz", "--metrics", "fd_random"], 1, "holds no image"),
+        (["ref", "--data", "empty", "--dest", "x.npz", "--metrics", "fd_random"], 1, "contains no images"),
     ],
 )
 def test_wrong_input_is_told_in_one_line(place, monkeypatch, words, code, reason):

@@ -75,7 +75,7 @@ def test_what_is_not_an_archive_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"a\.zip: not a zip archive, or cut short"):
         open_archive(tmp_path / "a.zip", (".png",))
     write_folder(tmp_path / "d", {"note.txt": b""})
-    with pytest.raises(ValueError, match=r"d: holds no image \(\.png\); it holds 1 other files, such as note\.txt"):
+    with pytest.raises(ValueError, match=r"d: contains no images \(\.png\); .* 1 other files, such as note\.txt"):
         open_archive(tmp_path / "d", (".png",))
 
 
@@ -112,10 +112,10 @@ def test_a_damaged_file_in_a_zip_is_told_by_name(tmp_path):
 
 def test_other_compression_and_repeated_names_are_refused(tmp_path):
     path = write_zip(tmp_path / "d.zip", {"a.png": b"abc" * 50}, zipfile.ZIP_LZMA)
-    with pytest.raises(ValueError, match=r"a\.png: is packed by method 14"):
+    with pytest.raises(ValueError, match=r"a\.png: uses zip compression method 14"):
         open_archive(path, (".png",)).read(0)
     path.write_bytes(write_zip(path, {"a.png": b"1", "b.png": b"2"}).read_bytes().replace(b"b.png", b"a.png"))
-    with pytest.raises(ValueError, match=r"holds a\.png twice"):
+    with pytest.raises(ValueError, match=r"contains a\.png twice"):
         open_archive(path, (".png",))
 
 

@@ -53,9 +53,9 @@ def test_at_most_two_permutations_are_held():
 
 
 def test_wrong_numbers_are_refused():
-    with pytest.raises(ValueError, match="an order of 0 images"):
+    with pytest.raises(ValueError, match="cannot order 0 images"):
         GlobalOrder(0, seed=0)
-    with pytest.raises(ValueError, match="positions -1 to 3"):
+    with pytest.raises(ValueError, match="start_nimg is -1 and count 4"):
         GlobalOrder(5, seed=0).indices(-1, 4)
 
 
@@ -69,9 +69,9 @@ def test_micro_batch_sizes(batch_size, world_size, batch_gpu, sizes):
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(9, 2), (3, 4), (0, 1)])
 def test_shares_that_would_differ_are_refused(batch_size, world_size):
-    with pytest.raises(ValueError, match=f"{batch_size} images does not divide over {world_size} processes"):
+    with pytest.raises(ValueError, match=f"{batch_size} images cannot be divided among {world_size} processes"):
         micro_batch_sizes(batch_size, world_size)
-    with pytest.raises(ValueError, match="0 images at a time"):
+    with pytest.raises(ValueError, match="batch_gpu is 0; expected at least 1 image"):
         micro_batch_sizes(4, 1, batch_gpu=0)
 
 
@@ -153,7 +153,7 @@ def test_a_broken_file_is_one_value_error_that_names_it(tmp_path, workers):
 
 
 def test_an_order_of_other_length_is_refused(dataset):
-    with pytest.raises(ValueError, match="the order is one of 5 images, the data set has 11"):
+    with pytest.raises(ValueError, match="the order is for 5 images, but the data set has 11"):
         training_batches(dataset, GlobalOrder(5, 0), 0, 4, rank=0, world_size=1)
 
 

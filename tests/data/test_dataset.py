@@ -21,7 +21,7 @@ WRITERS = {
 def test_items_are_pixels_and_one_hot_labels_in_the_order_of_names(tmp_path, write):
     files = with_labels(some_files(5), [2, 0, 3, 0, 1], label_names=["a", "b", "c", "d", "e"])
     dataset = ImageDataset(write(tmp_path, dict(reversed(files.items()))))
-    assert (len(dataset), dataset.raw_shape, dataset.raw_dtype) == (5, (3, 8, 8), np.uint8)
+    assert (len(dataset), dataset.item_shape, dataset.item_dtype) == (5, (3, 8, 8), np.uint8)
     assert (dataset.resolution, dataset.num_channels) == (8, 3)
     assert (dataset.label_dim, dataset.label_names) == (5, ("a", "b", "c", "d", "e"))
     assert dataset.labels.tolist() == [2, 0, 3, 0, 1]
@@ -30,7 +30,7 @@ def test_items_are_pixels_and_one_hot_labels_in_the_order_of_names(tmp_path, wri
         np.testing.assert_array_equal(raw, np.asarray(picture(k)).transpose(2, 0, 1))
         np.testing.assert_array_equal(label, np.eye(5, dtype=np.float32)[dataset.labels[k]])
         assert label.dtype == np.float32
-        assert dataset.file_name(k) == f"00000/img{k:08d}.png"
+        assert dataset.item_name(k) == f"00000/img{k:08d}.png"
 
 
 def test_jpeg_and_upper_case_names(tmp_path):
@@ -41,14 +41,14 @@ def test_jpeg_and_upper_case_names(tmp_path):
 
 def test_grey_keeps_one_channel(tmp_path):
     dataset = ImageDataset(write_folder(tmp_path, some_files(2, mode="L")))
-    assert dataset.raw_shape == (1, 8, 8)
+    assert dataset.item_shape == (1, 8, 8)
     np.testing.assert_array_equal(dataset[1][0][0], np.asarray(picture(1, mode="L")))
 
 
 def test_raw_latents(tmp_path):
     latents = np.random.default_rng(0).standard_normal((2, 8, 6, 6)).astype(np.float16)
     dataset = ImageDataset(write_zip(tmp_path / "d.zip", {f"{k}.npy": npy(x) for k, x in enumerate(latents)}))
-    assert (dataset.raw_shape, dataset.raw_dtype, dataset.label_dim) == ((8, 6, 6), np.float32, 0)
+    assert (dataset.item_shape, dataset.item_dtype, dataset.label_dim) == ((8, 6, 6), np.float32, 0)
     np.testing.assert_array_equal(dataset[1][0], latents[1].astype(np.float32))
 
 

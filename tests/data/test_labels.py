@@ -20,14 +20,14 @@ def labels_of(tmp_path, files):
 
 def test_labels_come_in_the_order_of_the_files(tmp_path):
     labels = labels_of(tmp_path, with_labels(dict(reversed(FILES.items())), [4, 0, 2]))
-    assert labels.classes.tolist() == [2, 0, 4]
-    assert labels.classes.dtype == np.int64
-    assert (labels.num_classes, labels.class_names) == (5, None)
+    assert labels.values.tolist() == [2, 0, 4]
+    assert labels.values.dtype == np.int64
+    assert (labels.space.dimension, labels.class_names) == (5, None)
 
 
 def test_names_may_be_more_than_the_classes_used(tmp_path):
     labels = labels_of(tmp_path, with_labels(FILES, [1, 0, 1], label_names=["x", "y", "z"]))
-    assert (labels.num_classes, labels.class_names) == (3, ("x", "y", "z"))
+    assert (labels.space.dimension, labels.class_names) == (3, ("x", "y", "z"))
 
 
 @pytest.mark.parametrize("content", [None, {}, {"labels": None}])
@@ -45,19 +45,28 @@ GOOD = [["a.png", 0], ["b/c.png", 1], ["b/d.png", 2]]
         (b"{", "is not JSON: "),
         (b"\xff\xfe{", "is not JSON: "),
         (b"[" * 100_000, "is not JSON: "),
-        ([], r"holds a JSON list; expected \{"),
+        ([], r"contains a JSON list; expected \{"),
         ({"labels": {"a.png": 0}}, '"labels" is a dict; expected a list'),
-        ({"labels": [*GOOD, ["b/x.png", 0]]}, r"labels b/x\.png, which .*/d does not hold"),
-        ({"labels": [*GOOD, ["x", 0], ["y", 0]]}, "labels x and 1 more, which"),
+        ({"labels": [*GOOD, ["b/x.png", 0]]}, r"labels b/x\.png, which is not in .*/d"),
+        ({"labels": [*GOOD, ["x", 0], ["y", 0]]}, "labels x and 1 more, which is not in"),
         ({"labels": GOOD[:1]}, r"no label for b/c\.png and 1 more; label every image, or none"),
         ({"labels": []}, r"no label for a\.png and 2 more"),
         ({"labels": [*GOOD, GOOD[0]]}, r"labels a\.png more than once"),
-        ({"labels": [["a.png", -1], *GOOD[1:]]}, r"a\.png has class -1; expected an integer from 0 up"),
-        ({"labels": [["a.png", 1.5], *GOOD[1:]]}, r"a\.png has class 1\.5; expected an integer"),
-        ({"labels": [["a.png", True], *GOOD[1:]]}, r"a\.png has class true; expected an integer"),
-        ({"labels": [["a.png", "cat"], *GOOD[1:]]}, r'a\.png has class "cat"; expected an integer'),
-        ({"labels": [["a.png", 10**30], *GOOD[1:]]}, r"a\.png has class 10+; expected an integer"),
-        ({"labels": [["a.png"], *GOOD[1:]]}, r'entry \["a\.png"\] is not \[name, class\]'),
+        ({"labels": [["a.png", -1], *GOOD[1:]]}, r"a\.png has the label -1; expected a class, an integer"),
+        ({"labels": [["a.png", 1.5], *GOOD[1:]]}, r"a\.png has the label 1\.5; expected a class, an integer"),
+        (
+            {"labels": [["a.png", True], *GOOD[1:]]},
+            r"a\.png has the label true; expected a class, an integer",
+        ),
+        (
+            {"labels": [["a.png", "cat"], *GOOD[1:]]},
+            r'a\.png has the label "cat"; expected a class, an integer',
+        ),
+        (
+            {"labels": [["a.png", 10**30], *GOOD[1:]]},
+            r"a\.png has the label 10+; expected a class, an integer",
+        ),
+        ({"labels": [["a.png"], *GOOD[1:]]}, r'entry \["a\.png"\] is not \[name, label\]'),
         ({"labels": ["a.png", *GOOD[1:]]}, r'entry "a\.png" is not'),
         ({"labels": [[["a.png"], 0], *GOOD[1:]]}, r'entry \[\["a\.png"\], 0\] is not'),
         ({"labels": GOOD, "label_names": "abc"}, '"label_names" is not a list of names'),
@@ -73,12 +82,12 @@ def test_a_wrong_labels_file_is_told(tmp_path, content, reason):
 
 def test_folders_are_classes_in_the_order_of_their_names():
     labels = folder_labels(["dog/1.png", "cat/x/2.png", "dog/3.png"])
-    assert (labels.classes.tolist(), labels.class_names) == ([1, 0, 1], ("cat", "dog"))
+    assert (labels.values.tolist(), labels.class_names) == ([1, 0, 1], ("cat", "dog"))
 
 
 def test_folders_that_all_share_are_passed_over():
     labels = folder_labels(["data/train/dog/1.png", "data/train/cat/2.png"])
-    assert (labels.classes.tolist(), labels.class_names) == ([1, 0], ("cat", "dog"))
+    assert (labels.values.tolist(), labels.class_names) == ([1, 0], ("cat", "dog"))
 
 
 @pytest.mark.parametrize("names", [["1.png"], ["1.png", "2.png"], ["all/1.png", "all/2.png"]])
@@ -87,7 +96,7 @@ def test_one_folder_or_none_makes_no_classes(names):
 
 
 def test_images_beside_class_folders_are_told():
-    with pytest.raises(ValueError, match=r"2\.png lies outside the class folders"):
+    with pytest.raises(ValueError, match=r"2\.png is outside the class folders"):
         folder_labels(["cat/1.png", "2.png", "dog/3.png"])
 
 
@@ -104,7 +113,7 @@ def noted(index):
 def test_classes_may_be_noted_in_the_images(tmp_path, classes, found):
     files = {name: noted(index) for name, index in zip(FILES, classes, strict=True)}
     labels = noted_labels(open_archive(write_folder(tmp_path / "d", files), (".png",)))
-    assert (None if labels is None else labels.classes.tolist()) == found
+    assert (None if labels is None else labels.values.tolist()) == found
 
 
 def test_classes_noted_in_some_images_only_are_refused(tmp_path):

@@ -161,7 +161,7 @@ def test_an_unfinished_data_set_with_other_settings_is_refused(tmp_path, source,
         FullDisk(patch, room=2)
         convert(source, tmp_path / "out", code=1)
     output = convert(source, tmp_path / "out", *CROP, code=1)
-    assert "out.partial holds an unfinished data set with resolution [8, 8], not [4, 4]" in output
+    assert "out.partial contains an unfinished data set with resolution [8, 8], not [4, 4]" in output
     write_folder(source, {"cat/0.png": encoded(picture(77))[:-1] + b"more"})
     assert "with source_digest" in convert(source, tmp_path / "out", code=1)
 

@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 
 from edm2kit.cli import train
-from edm2kit.data.dataset import ImageDataset
-from edm2kit.data.latents import ENCODER_FILE, LatentSource, read_latent_source
+from edm2kit.data.dataset import ENCODER_FILE, EncoderRecord, ImageDataset, read_encoder_record
 from edm2kit.models.encoders import StabilityVAEEncoder
 from edm2kit.models.vae import STABILITY_VAE
 from edm2kit.training.config import config_from_dict
 from edm2kit.training.run import resolve
 from tests.support import tiny
 
-MADE_BY = LatentSource("some/vae", "0123")
+MADE_BY = EncoderRecord("some/vae", "0123")
 
 
 @pytest.fixture
@@ -33,13 +32,13 @@ def encoder_of(path: Path, *, vae: str | None = None) -> dict:
 
 
 def test_latents_that_say_nothing_are_of_the_published_vae(latents):
-    assert read_latent_source(ImageDataset(latents)) is None
+    assert read_encoder_record(ImageDataset(latents)) is None
     assert encoder_of(latents) == StabilityVAEEncoder(STABILITY_VAE).spec()
 
 
 def test_the_vae_that_encode_recorded_goes_into_the_snapshots(latents):
     (latents / ENCODER_FILE).write_bytes(MADE_BY.to_json())
-    assert read_latent_source(ImageDataset(latents)) == MADE_BY
+    assert read_encoder_record(ImageDataset(latents)) == MADE_BY
     assert encoder_of(latents) == StabilityVAEEncoder("some/vae").spec()
 
 

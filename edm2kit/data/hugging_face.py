@@ -1,0 +1,166 @@
+"""Training data in a Hugging Face `datasets` folder."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import numpy as np
+
+from edm2kit.data.dataset import Source, check_item, labels_identity, pick_labels, spread_evenly
+from edm2kit.data.image_files import decode_array
+from edm2kit.data.labels import Labels, labels_of_array
+
+_LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
+_OPTIONS = ("split", "image", "label")
+_HINT = "resize the images with the `map` method of the data set and save it again"
+
+
+class HuggingFaceDataset(Source):
+    """A folder written by `save_to_disk` of Hugging Face's `datasets`. The source `hf`.
+
+    `path` is FOLDER, or FOLDER?split=train&image=photo&label=kind to name the split of a DatasetDict (default: train)
+    and the columns. By default the images come from the only column of type Image, and the labels from the only
+    ClassLabel column or else the column label, labels, class or fine_label, if there is one. Labels are classes
+    (integers, named by ClassLabel) or vectors (lists of floats); `use_labels=False` ignores them. `max_images` keeps
+    that many items, evenly spread. Needs the package `datasets` (the extra `datasets`). Raises ValueError if it is
+    missing, or if the folder does not fit.
+
+    Example::
+
+        datasets.load_dataset("cifar10", split="train").save_to_disk("cifar10")
+        dataset = HuggingFaceDataset("cifar10?image=img&label=label")
+    """
+
+    def __init__(self, path: str | Path, max_images: int | None = None, use_labels: bool = True):
+        folder, _, query = str(path).partition("?")
+        options = dict(parse_qsl(query, strict_parsing=bool(query)))
+        unknown = sorted(set(options).difference(_OPTIONS))
+        if unknown:
+            raise ValueError(f"{path}: unknown option {unknown[0]!r}; available options: {', '.join(_OPTIONS)}")
+        self.path = Path(folder)
+        table = _load(self.path, options.get("split"))
+        image_column = options.get("image") or _find_image_column(table, self.path)
+        label_column = options.get("label") or _find_label_column(table)
+        for column in (image_column, label_column):
+            if column is not None and column not in table.column_names:
+                raise ValueError(f"{path}: has no column {column!r}; available: {', '.join(table.column_names)}")
+        self._fingerprint = table._fingerprint
+        self._images = _undecoded(table, image_column)
+        self._column = image_column
+        self._picked = spread_evenly(len(table), max_images)
+        first = self._decode(0)
+        check_item(first, self._where(0), _HINT)
+        self.item_shape, self.item_dtype = first.shape, first.dtype
+        found = _read_labels(table, label_column, self.path) if use_labels and label_column else None
+        self.labels, self.condition_space = pick_labels(found, self._picked)
+
+    def __len__(self) -> int:
+        return len(self._picked)
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Items `indices` as one array [n, C, H, W]."""
+        items = [self._decode(k) for k in indices.tolist()]
+        for k, raw in zip(indices.tolist(), items, strict=True):
+            if raw.shape != self.item_shape:
+                raise ValueError(
+                    f"{self._where(k)}: is {raw.dtype} {list(raw.shape)}, but the first image is {self.item_dtype} "
+                    f"{list(self.item_shape)}; {_HINT}"
+                )
+        return np.stack(items)
+
+    def _decode(self, index: int) -> np.ndarray:
+        image = self._images[int(self._picked[index])][self._column]
+        data = image["bytes"]
+        if data is None:
+            try:
+                data = Path(image["path"]).read_bytes()
+            except OSError as error:
+                raise ValueError(f"{self._where(index)}: {image['path']} cannot be read: {error.strerror}") from error
+        return decode_array(data, self._where(index))
+
+    def _where(self, index: int) -> str:
+        return f"{self.path}[{self._picked[index]}]"
+
+    def identity(self) -> dict[str, Any]:
+        """The number, shape and labels of the images, and the fingerprint that `datasets` keeps of its content."""
+        digest = hashlib.sha256(f"{self._fingerprint}\n{self._column}\n".encode())
+        return {
+            "source": "hf",
+            "num_images": len(self),
+            "raw_shape": list(self.item_shape),
+            **labels_identity(self, digest),
+        }
+
+    @property
+    def needs_decoding(self) -> bool:
+        """True: the images are PNG or JPEG files in a table."""
+        return True
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether `path` is a folder that `save_to_disk` has written."""
+    return (path / "dataset_dict.json").is_file() or (
+        (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    )
+
+
+def _load(path: Path, split: str | None) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"{path} needs the package datasets: pip install edm2kit[datasets]") from error
+    if not is_saved_dataset(path):
+        raise ValueError(f"{path}: is not a folder written by save_to_disk of Hugging Face's datasets")
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # pyarrow and json raise many types for damaged files
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(loaded, datasets.DatasetDict):
+        if split is not None:
+            raise ValueError(f"{path}: has no splits; leave out split={split}")
+        return loaded
+    split = split or "train"
+    if split not in loaded:
+        raise ValueError(f"{path}: has no split {split!r}; available: {', '.join(loaded)}; add ?split=NAME")
+    return loaded[split]
+
+
+def _find_image_column(table: Any, path: Path) -> str:
+    import datasets
+
+    found = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{path}: has {len(found)} image columns among {', '.join(table.column_names)}; name one: "
+            f"hf:{path}?image=COLUMN"
+        )
+    return found[0]
+
+
+def _find_label_column(table: Any) -> str | None:
+    import datasets
+
+    found = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
+    if len(found) == 1:
+        return found[0]
+    return next((name for name in _LABEL_COLUMNS if name in table.column_names), None)
+
+
+def _undecoded(table: Any, column: str) -> Any:
+    """The table with image files as they are stored: decoding is ours, with the checks of all other sources."""
+    import datasets
+
+    if not isinstance(table.features[column], datasets.Image):
+        raise ValueError(f"column {column!r} is {table.features[column]}; expected a column of type Image")
+    return table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+
+
+def _read_labels(table: Any, column: str, path: Path) -> Labels:
+    where = f"{path}[{column}]"
+    try:
+        values = np.array(table.with_format("numpy")[column][:])
+    except ValueError as error:
+        raise ValueError(f"{where}: label vectors differ in length: {error}") from error
+    names = getattr(table.features[column], "names", None)
+    return labels_of_array(values, where, tuple(names) if names else None)

@@ -1,0 +1,44 @@
+"""Every kind of data set by name, and the choice of one by what is at a path."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from edm2kit.data.array_dataset import ArrayDataset, is_array_dataset
+from edm2kit.data.dataset import ImageDataset, Source
+from edm2kit.data.hugging_face import HuggingFaceDataset, is_saved_dataset
+
+
+class SourceOpener(Protocol):
+    """Opens a data set; called by position. `max_images` keeps that many items, evenly spread."""
+
+    def __call__(self, path: str, max_images: int | None, use_labels: bool, /) -> Source: ...
+
+
+SOURCES: Mapping[str, SourceOpener] = {
+    "image_files": ImageDataset,
+    "arrays": ArrayDataset,
+    "hf": HuggingFaceDataset,
+}
+
+
+def open_source(path: str | Path, max_images: int | None = None, use_labels: bool = True) -> Source:
+    """Open the data set at `path`.
+
+    A prefix names the kind, as in `hf:FOLDER?image=photo` or `arrays:FOLDER`. Without a prefix, the kind depends on
+    what is at the path: a .npy file or a folder of .npy files with four dimensions (arrays), a folder written by
+    Hugging Face's `save_to_disk` (hf), or a folder or zip of images (image_files). Raises ValueError if there is no
+    data set.
+    """
+    kind, rest = split_kind(path)
+    return SOURCES[kind](rest, max_images, use_labels)
+
+
+def split_kind(path: str | Path) -> tuple[str, str]:
+    """The key of SOURCES for `path`, and the path without its prefix; image_files if nothing else fits."""
+    kind, _, rest = str(path).partition(":")
+    if kind in SOURCES:
+        return kind, rest
+    if is_saved_dataset(Path(str(path).partition("?")[0])):
+        return "hf", str(path)
+    return "arrays" if is_array_dataset(Path(path)) else "image_files", str(path)
