@@ -21,7 +21,7 @@ from edm2kit.cli import click_types as cli
 from edm2kit.ema.rebuild import plan_outputs, write_outputs
 from edm2kit.models.edm2 import Precond
 from edm2kit.snapshots.file_format import Header, save_snapshot, snapshot_name
-from edm2kit.snapshots.weights import open_sources
+from edm2kit.snapshots.loading import open_sources
 
 OUTPUTS = (1, 2, 4, 8, 16, 31)
 GOALS = {8: 8.0, 31: 11.0}

@@ -15,7 +15,7 @@ import torch
 from benchmarks import harness
 from benchmarks.trainers import SMALL, images_for, make_trainer, preset_config
 from edm2kit.cli import click_types as cli
-from edm2kit.models.edm2 import full_architecture
+from edm2kit.models import full_architecture
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.provenance import provenance
 from edm2kit.training.config import TrainConfig

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from edm2kit.models.edm2 import Precond, full_architecture
+from edm2kit.models import Precond, full_architecture
 
 SMALL = full_architecture(32, 3, 10, 0.5, {"model_channels": 64, "channel_mult": [1, 2, 2], "num_blocks": 2})
 GUIDE = full_architecture(

@@ -26,8 +26,8 @@ from benchmarks.trainers import SMALL, Clock, images_for, make_trainer, preset_c
 from edm2kit.cli import click_types as cli
 from edm2kit.data.batches import MicroBatch
 from edm2kit.data.image_files import decode_array
+from edm2kit.models import full_architecture
 from edm2kit.models.cost import evaluation_cost
-from edm2kit.models.edm2 import full_architecture
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.provenance import provenance
 from edm2kit.training.config import TrainConfig, preset_names

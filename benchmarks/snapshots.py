@@ -19,8 +19,9 @@ import torch
 from benchmarks import harness, plain_io
 from benchmarks.harness import Job, Work
 from edm2kit.cli import click_types as cli
-from edm2kit.models.edm2 import Precond, full_architecture
-from edm2kit.snapshots.file_format import Header, load_snapshot, save_snapshot
+from edm2kit.models import Precond, full_architecture
+from edm2kit.snapshots.file_format import Header, save_snapshot
+from edm2kit.snapshots.loading import load_snapshot
 from edm2kit.training.config import config_from_dict, preset_path, read_yaml
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from edm2kit.data.batches import MicroBatch
-from edm2kit.models.edm2 import full_architecture
+from edm2kit.models import full_architecture
 from edm2kit.models.encoders import RGBEncoder
 from edm2kit.snapshots.file_format import Header
 from edm2kit.torch_utils import dist

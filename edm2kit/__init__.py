@@ -35,11 +35,13 @@ if TYPE_CHECKING:
     from edm2kit.metrics.detectors.inception import InceptionV3
     from edm2kit.metrics.detectors.registry import load_detector
     from edm2kit.metrics.frechet import frechet_distance
-    from edm2kit.models.edm2 import Precond, normalize_weights_
+    from edm2kit.models.edm2 import Precond
+    from edm2kit.models.layers import normalize_weights_
     from edm2kit.sampling.engine import Engine
     from edm2kit.sampling.noise_levels import karras_sigmas
     from edm2kit.sampling.solvers import Sampler, edm_sampler, euler, heun
-    from edm2kit.snapshots.file_format import load_snapshot, read_header, save_snapshot
+    from edm2kit.snapshots.file_format import read_header, save_snapshot
+    from edm2kit.snapshots.loading import load_snapshot
     from edm2kit.torch_utils.rng import StackedGenerator
     from edm2kit.training.learning_rate import learning_rate
     from edm2kit.training.loss import EDM2Loss
@@ -68,14 +70,14 @@ _HOMES = {
     "frechet_distance": "metrics.frechet",
     "load_detector": "metrics.detectors.registry",
     "Precond": "models.edm2",
-    "normalize_weights_": "models.edm2",
+    "normalize_weights_": "models.layers",
     "Engine": "sampling.engine",
     "Sampler": "sampling.solvers",
     "edm_sampler": "sampling.solvers",
     "euler": "sampling.solvers",
     "heun": "sampling.solvers",
     "karras_sigmas": "sampling.noise_levels",
-    "load_snapshot": "snapshots.file_format",
+    "load_snapshot": "snapshots.loading",
     "read_header": "snapshots.file_format",
     "save_snapshot": "snapshots.file_format",
     "StackedGenerator": "torch_utils.rng",

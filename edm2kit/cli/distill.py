@@ -9,7 +9,7 @@ from edm2kit.cli import click_types as cli
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.cli.generation_options import generation_options
 from edm2kit.denoiser import Denoiser, after_step, for_images, for_step
-from edm2kit.snapshots.weights import open_weights
+from edm2kit.snapshots.loading import open_weights
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.rng import StackedGenerator
 from edm2kit.torch_utils.stopping import StopRequest, parse_duration_sec

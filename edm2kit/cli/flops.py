@@ -6,9 +6,9 @@ from typing import Any
 import click
 
 from edm2kit.cli.click_types import Command
+from edm2kit.models import full_architecture
 from edm2kit.models.cost import Cost, evaluation_cost
-from edm2kit.models.edm2 import full_architecture
-from edm2kit.snapshots.weights import open_weights
+from edm2kit.snapshots.loading import open_weights
 from edm2kit.training.config import config_from_dict, preset_path, read_yaml
 
 

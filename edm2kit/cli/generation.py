@@ -19,11 +19,12 @@ import torch
 from edm2kit.guidance.interval import guided_steps
 from edm2kit.guidance.registry import METHODS, NO_GUIDANCE, Choice, Parts, guide, methods_of
 from edm2kit.models.encoders import RGBEncoder, StabilityVAEEncoder, make_encoder
-from edm2kit.models.frozen import compile_, freeze_
+from edm2kit.models.frozen import compile_
+from edm2kit.models.networks import NETWORKS
 from edm2kit.models.vae import vae_sha256
 from edm2kit.sampling.engine import Engine, ImageBatch, share_of_rank
 from edm2kit.sampling.solvers import PUBLISHED, Sampler
-from edm2kit.snapshots.file_format import Snapshot, load_snapshot
+from edm2kit.snapshots.loading import Snapshot, load_snapshot
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import fetch, sha256_of
 from edm2kit.torch_utils.precision import PRECISIONS, resolve_precision, slow_precision
@@ -153,7 +154,7 @@ def prepare(request: Request, device: torch.device) -> Generation:
 
 def _load(request: Request, source: str, device: torch.device, precision: str) -> Snapshot:
     snapshot = load_snapshot(source, device, PRECISIONS[precision])
-    net = freeze_(snapshot.net)
+    net = NETWORKS[snapshot.header.network].freeze_(snapshot.net)
     return dataclasses.replace(snapshot, net=compile_(net) if request.compiled else net)
 
 

@@ -9,7 +9,8 @@ import click
 from edm2kit.cli import click_types as cli
 from edm2kit.ema.rebuild import Output, count_values, plan_outputs, write_outputs
 from edm2kit.snapshots.file_format import Header, read_header, snapshot_name
-from edm2kit.snapshots.weights import Weights, open_sources
+from edm2kit.snapshots.loading import open_sources
+from edm2kit.snapshots.weights import Weights
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.precision import PRECISIONS
 from edm2kit.torch_utils.progress import progress_bar

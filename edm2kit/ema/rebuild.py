@@ -16,8 +16,9 @@ import torch
 
 from edm2kit.ema.power_function import profile_fit, solve_posthoc_coefficients
 from edm2kit.ema.weighted_sums import weighted_sums
-from edm2kit.snapshots.file_format import DTYPES, Header, SnapshotWriter, build_network
-from edm2kit.snapshots.weights import Weights, open_weights
+from edm2kit.snapshots.file_format import DTYPES, Header, SnapshotWriter, network_on_meta
+from edm2kit.snapshots.loading import open_weights
+from edm2kit.snapshots.weights import Weights
 from edm2kit.torch_utils.provenance import code_commit
 
 # RMS rounding error relative to the RMS value, per eps: uniform on half a unit in the last place, mantissas log-uniform
@@ -177,7 +178,7 @@ def _header(inputs: Sequence[Weights], coefficients: np.ndarray, nimg: int, std:
 
 
 def _network_shapes(header: Header) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in build_network(header).state_dict().items()}
+    return {name: tensor.shape for name, tensor in network_on_meta(header).state_dict().items()}
 
 
 def _column(inputs: Sequence[Weights], field: str) -> np.ndarray:

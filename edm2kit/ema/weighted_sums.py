@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edm2kit.snapshots.file_format import DTYPES, build_network, stored_dtype
+from edm2kit.snapshots.file_format import DTYPES, network_on_meta, stored_dtype
 from edm2kit.snapshots.weights import WeightReader, Weights
 
 _SCRATCH_BYTES = 1 << 24  # for the values of a tensor that are summed at once: memory knows no size of network
@@ -57,7 +57,7 @@ def weighted_sums(
         readers = [stack.enter_context(WeightReader(inputs[i])) for i in used]
         threads = min(stack.enter_context(_one_thread_each()), _MAX_THREADS)
         pool = stack.enter_context(ThreadPoolExecutor(threads))
-        net = build_network(inputs[used[0]].header, inputs[used[0]].name)
+        net = network_on_meta(inputs[used[0]].header, inputs[used[0]].name)
         arrays = [name for name, weight in net.named_parameters() if weight.ndim]  # and not the scalar gains
         itemsize = _common(reader.dtype(name) for reader in readers for name in arrays).itemsize
         length = _stretch_length(len(matrix), itemsize)

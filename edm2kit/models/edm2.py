@@ -1,28 +1,153 @@
-"""The EDM2 U-Net (config G) and its preconditioner (Karras et al. 2023; preconditioning of Karras et al. 2022)."""
+"""The EDM2 U-Net (config G) and the denoiser around it (Karras et al. 2023)."""
 
-import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from edm2kit.models.edm2_blocks import AttentionEdit, Block, DropoutEdit, Edits
-from edm2kit.models.layers import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize_weights_
+from edm2kit.denoiser import AttentionRole
+from edm2kit.models.layers import (
+    SILU_GAIN,
+    MPConv,
+    MPFourier,
+    balance,
+    downsample,
+    mp_cat,
+    mp_silu,
+    mp_sum,
+    normalize,
+    upsample,
+)
+from edm2kit.models.preconditioning import Edits, Preconditioner, RawNetwork
 
-__all__ = ["AttentionEdit", "Precond", "UNet", "full_architecture", "normalize_weights_"]
+
+class Block(nn.Module):
+    """One encoder or decoder block: optional resampling, a residual branch, optional cosine attention."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        *,
+        decoder: bool,
+        resample: str = "keep",
+        attention: bool = False,
+        channels_per_head: int = 64,
+        dropout: float = 0.0,
+        res_balance: float = 0.3,
+        attn_balance: float = 0.3,
+        clip_act: float | None = 256.0,
+    ):
+        super().__init__()
+        self.decoder, self.resample = decoder, {"keep": nn.Identity(), "down": downsample, "up": upsample}[resample]
+        self.dropout, self.clip_act = dropout, clip_act
+        # the constants of sums and SiLUs are folded into the weights of the convolutions around them
+        self.res_keep, res_add = balance(res_balance)
+        self.attn_keep, attn_add = balance(attn_balance)
+        self.num_heads = 0
+        if attention:
+            if not 1 <= channels_per_head <= out_channels or out_channels % channels_per_head:
+                raise ValueError(
+                    f"attention over {out_channels} channels needs channels_per_head to be a divisor of "
+                    f"{out_channels}; got {channels_per_head}"
+                )
+            self.num_heads = out_channels // channels_per_head
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.conv_res0 = MPConv(in_channels if decoder else out_channels, out_channels, [3, 3], SILU_GAIN)
+        self.emb_linear = MPConv(emb_channels, out_channels, [])
+        self.conv_res1 = MPConv(out_channels, out_channels, [3, 3], SILU_GAIN * res_add)
+        skip = partial(MPConv, in_channels, out_channels, [1, 1], self.res_keep if decoder else 1.0)
+        self.conv_skip = skip() if in_channels != out_channels else None
+        self.attn_qkv = QKV(out_channels, self.num_heads) if attention else None
+        self.attn_proj = MPConv(out_channels, out_channels, [1, 1], attn_add) if attention else None
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, name: str, edits: Edits) -> torch.Tensor:
+        x = self.resample(x)
+        if not self.decoder:
+            x = normalize(x if self.conv_skip is None else self.conv_skip(x), dims=[1])
+        y = self.conv_res0(nn.functional.silu(x))
+        scale = self.emb_linear(emb, gain=self.emb_gain) + 1
+        y = _silu(_times(y, scale[:, :, None, None].to(y.dtype)))
+        if edits.dropout is not None:
+            y = edits.dropout(name, y)
+        elif self.training and self.dropout:
+            y = nn.functional.dropout(y, p=self.dropout)
+        y = self.conv_res1(y)
+        if self.decoder and self.conv_skip is not None:
+            x = _plus(y, self.conv_skip(x))
+        else:
+            x = _plus(y, x, self.res_keep)
+        if self.num_heads:
+            x = _plus(self.attn_proj(self._attend(x, name, edits)), x, self.attn_keep)
+        return x if self.clip_act is None else _clamp(x, self.clip_act)
+
+    def _attend(self, x: torch.Tensor, name: str, edits: Edits) -> torch.Tensor:
+        n, c, h, w = x.shape
+        qkv = self.attn_qkv(x).permute(0, 2, 3, 1).contiguous()  # free if channels are last
+        qkv = qkv.reshape(n, h * w, 3, self.num_heads, c // self.num_heads)
+        q, k, v = normalize(qkv, dims=[4]).permute(2, 0, 3, 1, 4)  # each [N, heads, H*W, C/heads]
+        if name in edits.attention:
+            y = edits.attention[name](q, k, v)
+        elif name in edits.return_attention:
+            edits.maps[name] = (q.float() @ k.float().transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3)
+            y = edits.maps[name].to(v.dtype) @ v
+        else:
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return y.transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
-class UNet(nn.Module):
-    """The raw network F: x [N, C, H, W], c_noise [N], labels [N, label_dim] -> [N, C, H, W], all unit magnitude.
+# y is a temporary result: without gradients it is overwritten, which saves memory
 
-    Half-precision `x` computes in half precision; the embedding path stays float32. With `recompute` (an attribute) a
-    gradient by `x` outside of training holds no block's activations: they are computed again on the way back. With
-    `recompute_in_training` neither does training, dropout included, to the same bits.
+
+def _times(y: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return y * factor if torch.is_grad_enabled() else y.mul_(factor)
+
+
+def _plus(y: torch.Tensor, x: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+    return torch.add(y, x, alpha=weight) if torch.is_grad_enabled() else y.add_(x, alpha=weight)
+
+
+def _silu(y: torch.Tensor) -> torch.Tensor:
+    return nn.functional.silu(y, inplace=not torch.is_grad_enabled())
+
+
+def _clamp(y: torch.Tensor, limit: float) -> torch.Tensor:
+    return y.clamp(-limit, limit) if torch.is_grad_enabled() else y.clamp_(-limit, limit)
+
+
+class QKV(MPConv):
+    """The 1x1 convolution to queries, keys and values; its output channels are [3, heads, C/heads].
+
+    `weight` interleaves the three inside each head, [heads, C/heads, 3], as published weights do. Attention is up to
+    twice as fast if the channels of each are contiguous.
     """
+
+    def __init__(self, channels: int, num_heads: int):
+        super().__init__(channels, channels * 3, [1, 1])
+        self.num_heads = num_heads
+
+    def effective_weight(self, gain: torch.Tensor | None = None) -> torch.Tensor:
+        weight = super().effective_weight(gain)
+        interleaved = weight.reshape(self.num_heads, -1, 3, weight.shape[1])
+        return interleaved.permute(2, 0, 1, 3).reshape(weight.shape)
+
+
+class UNet(RawNetwork):
+    """EDM2's raw network F: x [N, C, H, W], c_noise [N], labels [N, label_dim] -> [N, C, H, W], all unit magnitude.
+
+    Half-precision `x` computes in half precision; the embedding path stays float32. `model_channels` is the width of
+    the first level, `channel_mult` the widths of all levels in units of it, `num_blocks` the encoder blocks per level;
+    `channel_mult_noise` and `channel_mult_emb` are the widths of the noise features and the embedding, in the same
+    unit (defaults: the narrowest and the widest level). Levels in `attn_resolutions` have attention.
+    """
+
+    supported_edits = frozenset(("attention", "embedding", "dropout", "return_attention"))
 
     def __init__(
         self,
@@ -45,17 +170,21 @@ class UNet(nn.Module):
         clip_act: float | None = 256.0,
     ):
         super().__init__()
-        _check_resolution(img_resolution, len(channel_mult))
+        halvings = len(channel_mult) - 1
+        if img_resolution < 1 or img_resolution % (1 << halvings):
+            raise ValueError(
+                f"img_resolution={img_resolution} cannot be halved {halvings} times; use a multiple of "
+                f"{1 << halvings} or fewer levels in channel_mult"
+            )
         widths = [model_channels * mult for mult in channel_mult]
         noise_width = widths[0] if channel_mult_noise is None else model_channels * channel_mult_noise
         emb_width = max(widths) if channel_mult_emb is None else model_channels * channel_mult_emb
         self.label_balance, self.concat_balance = label_balance, concat_balance
-        self.recompute, self.recompute_in_training = True, False
         self.out_gain = nn.Parameter(torch.zeros([]))
         self.emb_fourier = MPFourier(noise_width)
         self.emb_noise = MPConv(noise_width, emb_width, [])
         self.emb_label = MPConv(label_dim, emb_width, []) if label_dim else None
-        self.emb_shared = nn.Identity()  # what all blocks' emb_linear have in common: nothing, unless frozen
+        self.emb_shared = nn.Identity()  # a frozen network computes all blocks' emb_linear here
 
         def block(c_in: int, c_out: int, decoder: bool, resample: str = "keep", attention: bool = False) -> Block:
             return Block(
@@ -73,7 +202,7 @@ class UNet(nn.Module):
             )
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        c, skips = img_channels + 1, []  # one more channel, of ones, stands in for biases
+        c, skips = img_channels + 1, []  # an extra channel of ones replaces biases
         for level, width in enumerate(widths):
             res = img_resolution >> level
             if level == 0:
@@ -101,10 +230,19 @@ class UNet(nn.Module):
         self.out_conv = MPConv(c, img_channels, [3, 3])
 
     @property
-    def attention_blocks(self) -> list[str]:
-        """Names of the blocks that have attention, such as "enc.8x8_block0", in the order they are computed."""
-        blocks = [(f"{side}.{name}", b) for side in ("enc", "dec") for name, b in getattr(self, side).items()]
-        return [name for name, b in blocks if isinstance(b, Block) and b.num_heads]
+    def attention_roles(self) -> dict[str, AttentionRole]:
+        """Role of each block that has attention, by names such as "enc.8x8_block0", in the order of computation."""
+        names = [name for name, block in self._named_blocks() if block.num_heads]
+        return {name: AttentionRole(_side(name), _resolution(name), depth) for depth, name in enumerate(names)}
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Encoder and decoder blocks, in the order of computation."""
+        return [block for _, block in self._named_blocks()]
+
+    def _named_blocks(self) -> list[tuple[str, Block]]:
+        modules = [(f"{side}.{name}", m) for side in ("enc", "dec") for name, m in getattr(self, side).items()]
+        return [(name, module) for name, module in modules if isinstance(module, Block)]
 
     def embed(self, c_noise: torch.Tensor, labels: torch.Tensor | None, edits: Edits) -> torch.Tensor:
         """The embedding that modulates every block: c_noise [N], labels [N, label_dim] -> [N, emb_width]."""
@@ -112,6 +250,7 @@ class UNet(nn.Module):
         if edits.embedding is not None:
             emb = edits.embedding(emb)
         if self.emb_label is not None:
+            assert labels is not None
             # one-hot labels have RMS 1/sqrt(label_dim)
             emb = mp_sum(emb, self.emb_label(labels * math.sqrt(labels.shape[1])), self.label_balance)
         return self.emb_shared(mp_silu(emb))
@@ -121,11 +260,9 @@ class UNet(nn.Module):
     ) -> torch.Tensor:
         emb = self.embed(c_noise, labels, edits)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        run = Block.__call__
-        again = self.recompute_in_training if self.training else self.recompute and x.requires_grad
-        # what an edit draws or reads, it may not draw or read again
-        if again and torch.is_grad_enabled() and not (edits.dropout or edits.return_attention):
-            run = partial(checkpoint, use_reentrant=False, preserve_rng_state=self.training)
+        run: Callable[..., torch.Tensor] = Block.__call__
+        if self.recomputes(x, edits):
+            run = partial(checkpoint, Block.__call__, use_reentrant=False, preserve_rng_state=self.training)
         skips = []
         for name, module in self.enc.items():
             x = run(module, x, emb, f"enc.{name}", edits) if isinstance(module, Block) else module(x)
@@ -137,20 +274,22 @@ class UNet(nn.Module):
         return self.out_conv(x, gain=self.out_gain)
 
 
-def _check_resolution(img_resolution: int, num_levels: int) -> None:
-    if img_resolution % (1 << (num_levels - 1)) or img_resolution < 1:
-        raise ValueError(
-            f"img_resolution={img_resolution} cannot be halved {num_levels - 1} times; use a multiple of "
-            f"{1 << (num_levels - 1)} or fewer levels in channel_mult"
-        )
+def _side(name: str) -> Literal["encoder", "middle", "decoder"]:
+    if name.startswith("enc."):
+        return "encoder"
+    return "middle" if name.endswith("_in0") else "decoder"
 
 
-class Precond(nn.Module):
-    """The denoiser D(x; sigma, labels) around the U-Net (EDM Table 1), with the uncertainty head of EDM2 Eq. 21.
+def _resolution(name: str) -> int:
+    return int(re.findall(r"\d+", name)[0])  # "dec.8x8_in0" -> 8
 
-    Arguments: `img_resolution` pixels, `img_channels`, `label_dim` classes (0: unconditional), `sigma_data` the
-    standard deviation of the data, `logvar_channels` width of the uncertainty head, `unet_kwargs` as `UNet`.
-    `compute_dtype` (an attribute) is the dtype inside the U-Net; everything outside stays float32.
+
+class Precond(Preconditioner):
+    """EDM2's denoiser: the preconditioning around a U-Net.
+
+    `unet_kwargs` are the arguments of `UNet`; the others, and the call, are those of `Preconditioner`.
+
+    Example: `Precond(64, 4, 1000, model_channels=128)` is EDM2-XS for ImageNet-512 latents.
     """
 
     def __init__(
@@ -160,90 +299,7 @@ class Precond(nn.Module):
         label_dim: int,
         sigma_data: float = 0.5,
         logvar_channels: int = 128,
-        **unet_kwargs: object,
+        **unet_kwargs: Any,
     ):
-        super().__init__()
-        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
-        self.sigma_data = sigma_data
-        self.compute_dtype = torch.float32
-        self.unet = UNet(img_resolution, img_channels, label_dim, **unet_kwargs)
-        self.logvar_fourier = MPFourier(logvar_channels)
-        self.logvar_linear = MPConv(logvar_channels, 1, [])
-
-    @property
-    def attention_blocks(self) -> list[str]:
-        """Names that `attention` and `return_attention` take."""
-        return self.unet.attention_blocks
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor | float,
-        labels: torch.Tensor | None = None,
-        return_logvar: bool = False,
-        *,
-        attention: Mapping[str, AttentionEdit] | None = None,
-        embedding: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        dropout: DropoutEdit | None = None,
-        return_attention: Sequence[str] = (),
-    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Estimate the clean image.
-
-        `x` [N, C, H, W]; `sigma` [N] or a scalar; `labels` [N, label_dim], or None for the zero vector; ignored by
-        an unconditional net. `attention` maps block names ("enc.8x8_block0") to replacements of their attention;
-        `embedding` replaces the noise embedding [N, emb] before labels join it; `dropout` takes the place of dropout
-        in every block, also in eval mode. Returns D, float32, shaped as x; then, where asked for, the log-variance
-        [N, 1, 1, 1] and a dict of softmax attention maps [N, heads, H*W, H*W] of the blocks in `return_attention`.
-        Raises ValueError for a name without attention.
-        """
-        edits = Edits(attention or {}, embedding, dropout, return_attention)
-        self._check_blocks([*edits.attention, *return_attention])
-        x = x.float()
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
-        s = sigma.reshape(-1, 1, 1, 1)
-        c_skip = self.sigma_data**2 / (s**2 + self.sigma_data**2)
-        c_out = s * self.sigma_data / (s**2 + self.sigma_data**2).sqrt()
-        c_in = 1 / (self.sigma_data**2 + s**2).sqrt()
-        c_noise = sigma.log() / 4
-        # what is compiled (`edm2kit.models.frozen.compile_`) knows neither edits nor gradients
-        unet = self.unet.forward if edits or x.requires_grad else self.unet
-        f = unet((c_in * x).to(self.compute_dtype), c_noise, self._labels(x, labels), edits)
-        outputs = [c_skip * x + c_out * f.float()]
-        if return_logvar:
-            outputs.append(self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1))
-        if return_attention:
-            outputs.append(edits.maps)
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-    def _labels(self, x: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | None:
-        if not self.label_dim:
-            return None
-        if labels is None:
-            return torch.zeros(x.shape[0], self.label_dim, device=x.device)
-        if labels.shape != (x.shape[0], self.label_dim):
-            raise ValueError(f"labels have shape {list(labels.shape)}; expected [{x.shape[0]}, {self.label_dim}]")
-        return labels.float()
-
-    def _check_blocks(self, names: Sequence[str]) -> None:
-        there = self.unet.attention_blocks if names else []
-        for name in names:
-            if name not in there:
-                raise ValueError(f"no attention in a block called {name!r}; there is: {', '.join(there)}")
-
-
-def full_architecture(
-    img_resolution: int, img_channels: int, label_dim: int, sigma_data: float, network: Mapping[str, Any]
-) -> dict[str, Any]:
-    """All arguments of `Precond`, today's defaults written out, as lists and numbers: a later default changes nothing.
-
-    `network` holds the U-Net arguments that differ from their defaults; ValueError for one it does not know.
-    """
-    given = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim, sigma_data=sigma_data)
-    defaults = {}
-    for owner in (Precond, UNet):
-        parameters = inspect.signature(owner).parameters.values()
-        defaults.update({p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty})
-    if unknown := [name for name in network if name not in defaults or name in given]:
-        raise ValueError(f"unknown network argument {unknown[0]!r}; there is: {', '.join(defaults)}")
-    merged = {**given, **{name: value for name, value in defaults.items() if name not in given}, **network}
-    return {name: list(value) if isinstance(value, tuple | list) else value for name, value in merged.items()}
+        unet = UNet(img_resolution, img_channels, label_dim, **unet_kwargs)
+        super().__init__(unet, img_resolution, img_channels, label_dim, sigma_data, logvar_channels, raw_name="unet")

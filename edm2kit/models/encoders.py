@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from edm2kit.models.vae import STABILITY_VAE, load_vae, vae_decode, vae_pixels
 from edm2kit.torch_utils.rng import RandomSource
 
 
@@ -55,7 +56,7 @@ class StabilityVAEEncoder:
 
     def __init__(
         self,
-        vae_name: str = "stabilityai/sd-vae-ft-mse",
+        vae_name: str = STABILITY_VAE,
         raw_mean: Sequence[float] = (5.81, 3.25, 0.12, -2.15),
         raw_std: Sequence[float] = (4.17, 4.62, 3.71, 3.28),
         final_mean: float = 0.0,
@@ -80,14 +81,10 @@ class StabilityVAEEncoder:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pixels uint8 [N, 3, 8h, 8w] of normalised latents [N, 4, h, w]."""
-        from edm2kit.models.vae import load_vae, vae_decode
-
         return vae_decode(load_vae(self.vae_name, latents.device), self._raw(latents))
 
     def pixels(self, latents: torch.Tensor) -> torch.Tensor:
         """float32 pixels [N, 3, 8h, 8w] of normalised latents, about -1 to 1, differentiable."""
-        from edm2kit.models.vae import load_vae, vae_pixels
-
         return vae_pixels(load_vae(self.vae_name, latents.device), self._raw(latents))
 
     def _raw(self, latents: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Snapshots: safetensors weights plus a JSON header that says all there is to know about them."""
+"""The snapshot file: safetensors weights, and a JSON header that describes them completely."""
 
 import dataclasses
 import json
@@ -12,26 +12,33 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
-from edm2kit.models.edm2 import Precond
-from edm2kit.models.encoders import Encoder, make_encoder
-from edm2kit.torch_utils.files import atomic_write, fetch
+from edm2kit.models.networks import DEFAULT_NETWORK, NETWORKS
+from edm2kit.models.preconditioning import Preconditioner
+from edm2kit.torch_utils.files import atomic_write
 from edm2kit.torch_utils.provenance import code_commit
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 names the kind of network; files of version 1 all hold "edm2"
 _HEADER_KEY = "edm2_snapshot"
-_MAX_BLOCKS = 1000  # of an encoder, all its levels together; XXL has 12
+_MAX_BLOCKS = 1000  # EDM2-XXL has 12
+# how a header names a dtype -> how safetensors names it, and the dtype
 DTYPES = {"float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bfloat16), "float32": ("F32", torch.float32)}
 
 
 @dataclass(frozen=True)
 class Header:
-    """Everything a snapshot says of itself; reading it loads no weights.
+    """Everything about a snapshot except its weights; reading it loads no weights.
 
-    `architecture`: Precond's arguments; `encoder`: an encoder's `spec()`; `nimg`: training images seen, exactly;
-    `ema_std`: relative EMA length, None for raw weights; `label_names` per class or None; `dtype` of the stored
-    weights; `run_id` names the training run (two snapshots of one run share it); `training_config` the run's
-    resolved configuration; `recipe` how a reconstruction was made; `commit` of the code that wrote it.
+    - `architecture`: the arguments that build the network; `network`: its kind, a key of `NETWORKS`.
+    - `encoder`: the `spec()` of the encoder.
+    - `nimg`: training images seen, exactly. `ema_std`: relative EMA length, None for raw weights.
+    - `label_names`: a name per class, or None.
+    - `dtype`: of the stored weights.
+    - `run_id`: identifies the training run; two snapshots of one run share it.
+    - `training_config`: the run's complete configuration.
+    - `recipe`: how a rebuilt EMA was made, None for snapshots written by training.
+    - `commit`: of the code that wrote the file.
     """
 
     architecture: Mapping[str, Any]
@@ -45,6 +52,7 @@ class Header:
     recipe: Mapping[str, Any] | None = None
     commit: str = field(default_factory=code_commit)
     format_version: int = FORMAT_VERSION
+    network: str = DEFAULT_NETWORK
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -52,66 +60,55 @@ class Header:
     @staticmethod
     def from_json(text: str) -> "Header":
         values = json.loads(text)
-        if values.get("format_version", 0) > FORMAT_VERSION:
-            raise ValueError(
-                f"snapshot format {values['format_version']} is newer than {FORMAT_VERSION}; update this code"
-            )
+        version = values.get("format_version", 0)
+        if version > FORMAT_VERSION:
+            raise ValueError(f"snapshot format {version} is newer than {FORMAT_VERSION}; update this code")
+        values["format_version"] = FORMAT_VERSION  # what older versions leave out has its default
         if values["label_names"] is not None:
             values["label_names"] = tuple(values["label_names"])
         return Header(**values)
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A network ready to evaluate, the encoder that goes with it, and the header it came with."""
-
-    net: Precond
-    encoder: Encoder
-    header: Header
-
-
 def snapshot_name(nimg: int, ema_std: float | None, prefix: str = "network-snapshot") -> str:
-    """The customary file name, thousands of images and EMA length. Decoration: the header is the truth.
+    """The usual file name: thousands of images, and the EMA length. For people; programs read the header.
 
-    A length takes three decimals, more where it has more: 0.0125 and 0.013 don't share a name.
+    A length has three decimals, or as many as it needs, so that 0.0125 and 0.013 have different names.
     """
-    if ema_std is None:
-        length = "raw"
-    else:
-        length = next(text for text in (f"{ema_std:.3f}", str(float(ema_std))) if float(text) == ema_std)
+    length = "raw"
+    if ema_std is not None:
+        rounded = f"{ema_std:.3f}"
+        length = rounded if float(rounded) == ema_std else str(float(ema_std))
     return f"{prefix}-{nimg // 1000:07d}-{length}.safetensors"
 
 
-def is_published_pickle(path: str | Path) -> bool:
-    """Whether the file is a pickle (as published by NVIDIA) rather than one of our snapshots."""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    # the first byte alone will not do: safetensors starts with a length, which may end in 0x80, and then has a brace
-    return start[:1] == b"\x80" and start[8:] != b"{"
-
-
 def stored_dtype(tensor_name: str, shape: torch.Size, dtype: str) -> str:
-    """The dtype that a tensor of a network is stored in: `dtype` for weights, float32 for the rest.
+    """The dtype that a tensor of a network is stored in: `dtype` for matrices and kernels, float32 for the rest.
 
-    Fourier frequencies and gains are tiny, and half precision would shift the phases by up to 0.02 rad.
+    Vectors such as Fourier frequencies are tiny, and half precision would shift the phases by up to 0.02 rad.
     """
     return dtype if len(shape) > 1 else "float32"
 
 
 class SnapshotWriter:
-    """Writes a snapshot tensor by tensor, or part by part, in the order of `shapes`, holding no second copy of it.
+    """Writes a snapshot tensor by tensor, or part by part, in the order of `shapes`, without a second copy in memory.
 
-    Use as a context manager; the file appears under its name, with usual permissions, only when it is whole.
+    Use it as a context manager. The file appears under its name only when it is complete.
+
+    Example:
+
+        with SnapshotWriter(path, header, {name: tensor.shape for name, tensor in state.items()}) as writer:
+            for name, tensor in state.items():
+                writer.write(name, tensor)
     """
 
     def __init__(self, path: str | Path, header: Header, shapes: Mapping[str, torch.Size]):
         if header.dtype not in DTYPES:
-            raise ValueError(f"a snapshot's dtype is one of {', '.join(DTYPES)}; got {header.dtype!r}")
+            raise ValueError(f"the dtype of a snapshot must be one of {', '.join(DTYPES)}; got {header.dtype!r}")
         self.path, self.header = Path(path), header
         self._layout = {
             name: (stored_dtype(name, shape, header.dtype), torch.Size(shape)) for name, shape in shapes.items()
         }
-        self._left = {name: shape.numel() for name, (_, shape) in self._layout.items()}  # values yet to come
+        self._left = {name: shape.numel() for name, (_, shape) in self._layout.items()}  # values still to be written
 
     def _preamble(self) -> bytes:
         entries: dict[str, Any] = {"__metadata__": {_HEADER_KEY: self.header.to_json(), "format": "pt"}}
@@ -131,20 +128,22 @@ class SnapshotWriter:
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append one tensor; ValueError where it is not the next one of the layout, or not finite once stored."""
+        """Append one tensor; raises ValueError if it is not the next one, or not finite in the stored dtype."""
         if name not in self._layout or tensor.shape != self._layout[name][1]:
-            raise ValueError(f"snapshot tensor {name} {list(tensor.shape)} does not belong into {self.path}")
+            raise ValueError(f"snapshot tensor {name} {list(tensor.shape)} does not belong in {self.path}")
         self.write_part(name, tensor.detach().flatten())
 
     def write_part(self, name: str, values: torch.Tensor) -> None:
-        """Append the next `values` [n] of a tensor that comes in several parts, front to back; errors as `write`."""
+        """Append the next `values` [n] of a flattened tensor that comes in several parts; raises as `write`."""
         expected = next(iter(self._left), None)
         if name != expected or len(values) > self._left[name]:
             raise ValueError(f"snapshot tensor {name} [{len(values)}] out of order; expected {expected}")
         stored = values.to("cpu", DTYPES[self._layout[name][0]][1]).contiguous()
-        # the extremes speak for all at a tenth of the time
+        # checking the extremes takes a tenth of the time of checking all
         if len(values) and not all(math.isfinite(extreme) for extreme in torch.aminmax(stored)):
-            raise ValueError(f"{name} is not finite as {stored.dtype}: the network has diverged, or needs float32")
+            raise ValueError(
+                f"{name} is not finite as {stored.dtype}: training has diverged, or the weights need dtype float32"
+            )
         self._file.write(memoryview(stored.view(torch.uint8).numpy()))
         self._left[name] -= len(values)
         if not self._left[name]:
@@ -159,14 +158,17 @@ class SnapshotWriter:
 
 
 def save_snapshot(path: str | Path, net_state: Mapping[str, torch.Tensor], header: Header) -> None:
-    """Write a snapshot atomically: `net_state` as a network's `state_dict()`, converted to `header.dtype`."""
+    """Write a snapshot atomically: `net_state` is a network's `state_dict()`; it is converted to `header.dtype`.
+
+    Raises ValueError for an unknown dtype and for weights that are not finite.
+    """
     with SnapshotWriter(path, header, {name: tensor.shape for name, tensor in net_state.items()}) as writer:
         for name, tensor in net_state.items():
             writer.write(name, tensor)
 
 
 def read_header(path: str | Path) -> Header:
-    """The header alone. Raises ValueError for a file that is missing, truncated or not a snapshot."""
+    """The header of a local snapshot. Raises ValueError for a file that is missing, truncated or not a snapshot."""
     with _open(path) as file:
         text = (file.metadata() or {}).get(_HEADER_KEY)
     if text is None:
@@ -184,57 +186,59 @@ def read_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, file.get_tensor(name)
 
 
+def tensor_layout(path: str | Path) -> dict[str, tuple[int, torch.dtype, torch.Size]]:
+    """(offset of the first byte, dtype, shape) of each tensor in a snapshot file, by name."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    dtypes = dict(DTYPES.values())
+    layout = {}
+    for name, entry in entries.items():
+        if entry["dtype"] not in dtypes:
+            raise ValueError(f"{path}: {name} is stored as {entry['dtype']}; expected one of {', '.join(dtypes)}")
+        offset = 8 + length + entry["data_offsets"][0]
+        layout[name] = (offset, dtypes[entry["dtype"]], torch.Size(entry["shape"]))
+    return layout
+
+
 def _open(path: str | Path) -> Any:
     if not os.path.isfile(path):
         raise ValueError(f"no snapshot at {path}")
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole snapshot ({error}); copy or write it again") from error
+        raise ValueError(f"{path} is not a complete snapshot ({error}); copy or write it again") from error
 
 
-def build_network(header: Header, source: str | Path = "the snapshot") -> Precond:
-    """A network of the header's architecture, weights not yet set.
+def network_on_meta(header: Header, source: str | Path = "the snapshot") -> Preconditioner:
+    """A network of the header's kind and architecture on the meta device: names and shapes, but no weights.
 
-    Raises ValueError, beginning with `source`, for arguments that make none or that this code does not know.
+    Raises ValueError, beginning with `source`, if this code does not know the kind, lacks a package for it, or cannot
+    build the architecture.
     """
+    if header.network not in NETWORKS:
+        raise ValueError(
+            f"{source} holds a network of kind {header.network!r}, which this version does not know (it knows "
+            f"{', '.join(NETWORKS)}); update this code"
+        )
+    kind = NETWORKS[header.network]
     try:
-        # a file may ask for a network that takes a year to draw
-        blocks = header.architecture.get("num_blocks", 0) * len(header.architecture.get("channel_mult", ()))
+        # a damaged file may ask for a network that takes a year to build
+        blocks = kind.count_blocks({**kind.defaults, **header.architecture})
         if blocks > _MAX_BLOCKS:
-            raise ValueError(f"it asks for {blocks} blocks, where {_MAX_BLOCKS} are the most")
+            raise ValueError(f"it asks for {blocks} blocks; at most {_MAX_BLOCKS} are allowed")
         with torch.device("meta"):
-            return Precond(**header.architecture)
+            return kind.build(**header.architecture)
     except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         message = re.sub(r"\w+\.__init__\(\) ", "", str(error).partition("\n")[0])
-        raise ValueError(f"{source}: its architecture does not fit this code: {message}") from error
+        raise ValueError(f"{source}: cannot build its network: {message}") from error
 
 
-def load_snapshot(
-    path_or_url: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Snapshot:
-    """Load a network for evaluation: eval mode, no gradients, float32 weights, `dtype` inside the U-Net.
-
-    Accepts our snapshots and NVIDIA's published pickles (read without executing them), as paths or URLs. Raises
-    ValueError with the reason where the file is missing, damaged, or does not fit its own header.
-    """
-    path = fetch(path_or_url)
-    if path.is_file() and is_published_pickle(path):
-        from edm2kit.snapshots.published import load_published
-
-        return load_published(path, device, dtype)
-    header = read_header(path)
-    net = build_network(header, path)
-    state = {name: tensor.to(device, torch.float32) for name, tensor in read_tensors(path)}
-    _assign(net, state, path)
-    net.compute_dtype = dtype
-    return Snapshot(net.eval().requires_grad_(False), make_encoder(header.encoder), header)
-
-
-def _assign(net: Precond, state: dict[str, torch.Tensor], source: str | Path) -> None:
-    expected = {name: tensor.shape for name, tensor in net.state_dict().items()}
-    if wrong := [
-        n for n in {**expected, **state} if n not in state or n not in expected or state[n].shape != expected[n]
-    ]:
-        raise ValueError(f"{source}: weights do not fit the header's architecture (first at {wrong[0]})")
-    net.load_state_dict(state, assign=True)
+def check_weights(source: str | Path, net: nn.Module, tensors: Mapping[str, Any]) -> None:
+    """Raise ValueError, beginning with `source`, unless `tensors` (which have shapes) are the weights of `net`."""
+    expected = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in {**expected, **found}:
+        if found.get(name) != expected.get(name):
+            raise ValueError(f"{source}: weights do not fit the header's architecture (first at {name!r:.100})")

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import hashlib
-import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from typing import Any
 import yaml
 
 from edm2kit.ema.power_function import std_to_exp
-from edm2kit.models.edm2 import UNet
+from edm2kit.models.networks import DEFAULT_NETWORK, check_network_arguments
 from edm2kit.torch_utils.files import atomic_write
 from edm2kit.torch_utils.precision import PRECISIONS
 
@@ -118,7 +117,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _check_ranges(self)
-        _check_network(self)
+        check_network_arguments(self.network)
 
 
 def option_of(name: str) -> str:
@@ -164,13 +163,6 @@ def _check_ranges(config: TrainConfig) -> None:
     std_to_exp(config.ema_stds)
 
 
-def _check_network(config: TrainConfig) -> None:
-    known = [p for p in inspect.signature(UNet).parameters if p not in ("img_resolution", "img_channels", "label_dim")]
-    for name in config.network:
-        if name not in known:
-            raise ValueError(f"unknown network argument {name!r}{nearest(name, known)}")
-
-
 def nearest(name: str, known: list[str]) -> str:
     """The end of an error message: "; did you mean 'X'?" if a known name is close to `name`, else all known names."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
@@ -197,6 +189,9 @@ def config_from_dict(values: Mapping[str, Any], source: str) -> TrainConfig:
             raise ValueError(f"{source}: unknown key {key!r}{nearest(str(key), list(fields))}")
         if key in ("network", "encoder") and not isinstance(value, Mapping):
             raise ValueError(f"{source}: {key} must be a mapping; got {value!r}")
+        if key == "network" and value.get("kind") == DEFAULT_NETWORK:
+            # the same run as one that does not name it
+            value = {name: argument for name, argument in value.items() if name != "kind"}
         parsed[key] = tuple(value) if isinstance(value, list) else _parse_count(value)
     try:
         return TrainConfig(**parsed)

@@ -1,20 +1,19 @@
 """Fine-tuning: starting from the weights of another run."""
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from edm2kit.models.edm2 import Precond, UNet
 from edm2kit.models.encoders import make_encoder
-from edm2kit.snapshots.file_format import build_network, load_snapshot
-from edm2kit.snapshots.weights import Weights, open_weights
+from edm2kit.models.networks import DEFAULT_NETWORK, NETWORKS, network_kind
+from edm2kit.models.preconditioning import Preconditioner
+from edm2kit.snapshots.file_format import network_on_meta
+from edm2kit.snapshots.loading import load_snapshot, open_weights
+from edm2kit.snapshots.weights import Weights
 from edm2kit.torch_utils.files import fetch, sha256_of
 from edm2kit.training.config import TrainConfig
-
-_LABELS = "unet.emb_label.weight"  # the one tensor that depends on the classes
 
 
 def adopt_source(config: TrainConfig) -> TrainConfig:
@@ -30,11 +29,18 @@ def adopt_source(config: TrainConfig) -> TrainConfig:
             f"--init-from {config.init_from} has sha256 {sha256}, expected {config.init_sha256} (according to the "
             "configuration); this is another snapshot"
         )
-    known = inspect.signature(UNet).parameters.keys() - {"img_resolution", "img_channels", "label_dim"}
-    theirs = {
-        name: value for name, value in open_weights(config.init_from).header.architecture.items() if name in known
-    }
-    return dataclasses.replace(config, init_sha256=sha256, network={**theirs, **config.network})
+    header = open_weights(config.init_from).header
+    if "kind" in config.network and network_kind(config.network) != header.network:
+        raise ValueError(
+            f"--init-from {config.init_from} is a network of kind {header.network!r}; the configuration asks for "
+            f"{config.network['kind']!r}. Change one of them"
+        )
+    known = NETWORKS[header.network].defaults
+    theirs = {name: value for name, value in header.architecture.items() if name in known}
+    network = {**theirs, **config.network}
+    if header.network != DEFAULT_NETWORK:
+        network["kind"] = header.network
+    return dataclasses.replace(config, init_sha256=sha256, network=network)
 
 
 def check_source(
@@ -48,8 +54,8 @@ def check_source(
         return []
     source = open_weights(config.init_from)
     header, where = source.header, f"--init-from {config.init_from}"
-    net = build_network(dataclasses.replace(header, architecture=architecture), "this run")
-    theirs_net = build_network(header, where)
+    net = network_on_meta(dataclasses.replace(header, architecture=architecture), "this run")
+    theirs_net = network_on_meta(header, where)
     for what, ours, theirs in (
         ("resolution", net.img_resolution, theirs_net.img_resolution),
         ("number of channels", net.img_channels, theirs_net.img_channels),
@@ -71,17 +77,18 @@ def check_source(
 
 
 @torch.no_grad()
-def start_from_(net: Precond, source: str) -> None:
+def start_from_(net: Preconditioner, source: str) -> None:
     """Copy the weights of the snapshot `source` into `net`, except for a label embedding of another size."""
-    state = load_snapshot(source).net.state_dict()
+    snapshot = load_snapshot(source)
+    state, label_weights = snapshot.net.state_dict(), NETWORKS[snapshot.header.network].label_weights
     for name, tensor in net.state_dict().items():
-        if name != _LABELS or (name in state and state[name].shape == tensor.shape):
+        if not name.endswith(label_weights) or (name in state and state[name].shape == tensor.shape):
             tensor.copy_(state[name])
 
 
 def _check_shapes(where: str, source: Weights, wanted: Mapping[str, torch.Tensor]) -> None:
     for name in {**wanted, **source.tensors}:
-        if name == _LABELS:
+        if name.endswith(NETWORKS[source.header.network].label_weights):
             continue
         ours = tuple(wanted[name].shape) if name in wanted else "missing"
         theirs = tuple(source.tensors[name].shape) if name in source.tensors else "missing"

@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
-from edm2kit.models.edm2 import Precond
-from edm2kit.models.edm2_blocks import Block
+from edm2kit.models.networks import build_network, network_kind
+from edm2kit.models.preconditioning import Preconditioner
 from edm2kit.torch_utils.precision import PRECISIONS
 from edm2kit.training.config import TrainConfig
 from edm2kit.training.loss import EDM2Loss
@@ -80,7 +81,7 @@ class Forecast:
 def make_forecast(config: TrainConfig, architecture: dict[str, Any], micro_batch: int, world_size: int) -> Forecast:
     """Compute the forecast without allocating the network, which is built on the meta device."""
     with torch.device("meta"):
-        net = Precond(**architecture).train()
+        net = build_network(architecture, network_kind(config.network)).train()
     net.compute_dtype = PRECISIONS[config.precision]
     sizes = [p.numel() for p in net.parameters()]
     parameters, num_averages = sum(sizes), len(config.ema_stds)
@@ -124,7 +125,7 @@ def shares(sizes: Sequence[int], world_size: int) -> list[int]:
     return kept
 
 
-def activation_bytes(net: Precond, micro_batch: int, recompute: bool = False) -> int:
+def activation_bytes(net: Preconditioner, micro_batch: int, recompute: bool = False) -> int:
     """Bytes that autograd keeps for the backward pass of `micro_batch` images; `net` is on the meta device.
 
     Each storage counts once, weights do not count. With `recompute`, every block keeps only its inputs, and in the
@@ -133,7 +134,7 @@ def activation_bytes(net: Precond, micro_batch: int, recompute: bool = False) ->
     weights = {p.untyped_storage()._cdata for p in net.parameters()}
     # holding a storage prevents its address from being reused
     outside: dict[int, torch.UntypedStorage] = {}
-    inside: dict[Block, dict[int, torch.UntypedStorage]] = {}
+    inside: dict[nn.Module, dict[int, torch.UntypedStorage]] = {}
     where = [outside]
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -142,16 +143,16 @@ def activation_bytes(net: Precond, micro_batch: int, recompute: bool = False) ->
             where[-1][storage._cdata] = storage
         return tensor
 
-    def enter(block: Block, inputs: tuple[Any, ...]) -> None:
+    def enter(block: nn.Module, inputs: tuple[Any, ...]) -> None:
         for tensor in inputs[:2] if recompute else ():
-            keep(tensor)
+            if isinstance(tensor, torch.Tensor):
+                keep(tensor)
         where.append(inside.setdefault(block, {}))
 
-    def leave(block: Block, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def leave(block: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         where.pop()
 
-    blocks = [module for module in net.modules() if isinstance(module, Block)]
-    hooks = [h for b in blocks for h in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))]
+    hooks = [h for b in net.raw.blocks for h in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))]
     images = torch.empty(micro_batch, net.img_channels, net.img_resolution, net.img_resolution, device="meta")
     labels = torch.empty(micro_batch, net.label_dim, device="meta") if net.label_dim else None
     fused = partial(net, attention=dict.fromkeys(net.attention_blocks, _FusedAttention.apply))
@@ -161,7 +162,7 @@ def activation_bytes(net: Precond, micro_batch: int, recompute: bool = False) ->
         hook.remove()
     del loss
     if recompute:
-        return _nbytes(outside) + max(_nbytes(found, but=outside) for found in inside.values())
+        return _nbytes(outside) + max((_nbytes(found, but=outside) for found in inside.values()), default=0)
     return _nbytes(outside | {key: storage for found in inside.values() for key, storage in found.items()})
 
 

@@ -16,8 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from edm2kit.data.batches import MicroBatch
 from edm2kit.ema.tracking import PowerFunctionEMA
-from edm2kit.models.edm2 import Precond, normalize_weights_
 from edm2kit.models.encoders import Encoder
+from edm2kit.models.networks import NETWORKS
+from edm2kit.models.preconditioning import Preconditioner
 from edm2kit.snapshots.file_format import Header, save_snapshot, snapshot_name
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.precision import PRECISIONS
@@ -57,11 +58,13 @@ class Trainer:
         torch.backends.cudnn.benchmark = config.cudnn_benchmark
         self.config, self.header, self.encoder, self.device = config, header, encoder, device
         # channels last is 1.2 times as fast on a CPU, and the layout that tensor cores need
-        self.net = Precond(**header.architecture).to(device, memory_format=torch.channels_last).train()
+        self.kind = NETWORKS[header.network]
+        self.net = self.kind.build(**header.architecture).to(device, memory_format=torch.channels_last).train()
         self.net.compute_dtype = PRECISIONS[config.precision]
         if config.init_from is not None:
             start_from_(self.net, config.init_from)
-        self.net.unet.recompute_in_training = config.recompute
+        if config.recompute:
+            self.net.recompute_in_training_()
         self.optimizer, self.ema = _optimizer_and_averages(self.net, config, device)
         self.loss_fn = loss_fn or EDM2Loss(config.P_mean, config.P_std, config.sigma_data)
         self.stats = RunningStats(device)
@@ -70,7 +73,7 @@ class Trainer:
 
     def step(self, micro_batches: Iterator[MicroBatch], rounds: int) -> None:
         """One optimizer step over this rank's share of the next global batch, in `rounds` micro-batches."""
-        normalize_weights_(self.net)
+        self.kind.normalize_weights_(self.net)
         self.optimizer.zero_grad(set_to_none=True)
         for k in range(rounds):
             # DDP exchanges gradients in the last backward pass of the step only
@@ -149,7 +152,7 @@ class Trainer:
 
 
 def _optimizer_and_averages(
-    net: Precond, config: TrainConfig, device: torch.device
+    net: Preconditioner, config: TrainConfig, device: torch.device
 ) -> tuple[torch.optim.Optimizer, PowerFunctionEMA]:
     arguments: dict[str, Any] = {
         "lr": config.ref_lr,
@@ -165,7 +168,7 @@ def _optimizer_and_averages(
     return torch.optim.Adam(net.parameters(), **arguments), PowerFunctionEMA(net, config.ema_stds)
 
 
-def _distribute(net: Precond, device: torch.device) -> nn.Module:
+def _distribute(net: Preconditioner, device: torch.device) -> nn.Module:
     """The network with gradients averaged over ranks; the network itself if there is a single rank."""
     if dist.world_size() == 1:
         return net

@@ -17,8 +17,8 @@ from torch import nn
 from edm2kit.data.batches import GlobalOrder, micro_batch_sizes, training_batches
 from edm2kit.data.dataset import Source, read_encoder_record
 from edm2kit.data.sources import open_source
-from edm2kit.models.edm2 import full_architecture
 from edm2kit.models.encoders import ENCODERS, Encoder, make_encoder
+from edm2kit.models.networks import full_architecture, network_kind
 from edm2kit.snapshots.file_format import Header
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write
@@ -127,6 +127,7 @@ class Run:
         """Write the resolved configuration and the description of the run beside its results."""
         record = {
             "run_id": self.header.run_id,
+            "network": self.header.network,
             "architecture": dict(self.header.architecture),
             "data_identity": dict(self.data_identity),
             "label_names": self.header.label_names,
@@ -182,6 +183,7 @@ def resolve(
         dtype=config.snapshot_dtype,
         run_id=run_id(config, identity),
         training_config=training_config,
+        network=network_kind(config.network),
     )
     sizes = micro_batch_sizes(config.batch_size, dist.world_size(), config.batch_gpu)
     notices = [*reading_notices(dataset), *check_source(config, architecture, header.label_names)]

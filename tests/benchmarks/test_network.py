@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks import inference, networks, sampling, training_step
-from edm2kit.models.edm2 import full_architecture
+from edm2kit.models import full_architecture
 from edm2kit.models.frozen import freeze_
 
 TINY = full_architecture(

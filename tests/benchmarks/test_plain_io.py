@@ -14,8 +14,8 @@ from edm2kit.metrics.detectors.dinov2 import DINOv2ViT
 from edm2kit.metrics.detectors.inception import InceptionV3
 from edm2kit.metrics.frechet import frechet_distance
 from edm2kit.metrics.moments import Moments
-from edm2kit.snapshots.file_format import Header, load_snapshot, read_header, save_snapshot
-from edm2kit.snapshots.weights import open_sources
+from edm2kit.snapshots.file_format import Header, read_header, save_snapshot
+from edm2kit.snapshots.loading import load_snapshot, open_sources
 from tests.support import inception_recipe
 from tests.support.fakes import tiny_snapshot
 

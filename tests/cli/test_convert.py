@@ -11,9 +11,9 @@ import torch
 from click.testing import CliRunner, Result
 
 from edm2kit.cli.convert import main
-from edm2kit.models.edm2 import Precond, full_architecture
-from edm2kit.snapshots.file_format import load_snapshot, read_header
-from edm2kit.snapshots.published import load_published
+from edm2kit.models import Precond, full_architecture
+from edm2kit.snapshots.file_format import read_header
+from edm2kit.snapshots.loading import load_snapshot
 from edm2kit.training.config import config_from_dict, preset_path, read_yaml
 from tests.support import fake_published, tiny
 from tests.support.fake_published import ARCHITECTURE
@@ -40,7 +40,7 @@ def run(*arguments: object) -> Result:
 def test_one_file(tmp_path):
     result = run("--source", DATA / "published_layout_rgb.pkl", "--dest", tmp_path / "a.safetensors")
     assert (result.exit_code, result.output) == (0, f"1 converted, 0 there already, in {tmp_path}\n")
-    ours, published = load_snapshot(tmp_path / "a.safetensors"), load_published(DATA / "published_layout_rgb.pkl")
+    ours, published = load_snapshot(tmp_path / "a.safetensors"), load_snapshot(DATA / "published_layout_rgb.pkl")
     assert all(torch.equal(a, b) for a, b in zip(ours.net.parameters(), published.net.parameters(), strict=True))
 
 
@@ -129,7 +129,6 @@ _MEASURE = """
 import re, sys
 from pathlib import Path
 from edm2kit.snapshots.published import convert_published
-from edm2kit.snapshots.file_format import build_network
 # ru_maxrss would still know of the process that started this one
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 convert_published(Path("tests/data/published_layout_rgb.pkl"), Path(sys.argv[2]))  # torch loads more at first use

@@ -7,7 +7,8 @@ import torch
 from click.testing import CliRunner
 
 from edm2kit.cli import distill, generate
-from edm2kit.snapshots.file_format import load_snapshot, read_header
+from edm2kit.snapshots.file_format import read_header
+from edm2kit.snapshots.loading import load_snapshot
 from edm2kit.torch_utils.rng import StackedGenerator
 from edm2kit.training import run as training_run
 from edm2kit.training.checkpoint import list_checkpoints

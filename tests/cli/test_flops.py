@@ -7,8 +7,8 @@ import torch
 from click.testing import CliRunner
 
 from edm2kit.cli import flops as count_flops
+from edm2kit.models import Precond, full_architecture
 from edm2kit.models.cost import evaluation_cost
-from edm2kit.models.edm2 import Precond, full_architecture
 from edm2kit.training.config import config_from_dict, preset_path, read_yaml
 from tests.support import tiny
 from tests.support.fakes import tiny_snapshot

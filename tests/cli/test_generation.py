@@ -11,7 +11,7 @@ from edm2kit.guidance.interval import GuidanceInterval
 from edm2kit.guidance.registry import Choice
 from edm2kit.models.edm2 import Precond
 from edm2kit.sampling.solvers import Sampler
-from edm2kit.snapshots.file_format import load_snapshot
+from edm2kit.snapshots.loading import load_snapshot
 from tests.support.fakes import tiny_snapshot
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ import torch
 from click.testing import CliRunner
 
 from edm2kit.cli import phema as reconstruct_phema
-from edm2kit.snapshots.file_format import load_snapshot, read_header, save_snapshot
+from edm2kit.snapshots.file_format import read_header, save_snapshot
+from edm2kit.snapshots.loading import load_snapshot
 from tests.support import runs, tiny
 from tests.support.runs import changed
 
@@ -146,7 +147,7 @@ def test_nothing_but_an_earlier_result_is_replaced(walk, folder, tmp_path):
         (["--outstd", "0.05,x"], 2, "'x' is not a number"),
         (["--outstd", "0.07", "--outkimg", "100"], 1, "no snapshot at --outkimg 100; the nearest are at 208, 224, 240"),
         (["--outstd", "0.07", "--outnimg", "256001"], 1, "no snapshot at 256001 images"),
-        (["--outstd", "0.07", "--instd", "0.2"], 1, "has the EMA length 0.2; there are: 0.05, 0.1"),
+        (["--outstd", "0.07", "--instd", "0.2"], 1, "has the EMA length 0.2; available: 0.05, 0.1"),
         (["--outstd", "0.07", "--batch", "0"], 2, "'--batch'"),
         (["--outstd", "0.07", "--indir", "nowhere"], 1, "nowhere: no such file or folder"),
         ([], 2, "'--outstd'"),
@@ -179,7 +180,7 @@ def test_damaged_inputs_are_named(walk, folder, tmp_path):
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[:-1])
     code, output = run(*common)
-    assert (code, output.count("\n"), f"{name} is not a whole snapshot" in output) == (1, 1, True)
+    assert (code, output.count("\n"), f"{name} is not a complete snapshot" in output) == (1, 1, True)
     (folder / name).write_bytes(whole[:-4] + b"\x00\x00\xc0\x7f")  # not a number
     code, output = run(*common)
     assert (code, f"Error: {name}: " in output) == (1, True)

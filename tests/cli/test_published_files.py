@@ -19,7 +19,7 @@ from edm2kit.metrics.detectors.registry import load_detector
 from edm2kit.metrics.reference import Reference, save_reference
 from edm2kit.metrics.scoring import image_statistics
 from edm2kit.models.edm2 import Precond
-from edm2kit.snapshots.file_format import load_snapshot
+from edm2kit.snapshots.loading import load_snapshot
 from tests.support import fake_published, tiny
 from tests.support.fake_published import ARCHITECTURE
 from tests.support.fake_server import FakeServer, serve

@@ -25,7 +25,8 @@ from edm2kit.metrics.reference import FeatureStatistics, Reference, save_referen
 from edm2kit.metrics.scoring import image_statistics, make_scorer
 from edm2kit.models.edm2 import Precond
 from edm2kit.sampling.solvers import Sampler
-from edm2kit.snapshots.file_format import load_snapshot, read_header, save_snapshot
+from edm2kit.snapshots.file_format import read_header, save_snapshot
+from edm2kit.snapshots.loading import load_snapshot
 from edm2kit.torch_utils.files import fetch
 from tests.support import tiny
 from tests.support.fake_server import FakeServer, serve

@@ -14,7 +14,8 @@ import yaml
 from click.testing import CliRunner, Result
 
 from edm2kit.cli import train
-from edm2kit.snapshots.file_format import load_snapshot, read_header
+from edm2kit.snapshots.file_format import read_header
+from edm2kit.snapshots.loading import load_snapshot
 from edm2kit.training import run as training_run
 from edm2kit.training.checkpoint import list_checkpoints
 from edm2kit.training.config import TrainConfig

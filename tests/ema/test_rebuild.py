@@ -12,8 +12,9 @@ import torch
 from edm2kit.ema.power_function import std_to_exp
 from edm2kit.ema.rebuild import plan_outputs, reconstruct, write_outputs
 from edm2kit.models.edm2 import Precond
-from edm2kit.snapshots.file_format import load_snapshot, read_header, snapshot_name
-from edm2kit.snapshots.weights import Weights, open_sources, open_weights
+from edm2kit.snapshots.file_format import read_header, snapshot_name
+from edm2kit.snapshots.loading import load_snapshot, open_sources, open_weights
+from edm2kit.snapshots.weights import Weights
 from tests.support import fake_published, golden, runs, tiny
 from tests.support.runs import STORED, Walk, changed, with_tensors
 
@@ -233,17 +234,17 @@ def test_times_and_lengths_out_of_reach_are_refused(walk):
 def test_folders_are_refused_with_a_reason(walk, tmp_path):
     with pytest.raises(ValueError, match="nowhere: no such file or folder"):
         open_sources([tmp_path / "nowhere"])
-    with pytest.raises(ValueError, match="no training snapshot in "):
+    with pytest.raises(ValueError, match="found no training snapshots in "):
         open_sources([tmp_path])
     runs.write(tmp_path, walk.snapshots[:4])
-    with pytest.raises(ValueError, match="a name that starts with 'other'"):
+    with pytest.raises(ValueError, match="names that start with 'other'"):
         open_sources([tmp_path], prefix="other")
     with pytest.raises(ValueError, match=r"has the EMA length 0\.2; there are: 0\.05, 0\.1"):
         open_sources([tmp_path], stds=[0.05, 0.2])
     assert {w.header.ema_std for w in open_sources([tmp_path], stds=[0.05])} == {0.05}
     whole = (tmp_path / walk.snapshots[0].name).read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"cut\.safetensors is not a whole snapshot"):
+    with pytest.raises(ValueError, match=r"cut\.safetensors is not a complete snapshot"):
         open_sources([tmp_path])
 
 
@@ -251,7 +252,7 @@ def test_file_cut_short_in_the_middle_of_a_run_is_named_and_nothing_written(walk
     inputs = open_sources([runs.write(tmp_path / "in", walk.snapshots[-4:])])
     outputs = plan_outputs(inputs, [0.07, 0.08])
     os.truncate(inputs[2].path, inputs[2].path.stat().st_size // 2)
-    with pytest.raises(ValueError, match=rf"{inputs[2].name} was cut short"):
+    with pytest.raises(ValueError, match=rf"{inputs[2].name} was truncated"):
         write_outputs(inputs, outputs, [tmp_path / "out" / "a", tmp_path / "out" / "b"])
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -268,7 +269,7 @@ def test_weights_open_without_being_read(walk, tmp_path):
 PEAK = """
 import resource, sys, torch
 from edm2kit.ema.rebuild import plan_outputs, write_outputs
-from edm2kit.snapshots.weights import open_sources
+from edm2kit.snapshots.loading import open_sources
 folder, count = sys.argv[1], int(sys.argv[2])
 inputs = open_sources([folder])[-count:]
 outputs = plan_outputs(inputs, [0.06, 0.07, 0.08, 0.09])

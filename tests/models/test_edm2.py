@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from edm2kit.models.edm2 import Precond, normalize_weights_
+from edm2kit.models import Precond, normalize_weights_
 from edm2kit.models.layers import MPConv, convolve, mp_cat, mp_silu, mp_sum, normalize
 from tests.support import golden
 from tests.support.memory import PeakBytes
@@ -70,7 +70,7 @@ def test_half_precision_stays_near_float32_and_returns_float32(dtype):
 
 def test_attention_maps_are_returned_and_do_not_change_the_output():
     net, x, labels = conditional_net()
-    names = net.unet.attention_blocks
+    names = net.attention_blocks
     assert names == ["enc.8x8_block0", "dec.8x8_in0", "dec.8x8_block0", "dec.8x8_block1"]
     with torch.no_grad():
         plain = net(x, 1.0, labels)

@@ -158,7 +158,7 @@ def test_a_frozen_network_cannot_be_taken_for_a_live_one():
     assert not any(name.endswith("weight") for name in frozen.state_dict())
     with pytest.raises(RuntimeError, match=r"Unexpected key|unexpected"):
         frozen.load_state_dict(live.state_dict())
-    with pytest.raises(ValueError, match="frozen already"):
+    with pytest.raises(ValueError, match="already frozen"):
         freeze_(frozen)
 
 

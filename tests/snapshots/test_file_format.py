@@ -8,15 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edm2kit.snapshots.file_format import (
-    Header,
-    SnapshotWriter,
-    is_published_pickle,
-    load_snapshot,
-    read_header,
-    save_snapshot,
-    snapshot_name,
-)
+from edm2kit.snapshots.file_format import Header, SnapshotWriter, read_header, save_snapshot, snapshot_name
+from edm2kit.snapshots.loading import load_snapshot
+from edm2kit.snapshots.published import is_published_pickle
 from tests.support import golden
 
 
@@ -78,7 +72,7 @@ def test_truncated_file_is_refused_by_name(net, header, tmp_path, keep):
     save_snapshot(tmp_path / "s", net.state_dict(), header)
     whole = (tmp_path / "s").read_bytes()
     (tmp_path / "s").write_bytes(whole[:keep])
-    with pytest.raises(ValueError, match=r"s is not a whole snapshot"):
+    with pytest.raises(ValueError, match=r"s is not a complete snapshot"):
         load_snapshot(tmp_path / "s")
 
 
@@ -91,7 +85,7 @@ def test_other_files_are_refused_with_a_reason(net, header, tmp_path):
     with pytest.raises(ValueError, match="not a snapshot of this project"):
         load_snapshot(tmp_path / "foreign")
     save_snapshot(tmp_path / "s", net.state_dict(), dataclasses.replace(header, format_version=99))
-    with pytest.raises(ValueError, match="newer than 1; update"):
+    with pytest.raises(ValueError, match="newer than 2; update"):
         load_snapshot(tmp_path / "s")
     wider = {**header.architecture, "model_channels": 16}
     save_snapshot(tmp_path / "s", net.state_dict(), dataclasses.replace(header, architecture=wider))
@@ -99,7 +93,7 @@ def test_other_files_are_refused_with_a_reason(net, header, tmp_path):
         load_snapshot(tmp_path / "s")
     strange = {**header.architecture, "wings": 2}
     save_snapshot(tmp_path / "s", net.state_dict(), dataclasses.replace(header, architecture=strange))
-    with pytest.raises(ValueError, match=r"does not fit this code.*wings"):
+    with pytest.raises(ValueError, match=r"cannot build its network: .*wings"):
         load_snapshot(tmp_path / "s")
 
 
@@ -119,7 +113,7 @@ def test_a_damaged_header_is_told(tmp_path, text, said):
 def test_an_architecture_that_is_none_is_told_with_the_file(net, header, tmp_path, change):
     crooked = {**header.architecture, "num_blocks": 1, "channel_mult": [1, 2], "attn_resolutions": [8], **change}
     save_snapshot(tmp_path / "s", net.state_dict(), dataclasses.replace(header, architecture=crooked))
-    with pytest.raises(ValueError, match=r"s: its architecture does not fit this code: .") as error:
+    with pytest.raises(ValueError, match=r"s: cannot build its network: .") as error:
         load_snapshot(tmp_path / "s")
     assert "\n" not in str(error.value)
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from edm2kit.models.edm2 import Precond
-from edm2kit.snapshots.file_format import load_snapshot, read_header
-from edm2kit.snapshots.published import convert_published, load_published, open_published, published_time
+from edm2kit.snapshots.file_format import read_header
+from edm2kit.snapshots.loading import load_snapshot, open_weights
+from edm2kit.snapshots.published import convert_published, published_time
 from edm2kit.snapshots.weights import WeightReader
 from tests.support import fake_published, golden
 from tests.support.fake_published import ARCHITECTURE, Persistent
@@ -31,7 +32,7 @@ def expected(kind: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 @pytest.mark.parametrize("kind", ["rgb", "vae"])
 def test_published_layout_gives_the_published_outputs(kind):
     inputs, output = expected(kind)
-    snapshot = load_published(golden.DATA / f"published_layout_{kind}.pkl")
+    snapshot = load_snapshot(golden.DATA / f"published_layout_{kind}.pkl")
     golden.assert_close(snapshot.net(**{"labels": None, **inputs}), output, 1e-5)
     assert not {"dnnlib", "torch_utils.persistence"} & set(sys.modules)
     assert not snapshot.net.training
@@ -48,7 +49,7 @@ def test_a_converted_snapshot_is_the_same_network(kind, tmp_path):
     header = convert_published(golden.DATA / f"published_layout_{kind}.pkl", tmp_path / "a.safetensors")
     snapshot = load_snapshot(tmp_path / "a.safetensors")
     golden.assert_close(snapshot.net(**{"labels": None, **inputs}), output, 1e-5)
-    original = load_published(golden.DATA / f"published_layout_{kind}.pkl")
+    original = load_snapshot(golden.DATA / f"published_layout_{kind}.pkl")
     assert snapshot.header == read_header(tmp_path / "a.safetensors") == original.header == header
     same = original.net.state_dict()
     assert all(torch.equal(value, same[name]) for name, value in snapshot.net.state_dict().items())
@@ -82,20 +83,20 @@ def test_the_rounding_of_names_is_undone_for_every_multiple_of_1024():
 
 def test_name_and_contents_fill_the_header(net, tmp_path):
     path = fake_published.write_snapshot(tmp_path / "edm2-img8-xxs-0134217-0.050.pkl", net, ARCHITECTURE)
-    header = open_published(path).header
+    header = open_weights(path).header
     assert (header.run_id, header.nimg, header.ema_std) == ("edm2-img8-xxs", 1 << 27, 0.050)
     assert header.architecture["model_channels"] == 8
     assert header.architecture["sigma_data"] == 0.5
     assert "use_fp16" not in header.architecture
     shutil.copy(path, tmp_path / "renamed.pkl")
-    assert open_published(tmp_path / "renamed.pkl").header.ema_std is None
+    assert open_weights(tmp_path / "renamed.pkl").header.ema_std is None
     shutil.copy(path, tmp_path / "network-snapshot-0000100-0.050.pkl")
-    assert open_published(tmp_path / "network-snapshot-0000100-0.050.pkl").header.run_id == ""
+    assert open_weights(tmp_path / "network-snapshot-0000100-0.050.pkl").header.run_id == ""
 
 
 def test_weights_stay_in_the_file_and_are_read_in_stretches(net, tmp_path):
     path = fake_published.write_snapshot(tmp_path / "a.pkl", net, ARCHITECTURE)
-    weights = open_published(path)
+    weights = open_weights(path)
     assert weights.tensors.keys() == net.state_dict().keys()
     with WeightReader(weights) as reader:
         for name, tensor in net.state_dict().items():
@@ -105,9 +106,9 @@ def test_weights_stay_in_the_file_and_are_read_in_stretches(net, tmp_path):
 def test_weights_in_another_memory_layout_are_the_same(net, tmp_path):
     turned = copy.deepcopy(net).to(memory_format=torch.channels_last)
     path = fake_published.write_snapshot(tmp_path / "a.pkl", turned, ARCHITECTURE)
-    state = load_published(path).net.state_dict()
+    state = load_snapshot(path).net.state_dict()
     assert all(torch.equal(state[name], tensor.float()) for name, tensor in net.state_dict().items())
-    with WeightReader(open_published(path)) as reader:
+    with WeightReader(open_weights(path)) as reader:
         name = "unet.enc.8x8_conv.weight"
         assert torch.equal(reader.read(name, 0, 288), net.state_dict()[name].flatten())
 
@@ -124,7 +125,7 @@ def test_other_dtypes_lose_nothing(net, tmp_path, dtype, stored):
 def test_buffers_that_a_state_dict_leaves_out_are_left_out(net, tmp_path):
     other = copy.deepcopy(net)
     other.unet.register_buffer("scratch", torch.zeros(3), persistent=False)
-    weights = open_published(fake_published.write_snapshot(tmp_path / "a.pkl", other, ARCHITECTURE))
+    weights = open_weights(fake_published.write_snapshot(tmp_path / "a.pkl", other, ARCHITECTURE))
     assert weights.tensors.keys() == net.state_dict().keys()
 
 
@@ -139,20 +140,20 @@ def without(name: str) -> dict:
 REFUSED = {
     "unknown argument": (change(use_flash=True), "unknown network argument 'use_flash'"),
     "missing argument": (without("label_dim"), "no argument 'label_dim'"),
-    "other width": (change(model_channels=16), r"weights do not fit the network's arguments \(first at '"),
+    "other width": (change(model_channels=16), r"weights do not fit the header's architecture \(first at '"),
     "more blocks": (change(num_blocks=2), "weights do not fit"),
     "endless blocks": (change(num_blocks=10**9), "the network's 'num_blocks' is 1000000000"),
     "endless blocks in levels": (change(num_blocks=60, channel_mult=[1] * 100), "asks for 6000 blocks"),
     "negative channels": (change(img_channels=-3), "'img_channels' is -3"),
     "negative widths": (change(channel_mult=[1, -2]), r"'channel_mult' is \[1, -2\]"),
-    "heads of no channels": (change(channels_per_head=0), "channels_per_head=0"),
+    "heads of no channels": (change(channels_per_head=0), "channels_per_head to be a divisor of 16; got 0"),
     "a text for a number": (change(model_channels="8\n8"), r"'model_channels' is '8\\n8'"),
     "a dictionary for a number": (change(channel_mult={}), "'channel_mult' is {}"),
     "not a number": (change(sigma_data=math.nan), "'sigma_data' is nan"),
     "no ema": ({"ema": None}, "ema or encoder is not an object|'ema' is not a module"),
     "ema of another kind": ({"ema": Persistent("Precond", {})}, "'ema' has no _parameters"),
     "unknown encoder": ({"encoder": Persistent("Other\nEncoder", {})}, r"unknown encoder 'Other\\nEncoder'"),
-    "unnamed arguments": ({"encoder": Persistent("StandardRGBEncoder", {"_init_args": (1,)})}, "unnamed arguments"),
+    "unnamed arguments": ({"encoder": Persistent("StandardRGBEncoder", {"_init_args": (1,)})}, "positional arguments"),
     "another VAE": (
         {"encoder": Persistent("StabilityVAEEncoder", {"_init_kwargs": {"vae_name": "evil/vae"}})},
         "its VAE is 'evil/vae'",
@@ -189,7 +190,7 @@ REFUSED = {
 def test_what_does_not_fit_is_refused_in_one_line(net, tmp_path, case):
     changes, said = REFUSED[case]
     path = fake_published.write_snapshot(tmp_path / "a.pkl", net, **{"arguments": ARCHITECTURE, **changes})
-    for refuse in (load_published, lambda path: convert_published(path, tmp_path / "out.safetensors")):
+    for refuse in (load_snapshot, lambda path: convert_published(path, tmp_path / "out.safetensors")):
         with pytest.raises(ValueError, match=said) as error:
             refuse(path)
         assert str(error.value).isprintable()
@@ -201,7 +202,7 @@ def test_what_does_not_fit_is_refused_in_one_line(net, tmp_path, case):
 def test_statistics_are_no_snapshot(tmp_path):
     path = fake_published.write_pickle(tmp_path / "ref.pkl", {"num_images": 7, "fid": {"mu": np.zeros(3)}})
     with pytest.raises(ValueError, match="not a published snapshot: a snapshot has the entries ema and encoder"):
-        load_published(path)
+        load_snapshot(path)
 
 
 def test_a_small_file_is_no_large_network(net, tmp_path):
@@ -210,4 +211,4 @@ def test_a_small_file_is_no_large_network(net, tmp_path):
     shared.unet.dec = torch.nn.ModuleDict({f"{k}": shared.unet.enc for k in range(50)})
     path = fake_published.write_snapshot(tmp_path / "a.pkl", shared, ARCHITECTURE)
     with pytest.raises(ValueError, match="its weights are larger than the file"):
-        load_published(path)
+        load_snapshot(path)

@@ -9,7 +9,8 @@ import yaml
 from click.testing import CliRunner, Result
 
 from edm2kit.cli import train
-from edm2kit.snapshots.file_format import load_snapshot, read_header
+from edm2kit.snapshots.file_format import read_header
+from edm2kit.snapshots.loading import load_snapshot
 from edm2kit.training.checkpoint import list_checkpoints
 from tests.support import DATA, tiny
 from tests.support.fakes import tiny_snapshot

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from edm2kit.models.edm2 import Precond, full_architecture
+from edm2kit.models import Precond, full_architecture
 from edm2kit.training.config import TrainConfig
 from edm2kit.training.forecast import Forecast, activation_bytes, make_forecast, shares
 from edm2kit.training.loss import EDM2Loss

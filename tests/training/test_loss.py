@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from edm2kit.ema.tracking import PowerFunctionEMA
-from edm2kit.models.edm2 import normalize_weights_
+from edm2kit.models import normalize_weights_
 from edm2kit.torch_utils.rng import StackedGenerator
 from edm2kit.training.learning_rate import learning_rate
 from edm2kit.training.loss import EDM2Loss

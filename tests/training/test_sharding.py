@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from edm2kit.cli import train
-from edm2kit.snapshots.file_format import load_snapshot
+from edm2kit.snapshots.loading import load_snapshot
 from edm2kit.training.checkpoint import list_checkpoints
 from edm2kit.training.loss import EDM2Loss
 from tests.support import golden, tiny

@@ -12,8 +12,8 @@ from edm2kit.cli.presets import load_presets
 from edm2kit.ema.power_function import profile_fit, solve_posthoc_coefficients
 from edm2kit.ema.rebuild import plan_outputs, write_outputs
 from edm2kit.snapshots.file_format import read_header
+from edm2kit.snapshots.loading import open_weights
 from edm2kit.snapshots.published import published_time
-from edm2kit.snapshots.weights import open_weights
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import fetch
 from edm2kit.training.config import read_yaml

@@ -14,12 +14,12 @@ from edm2kit.experiments.paper_tables.networks import PublishedNetwork
 from edm2kit.experiments.paper_tables.tables import Cell, ReferenceSet
 from edm2kit.guidance.registry import Parts, guide
 from edm2kit.metrics.detectors.registry import DETECTORS
+from edm2kit.models import Precond, full_architecture
 from edm2kit.models.cost import Cost, evaluation_cost
-from edm2kit.models.edm2 import Precond, full_architecture
 from edm2kit.models.frozen import freeze_
 from edm2kit.models.vae import PINNED_REVISIONS, STABILITY_VAE, VAE_FILES
 from edm2kit.sampling.solvers import Sampler
-from edm2kit.snapshots.weights import open_weights
+from edm2kit.snapshots.loading import open_weights
 from edm2kit.torch_utils.files import cached, pinned
 from edm2kit.torch_utils.precision import PRECISIONS
 from edm2kit.torch_utils.rng import StackedGenerator

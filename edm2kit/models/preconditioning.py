@@ -1,0 +1,189 @@
+"""EDM2's preconditioning: a denoiser D(x; sigma, labels) around any raw network F (Karras et al. 2022, Table 1)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from edm2kit.conditions import ConditionLike, condition_tensor
+from edm2kit.denoiser import AttentionRole
+from edm2kit.models.layers import MPConv, MPFourier
+
+# (q, k, v), each [N, heads, H*W, C/heads] -> the output of attention, same shape
+AttentionEdit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# noise embedding [N, E] -> noise embedding
+EmbeddingEdit = Callable[[torch.Tensor], torch.Tensor]
+# (block name, activations [N, C, H, W]) -> activations, in place of the block's own dropout
+DropoutEdit = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Edits:
+    """What one call changes or reads inside the network; `maps` collects the attention maps to return."""
+
+    attention: Mapping[str, AttentionEdit] = field(default_factory=dict)
+    embedding: EmbeddingEdit | None = None
+    dropout: DropoutEdit | None = None
+    return_attention: Sequence[str] = ()
+    maps: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.attention or self.embedding or self.dropout or self.return_attention)
+
+
+class RawNetwork(nn.Module):
+    """Base class of the raw network F, which `Preconditioner` turns into a denoiser.
+
+    `forward(x, c_noise, labels, edits)`: `x` [N, C, H, W] with unit variance, in the dtype to compute in; `c_noise`
+    float32 [N]; `labels` float32 [N, label_dim], or None for an unconditional network; returns F, shaped as `x`.
+
+    Memory: if `recompute` is set, a gradient by `x` outside of training stores no activations of `blocks` and computes
+    them again in the backward pass; `recompute_in_training` does the same in training. Results are the same bits.
+    """
+
+    supported_edits: frozenset[str] = frozenset()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recompute = True
+        self.recompute_in_training = False
+
+    @property
+    def attention_roles(self) -> Mapping[str, AttentionRole]:
+        """Role of each block that has attention, by name, in the order of computation."""
+        return {}
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The modules that are recomputed one at a time; empty if this network cannot recompute."""
+        return []
+
+    def recomputes(self, x: torch.Tensor, edits: Edits) -> bool:
+        """Whether a forward pass with input `x` should store no activations of its blocks."""
+        # an edit that draws random numbers or collects maps must run once only
+        if not torch.is_grad_enabled() or edits.dropout or edits.return_attention:
+            return False
+        return self.recompute_in_training if self.training else self.recompute and x.requires_grad
+
+
+class Preconditioner(nn.Module):
+    """The denoiser D(x; sigma, labels) around a raw network (EDM Table 1), with the uncertainty head of EDM2 Eq. 21.
+
+    `raw` is the network F, stored under `raw_name` (the prefix of its weights in the state dict); `img_resolution` in
+    pixels; `label_dim` is the number of classes or the length of label vectors, 0 if unconditional; `sigma_data` is
+    the standard deviation of the data; `logvar_channels` the width of the uncertainty head.
+
+    `compute_dtype` (an attribute) is the dtype inside F; everything outside stays float32.
+    """
+
+    def __init__(
+        self,
+        raw: RawNetwork,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int,
+        sigma_data: float = 0.5,
+        logvar_channels: int = 128,
+        *,
+        raw_name: str = "raw_network",
+    ):
+        super().__init__()
+        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+        self.sigma_data = sigma_data
+        self.compute_dtype = torch.float32
+        self._raw_name = raw_name
+        self.add_module(raw_name, raw)
+        self.logvar_fourier = MPFourier(logvar_channels)
+        self.logvar_linear = MPConv(logvar_channels, 1, [])
+
+    @property
+    def raw(self) -> Any:
+        """The raw network F."""
+        return getattr(self, self._raw_name)
+
+    @property
+    def attention_roles(self) -> Mapping[str, AttentionRole]:
+        """Role of each block that has attention, by the names that `attention` and `return_attention` take."""
+        return self.raw.attention_roles
+
+    @property
+    def attention_blocks(self) -> list[str]:
+        """Names of the blocks that have attention, in the order of computation."""
+        return list(self.raw.attention_roles)
+
+    @property
+    def supported_edits(self) -> frozenset[str]:
+        """Which of the keyword arguments of a call this network takes."""
+        return self.raw.supported_edits
+
+    def recompute_in_training_(self) -> None:
+        """From now on, store no activations in training; raises ValueError if the network cannot do that."""
+        if not self.raw.blocks:
+            raise ValueError(f"a {type(self.raw).__name__} cannot recompute activations; train without --recompute")
+        self.raw.recompute_in_training = True
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor | float,
+        labels: ConditionLike = None,
+        return_logvar: bool = False,
+        *,
+        attention: Mapping[str, AttentionEdit] | None = None,
+        embedding: EmbeddingEdit | None = None,
+        dropout: DropoutEdit | None = None,
+        return_attention: Sequence[str] = (),
+    ) -> Any:
+        """Estimate the clean image.
+
+        `x` [N, C, H, W]; `sigma` [N] or a scalar; `labels` [N, label_dim] or a `Condition`, None for the zero vector,
+        ignored by an unconditional network. `attention` maps block names (see `attention_roles`) to functions that
+        replace their attention; `embedding` changes the noise embedding [N, E] before labels join it; `dropout`
+        replaces dropout in every block, also in eval mode.
+
+        Returns D, float32, shaped as `x`. With `return_logvar`, the log-variance [N, 1, 1, 1] follows; with
+        `return_attention`, a dict of softmax attention maps [N, heads, H*W, H*W] of these blocks. Raises ValueError
+        for a block without attention, for an edit outside `supported_edits`, and for labels of another shape.
+        """
+        edits = Edits(attention or {}, embedding, dropout, return_attention)
+        if edits:
+            self._check(edits)
+        x = x.float()
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
+        s = sigma.reshape(-1, 1, 1, 1)
+        c_skip = self.sigma_data**2 / (s**2 + self.sigma_data**2)
+        c_out = s * self.sigma_data / (s**2 + self.sigma_data**2).sqrt()
+        c_in = 1 / (self.sigma_data**2 + s**2).sqrt()
+        c_noise = sigma.log() / 4
+        # a compiled network (`edm2kit.models.frozen.compile_`) knows neither edits nor gradients
+        raw = self.raw.forward if edits or x.requires_grad else self.raw
+        f = raw((c_in * x).to(self.compute_dtype), c_noise, self._labels(x, labels), edits)
+        outputs: list[Any] = [c_skip * x + c_out * f.float()]
+        if return_logvar:
+            outputs.append(self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1))
+        if return_attention:
+            outputs.append(edits.maps)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _labels(self, x: torch.Tensor, condition: ConditionLike) -> torch.Tensor | None:
+        if not self.label_dim:
+            return None
+        labels = condition_tensor(condition)
+        if labels is None:
+            return torch.zeros(x.shape[0], self.label_dim, device=x.device)
+        if labels.shape != (x.shape[0], self.label_dim):
+            raise ValueError(f"labels have shape {list(labels.shape)}; expected [{x.shape[0]}, {self.label_dim}]")
+        return labels.float()
+
+    def _check(self, edits: Edits) -> None:
+        for name in ("attention", "embedding", "dropout", "return_attention"):
+            if getattr(edits, name) and name not in self.supported_edits:
+                kind = type(self.raw).__name__
+                takes = ", ".join(sorted(self.supported_edits)) or "none"
+                raise ValueError(f"a {kind} network does not support the edit {name!r}; it supports: {takes}")
+        roles = self.attention_roles
+        for block in (*edits.attention, *edits.return_attention):
+            if block not in roles:
+                raise ValueError(f"no attention in a block called {block!r}; blocks with attention: {', '.join(roles)}")
