@@ -8,7 +8,7 @@ import click
 
 from edm2kit.cli import click_types as cli
 from edm2kit.experiments.paper_tables import report as reports
-from edm2kit.experiments.paper_tables.networks import snapshot_of
+from edm2kit.experiments.paper_tables.networks import PublishedNetwork, snapshot_of
 from edm2kit.experiments.paper_tables.plan import CellCost, NeededFile, cell_cost, measure_flops, other_files
 from edm2kit.experiments.paper_tables.run import MeasureOptions, measure_cell
 from edm2kit.experiments.paper_tables.tables import load_table, table_names
@@ -172,16 +172,18 @@ def download(table: str, rows: Sequence[str] | None, metrics: Sequence[str] | No
     networks = {network.name: network for cell in cells for network in cell.networks}
     folder = _folder(outdir, loaded.name) / "networks"
     urls = list(dict.fromkeys(url for cell in cells for url in other_files(cell)))
+    sources: list[str | PublishedNetwork] = [*urls, *networks.values()]
     failures = 0
-    for source in [*urls, *networks.values()]:
+    for source in sources:
         try:
             click.echo(fetch(source) if isinstance(source, str) else snapshot_of(source, folder))
         except (ValueError, OSError) as error:
             failures += 1
             click.echo(f"Error: {error}", err=True)
     if failures:
-        total = len(urls) + len(networks)
-        raise ValueError(f"{failures} of {total} downloads failed, see above. Run the same command to try them again")
+        raise ValueError(
+            f"{failures} of {len(sources)} downloads failed, see above. Run the same command to try them again"
+        )
 
 
 @main.command()

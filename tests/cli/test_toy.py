@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from edm2kit.cli.toy import main
 from edm2kit.experiments.toy import evaluation, page, report
 from edm2kit.experiments.toy.measures import MEASURES
-from edm2kit.experiments.toy.methods import METHODS, Nets
+from edm2kit.experiments.toy.methods import TOY_METHODS, Nets
 from edm2kit.experiments.toy.model import ToyNet
 from edm2kit.experiments.toy.training import RECIPES, network_path, save_network
 from tests.support.fakes import Gaussian
@@ -28,21 +28,24 @@ def run(*arguments: object):
 
 
 @pytest.fixture
-def outdir(tmp_path, monkeypatch):
+def outdir(tmp_path):
     """Untrained networks of two seeds, and few methods to compare."""
-    for name in set(METHODS) - {"autoguidance", "cfg", "truncation"}:
-        monkeypatch.delitem(METHODS, name)
+    everything = dict(TOY_METHODS)
+    for name in set(everything) - {"autoguidance", "cfg", "truncation"}:
+        del TOY_METHODS[name]
     for seed in range(2):
         torch.manual_seed(seed)
         for role, recipe in RECIPES.items():
             save_network(network_path(tmp_path, role, seed), ToyNet(recipe.width), recipe, seed)
-    return tmp_path
+    yield tmp_path
+    TOY_METHODS.clear()  # the order matters too: it is that of the tables
+    TOY_METHODS.update(everything)
 
 
 @pytest.fixture(scope="module")
 def record():
     """A record of made-up numbers: measure number k of seed s is k + s / 10."""
-    rows = [("truth", 1.0), ("unguided", 1.0)] + [(name, w) for name, m in METHODS.items() for w in m.weights]
+    rows = [("truth", 1.0), ("unguided", 1.0)] + [(name, w) for name, m in TOY_METHODS.items() for w in m.weights]
     return {
         "command": "toy_example.py evaluate",
         "elapsed_sec": 90.0,
@@ -69,7 +72,7 @@ def test_evaluate_writes_a_record_with_its_origin_and_a_row_for_everything(outdi
     found = evaluation.load_record(outdir)
     assert found["training_seeds"] == [0, 1]
     assert set(found["provenance"]) >= {"commit", "hardware", "torch"}
-    curves = [(name, weight) for name, method in METHODS.items() for weight in method.weights]
+    curves = [(name, weight) for name, method in TOY_METHODS.items() for weight in method.weights]
     for seed in range(2):
         rows = [row for row in found["rows"] if row["seed"] == seed]
         assert [(row["method"], row["weight"]) for row in rows] == [("truth", 1.0), ("unguided", 1.0), *curves]
@@ -97,7 +100,7 @@ def test_tables_show_mean_and_spread(record):
 
 def test_the_document_s_parts_show_every_method(record):
     parts = report.document_parts(record)
-    assert all(f"| {method.title} |" in parts["every weight"] for method in METHODS.values())
+    assert all(f"| {method.title} |" in parts["every weight"] for method in TOY_METHODS.values())
     assert "Mean and standard deviation over 2 training seeds, 64 samples each" in parts["highlights"]
     assert "`toy_example.py evaluate` in 2 minutes" in parts["origin"]
 
@@ -148,7 +151,7 @@ def data_of(path: Path) -> dict:
 def test_the_page_holds_all_it_needs(slider_page):
     text, data = slider_page.read_text(encoding="utf-8"), data_of(slider_page)
     assert not re.search(r"https?://|<link|src=|@import|url\(", text)
-    assert list(data["methods"]) == list(METHODS)
+    assert list(data["methods"]) == list(TOY_METHODS)
     for one in data["methods"].values():
         assert one["weights"][0] == 1
         assert len(one["weights"]) == len(one["stops"])
@@ -166,8 +169,8 @@ def test_a_browser_shows_the_page_and_moves_the_slider(slider_page, tmp_path):
         return re.search(r'<p id="status"[^>]*>(.*?)</p>', done.stdout)[1]
 
     data = data_of(slider_page)["methods"]["cfg"]
-    assert shown(slider_page).startswith(f"{METHODS['autoguidance'].title}, w = 1: ")
-    at_four = f"{METHODS['cfg'].title}, w = 4: {100 * data['stops'][-1]['measured']['outside']:.1f}% of the samples"
+    assert shown(slider_page).startswith(f"{TOY_METHODS['autoguidance'].title}, w = 1: ")
+    at_four = f"{TOY_METHODS['cfg'].title}, w = 4: {100 * data['stops'][-1]['measured']['outside']:.1f}% of the samples"
     assert shown(slider_page, "#method=cfg&w=4").startswith(at_four)
     moved = tmp_path / "moved.html"
     script = """<script>
@@ -196,8 +199,8 @@ def told_in_one_line(result) -> str:
 @pytest.mark.parametrize(
     ("arguments", "wrong"),
     [
-        (["plot"], "no such network; train it with"),
-        (["publish"], "no such record; make it with"),
+        (["plot"], "does not exist. Run `toy_example.py train"),
+        (["publish"], "does not exist. Run `toy_example.py evaluate"),
         (["all", "--samples", 1000], "1000 samples are too few to tell a lost branch from chance"),
     ],
 )
@@ -209,7 +212,7 @@ def test_what_is_missing_or_too_little_is_told_in_one_line(tmp_path, arguments, 
 def test_a_damaged_network_is_told_before_another_is_trained(outdir):
     network_path(outdir, "main", 0).unlink()
     network_path(outdir, "both", 1).write_bytes(b"")
-    assert "both-seed1.safetensors is not a whole network file" in told_in_one_line(
+    assert "both-seed1.safetensors is not a complete network file" in told_in_one_line(
         run("train", "--outdir", outdir, "--seeds", "0-1")
     )
 
@@ -218,7 +221,7 @@ def test_pictures_without_matplotlib_are_refused_before_training(tmp_path, monke
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
     for command in ("plot", "evaluate", "all"):
-        assert "the pictures need matplotlib: pip install" in told_in_one_line(run(command, "--outdir", tmp_path))
+        assert "the figures need matplotlib. Run: pip install" in told_in_one_line(run(command, "--outdir", tmp_path))
     assert not list(tmp_path.iterdir())
 
 
@@ -226,4 +229,4 @@ def test_a_damaged_record_is_told(tmp_path, record):
     evaluation.save_record(tmp_path, record)
     path = tmp_path / evaluation.RECORD_NAME
     path.write_bytes(path.read_bytes()[:-100])
-    assert "evaluation.json is not whole JSON" in told_in_one_line(run("publish", "--outdir", tmp_path))
+    assert "evaluation.json is not complete JSON" in told_in_one_line(run("publish", "--outdir", tmp_path))

@@ -128,7 +128,8 @@ def count_evaluations(cell: Cell, sampler: Sampler) -> tuple[float, float]:
     Raises ValueError if the guidance method refuses its settings.
     """
     counters = [CallCounter(_architecture(network, cell.dataset)) for network in cell.networks]
-    denoiser = for_images(guide(cell.guidance, Parts(*counters)), StackedGenerator(torch.device("cpu"), [0]))
+    parts = Parts(counters[0], counters[1] if len(counters) > 1 else None)
+    denoiser = for_images(guide(cell.guidance, parts), StackedGenerator(torch.device("cpu"), [0]))
     shape = (1, cell.dataset.img_channels, cell.dataset.img_resolution, cell.dataset.img_resolution)
     labels = torch.eye(1, counters[0].label_dim) if counters[0].label_dim else None
     sampler(denoiser, torch.zeros(shape), labels)

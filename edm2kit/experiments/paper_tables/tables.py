@@ -75,7 +75,7 @@ class Table:
         Raises ValueError if the table has no row of a name, or if no cell is left.
         """
         by_name = {row.name: row for row in self.rows}
-        picked = []
+        picked: list[Cell] = []
         for name in rows or by_name:
             if name not in by_name:
                 raise ValueError(f"table {self.name} has no row {name!r}{nearest(name, list(by_name))}")

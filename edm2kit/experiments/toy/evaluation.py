@@ -1,11 +1,12 @@
-"""The comparison of all methods over training seeds, as a record that tables and pictures are made from."""
+"""All methods measured over training seeds, as a record from which tables and figures are made."""
 
 import json
 import math
+import shlex
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from edm2kit.experiments.toy.measures import MEASURES, Yardstick
-from edm2kit.experiments.toy.methods import METHODS, NUM_STEPS, SIGMA_MAX, load_nets, sample, start
+from edm2kit.experiments.toy.methods import NUM_STEPS, SIGMA_MAX, TOY_METHODS, load_nets, sample, start
 from edm2kit.experiments.toy.mixture import Mixture
 from edm2kit.experiments.toy.tree import components
 from edm2kit.torch_utils.dist import print0
@@ -26,19 +27,19 @@ TRUTH, UNGUIDED = "truth", "unguided"
 
 
 def check_num_samples(num: int) -> None:
-    """Raises ValueError for so few samples that a branch may well get none of the exact distribution's."""
+    """Raises ValueError for so few samples that even the exact distribution could leave a branch empty."""
     enough = math.ceil(1 / components("A").branch_mass.min())
     if num < enough:
         raise ValueError(
-            f"{num} samples are too few to tell a lost branch from chance: the thinnest one expects "
-            f"{num / enough:.2g} of them; give --samples {enough} or more"
+            f"{num} samples are too few to tell a lost branch from chance: the thinnest branch gets "
+            f"{num / enough:.2g} of them on average. Use --samples {enough} or more"
         )
 
 
 def evaluate(outdir: Path, seeds: Sequence[int], num: int, compiled: bool) -> dict[str, Any]:
     """The MEASURES of `num` samples of every method at every weight, for the networks of each training seed.
 
-    Seed s also decides the samples' starting points. Raises ValueError where a network is missing, and for too few
+    The training seed also decides the starting points. Raises ValueError if a network is missing, and for too few
     samples.
     """
     check_num_samples(num)
@@ -48,7 +49,7 @@ def evaluate(outdir: Path, seeds: Sequence[int], num: int, compiled: bool) -> di
         rows += _rows_of_seed(outdir, seed, num, compiled)
         print0(f"Evaluated training seed {seed}: {len(rows)} rows in {time.monotonic() - began:.0f} s")
     return {
-        "command": " ".join(Path(word).name if word == sys.argv[0] else word for word in sys.argv),
+        "command": shlex.join(["python", "scripts/toy_example.py", *sys.argv[1:]]),
         "elapsed_sec": round(time.monotonic() - began, 1),
         "provenance": provenance(),
         "training_seeds": list(seeds),
@@ -68,7 +69,7 @@ def _rows_of_seed(outdir: Path, seed: int, num: int, compiled: bool) -> list[dic
         {"method": TRUTH, "weight": 1.0, "seed": seed, **yardstick.measure(exact)},
         {"method": UNGUIDED, "weight": 1.0, "seed": seed, **yardstick.measure(sample(nets.main, noise))},
     ]
-    for name, method in METHODS.items():
+    for name, method in TOY_METHODS.items():
         for weight in method.weights:
             x = sample(method.denoiser(nets, weight), noise)
             rows.append({"method": name, "weight": weight, "seed": seed, **yardstick.measure(x)})
@@ -76,7 +77,7 @@ def _rows_of_seed(outdir: Path, seed: int, num: int, compiled: bool) -> list[dic
 
 
 def save_record(outdir: Path, record: dict[str, Any]) -> None:
-    """Write the record, a row a line."""
+    """Write the record with one line per row."""
     head = json.dumps({**record, "rows": []}, indent=2).rstrip()
     body = ",\n".join(f"    {json.dumps(row)}" for row in record["rows"])
     with atomic_write(outdir / RECORD_NAME, "w") as file:
@@ -84,14 +85,14 @@ def save_record(outdir: Path, record: dict[str, Any]) -> None:
 
 
 def load_record(outdir: Path) -> dict[str, Any]:
-    """The record in `outdir`; raises ValueError where there is none, or only a damaged one."""
+    """The record in `outdir`. Raises ValueError if it is missing or damaged."""
     path = outdir / RECORD_NAME
     if not path.is_file():
-        raise ValueError(f"{path}: no such record; make it with `toy_example.py evaluate --outdir {outdir}` first")
+        raise ValueError(f"{path} does not exist. Run `toy_example.py evaluate --outdir {outdir}` first")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not whole JSON ({error}); delete it and evaluate again") from error
+        raise ValueError(f"{path} is not complete JSON ({error}). Delete it and evaluate again") from error
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,17 @@ class Spread:
     std: float
 
 
-def summary(record: dict[str, Any], method: str, weight: float) -> dict[str, Spread]:
-    """Each of MEASURES over the training seeds, for one method at one weight; raises ValueError where none was."""
+def summary(record: Mapping[str, Any], method: str, weight: float) -> dict[str, Spread]:
+    """Each of MEASURES over the training seeds, for one method at one weight.
+
+    Raises ValueError if the record does not have them.
+    """
     rows = [row for row in record["rows"] if row["method"] == method and row["weight"] == weight]
     if not rows:
-        raise ValueError(f"the record has no row of {method} at weight {weight:g}; evaluate again")
-    columns = {name: [row[name] for row in rows] for name in MEASURES}
-    return {
-        name: Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
-        for name, values in columns.items()
-    }
+        raise ValueError(f"the record has no row of {method} at weight {weight:g}. Evaluate again")
+    found = {}
+    for name in MEASURES:
+        values = [row[name] for row in rows]
+        std = statistics.stdev(values) if len(values) > 1 else 0.0
+        found[name] = Spread(statistics.fmean(values), std)
+    return found

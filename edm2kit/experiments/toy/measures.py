@@ -1,4 +1,4 @@
-"""What is measured of a set of samples, against the exact distribution of class A."""
+"""Measures of a set of samples against the exact distribution of class A."""
 
 import math
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Yardstick:
-    """The exact distribution, with what has to be drawn from it once.
+    """The exact distribution, with what is sampled from it once.
 
-    `level` is the log-density that 99% of the distribution lies above; `reference` are exact samples [N,2], as many
-    as the sets to be measured have.
+    `level` is the log-density that 99% of the distribution exceeds; `reference` are exact samples [N,2], as many as
+    in the sets that are measured.
     """
 
     truth: Mixture
@@ -35,7 +35,7 @@ class Yardstick:
 
     @classmethod
     def of(cls, truth: Mixture, num: int, seed: int) -> "Yardstick":
-        """For sets of `num` samples; `seed` decides what is drawn."""
+        """The yardstick for sets of `num` samples; `seed` decides the exact samples."""
         generator = torch.Generator().manual_seed(derive_seed(seed, "toy yardstick"))
         level = truth.logp(truth.sample(_LEVEL_SAMPLES, generator)).quantile(0.01).item()
         return cls(truth, level, truth.sample(num, generator))
@@ -44,8 +44,8 @@ class Yardstick:
         """The MEASURES of the samples `x` [N,2].
 
         - outside: share of the samples whose exact density is below the 99% level.
-        - mean_log_density: their mean exact log-density (nats), minus the cross-entropy.
-        - lost_mass: true mass of the branches that got less than half of theirs.
+        - mean_log_density: their mean exact log-density (nats), which is minus the cross-entropy.
+        - lost_mass: true mass of the branches that got less than half of their share.
         - branches_held: share of the branches that got half of their true mass or more.
         - sliced_wasserstein: distance to exact samples, 2-Wasserstein over 128 directions.
         """
@@ -63,7 +63,7 @@ class Yardstick:
 
 
 def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor) -> float:
-    """2-Wasserstein distance of two equally large sets of points [N,2], root mean square over directions."""
+    """Sliced 2-Wasserstein distance of two equally large sets of points [N,2]: root mean square over directions."""
     if a.shape != b.shape:
         raise ValueError(f"the sets have shapes {list(a.shape)} and {list(b.shape)}; expected equally many points")
     angle = torch.arange(_PROJECTIONS) * (math.pi / _PROJECTIONS)

@@ -1,4 +1,4 @@
-"""The ways to guide that the toy compares, and sampling with them."""
+"""The guidance methods that the toy compares, and sampling with them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,16 +29,16 @@ class Nets:
 
 
 def load_nets(outdir: Path, seed: int, compiled: bool = False) -> Nets:
-    """The three trained networks, by torch.compile if `compiled`; raises ValueError where one is missing."""
+    """The three trained networks, sped up by torch.compile if `compiled`. Raises ValueError if one is missing."""
     return Nets(**{role: ScoreDenoiser(fast_score(load_network(outdir, role, seed), compiled)) for role in RECIPES})
 
 
 @dataclass(frozen=True)
-class Method:
-    """One curve of the comparison: `choice` names a method of guidance/, `parts` gives it its networks.
+class ToyMethod:
+    """One curve of the comparison: `choice` is a method of edm2kit.guidance, `parts` selects its networks.
 
-    `weights` are those measured, all but 1, which is no guidance at all; `figure_weight` the one that the paper shows,
-    or None.
+    `weights` are those measured, without 1, which is no guidance; `figure_weight` is the one in the paper's figure, if
+    any.
     """
 
     title: str
@@ -52,51 +52,55 @@ class Method:
         return guide(replace(self.choice, weight=weight), self.parts(nets))
 
 
-def _auto(nets: Nets) -> Parts:
+def _autoguidance_parts(nets: Nets) -> Parts:
     return Parts(nets.main, nets.guide)
 
 
-def _cfg(nets: Nets) -> Parts:
+def _cfg_parts(nets: Nets) -> Parts:
     return Parts(nets.main, nets.both)
 
 
-def _both(nets: Nets) -> Parts:
+def _all_parts(nets: Nets) -> Parts:
     return Parts(nets.main, nets.guide, uncond=nets.both)
 
 
-def _alone(nets: Nets) -> Parts:
+def _main_alone(nets: Nets) -> Parts:
     return Parts(nets.main)
 
 
 _WEIGHTS, _FEW_WEIGHTS = (1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0), (1.5, 2.0, 3.0, 4.0)
 _TRUNCATION_WEIGHTS = (1.02, 1.05, 1.1, 1.2, 1.4)
-_INTERVAL = (0.0, 0.3)  # the later half of the steps: each sample is on its branch, or beside it
+_INTERVAL = (0.0, 0.3)  # the later half of the steps, when each sample is on its branch or next to it
 _NOISE = {"input_noise_delta": 0.2}
 
-# What looks inside a network (attention), at labels or at the statistics of an image has nothing to act on here.
-METHODS = {
-    "autoguidance": Method("Autoguidance", Choice("pair"), _auto, _WEIGHTS, 3.0),
-    "cfg": Method("Classifier-free guidance", Choice("pair"), _cfg, _WEIGHTS, 4.0),
-    "mixed": Method("CFG and autoguidance, half each", Choice("mixed"), _both, _FEW_WEIGHTS),
-    "cfg-apg": Method("CFG, projected (APG)", Choice("pair", rule="apg"), _cfg, _FEW_WEIGHTS),
-    "cfg-interval": Method("CFG at low noise", Choice("pair", interval=_INTERVAL), _cfg, _FEW_WEIGHTS),
-    "auto-interval": Method("Autoguidance at low noise", Choice("pair", interval=_INTERVAL), _auto, _FEW_WEIGHTS),
-    "input-noise": Method("Away from noisier input", Choice("input-noise", options=_NOISE), _alone, _FEW_WEIGHTS),
-    "truncation": Method("Naive truncation", Choice("truncation"), _alone, _TRUNCATION_WEIGHTS, 1.4),
+# Methods that need attention, labels or the statistics of an image cannot act on the toy's networks.
+TOY_METHODS = {
+    "autoguidance": ToyMethod("Autoguidance", Choice("pair"), _autoguidance_parts, _WEIGHTS, 3.0),
+    "cfg": ToyMethod("Classifier-free guidance", Choice("pair"), _cfg_parts, _WEIGHTS, 4.0),
+    "mixed": ToyMethod("CFG and autoguidance, half each", Choice("mixed"), _all_parts, _FEW_WEIGHTS),
+    "cfg-apg": ToyMethod("CFG, projected (APG)", Choice("pair", rule="apg"), _cfg_parts, _FEW_WEIGHTS),
+    "cfg-interval": ToyMethod("CFG at low noise", Choice("pair", interval=_INTERVAL), _cfg_parts, _FEW_WEIGHTS),
+    "auto-interval": ToyMethod(
+        "Autoguidance at low noise", Choice("pair", interval=_INTERVAL), _autoguidance_parts, _FEW_WEIGHTS
+    ),
+    "input-noise": ToyMethod(
+        "Away from noisier input", Choice("input-noise", options=_NOISE), _main_alone, _FEW_WEIGHTS
+    ),
+    "truncation": ToyMethod("Naive truncation", Choice("truncation"), _main_alone, _TRUNCATION_WEIGHTS, 1.4),
 }
 
 
 def start(num: int, seed: int) -> torch.Tensor:
-    """Where `num` trajectories start: the exact class A at sigma 5, over sigma, float32 [num,2,1,1]."""
+    """Starting points of `num` trajectories: exact samples of class A at sigma 5, divided by 5, float32 [num,2,1,1]."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "toy start"))
     x = Mixture(components("A")).sample(num, generator, sigma=SIGMA_MAX)
     return (x / SIGMA_MAX)[:, :, None, None]
 
 
 def sample(denoiser: Denoiser, noise: torch.Tensor) -> torch.Tensor:
-    """The points [N,2] that `noise`, as `start` draws it, becomes: 32 Heun steps from sigma 5 to 0.002, then 0.
+    """Samples [N,2] from the starting points `noise` (see `start`): 32 Heun steps from sigma 5 to 0.002, then to 0.
 
-    A method that draws at random does so from a generator per point, seeded with the point's number.
+    Random methods use one generator per point, seeded with the index of the point.
     """
     follower = for_images(denoiser, StackedGenerator("cpu", range(len(noise))))
     return edm_sampler(follower, noise, num_steps=NUM_STEPS, sigma_min=0.002, sigma_max=SIGMA_MAX, rho=7).flatten(1)

@@ -1,4 +1,4 @@
-"""Exact densities, scores and samples of a 2-D Gaussian mixture behind any amount of noise."""
+"""Exact densities, scores and samples of a 2-D Gaussian mixture with any amount of added noise."""
 
 import math
 import os
@@ -13,16 +13,15 @@ import torch
 
 from edm2kit.experiments.toy.tree import Components
 
-# x 1016 Gaussians x 4 bytes: the arrays in between, three when compiled and a dozen when not, stay in a core's cache
+# Points per block. Times 1016 Gaussians and 4 bytes, the intermediate arrays (3 if compiled, else 12) stay in the cache
 _COMPILED_ROWS, _EAGER_ROWS = 256, 32
 
 
 class Mixture:
     """The mixture `parts`, smoothed by N(0, sigma^2).
 
-    Evaluated in the dtype of the points asked about. `compiled` has torch.compile fuse the 1016 Gaussians of a point
-    into two passes over blocks of float32 points: several times faster, the same numbers up to rounding. It needs a
-    C++ compiler (see `can_compile`).
+    Evaluated in the dtype of the given points. With `compiled`, torch.compile fuses the 1016 Gaussians into two passes
+    over blocks of float32 points: several times faster, equal up to rounding. Needs a C++ compiler (see `can_compile`).
     """
 
     def __init__(self, parts: Components, compiled: bool = False):
@@ -33,17 +32,17 @@ class Mixture:
         self._factors = torch.linalg.cholesky(torch.from_numpy(parts.Sigma))
 
     def logp_and_score(self, x: torch.Tensor, sigma: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-density [N] of the points `x` [N,2] and its gradient [N,2]; `sigma` [N] or one for all, 0 included."""
+        """Log-density [N] of the points `x` [N,2] and its gradient [N,2]; `sigma` [N] or a scalar, 0 allowed."""
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
         parameters = self._parameters.to(x)
-        whole = len(x) - len(x) % _COMPILED_ROWS if self.compiled and x.dtype == torch.float32 else 0
-        blocks = [(_compiled(), x[:whole], sigma[:whole], _COMPILED_ROWS)] if whole else []
-        blocks += [(_evaluate, x[whole:], sigma[whole:], _EAGER_ROWS)] if whole < len(x) or not whole else []
-        answers = [
-            evaluate(some_x.contiguous(), some_sigma.contiguous(), parameters)
-            for evaluate, xs, sigmas, rows in blocks
-            for some_x, some_sigma in zip(xs.split(rows), sigmas.split(rows), strict=True)
-        ]
+        num_compiled = 0  # only full blocks: torch.compile would recompile for a shorter one
+        if self.compiled and x.dtype == torch.float32:
+            num_compiled = len(x) - len(x) % _COMPILED_ROWS
+        answers = []
+        if num_compiled > 0:
+            answers += _in_blocks(_compiled(), x[:num_compiled], sigma[:num_compiled], parameters, _COMPILED_ROWS)
+        if num_compiled < len(x) or len(x) == 0:
+            answers += _in_blocks(_evaluate, x[num_compiled:], sigma[num_compiled:], parameters, _EAGER_ROWS)
         logp, score = zip(*answers, strict=True)
         return torch.cat(logp), torch.cat(score)
 
@@ -65,30 +64,41 @@ class Mixture:
         return (x + sigma * normal[1]).float()
 
     def branch_of(self, x: torch.Tensor) -> torch.Tensor:
-        """The branch that most likely made each of the points `x` [N,2], int64 [N]."""
-        nearest = [
-            _parts(some, some.new_zeros(1), self._parameters.to(x))[1].argmax(1) for some in x.split(_EAGER_ROWS)
-        ]
+        """The most likely branch of each of the points `x` [N,2], int64 [N]."""
+        nearest = []
+        for points in x.split(_EAGER_ROWS):
+            _, share, _, _ = _parts(points, points.new_zeros(1), self._parameters.to(x))
+            nearest.append(share.argmax(1))
         return torch.from_numpy(self.parts.branch)[torch.cat(nearest)]
 
 
 def can_compile() -> bool:
-    """Whether torch.compile finds what it needs on a CPU: a C++ compiler, and Python's headers for it."""
+    """Whether torch.compile can work on this CPU: it needs a C++ compiler and Python's headers."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     supported = sys.version_info < (3, 13) or torch.__version__ >= (2, 6)
     headers = Path(sysconfig.get_path("include"), "Python.h")
     return supported and shutil.which(compiler) is not None and headers.is_file()
 
 
+Evaluate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
 @cache
-def _compiled() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def _compiled() -> Evaluate:
     return torch.compile(_evaluate, dynamic=False)
+
+
+def _in_blocks(
+    evaluate: Evaluate, x: torch.Tensor, sigma: torch.Tensor, parameters: torch.Tensor, rows: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    blocks = zip(x.split(rows), sigma.split(rows), strict=True)
+    return [evaluate(points.contiguous(), sigmas.contiguous(), parameters) for points, sigmas in blocks]
 
 
 def _parts(
     x: torch.Tensor, sigma: torch.Tensor, parameters: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What each Gaussian adds to the density at each point, over exp(`top`), and (Sigma + sigma^2)^-1 (x - mu).
+    """Share of each Gaussian in the density at each point, divided by exp(`top`), and (Sigma + sigma^2)^-1 (x - mu).
 
     Returns top [N,1], then share, gx and gy, all [N,K].
     """
@@ -99,7 +109,7 @@ def _parts(
     dx, dy = x[:, :1] - mu_x, x[:, 1:] - mu_y
     gx, gy = (yy * dx - xy * dy) * inverse_det, (xx * dy - xy * dx) * inverse_det
     exponent = -(dx * gx + dy * gy) / 2
-    # the largest exponent is taken out: finite however far a point is from every Gaussian, and no logarithm of each
+    # subtracting the largest exponent keeps the sum finite for points far from every Gaussian
     top = exponent.amax(1, keepdim=True)
     return top, phi * inverse_det.sqrt() * (exponent - top).exp(), gx, gy
 

@@ -1,7 +1,8 @@
-"""The toy's learned density, and how any density becomes a denoiser."""
+"""The toy's network, a learned log-density, and denoisers made from scores."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ class ToyNet(nn.Module):
         self.gain = nn.Parameter(torch.zeros([]))
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """log p(x; sigma) [N] up to a constant that depends on sigma; `x` [N,2], `sigma` [N] or a scalar above 0."""
+        """log p(x; sigma) [N], up to a constant that depends on sigma. `x` [N,2], `sigma` [N] or a scalar above 0."""
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
         scaled = x / (sigma**2 + SIGMA_DATA**2).sqrt()[:, None]
         y = torch.cat([scaled, sigma.log()[:, None] / 4, torch.ones_like(sigma)[:, None]], dim=1)
@@ -37,7 +38,7 @@ class ToyNet(nn.Module):
         return (y**2).mean(1) * self.gain / sigma - (scaled**2).sum(1) / 2
 
     def score(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """The gradient of log p with respect to `x`, [N,2]; itself differentiable, for training."""
+        """The gradient of log p with respect to `x`, [N,2]; differentiable itself, for training."""
         return torch.func.grad(lambda points: self(points, sigma).sum())(x)
 
 
@@ -46,18 +47,22 @@ Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x [N,2], sigma [
 
 @dataclass(frozen=True)
 class Blockwise:
-    """`score`, a block of points at a time; whole blocks by `fast`, which gives the same in less time."""
+    """`score`, block by block; full blocks use `fast`, a faster function with the same result."""
 
     score: Score
     fast: Score
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         blocks = zip(x.split(_BLOCK), sigma.split(_BLOCK), strict=True)
-        return torch.cat([(self.fast if len(p) == _BLOCK else self.score)(p, s) for p, s in blocks])
+        answers = []
+        for points, sigmas in blocks:
+            evaluate = self.fast if len(points) == _BLOCK else self.score
+            answers.append(evaluate(points, sigmas))
+        return torch.cat(answers)
 
 
 def fast_score(net: ToyNet, compiled: bool) -> Blockwise:
-    """The score of a trained network for many points; torch.compile makes it four times as fast, from the second on."""
+    """The score of a trained network for many points; `compiled` makes it four times as fast after the first block."""
     return Blockwise(net.score, torch.compile(net.score, dynamic=False) if compiled else net.score)
 
 
@@ -65,12 +70,12 @@ def fast_score(net: ToyNet, compiled: bool) -> Blockwise:
 class ScoreDenoiser:
     """The denoiser x + sigma^2 * score(x, sigma) of points as "images" of two channels and one pixel, [N,2,1,1].
 
-    Of one class only: `labels` are not looked at.
+    There is one class only: the condition is ignored.
     """
 
     score: Score
 
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, condition: Any = None, /) -> torch.Tensor:
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
         D = x.flatten(1) + sigma[:, None] ** 2 * self.score(x.flatten(1), sigma)
         return D.reshape(x.shape)

@@ -1,4 +1,4 @@
-"""One self-contained page where a slider moves the guidance weight over samples drawn beforehand."""
+"""A self-contained HTML page with a slider for the guidance weight, over samples generated in advance."""
 
 import base64
 import json
@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from edm2kit.experiments.toy import drawing
+from edm2kit.experiments.toy import plot_style
+from edm2kit.experiments.toy.figures import TREE_WINDOW
 from edm2kit.experiments.toy.measures import Yardstick
-from edm2kit.experiments.toy.methods import METHODS, Method, Nets, sample, start
+from edm2kit.experiments.toy.methods import TOY_METHODS, Nets, ToyMethod, sample, start
 from edm2kit.experiments.toy.mixture import Mixture
-from edm2kit.experiments.toy.overview import WINDOW
 from edm2kit.experiments.toy.tree import components
 from edm2kit.torch_utils.files import atomic_write
 from edm2kit.torch_utils.provenance import code_commit
@@ -28,14 +28,14 @@ def write(nets: Nets, seed: int, path: Path, num: int = 2048) -> None:
     """Write the page: every method at 13 weights from 1 up, always from the same `num` starting points."""
     noise, truth = start(num, seed), Mixture(components("A"))
     yardstick = Yardstick.of(truth, num, seed)
-    plain = _stop(sample(nets.main, noise), yardstick)
-    exact = _stop(truth.sample(num, torch.Generator().manual_seed(derive_seed(seed, "toy exact"))), yardstick)
+    plain = _slider_stop(sample(nets.main, noise), yardstick)
+    exact = _slider_stop(truth.sample(num, torch.Generator().manual_seed(derive_seed(seed, "toy exact"))), yardstick)
     data = {
-        "window": [WINDOW.left, WINDOW.right, WINDOW.bottom, WINDOW.top],
+        "window": [TREE_WINDOW.left, TREE_WINDOW.right, TREE_WINDOW.bottom, TREE_WINDOW.top],
         "units": _UNITS,
         "outlines": {"A": _outline("A"), "B": _outline("B")},
-        "methods": {name: _method(method, nets, noise, yardstick, plain) for name, method in METHODS.items()},
-        # so few samples leave thin branches empty by chance: what exact ones measure tells how much
+        "methods": {name: _method_data(method, nets, noise, yardstick, plain) for name, method in TOY_METHODS.items()},
+        # with so few samples thin branches are empty by chance; the measures of exact samples show how much
         "about": {"samples": num, "seed": seed, "commit": code_commit()[:12], "exact": exact.measured},
     }
     html = TEMPLATE.read_text(encoding="utf-8").replace('"DATA"', json.dumps(data, separators=(",", ":")))
@@ -43,45 +43,49 @@ def write(nets: Nets, seed: int, path: Path, num: int = 2048) -> None:
         file.write(html)
 
 
-def page_weights(method: Method) -> list[float]:
-    """The slider's stops, 1 (no guidance) to the largest weight of the comparison."""
+def page_weights(method: ToyMethod) -> list[float]:
+    """The weights of the slider's stops, from 1 (no guidance) to the largest of the comparison."""
     return [round(float(w), 4) for w in np.linspace(1.0, max(method.weights), _STOPS)]
 
 
 @dataclass(frozen=True)
-class _Stop:
-    """One stop of the slider: the samples as text, the numbers of those outside the 99% level, and two measures."""
+class SliderStop:
+    """One stop of the slider: samples as text, indices of those outside the 99% level, and two measures."""
 
     points: str
     outliers: list[int]
     measured: dict[str, float]
 
 
-def _stop(x: torch.Tensor, yardstick: Yardstick) -> _Stop:
+def _slider_stop(x: torch.Tensor, yardstick: Yardstick) -> SliderStop:
     found = yardstick.measure(x)
     outliers = (yardstick.truth.logp(x) < yardstick.level).nonzero()[:, 0].tolist()
-    return _Stop(_packed(x), outliers, {"outside": round(found["outside"], 4), "lost": round(found["lost_mass"], 4)})
+    return SliderStop(
+        _packed(x), outliers, {"outside": round(found["outside"], 4), "lost": round(found["lost_mass"], 4)}
+    )
 
 
-def _method(method: Method, nets: Nets, noise: torch.Tensor, yardstick: Yardstick, plain: _Stop) -> dict[str, Any]:
+def _method_data(
+    method: ToyMethod, nets: Nets, noise: torch.Tensor, yardstick: Yardstick, plain: SliderStop
+) -> dict[str, Any]:
     weights = page_weights(method)
-    guided = [_stop(sample(method.denoiser(nets, weight), noise), yardstick) for weight in weights[1:]]
+    guided = [_slider_stop(sample(method.denoiser(nets, weight), noise), yardstick) for weight in weights[1:]]
     return {"title": method.title, "weights": weights, "stops": [asdict(stop) for stop in (plain, *guided)]}
 
 
 def _packed(x: torch.Tensor) -> str:
-    """Points [N,2] as base64 of little-endian int16, x and y in turn."""
+    """Points [N,2] as base64 of little-endian int16: x, y, x, y, ..."""
     units = (x * _UNITS).round().clamp(-32768, 32767).numpy().astype("<i2")
     return base64.b64encode(units.tobytes()).decode("ascii")
 
 
 def _outline(classes: str) -> list[list[float]]:
-    """The 99% level's outlines as lists of x, y, x, y, ..., each closed."""
-    x, y, logp, level = drawing.outline(WINDOW, classes)
-    # a rim below the level: what the window cuts off is closed along it
+    """Closed outlines of the 99% level, each as a list x, y, x, y, ..."""
+    x, y, logp, level = plot_style.outline(TREE_WINDOW, classes)
+    # a rim below the level, so that outlines cut off by the window are closed along it
     rim = [2 * axis[[0]] - axis[[1]] for axis in (x, x[::-1], y, y[::-1])]
     logp = np.pad(logp, 1, constant_values=level - 1)
-    with drawing.style():
-        _, (ax,) = drawing.figure(1, 1, 1)
+    with plot_style.style():
+        _, (ax,) = plot_style.figure(1, 1, 1)
         contours = ax.contour(np.concatenate([rim[0], x, rim[1]]), np.concatenate([rim[2], y, rim[3]]), logp, [level])
     return [np.round(segment[::2], 3).ravel().tolist() for segment in contours.allsegs[0] if len(segment) > 4]

@@ -8,7 +8,7 @@ from typing import Any
 from edm2kit.experiments.documents import markdown_table, write_parts
 from edm2kit.experiments.toy.evaluation import RECORD_NAME, TRUTH, UNGUIDED, Spread, load_record, summary
 from edm2kit.experiments.toy.measures import MEASURES
-from edm2kit.experiments.toy.methods import METHODS
+from edm2kit.experiments.toy.methods import TOY_METHODS
 
 FOLDER = Path("experiments", "toy")  # in the checkout: the published record and pictures
 DOCUMENT = Path("docs", "toy.md")
@@ -28,7 +28,7 @@ HIGHLIGHTS = (
 
 def document_parts(record: Mapping[str, Any]) -> dict[str, str]:
     """The generated parts of docs/toy.md by name."""
-    curves = [(name, weight) for name, method in METHODS.items() for weight in method.weights]
+    curves = [(name, weight) for name, method in TOY_METHODS.items() for weight in method.weights]
     return {
         "findings": _findings(record),
         "highlights": f"{table(record)}\n\n{_caption(record)}",
@@ -39,12 +39,12 @@ def document_parts(record: Mapping[str, Any]) -> dict[str, str]:
 
 def table(record: Mapping[str, Any], rows: Sequence[tuple[str, float]] = HIGHLIGHTS) -> str:
     """A Markdown table of (method, weight) `rows`: mean over the training seeds ± standard deviation between them."""
-    titles = {TRUTH: "Exact samples", UNGUIDED: "No guidance"} | {name: m.title for name, m in METHODS.items()}
+    titles = {TRUTH: "Exact samples", UNGUIDED: "No guidance"} | {name: m.title for name, m in TOY_METHODS.items()}
     lines = []
     for name, weight in rows:
         found = summary(record, name, weight)
         numbers = [_number(found[key], decimals) for key, (_, decimals) in MEASURES.items()]
-        shown_weight = f"{weight:g}" if name in METHODS else ""
+        shown_weight = f"{weight:g}" if name in TOY_METHODS else ""
         lines.append([titles[name], shown_weight, *numbers])
     head = ["", "w", *(heading for heading, _ in MEASURES.values())]
     return markdown_table(head, lines, "l" + "r" * (len(head) - 1))

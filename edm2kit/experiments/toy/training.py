@@ -1,4 +1,4 @@
-"""Training the toy's networks by exact score matching, and keeping them."""
+"""Training the toy's networks by exact score matching, and their files."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,13 +22,13 @@ BATCH_SIZE = 4096
 P_MEAN, P_STD = -2.3, 1.5
 REF_LR, REF_BATCHES = 0.01, 512
 EMA_STD = 0.010
-_MAX_GAIN = -1e-3  # not 0, where no weight would have a gradient
-_TRAIN_AGAIN = "Delete it to have it trained again, or give another --outdir"
+_MAX_GAIN = -1e-3  # at 0 no weight would have a gradient
+_TRAIN_AGAIN = "Delete it to train it again, or use another --outdir"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one network is trained on, how large it is and for how long."""
+    """Data, size and training length of one network."""
 
     classes: str
     width: int
@@ -46,10 +46,11 @@ RECIPES = {
 def train(
     recipe: Recipe, seed: int, compiled: bool, on_iteration: Callable[[int, float], None] | None = None
 ) -> ToyNet:
-    """The averaged network (EMA std 0.010) that `recipe` leads to from `seed`.
+    """Train a network and return its average (EMA std 0.010).
 
-    `on_iteration(i, loss)` is called after each one. Weights and data depend on the seed and the recipe alone, up to
-    rounding also on `compiled`: whether torch.compile speeds up the exact score and the loss (see `can_compile`).
+    `on_iteration(i, loss)` is called after each iteration. With `compiled`, torch.compile speeds up the exact score
+    and the loss (see `can_compile`). The result depends on `recipe` and `seed` alone, up to rounding also on
+    `compiled`.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "toy", *asdict(recipe).values()))
     with torch.random.fork_rng(devices=[]):
@@ -71,39 +72,41 @@ def train(
         ema.update((i + 1) * BATCH_SIZE, BATCH_SIZE)
         if on_iteration is not None:
             on_iteration(i, loss.item())
-    return ema.averages[0]
+    average = ema.averages[0]
+    assert isinstance(average, ToyNet)
+    return average
 
 
 @torch.no_grad()
 def keep_a_density_(net: ToyNet) -> None:
-    """Bound the gain, in place, to below 0; it starts at 0, and left alone goes either way by chance, for good.
+    """Keep the gain below 0, in place. It starts at 0; without a bound, chance decides its sign for good.
 
-    The paper does not say this. With a positive gain log p grows without bound far away: no density, and samples that
-    start far out escape. A main network and a guide of different signs also err in different ways, and autoguidance
-    then throws out more samples than it brings back.
+    This is not in the paper. With a positive gain, log p grows without bound far away: it is not a density, and samples
+    that start far out escape. And if main network and guide have different signs, their errors differ in kind, and
+    autoguidance loses more samples than it corrects.
     """
     net.gain.clamp_(max=_MAX_GAIN)
 
 
 def noisy_batch(truth: Mixture, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """BATCH_SIZE fresh points x [N,2] and their noise levels [N]."""
+    """BATCH_SIZE new noisy points x [N,2] and their noise levels [N]."""
     clean = truth.sample(BATCH_SIZE, generator)
     sigma = (torch.randn(BATCH_SIZE, generator=generator) * P_STD + P_MEAN).exp()
     return clean + torch.randn(clean.shape, generator=generator) * sigma[:, None], sigma
 
 
 def score_matching_loss(net: ToyNet, x: torch.Tensor, sigma: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
-    """sigma^2 |score of the net - exact score|^2, a mean over the points."""
+    """Mean over the points of sigma^2 |score of the network - exact score|^2."""
     return (sigma[:, None] ** 2 * (net.score(x, sigma) - score) ** 2).sum(1).mean()
 
 
 def network_path(outdir: Path, role: str, seed: int) -> Path:
-    """Where the network for `role`, a key of RECIPES, trained from `seed` is kept."""
+    """File of the network for `role`, a key of RECIPES, trained from `seed`."""
     return outdir / f"{role}-seed{seed}.safetensors"
 
 
 def save_network(path: Path, net: ToyNet, recipe: Recipe, seed: int) -> None:
-    """Write the weights with what they were made from."""
+    """Write the weights, with recipe, seed and commit in the file's metadata."""
     notes = {key: str(value) for key, value in {**asdict(recipe), "seed": seed, "commit": code_commit()}.items()}
     with atomic_write(path) as file:
         file.write(save({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, notes))
@@ -112,11 +115,11 @@ def save_network(path: Path, net: ToyNet, recipe: Recipe, seed: int) -> None:
 def load_network(outdir: Path, role: str, seed: int) -> ToyNet:
     """The network trained for `role` from `seed`.
 
-    Raises ValueError where there is none, where the file is damaged, and where it is of another recipe or seed.
+    Raises ValueError if the file is missing or damaged, or was made from another recipe or seed.
     """
     path, recipe = network_path(outdir, role, seed), RECIPES[role]
     if not path.is_file():
-        raise ValueError(f"{path}: no such network; train it with `toy_example.py train --outdir {outdir}` first")
+        raise ValueError(f"{path} does not exist. Run `toy_example.py train --outdir {outdir}` first")
     notes, state = _read(path)
     expected = {key: str(value) for key, value in {**asdict(recipe), "seed": seed}.items()}
     found = {key: notes.get(key) for key in expected}
@@ -133,9 +136,9 @@ def load_network(outdir: Path, role: str, seed: int) -> ToyNet:
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """The notes and the weights in a file."""
+    """Metadata and weights of a file."""
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole network file ({error}). {_TRAIN_AGAIN}") from error
+        raise ValueError(f"{path} is not a complete network file ({error}). {_TRAIN_AGAIN}") from error

@@ -2,7 +2,7 @@
 
 Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself", Figures 1 and 2. Each class is a
 binary tree of 127 branches, each branch a row of 8 Gaussians. Lengths and turns of the branches are data,
-edm2kit/configs/toy_tree.json; all else follows from them by rule.
+edm2kit/configs/toy_tree.json; everything else follows from them.
 """
 
 import json
@@ -19,14 +19,14 @@ NUM_BRANCHES = 2**DEPTHS - 1
 CLASSES = ("A", "B", "AB")
 
 _DATA = Path(__file__).resolve().parents[2] / "configs" / "toy_tree.json"
-_ROW = np.linspace(0.07, 0.93, GAUSSIANS_PER_BRANCH)  # where along its branch each Gaussian sits
+_ROW = np.linspace(0.07, 0.93, GAUSSIANS_PER_BRANCH)  # positions of the Gaussians along their branch
 _ELONGATION = 0.06  # standard deviation along the branch, in branch lengths
 _THINNING = 0.8  # thickness of a branch over that of its parent
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One branch, in the plane before it is stretched: from `start` along `span`, both [2]."""
+    """One branch, before the plane is stretched: from `start` along `span`, both [2]."""
 
     start: np.ndarray
     span: np.ndarray
@@ -35,9 +35,9 @@ class Branch:
 
 @dataclass(frozen=True)
 class Components:
-    """Gaussians as float64 arrays: weights `phi` [K] of sum 1, means `mu` [K,2], covariances `Sigma` [K,2,2].
+    """Gaussians as float64 arrays: weights `phi` [K] with sum 1, means `mu` [K,2], covariances `Sigma` [K,2,2].
 
-    `branch` int64 [K] numbers the branch of each, from 0.
+    `branch` int64 [K] is the index of the branch of each Gaussian.
     """
 
     phi: np.ndarray
@@ -47,12 +47,12 @@ class Components:
 
     @property
     def branch_mass(self) -> np.ndarray:
-        """Share of the distribution in each branch, float64, of sum 1."""
+        """Share of the distribution in each branch, float64, with sum 1."""
         return np.bincount(self.branch, self.phi)
 
 
 def grow(twigs: list[list[float]]) -> list[Branch]:
-    """The branches of one tree from (length, turn in degrees) of each, depth first: a branch, then its two subtrees."""
+    """The branches of one tree from their (length, turn in degrees), depth first: a branch, then its two subtrees."""
     rest = iter(twigs)
     branches: list[Branch] = []
 
@@ -73,14 +73,14 @@ def grow(twigs: list[list[float]]) -> list[Branch]:
 def components(name: str) -> Components:
     """The mixture of class "A", class "B", or both together ("AB", weighted by their size; A's branches first).
 
-    Raises ValueError on another name.
+    Raises ValueError for another name.
     """
     if name not in CLASSES:
-        raise ValueError(f"class {name!r} is unknown; expected one of {', '.join(CLASSES)}")
+        raise ValueError(f"class {name!r} is unknown; available: {', '.join(CLASSES)}")
     data = json.loads(_DATA.read_text(encoding="utf-8"))
     branches = [branch for tree in name for branch in grow(data["branches"][tree])]
     stretch, origin = np.array(data["stretch"]), np.array(data["origin"])
-    # every level of the tree has half the mass per length of the level before
+    # each level of the tree has half the mass per length of the level before it
     mass = np.array([np.hypot(*b.span) * 0.5**b.depth for b in branches]).repeat(GAUSSIANS_PER_BRANCH)
     mu = [b.start + _ROW[:, None] * b.span for b in branches]
     Sigma = [_covariance(b, data["thickness"]) for b in branches]

@@ -8,7 +8,7 @@ import torch
 from edm2kit.data.workers import num_cpus
 from edm2kit.experiments.toy import evaluation
 from edm2kit.experiments.toy.measures import Yardstick
-from edm2kit.experiments.toy.methods import METHODS, load_nets, sample, start
+from edm2kit.experiments.toy.methods import TOY_METHODS, load_nets, sample, start
 from edm2kit.experiments.toy.mixture import Mixture, can_compile
 from edm2kit.experiments.toy.training import RECIPES, network_path, save_network, train
 from edm2kit.experiments.toy.tree import components
@@ -85,7 +85,7 @@ def test_networks_trained_anew_show_the_findings(tmp_path):
     def found(method: str, weight: float) -> dict[str, float]:
         if method == "truth":
             return yardstick.measure(truth.sample(SAMPLES, torch.Generator().manual_seed(seed)))
-        denoiser = nets.main if method == "unguided" else METHODS[method].denoiser(nets, weight)
+        denoiser = nets.main if method == "unguided" else TOY_METHODS[method].denoiser(nets, weight)
         return yardstick.measure(sample(denoiser, noise))
 
     assert_findings(found)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from edm2kit.experiments.toy import model, training
-from edm2kit.experiments.toy.closeup import Recorder
-from edm2kit.experiments.toy.methods import METHODS, SIGMA_MAX, Nets, sample, start
+from edm2kit.experiments.toy.figures import PathRecorder
+from edm2kit.experiments.toy.methods import SIGMA_MAX, TOY_METHODS, Nets, sample, start
 from edm2kit.experiments.toy.mixture import Mixture
 from edm2kit.experiments.toy.model import Blockwise, ScoreDenoiser, ToyNet, fast_score
 from edm2kit.experiments.toy.training import Recipe, load_network, network_path, save_network, train
@@ -118,7 +118,7 @@ def test_networks_are_kept_with_what_they_were_made_from(tmp_path, monkeypatch):
     loaded = load_network(tmp_path, "guide", 3)
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in net.state_dict().items())
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    with pytest.raises(ValueError, match="no such network; train it with"):
+    with pytest.raises(ValueError, match=r"does not exist\. Run `toy_example\.py train"):
         load_network(tmp_path, "guide", 4)
     monkeypatch.setitem(training.RECIPES, "guide", Recipe("A", 32, 6))
     with pytest.raises(ValueError, match=r"was trained as .*'iterations': '5'.*; expected .*'iterations': '6'"):
@@ -136,7 +136,7 @@ def test_a_file_that_is_damaged_renamed_or_of_another_width_is_refused(tmp_path)
         load_network(tmp_path, "guide", 3)
     for damaged in (path.read_bytes()[:-10], b"", b"no network"):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="is not a whole network file"):
+        with pytest.raises(ValueError, match="is not a complete network file"):
             load_network(tmp_path, "guide", 3)
 
 
@@ -144,18 +144,18 @@ def test_a_file_that_is_damaged_renamed_or_of_another_width_is_refused(tmp_path)
 
 
 def test_methods_are_the_projects_own_guidance():
-    assert METHODS["autoguidance"].denoiser(NETS, 3.0) == Guided(NETS.main, NETS.guide, 3.0)
-    assert METHODS["cfg"].denoiser(NETS, 4.0) == Guided(NETS.main, NETS.both, 4.0)
-    assert METHODS["mixed"].denoiser(NETS, 2.0) == Guided(NETS.main, Mixed(NETS.both, NETS.guide, 0.5), 2.0)
-    assert isinstance(METHODS["cfg-interval"].denoiser(NETS, 2.0), GuidanceInterval)
+    assert TOY_METHODS["autoguidance"].denoiser(NETS, 3.0) == Guided(NETS.main, NETS.guide, 3.0)
+    assert TOY_METHODS["cfg"].denoiser(NETS, 4.0) == Guided(NETS.main, NETS.both, 4.0)
+    assert TOY_METHODS["mixed"].denoiser(NETS, 2.0) == Guided(NETS.main, Mixed(NETS.both, NETS.guide, 0.5), 2.0)
+    assert isinstance(TOY_METHODS["cfg-interval"].denoiser(NETS, 2.0), GuidanceInterval)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", TOY_METHODS)
 def test_weight_one_is_no_guidance_and_others_are_not(name):
     noise = start(64, seed=0)
     plain = sample(NETS.main, noise)
-    assert torch.equal(sample(METHODS[name].denoiser(NETS, 1.0), noise), plain)
-    guided = sample(METHODS[name].denoiser(NETS, METHODS[name].weights[-1]), noise)
+    assert torch.equal(sample(TOY_METHODS[name].denoiser(NETS, 1.0), noise), plain)
+    guided = sample(TOY_METHODS[name].denoiser(NETS, TOY_METHODS[name].weights[-1]), noise)
     assert guided.shape == (64, 2)
     assert (guided - plain).abs().max() > 0.01
 
@@ -181,7 +181,7 @@ def test_the_exact_score_samples_the_exact_distribution():
 
 def test_a_recorder_takes_every_step_down_and_changes_nothing():
     noise = start(8, seed=0)
-    recorder = Recorder(METHODS["cfg-interval"].denoiser(NETS, 2.0))
+    recorder = PathRecorder(TOY_METHODS["cfg-interval"].denoiser(NETS, 2.0))
     assert torch.equal(sample(recorder, noise), sample(recorder.denoiser, noise))
     assert len(recorder.path) == 32
     assert torch.equal(recorder.path[-1].flatten(1), sample(recorder.denoiser, noise))

@@ -1,4 +1,4 @@
-"""What the toy's pictures share: colours, the plane, the outline of the truth, and files of print quality."""
+"""What the toy's figures share: colours, windows of the plane, the outline of the truth, files of print quality."""
 
 import importlib.util
 from contextlib import AbstractContextManager
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CLASS_A, CLASS_B = "#e08214", "#8a8a8a"
 INK, OUTLIER = "#1f3a5f", "#c2185b"
-COLOURS = {  # of the methods; distinguishable for the colour-blind
+COLOURS = {  # by method; distinguishable with colour blindness
     "autoguidance": "#0072b2",
     "cfg": "#d55e00",
     "mixed": "#9467bd",
@@ -52,7 +52,7 @@ class Window:
     top: float
 
     def grid(self, columns: int) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
-        """The coordinates of a grid of square cells, x [columns] and y [rows], and its points [rows*columns,2]."""
+        """A grid of square cells: coordinates x [columns] and y [rows], and its points [rows*columns,2]."""
         rows = round(columns * (self.top - self.bottom) / (self.right - self.left))
         x, y = np.linspace(self.left, self.right, columns), np.linspace(self.bottom, self.top, rows)
         points = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
@@ -65,20 +65,20 @@ class Window:
 
 
 def check_can_draw() -> None:
-    """Raises ValueError where matplotlib is not installed: better before minutes of training than after them."""
+    """Raises ValueError if matplotlib is not installed; call it before minutes of training, not after."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("the pictures need matplotlib: pip install 'matplotlib>=3.8'")
+        raise ValueError("the figures need matplotlib. Run: pip install 'matplotlib>=3.8'")
 
 
 def style() -> AbstractContextManager[None]:
-    """The settings under which a picture is to be drawn and saved."""
+    """matplotlib's settings for drawing and saving a figure, as a context manager."""
     from matplotlib import rc_context
 
-    return rc_context(_STYLE)
+    return rc_context(_STYLE)  # type: ignore[arg-type]  # its keys are a Literal of 300 names
 
 
 def figure(columns: int, width: float, height: float) -> tuple["Figure", list["Axes"]]:
-    """A row of panels, `width` and `height` in inches, not bound to any window system."""
+    """A figure with a row of panels, `width` and `height` in inches; needs no display."""
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(width, height), layout="constrained")
@@ -86,12 +86,12 @@ def figure(columns: int, width: float, height: float) -> tuple["Figure", list["A
 
 
 def show_window(ax: "Axes", window: Window) -> None:
-    """Fit a panel to `window`, without ticks."""
+    """Make a panel show `window`, without ticks."""
     ax.set(xlim=(window.left, window.right), ylim=(window.bottom, window.top), xticks=[], yticks=[], aspect="equal")
 
 
 def draw_truth(ax: "Axes", window: Window, classes: str, colour: str, filled: bool = True) -> None:
-    """The region above the 99% level of one class, with its outline."""
+    """Draw the region above the 99% level of one class, with its outline."""
     x, y, logp, level = outline(window, classes)
     if filled:
         ax.contourf(x, y, logp, levels=[level, np.inf], colors=[colour], alpha=0.22, zorder=0)
@@ -100,14 +100,14 @@ def draw_truth(ax: "Axes", window: Window, classes: str, colour: str, filled: bo
 
 @cache
 def outline(window: Window, classes: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """The exact log-density on a grid, x [W], y [H] and log p [H,W], and the level that 99% of it lies above."""
+    """The exact log-density on a grid, x [W], y [H] and log p [H,W], and the level that 99% of the samples exceed."""
     truth = Mixture(components(classes))
     x, y, points = window.grid(500)
     return x, y, truth.logp(points).reshape(len(y), len(x)).numpy(), Yardstick.of(truth, 1, seed=0).level
 
 
 def save(fig: "Figure", stem: Path) -> None:
-    """Write `stem`.png and `stem`.pdf, the same bytes for the same picture."""
+    """Write `stem`.png and `stem`.pdf; the same figure gives the same bytes."""
     for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):
         with atomic_write(stem.with_suffix(suffix)) as file:
             fig.savefig(file, format=suffix[1:], dpi=300, metadata=metadata)
