@@ -1,11 +1,13 @@
 """What all commands share: one-line errors, --help in sections, options made from dataclass fields, value types."""
 
+import contextlib
 import dataclasses
 import os
 import re
+import signal
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -81,6 +83,32 @@ class Group(_Base, click.Group):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
         self.format_commands(ctx, formatter)
+
+
+@contextlib.contextmanager
+def interrupt_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt inside the block, as Ctrl-C does, so that temporary files are removed.
+
+    Only the first signal interrupts; later SIGTERMs are ignored until the block has ended. Up to Python 3.12 an
+    exception inside `Thread.join` marks a running thread as finished: the process would exit while the thread writes.
+    """
+    former = {signal.SIGTERM: signal.getsignal(signal.SIGTERM)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if Ctrl-C is ignored, as under nohup
+        former[signal.SIGINT] = signal.default_int_handler
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if signal.SIGINT in former:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise KeyboardInterrupt
+
+    try:
+        for handled in former:
+            signal.signal(handled, interrupt)
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def section(title: str, *options: Decorator) -> Decorator:

@@ -11,9 +11,8 @@ from tqdm import tqdm
 from edm2kit.cli import click_types as cli
 from edm2kit.snapshots.file_format import read_header
 from edm2kit.snapshots.published import convert_published, is_published_pickle
+from edm2kit.torch_utils.dist import progress_bar
 from edm2kit.torch_utils.files import fetch
-from edm2kit.torch_utils.progress import progress_bar
-from edm2kit.torch_utils.stopping import interrupt_on_sigterm
 
 
 @click.command(cls=cli.Command)
@@ -34,7 +33,7 @@ def main(source: str, dest: Path, workers: int, overwrite: bool) -> None:
     jobs = _jobs(source, dest)
     failures, kept = [], 0
     with (
-        interrupt_on_sigterm(),
+        cli.interrupt_on_sigterm(),
         ThreadPoolExecutor(workers) as pool,
         progress_bar(len(jobs), "file", hidden=len(jobs) == 1) as bar,
     ):

@@ -12,10 +12,9 @@ from edm2kit.denoiser import Denoiser, after_step, for_images, for_step
 from edm2kit.snapshots.loading import open_weights
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.rng import StackedGenerator
-from edm2kit.torch_utils.stopping import StopRequest, parse_duration_sec
 from edm2kit.training.config import TrainConfig
 from edm2kit.training.distillation import DistillationLoss
-from edm2kit.training.run import Run, prepare_run
+from edm2kit.training.run import Run, StopRequest, parse_duration_sec, prepare_run
 
 _NOISE_LEVELS = ("P_mean", "P_std")
 
@@ -45,9 +44,14 @@ _NOISE_LEVELS = ("P_mean", "P_std")
 )
 @click.option("--snapshot", "snapshot_every_nimg", type=cli.Size(), default="1Mi", show_default=True)
 @click.option("--checkpoint", "checkpoint_every_nimg", type=cli.Size(), default="1Mi", show_default=True)
-@click.option("--max-time", metavar="TIME", help="Save and stop in good order after 90s, 45m, 11.5h or 2d")
+@click.option(
+    "--max-time",
+    metavar="TIME",
+    type=cli.Parsed(parse_duration_sec),
+    help="Save and stop after 90s, 45m, 11.5h or 2d",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
-def main(request: Request, outdir: str, max_time: str | None, device: str, **options: Any) -> None:
+def main(request: Request, outdir: str, max_time: float | None, device: str, **options: Any) -> None:
     """Distil guidance: fine-tune a copy of the network to give the guided answer in a single evaluation.
 
     Takes the guidance options of generate.py; the guidance weight is fixed once learned. The resulting snapshots are
@@ -59,8 +63,7 @@ def main(request: Request, outdir: str, max_time: str | None, device: str, **opt
     python generate.py --net runs/distilled/network-snapshot-0008388-0.050.safetensors --outdir out
     """
     check_request(request)
-    max_sec = None if max_time is None else parse_duration_sec(max_time)
-    with dist.session(device) as picked, StopRequest(max_sec) as stop:
+    with dist.session(device) as picked, StopRequest(max_time) as stop:
         generation = prepare(request, picked)
         teacher, sigmas = generation.engine.denoiser, request.sampler.sigmas(picked)
         check_teacher(teacher, sigmas, generation.engine.shape, generation.engine.label_dim)

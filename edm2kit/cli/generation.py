@@ -26,9 +26,9 @@ from edm2kit.sampling.engine import Engine, ImageBatch, share_of_rank
 from edm2kit.sampling.solvers import PUBLISHED, Sampler
 from edm2kit.snapshots.loading import Snapshot, load_snapshot
 from edm2kit.torch_utils import dist
+from edm2kit.torch_utils.dist import progress_bar
 from edm2kit.torch_utils.files import fetch, sha256_of
 from edm2kit.torch_utils.precision import PRECISIONS, resolve_precision, slow_precision
-from edm2kit.torch_utils.progress import progress_bar
 from edm2kit.torch_utils.records import plain_json
 
 ALL_CLASSES = ""  # the value of Request.classes that stands for all classes of the network

@@ -13,7 +13,7 @@ from edm2kit.data.archive import open_archive
 from edm2kit.data.image_files import IMAGE_EXTENSIONS, open_image, to_8bit
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.arrays import BROKEN
-from edm2kit.torch_utils.progress import progress_bar
+from edm2kit.torch_utils.dist import progress_bar
 
 _BATCHES_AHEAD = 2
 

@@ -12,9 +12,8 @@ from edm2kit.snapshots.file_format import Header, read_header, snapshot_name
 from edm2kit.snapshots.loading import open_sources
 from edm2kit.snapshots.weights import Weights
 from edm2kit.torch_utils import dist
+from edm2kit.torch_utils.dist import progress_bar
 from edm2kit.torch_utils.precision import PRECISIONS
-from edm2kit.torch_utils.progress import progress_bar
-from edm2kit.torch_utils.stopping import interrupt_on_sigterm
 
 _POOR_FIT = 0.1  # from about here on, the rebuilt profile's width is off by more than a twentieth
 _COARSE = 0.05
@@ -77,7 +76,7 @@ def main(
     python reconstruct_phema.py --indir runs/main --outdir ema --outstd 0.05,0.10,...,0.25
     python reconstruct_phema.py --indir runs/guide --outdir ema --outstd 0.125 --outkimg 134217
     """
-    with interrupt_on_sigterm(), dist.session("cpu"):
+    with cli.interrupt_on_sigterm(), dist.session("cpu"):
         job = dist.on_rank0(
             _prepare, *(indir, inprefix, instd, outdir, outprefix, outstd, outkimg, outnimg, skip, dtype)
         )

@@ -19,9 +19,8 @@ from edm2kit.sampling.engine import Engine, share_of_rank
 from edm2kit.sampling.solvers import Sampler
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write
-from edm2kit.torch_utils.stopping import StopRequest, parse_duration_sec
 from edm2kit.training.config import TrainConfig, config_from_dict, preset_names, preset_path, read_yaml
-from edm2kit.training.run import Run, prepare_run
+from edm2kit.training.run import Run, StopRequest, parse_duration_sec, prepare_run
 
 SAMPLE_BATCH = 16
 
@@ -37,7 +36,12 @@ SAMPLE_BATCH = 16
     click.option("--config", "config_file", metavar="YAML", help="A configuration of your own instead"),
     *cli.options_from(TrainConfig, "duration_nimg", "batch_size", "init_from", "cond", "seed"),
     click.option("--vae", metavar="NAME|DIR", help="VAE of the latents  [default: as the data say]"),
-    click.option("--max-time", metavar="TIME", help="Save and stop after 90s, 45m, 11.5h or 2d"),
+    click.option(
+        "--max-time",
+        metavar="TIME",
+        type=cli.Parsed(parse_duration_sec),
+        help="Save and stop after 90s, 45m, 11.5h or 2d",
+    ),
     click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and a forecast, then stop"),
 )
 @cli.section(
@@ -66,7 +70,7 @@ def main(
     config_file: str | None,
     samples: int,
     tensorboard: bool,
-    max_time: str | None,
+    max_time: float | None,
     device: str,
     dry_run: bool,
     **options: Any,
@@ -80,9 +84,8 @@ def main(
     python train.py --preset edm2-img64-s --data img64.zip --outdir runs/s
     torchrun --standalone --nproc-per-node 8 train.py --preset edm2-img64-s ...
     """
-    max_sec = None if max_time is None else parse_duration_sec(max_time)
     config = compose_config(preset, config_file, options)
-    with dist.session(device) as picked, StopRequest(max_sec) as stop:
+    with dist.session(device) as picked, StopRequest(max_time) as stop:
         run = prepare_run(config, outdir)
         run.describe(picked)
         if dry_run:

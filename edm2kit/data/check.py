@@ -14,7 +14,7 @@ from edm2kit.data.image_files import decode_array
 from edm2kit.data.labels import Labels, read_labels
 from edm2kit.data.sources import open_source, split_kind
 from edm2kit.data.workers import run_in_order
-from edm2kit.torch_utils.progress import progress_bar
+from edm2kit.torch_utils.dist import progress_bar
 
 _MAX_KINDS = 20
 _BATCH = 64

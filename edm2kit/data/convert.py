@@ -14,7 +14,7 @@ from edm2kit.data.image_files import IMAGE_EXTENSIONS, encode_png, is_grey, open
 from edm2kit.data.labels import LABELS_FILE, RECORD, Labels, folder_labels, noted_labels, read_labels
 from edm2kit.data.output import PartialDataset, is_finished
 from edm2kit.data.workers import run_in_order
-from edm2kit.torch_utils.progress import progress_bar
+from edm2kit.torch_utils.dist import progress_bar
 
 Archive = FolderArchive | ZipArchive
 

@@ -20,7 +20,7 @@ from edm2kit.data.output import PartialDataset, is_finished
 from edm2kit.data.sources import open_source
 from edm2kit.models.vae import STABILITY_VAE, load_vae, vae_decode, vae_encode, vae_sha256
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.progress import progress_bar
+from edm2kit.torch_utils.dist import progress_bar
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 _ZIP_ENTRY_BYTES = 200  # headers and index entry of one file

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 import torch.distributed
+from tqdm import tqdm
+
+_LOG_INTERVAL_SEC = 30  # between two lines of a progress bar in a file
 
 
 def rank() -> int:
@@ -208,3 +211,31 @@ def on_rank0(function: Callable[..., Any], *args: Any) -> Any:
             error = caught
     raise_together(error)
     return broadcast_object(result)
+
+
+def progress_bar(
+    total: int | None,
+    unit: str = "img",
+    initial: int = 0,
+    *,
+    what: str | None = None,
+    hidden: bool = False,
+    scaled: bool = False,
+) -> tqdm:
+    """A progress bar on standard error, refreshed ten times a second on a terminal and every 30 seconds in a file.
+
+    It counts `unit`s up to `total` (None if unknown), starting at `initial`, and is labelled `what`. `scaled` shows
+    2500000 as 2.5M. `hidden` shows nothing.
+    """
+    on_terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=initial,
+        unit=unit,
+        desc=what,
+        unit_scale=scaled,
+        disable=hidden or rank() != 0,
+        dynamic_ncols=True,
+        mininterval=0.1 if on_terminal else _LOG_INTERVAL_SEC,
+        maxinterval=10 if on_terminal else 2 * _LOG_INTERVAL_SEC,
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import requests
 
-from edm2kit.torch_utils.progress import progress_bar
+from edm2kit.torch_utils.dist import progress_bar
 
 _CHUNK_BYTES = 1 << 16  # at most this much is lost when a connection breaks
 _PROGRESS_BYTES = 16 << 20  # an attempt that gets this far does not count as failed

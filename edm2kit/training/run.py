@@ -3,11 +3,15 @@
 import contextlib
 import dataclasses
 import json
+import re
+import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -35,6 +39,7 @@ from edm2kit.training.loss import TrainingLoss
 
 CONFIG_NAME = "config.yaml"
 RECORD_NAME = "run.json"
+_UNIT_SEC = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 @dataclass(frozen=True)
@@ -233,3 +238,39 @@ def _check_run_dir(run: Run) -> None:
             f"{run_dir} holds a run on other images than --data {run.config.data} (differs in {', '.join(keys)}). "
             "Use the same data to resume it, or another --outdir"
         )
+
+
+class StopRequest:
+    """A callable that returns True after SIGTERM, after a first Ctrl-C, or once `max_sec` seconds have passed.
+
+    Use it as a context manager, which restores the former signal handlers. A second Ctrl-C interrupts at once.
+    """
+
+    def __init__(self, max_sec: float | None = None) -> None:
+        self._deadline_sec = None if max_sec is None else time.monotonic() + max_sec
+        self._asked = False
+
+    def __call__(self) -> bool:
+        if self._asked:
+            return True
+        return self._deadline_sec is not None and time.monotonic() > self._deadline_sec
+
+    def __enter__(self) -> "StopRequest":
+        self._former = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+
+def parse_duration_sec(text: str) -> float:
+    """Seconds in a duration such as 90s, 45m, 11.5h or 2d. Raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)([smhd])\s*", text)
+    if match is None or float(match[1]) <= 0:
+        raise ValueError(f"{text!r} is not a time limit; write for example 90s, 45m, 11.5h or 2d")
+    return float(match[1]) * _UNIT_SEC[match[2]]

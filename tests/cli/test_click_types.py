@@ -1,6 +1,8 @@
 """Options that researchers type, and errors that fit on one line."""
 
 import dataclasses
+import os
+import signal
 
 import click
 import pytest
@@ -13,6 +15,7 @@ from edm2kit.cli.click_types import (
     IntRanges,
     Size,
     given_options,
+    interrupt_on_sigterm,
     options_from,
     section,
     size_text,
@@ -171,3 +174,43 @@ def test_counts_are_written_as_they_are_read():
     for count in (0, 16, 2048, 128 << 10, 8 << 20, 1 << 30, 10_000_000):
         assert parsed(Size(), size_text(count)) == count
     assert (size_text(2048), size_text(8 << 20)) == ("2048", "8Mi")
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+def handlers() -> list[object]:
+    return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_interrupts_and_later_sigterms_do_not(first):
+    before, interrupted = handlers(), 0
+    with interrupt_on_sigterm():
+        for number in (first, signal.SIGTERM, signal.SIGTERM):
+            try:
+                send(number)
+            except KeyboardInterrupt:
+                interrupted += 1
+    assert interrupted == 1
+    assert handlers() == before
+
+
+def test_a_second_ctrl_c_interrupts_again():
+    with interrupt_on_sigterm():
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                send(signal.SIGINT)
+
+
+def test_an_ignored_ctrl_c_stays_ignored():
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupt_on_sigterm():
+            send(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                send(signal.SIGTERM)
+            send(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, former)

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from edm2kit.cli import click_types as cli
-from edm2kit.torch_utils.progress import progress_bar
+from edm2kit.torch_utils.dist import progress_bar
 
 SIDE = 32
 _BATCH = 256

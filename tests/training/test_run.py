@@ -1,0 +1,35 @@
+"""The life of a run: stopping it by signal or time limit."""
+
+import os
+import signal
+
+import pytest
+
+from edm2kit.training.run import StopRequest, parse_duration_sec
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("45m", 2700), (" 1.5h ", 5400), ("2d", 172800)])
+def test_time_limits(text, seconds):
+    assert parse_duration_sec(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "5", "5w", "-1h", "0s", "h"])
+def test_wrong_time_limits(text):
+    with pytest.raises(ValueError, match="write for example"):
+        parse_duration_sec(text)
+
+
+def test_stop_is_asked_by_signal_or_by_time_and_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopRequest() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert StopRequest(max_sec=-1)()
+    assert not StopRequest(max_sec=3600)()
