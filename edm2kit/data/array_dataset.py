@@ -54,10 +54,10 @@ class ArrayDataset(Source):
         labels_file = files[0].parent / LABELS_ARRAY
         found = None
         if use_labels and labels_file.exists():
-            values = _load(labels_file)
-            if len(np.atleast_1d(values)) != self._ends[-1]:
-                raise ValueError(f"{labels_file}: has {values.shape} labels for {self._ends[-1]} images")
-            found = labels_of_array(np.asarray(values), str(labels_file))
+            values = np.atleast_1d(_load(labels_file))
+            if len(values) != self._ends[-1]:
+                raise ValueError(f"{labels_file}: has {len(values)} labels for {self._ends[-1]} images")
+            found = labels_of_array(values, str(labels_file))
         self.labels, self.condition_space = pick_labels(found, self._picked)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -34,6 +34,7 @@ class Header:
     - `encoder`: the `spec()` of the encoder.
     - `nimg`: training images seen, exactly. `ema_std`: relative EMA length, None for raw weights.
     - `label_names`: a name per class, or None.
+    - `label_kind`: "classes" or "vectors", the meaning of the label_dim numbers that the network receives.
     - `dtype`: of the stored weights.
     - `run_id`: identifies the training run; two snapshots of one run share it.
     - `training_config`: the run's complete configuration.
@@ -53,6 +54,7 @@ class Header:
     commit: str = field(default_factory=code_commit)
     format_version: int = FORMAT_VERSION
     network: str = DEFAULT_NETWORK
+    label_kind: str = "classes"
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

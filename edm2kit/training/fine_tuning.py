@@ -9,7 +9,7 @@ import torch
 from edm2kit.models.encoders import make_encoder
 from edm2kit.models.networks import DEFAULT_NETWORK, NETWORKS, network_kind
 from edm2kit.models.preconditioning import Preconditioner
-from edm2kit.snapshots.file_format import network_on_meta
+from edm2kit.snapshots.file_format import Header, network_on_meta
 from edm2kit.snapshots.loading import load_snapshot, open_weights
 from edm2kit.snapshots.weights import Weights
 from edm2kit.torch_utils.files import fetch, sha256_of
@@ -43,18 +43,16 @@ def adopt_source(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, init_sha256=sha256, network=network)
 
 
-def check_source(
-    config: TrainConfig, architecture: Mapping[str, Any], label_names: tuple[str, ...] | None
-) -> list[str]:
-    """Check that a network of `architecture` can start from `config.init_from`, and return notices for the user.
+def check_source(config: TrainConfig, run_header: Header) -> list[str]:
+    """Check that the network of `run_header` can start from `config.init_from`, and return notices for the user.
 
-    Reads no weights. Other classes are allowed. Raises ValueError that names the first thing that does not fit.
+    Reads no weights. Other labels are allowed. Raises ValueError that names the first thing that does not fit.
     """
     if config.init_from is None:
         return []
     source = open_weights(config.init_from)
     header, where = source.header, f"--init-from {config.init_from}"
-    net = network_on_meta(dataclasses.replace(header, architecture=architecture), "this run")
+    net = network_on_meta(dataclasses.replace(header, architecture=run_header.architecture), "this run")
     theirs_net = network_on_meta(header, where)
     for what, ours, theirs in (
         ("resolution", net.img_resolution, theirs_net.img_resolution),
@@ -71,7 +69,9 @@ def check_source(
     old, new = theirs_net.label_dim, net.label_dim
     if old != new:
         notices.append(f"it has {old} classes, this run {new}: the label embedding starts at random")
-    elif new and header.label_names and label_names and tuple(header.label_names) != tuple(label_names):
+    elif new and header.label_kind != run_header.label_kind:
+        notices.append(f"its labels are {header.label_kind}, this run's {run_header.label_kind}; its embedding is kept")
+    elif _names_differ(header, run_header):
         notices.append("its classes have other names; their embeddings are kept, in the same order")
     return notices
 
@@ -97,6 +97,10 @@ def _check_shapes(where: str, source: Weights, wanted: Mapping[str, torch.Tensor
                 f"{where} does not fit: its {name} is {theirs}, this run's {ours}; leave out network arguments such "
                 "as --channels and --preset to use those of the snapshot"
             )
+
+
+def _names_differ(a: Header, b: Header) -> bool:
+    return a.label_names is not None and b.label_names is not None and tuple(a.label_names) != tuple(b.label_names)
 
 
 def _latent_space(encoder: Mapping[str, Any]) -> dict[str, Any]:

@@ -189,9 +189,10 @@ def resolve(
         run_id=run_id(config, identity),
         training_config=training_config,
         network=network_kind(config.network),
+        label_kind="vectors" if config.cond and dataset.condition_space.kind == "vectors" else "classes",
     )
     sizes = micro_batch_sizes(config.batch_size, dist.world_size(), config.batch_gpu)
-    notices = [*reading_notices(dataset), *check_source(config, architecture, header.label_names)]
+    notices = [*reading_notices(dataset), *check_source(config, header)]
     return Run(config, dataset, encoder, header, notices, identity, sizes, run_dir)
 
 

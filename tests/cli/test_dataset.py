@@ -228,3 +228,25 @@ def test_check_knows_what_training_takes(tmp_path):
     assert "1 problem\n" in output
     assert "is 12x12 pixels of 3 channels; training takes square grey or RGB images" in output
     assert "no such file" in run("check", "--source", tmp_path / "none", code=1)
+
+
+def test_label_vectors_are_kept_and_checked(tmp_path):
+    vectors = [[k / 4, -1.0] for k in range(6)]
+    source = write_folder(tmp_path / "d", with_labels(CLASSES, vectors))
+    assert "label vectors of 2 numbers" in convert(source, tmp_path / "out.zip", "--max-images", "5")
+    dataset = ImageDataset(tmp_path / "out.zip")
+    by_name = dict(zip(CLASSES, vectors, strict=True))
+    np.testing.assert_array_equal(dataset.labels, np.float32([by_name[name] for name in sorted(CLASSES)[:5]]))
+    assert dataset.condition_space.kind == "vectors"
+    assert "Labels: vectors of 2 numbers from -1 to 1.25\n" in run("check", "--source", tmp_path / "out.zip")
+
+
+def test_check_reads_arrays(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((5, 3, 8, 8), np.uint8))
+    np.save(tmp_path / "labels.npy", np.arange(5))
+    output = run("check", "--source", tmp_path / "x.npy")
+    for line in ("x.npy: 5 images", "  uint8 [3, 8, 8]: 5", "5 classes:", "  4: 1", "Ready for training"):
+        assert f"{line}\n" in output
+    np.save(tmp_path / "y.npy", np.full((5, 2, 8, 8), np.nan, np.float32))
+    (tmp_path / "labels.npy").unlink()
+    assert "items 0 to 4 hold numbers that are not finite" in run("check", "--source", tmp_path / "y.npy", code=1)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from edm2kit.data.archive import open_archive
-from edm2kit.data.labels import folder_labels, noted_labels, read_labels
+from edm2kit.data.labels import ConditionSpace, folder_labels, noted_labels, read_labels
 from tests.support.pictures import with_labels, write_folder
 
 FILES = {"a.png": b"1", "b/c.png": b"2", "b/d.png": b"3"}
@@ -120,3 +120,39 @@ def test_classes_noted_in_some_images_only_are_refused(tmp_path):
     files = {"a.png": noted(1), "b.png": noted(None), "c.png": noted(None)}
     with pytest.raises(ValueError, match=r"no class is noted in b\.png and 1 more"):
         noted_labels(open_archive(write_folder(tmp_path / "d", files), (".png",)))
+
+
+VECTORS = [[0.5, -1.0], [2, 0.25], [1e-3, 3.0]]
+
+
+def test_lists_of_floats_are_vectors(tmp_path):
+    labels = labels_of(tmp_path, with_labels(FILES, VECTORS))
+    assert labels.values.dtype == np.float32
+    np.testing.assert_array_equal(labels.values, np.array(VECTORS, np.float32))
+    assert labels.space == ConditionSpace("vectors", 2)
+    assert str(labels.space) == "label vectors of 2 numbers"
+    np.testing.assert_array_equal(labels.space.encode(labels.values[1:]), labels.values[1:])
+    assert labels.to_json(["x", "y", "z"])["labels"][0] == ["x", [0.5, -1.0]]
+
+
+@pytest.mark.parametrize(
+    ("vectors", "reason"),
+    [
+        ([[0.5], [1.0, 2.0], [3.0]], r"b/c\.png has the label \[1\.0, 2\.0\]; expected 1 finite numbers"),
+        ([[0.5], 3, [3.0]], r"b/c\.png has the label 3; expected 1 finite numbers"),
+        ([3, [0.5], 3], r"b/c\.png has the label \[0\.5\]; expected a class"),
+        ([[0.5], ["x"], [3.0]], r'b/c\.png has the label \["x"\]; expected 1 finite'),
+        ([[0.5], [float("nan")], [3.0]], r"b/c\.png has the label \[NaN\]; expected 1 finite"),
+        ([[0.5], [10**400], [3.0]], r"b/c\.png has the label \[10+"),
+        ([[0.5], [1e300], [3.0]], r"b/c\.png has the label \[1e\+300\]"),
+        ([[], [], []], r"a\.png has the label \[\]; expected one or more finite numbers"),
+    ],
+)
+def test_wrong_vectors_are_refused(tmp_path, vectors, reason):
+    with pytest.raises(ValueError, match=rf"d/dataset\.json: {reason}"):
+        labels_of(tmp_path, with_labels(FILES, vectors))
+
+
+def test_vectors_have_no_class_names(tmp_path):
+    with pytest.raises(ValueError, match='"label_names" names classes, but the labels are vectors'):
+        labels_of(tmp_path, with_labels(FILES, VECTORS, label_names=["x", "y"]))
