@@ -1,29 +1,28 @@
-"""Count the parameters and multiply-adds of a network, per layer and in all, without allocating its weights."""
+"""Count the parameters and multiply-adds of a network, per layer and in total, without allocating its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
-from edm2kit.cli.click_types import Command
+from edm2kit.cli.click_types import AtLeast, Command
+from edm2kit.cli.presets import summary
 from edm2kit.models import full_architecture
 from edm2kit.models.cost import Cost, evaluation_cost
 from edm2kit.snapshots.loading import open_weights
-from edm2kit.training.config import config_from_dict, preset_path, read_yaml
+from edm2kit.training.config import config_from_dict, preset_names, preset_path, read_yaml
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, epilog=f"Presets, smallest first: {summary(preset_names())}")
 @click.argument("networks", metavar="PRESET|YAML|SNAPSHOT...", nargs=-1, required=True)
-@click.option("--resolution", type=click.IntRange(1), default=64, show_default=True, help="Side of the latents.")
-@click.option(
-    "--image-channels", type=click.IntRange(1), default=4, show_default=True, help="4 for the VAE, 3 for RGB."
-)
-@click.option("--classes", type=click.IntRange(0), default=1000, show_default=True, help="0 for an unconditional one.")
+@click.option("--resolution", metavar="N", type=AtLeast(int, 1), default=64, help="Width and height of the latents")
+@click.option("--image-channels", metavar="N", type=AtLeast(int, 1), default=4, help="4 for VAE latents, 3 for RGB")
+@click.option("--classes", metavar="N", type=AtLeast(int, 0), default=1000, help="0 for an unconditional network")
 def main(networks: tuple[str, ...], resolution: int, image_channels: int, classes: int) -> None:
-    """Print what one evaluation of each network costs; with one network, layer by layer.
+    """Print the cost of one evaluation of each network; of a single network, layer by layer.
 
-    A preset of configs/train, a YAML file, or a snapshot (path or URL). Configurations leave the shape of the data
-    open: --resolution, --image-channels and --classes are for them, while a snapshot knows its own.
+    A network is a training preset, a YAML file, or a snapshot (path or URL). Presets and YAML files leave the shape of
+    the data open, so --resolution, --image-channels and --classes set it; a snapshot knows its own.
 
     \b
     python scripts/count_flops.py edm2-img512-xs edm2-img512-s
@@ -45,7 +44,7 @@ def main(networks: tuple[str, ...], resolution: int, image_channels: int, classe
 
 
 def find_architecture(network: str, data: Mapping[str, int]) -> Mapping[str, Any]:
-    """Precond's arguments for a preset or YAML file on data of shape `data`, or those of a snapshot."""
+    """The arguments of Precond for a preset or YAML file with data of shape `data`, or for a snapshot."""
     if network.endswith((".safetensors", ".pkl")) or "://" in network:
         return open_weights(network).header.architecture
     path = network if network.endswith((".yaml", ".yml")) else preset_path(network)
@@ -54,7 +53,7 @@ def find_architecture(network: str, data: Mapping[str, int]) -> Mapping[str, Any
 
 
 def print_layers(cost: Cost) -> None:
-    """Every layer of one network, then its sums."""
+    """Print every layer of one network, then the totals."""
     rows = [
         (
             layer.name,
@@ -64,12 +63,12 @@ def print_layers(cost: Cost) -> None:
         )
         for layer in cost.layers
     ]
-    rows.append(("in all, with gains", "", f"{cost.parameters}", f"{cost.multiply_adds / 1e6:.3f}"))
+    rows.append(("total, with gains", "", f"{cost.parameters}", f"{cost.multiply_adds / 1e6:.3f}"))
     print_table(("layer", "weight", "parameters", "multiply-adds (M)"), rows)
 
 
-def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Columns as wide as they need be, numbers to the right."""
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table with the first column left-aligned and the numbers right-aligned."""
     widths = [max(len(row[k]) for row in (head, *rows)) for k in range(len(head))]
     for row in (head, *rows):
         cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]

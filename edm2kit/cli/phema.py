@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,13 +16,29 @@ from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.dist import progress_bar
 from edm2kit.torch_utils.precision import PRECISIONS
 
-_POOR_FIT = 0.1  # from about here on, the rebuilt profile's width is off by more than a twentieth
+_POOR_FIT = 0.1  # from about here on, the width of the rebuilt profile is off by more than a twentieth
 _COARSE = 0.05
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is to be made from what; `todo` are the outputs that are not there yet."""
+class Settings:
+    """The options that decide what is rebuilt from what."""
+
+    indir: Sequence[str]
+    inprefix: str
+    instd: Sequence[float] | None
+    outdir: Path
+    outprefix: str
+    outstd: Sequence[float]
+    outkimg: Sequence[int] | None
+    outnimg: Sequence[int]
+    skip: bool
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Outputs with their inputs and paths; `todo` are the positions of the outputs that do not exist yet."""
 
     inputs: list[Weights]
     outputs: list[Output]
@@ -29,180 +46,210 @@ class Job:
     todo: list[int]
 
 
-@click.command(cls=cli.Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--indir",
-    metavar="DIR|PATH|URL",
-    required=True,
-    multiple=True,
-    help="Folder with a run's snapshots, or a snapshot; may be repeated",
+@click.command(cls=cli.Command)
+@cli.section(
+    "Input",
+    click.option(
+        "--indir",
+        metavar="DIR|PATH|URL",
+        required=True,
+        multiple=True,
+        help="Folder with the snapshots of a run, or a single snapshot; repeatable",
+    ),
+    click.option("--inprefix", metavar="TEXT", default="", help="Only use files with this prefix"),
+    click.option("--instd", metavar="LIST", type=cli.FloatSeries(), help="Only use snapshots of these EMA lengths"),
 )
-@click.option("--inprefix", metavar="TEXT", default="", help="Use only files whose names start so")
-@click.option("--instd", metavar="LIST", type=cli.FloatSeries(), help="Use only snapshots of these EMA lengths")
-@click.option("--outdir", metavar="DIR", required=True, type=click.Path(path_type=Path), help="Folder for the results")
-@click.option("--outprefix", metavar="TEXT", default="phema", show_default=True, help="How their file names start")
-@click.option(
-    "--outstd", metavar="LIST", type=cli.FloatSeries(), required=True, help="EMA lengths to make: 0.05,0.10,...,0.25"
+@cli.section(
+    "Output",
+    click.option("--outdir", metavar="DIR", required=True, type=click.Path(path_type=Path), help="Folder to write to"),
+    click.option(
+        "--outstd",
+        metavar="LIST",
+        type=cli.FloatSeries(),
+        required=True,
+        help="EMA lengths to rebuild, such as 0.05,0.10,...,0.25",
+    ),
+    click.option(
+        "--outkimg",
+        metavar="LIST",
+        type=cli.IntRanges(),
+        help="Training times in thousands of images  [default: the latest]",
+    ),
+    click.option(
+        "--outnimg", metavar="NIMG", type=cli.Size(), multiple=True, help="Training time in images, exactly; repeatable"
+    ),
+    click.option("--outprefix", metavar="TEXT", default="phema", help="Prefix of the file names"),
+    click.option(
+        "--dtype",
+        metavar="NAME",
+        type=click.Choice(list(PRECISIONS)),
+        default="fp16",
+        help="Stored precision: fp32, fp16 or bf16",
+    ),
+    click.option("--skip", is_flag=True, help="Skip complete outputs that were rebuilt from the same snapshots"),
+    click.option("--batch", metavar="N", type=cli.AtLeast(int, 1), default=128, help="Outputs per pass over the input"),
+    click.option("-n", "--dry-run", is_flag=True, help="Print how well each length can be rebuilt, then stop"),
 )
-@click.option("--outkimg", metavar="LIST", type=cli.IntRanges(), help="Times, in thousands of images  [the latest]")
-@click.option("--outnimg", metavar="NIMG", type=cli.Size(), multiple=True, help="Times, exactly; may be repeated")
-@click.option("--skip", is_flag=True, help="Keep outputs that are there, whole, and made from the same snapshots")
-@click.option("--batch", metavar="N", type=click.IntRange(1), default=128, show_default=True, help="Outputs per pass")
-@click.option(
-    "--dtype", type=click.Choice(list(PRECISIONS)), default="fp16", show_default=True, help="Stored precision"
-)
-@click.option("-n", "--dry-run", is_flag=True, help="Print how well each length can be rebuilt, and stop")
-def main(
-    indir: Sequence[str],
-    inprefix: str,
-    instd: Sequence[float] | None,
-    outdir: Path,
-    outprefix: str,
-    outstd: Sequence[float],
-    outkimg: Sequence[int] | None,
-    outnimg: Sequence[int],
-    skip: bool,
-    batch: int,
-    dtype: str,
-    dry_run: bool,
-) -> None:
-    """Make snapshots with EMA lengths that training did not store, as if it had (Karras et al. 2023, Section 3.2).
+def main(batch: int, dry_run: bool, **options: Any) -> None:
+    """Make snapshots with EMA lengths that training did not store (Karras et al. 2023, Section 3.2).
 
-    One pass over the input files serves all outputs. The table says, before anything is read, how well each can be
-    made: the EMA length it really has ("width"); how far its profile is from the wanted one ("fit error"); and the
-    error its weights inherit from the inputs' precision ("rounding"). Under torchrun, processes share the outputs.
+    One pass over the input files serves all outputs. A table first reports how well each can be rebuilt: the EMA length
+    that it really has ("width"), how far its profile is from the requested one ("fit error"), and the error of its
+    weights due to the precision of the input ("rounding"). Under torchrun, processes share the outputs.
 
     \b
     python reconstruct_phema.py --indir runs/main --outdir ema --outstd 0.05,0.10,...,0.25
     python reconstruct_phema.py --indir runs/guide --outdir ema --outstd 0.125 --outkimg 134217
     """
+    settings = Settings(**options)
     with cli.interrupt_on_sigterm(), dist.session("cpu"):
-        job = dist.on_rank0(
-            _prepare, *(indir, inprefix, instd, outdir, outprefix, outstd, outkimg, outnimg, skip, dtype)
-        )
-        _report(job)
+        plan = dist.on_rank0(make_plan, settings)
+        _report(plan)
         if not dry_run:
-            _write(job, batch)
-            dist.print0(f"Wrote {len(job.todo)} snapshots to {outdir}")
+            _write(plan, batch)
+            dist.print0(f"Wrote {len(plan.todo)} snapshots to {settings.outdir}")
 
 
-def _prepare(
-    indir: Sequence[str],
-    inprefix: str,
-    instd: Sequence[float] | None,
-    outdir: Path,
-    outprefix: str,
-    outstd: Sequence[float],
-    outkimg: Sequence[int] | None,
-    outnimg: Sequence[int],
-    skip: bool,
-    dtype: str,
-) -> Job:
-    inputs = open_sources(indir, inprefix, instd)
-    times = [*(_time_of(kimg, inputs) for kimg in outkimg or ()), *outnimg]
+def make_plan(settings: Settings) -> Plan:
+    """Read the headers of the input, and decide what to write where.
+
+    Raises ValueError if the input does not suffice, or if an output would replace another network.
+    """
+    inputs = open_sources(settings.indir, settings.inprefix, settings.instd)
+    times = [_nimg_of(kimg, inputs) for kimg in settings.outkimg or ()]
+    times += settings.outnimg
     outputs = plan_outputs(
         inputs,
-        list(dict.fromkeys(outstd)),
+        list(dict.fromkeys(settings.outstd)),
         list(dict.fromkeys(times)) or None,
-        str(PRECISIONS[dtype]).removeprefix("torch."),
+        str(PRECISIONS[settings.dtype]).removeprefix("torch."),
     )
-    paths = [outdir / snapshot_name(output.header.nimg, output.header.ema_std, outprefix) for output in outputs]
-    if shared := next((path for path in paths if paths.count(path) > 1), None):
-        raise ValueError(
-            f"two outputs would be called {shared.name}; make their times one by one, with --outprefix each"
-        )
-    _protect({weights.path.resolve() for weights in inputs if weights.path}, outputs, paths)
-    todo = [i for i, path in enumerate(paths) if not (skip and _is_made(path, outputs[i]))]
-    return Job(inputs, outputs, paths, todo)
+    paths = [_path_of(output, settings) for output in outputs]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(
+                f"two outputs would be called {path.name}; make their times one by one, with --outprefix each"
+            )
+    _check_overwriting(inputs, outputs, paths)
+    todo = [i for i, path in enumerate(paths) if not (settings.skip and _is_complete(path, outputs[i]))]
+    return Plan(inputs, outputs, paths, todo)
 
 
-def _time_of(kimg: int, inputs: Sequence[Weights]) -> int:
+def _path_of(output: Output, settings: Settings) -> Path:
+    return settings.outdir / snapshot_name(output.header.nimg, _std_of(output.header), settings.outprefix)
+
+
+def _std_of(header: Header) -> float:
+    """The EMA length of a snapshot that has one, as all inputs and outputs here do."""
+    assert header.ema_std is not None
+    return header.ema_std
+
+
+def _nimg_of(kimg: int, inputs: Sequence[Weights]) -> int:
     """The exact number of images that file names and --outkimg round down to `kimg` thousands."""
     times = sorted({weights.header.nimg for weights in inputs})
     found = [nimg for nimg in times if nimg // 1000 == kimg]
-    if not found:
-        near = sorted({nimg // 1000 for nimg in times}, key=lambda there: abs(there - kimg))[:4]
-        raise ValueError(f"no snapshot at --outkimg {kimg}; the nearest are at {', '.join(map(str, sorted(near)))}")
-    if len(found) > 1:
+    if len(found) == 1:
+        return found[0]
+    if found:
         raise ValueError(f"--outkimg {kimg} may mean {' or '.join(map(str, found))} images; say which with --outnimg")
-    return found[0]
+    by_distance = sorted({nimg // 1000 for nimg in times}, key=lambda other: abs(other - kimg))
+    nearest = ", ".join(str(other) for other in sorted(by_distance[:4]))
+    raise ValueError(f"no snapshot at --outkimg {kimg}; the nearest are at {nearest}")
 
 
-def _protect(inputs: set[Path], outputs: Sequence[Output], paths: Sequence[Path]) -> None:
-    """Raise ValueError where an output would replace anything but an earlier one of its kind."""
+def _check_overwriting(inputs: Sequence[Weights], outputs: Sequence[Output], paths: Sequence[Path]) -> None:
+    """Raise ValueError if an output would replace anything but an earlier version of itself."""
+    input_paths = {weights.path.resolve() for weights in inputs if weights.path}
     for output, path in zip(outputs, paths, strict=True):
-        if path.resolve() in inputs:
+        if path.resolve() in input_paths:
             raise ValueError(f"{path} is one of the inputs; choose another --outprefix or --outdir")
-        there = _header_of(path)
-        wanted = (output.header.run_id, output.header.nimg, output.header.ema_std)
-        if there and (there.recipe is None or (there.run_id, there.nimg, there.ema_std) != wanted):
+        existing = _header_of(path)
+        if existing is not None and not _is_version_of(existing, output.header):
             raise ValueError(f"{path} holds another network; choose another --outprefix or --outdir")
 
 
+def _is_version_of(existing: Header, wanted: Header) -> bool:
+    """Whether both are rebuilt EMAs of the same length at the same time of one run."""
+    same = (existing.run_id, existing.nimg, existing.ema_std) == (wanted.run_id, wanted.nimg, wanted.ema_std)
+    return same and existing.recipe is not None
+
+
 def _header_of(path: Path) -> Header | None:
-    """The header of a snapshot that is there and whole."""
+    """The header of a complete snapshot; None if there is none."""
     try:
         return read_header(path)
     except ValueError:
         return None
 
 
-def _is_made(path: Path, output: Output) -> bool:
-    there, wanted = _header_of(path), output.header
-    if there is None or there.recipe is None or wanted.recipe is None:
+def _is_complete(path: Path, output: Output) -> bool:
+    """Whether the file holds this output, rebuilt from the same inputs."""
+    existing, wanted = _header_of(path), output.header
+    if existing is None or existing.recipe is None or wanted.recipe is None:
         return False
-    return there.dtype == wanted.dtype and there.recipe.get("inputs") == wanted.recipe["inputs"]
+    return existing.dtype == wanted.dtype and existing.recipe.get("inputs") == wanted.recipe["inputs"]
 
 
-def _report(job: Job) -> None:
-    nimg = sorted({weights.header.nimg for weights in job.inputs})
-    stds = sorted({weights.header.ema_std for weights in job.inputs})
-    run = job.inputs[0].header.run_id
+def _report(plan: Plan) -> None:
+    """Print what the input holds, and a line for each output with its expected quality."""
+    headers = [weights.header for weights in plan.inputs]
+    nimg = sorted({header.nimg for header in headers})
+    stds = sorted({_std_of(header) for header in headers})
+    run = f" of run {headers[0].run_id}" if headers[0].run_id else ""
+    lengths = ", ".join(f"{std:g}" for std in stds)
     dist.print0(
-        f"{len(job.inputs)} snapshots{f' of run {run}' * bool(run)}: EMA {', '.join(f'{std:g}' for std in stds)} at "
-        f"{len(nimg)} times from {nimg[0]} to {nimg[-1]} images"
+        f"{len(headers)} snapshots{run}: EMA {lengths} at {len(nimg)} times from {nimg[0]} to {nimg[-1]} images"
     )
     for std in stds:
-        there = {weights.header.nimg for weights in job.inputs if weights.header.ema_std == std}
-        if missing := [time for time in nimg if time not in there]:
+        stored = {header.nimg for header in headers if header.ema_std == std}
+        missing = [time for time in nimg if time not in stored]
+        if missing:
             dist.warn0(f"EMA {std:g} has no snapshot at {len(missing)} of these times (the first is {missing[0]})")
     dist.print0(f"{'images':>12} {'std':>7} {'width':>7} {'fit error':>10} {'rounding':>9}  file")
-    for i, (output, path) in enumerate(zip(job.outputs, job.paths, strict=True)):
-        fit, header = output.fit, output.header
+    for i, (output, path) in enumerate(zip(plan.outputs, plan.paths, strict=True)):
+        fit = output.fit
         width = "none" if fit.width is None else f"{fit.width:.4f}"
+        note = "" if i in plan.todo else "  (exists)"
         dist.print0(
-            f"{header.nimg:>12} {header.ema_std:>7.4g} {width:>7} {fit.error:>10.3%} {fit.rounding:>9.3%}  {path.name}"
-            + ("" if i in job.todo else "  (there already)")
+            f"{output.header.nimg:>12} {output.header.ema_std:>7.4g} {width:>7} {fit.error:>10.3%} "
+            f"{fit.rounding:>9.3%}  {path.name}{note}"
         )
-    _warn(job.outputs)
+    _warn(plan.outputs)
 
 
 def _warn(outputs: Sequence[Output]) -> None:
-    def lengths(chosen: Sequence[Output]) -> str:
-        return ", ".join(f"{std:g}" for std in sorted({output.header.ema_std for output in chosen}))
-
-    if poor := [output for output in outputs if output.fit.error > _POOR_FIT]:
+    """Warn of outputs that differ from what their names promise."""
+    poor = {_std_of(output.header) for output in outputs if output.fit.error > _POOR_FIT}
+    if poor:
         dist.warn0(
-            f"fit error above {_POOR_FIT:.0%} for {lengths(poor)}: these are other averages than their names say. The "
-            "snapshots are too few, or too far apart, for such lengths"
+            f"fit error above {_POOR_FIT:.0%} for {_lengths(poor)}: these averages differ from what their names say. "
+            "The snapshots are too few or too far apart for such lengths"
         )
-    if coarse := [output for output in outputs if output.fit.rounding > _COARSE]:
+    coarse = {_std_of(output.header) for output in outputs if output.fit.rounding > _COARSE}
+    if coarse:
         dist.warn0(
-            f"rounding above {_COARSE:.0%} for {lengths(coarse)}: the stored precision of the inputs is magnified that "
-            "much; fewer snapshots (--instd, --inprefix) or a greater length magnify less"
+            f"rounding above {_COARSE:.0%} for {_lengths(coarse)}: rebuilding magnifies the rounding error of the "
+            "input. Use fewer snapshots (--instd, --inprefix) or a greater length"
         )
 
 
-def _write(job: Job, batch: int) -> None:
-    share = job.todo[dist.rank() :: dist.world_size()]
+def _lengths(stds: set[float]) -> str:
+    return ", ".join(f"{std:g}" for std in sorted(stds))
+
+
+def _write(plan: Plan, batch: int) -> None:
+    """Write this rank's share of the outputs."""
+    share = plan.todo[dist.rank() :: dist.world_size()]
     groups = [share[first : first + batch] for first in range(0, len(share), batch)]
     error = None
-    total = len(groups) * count_values(job.outputs[0])
+    total = len(groups) * count_values(plan.outputs[0])
     with progress_bar(total, "w", hidden=not share, scaled=True) as bar:
         try:
             for group in groups:
-                chosen, paths = [job.outputs[i] for i in group], [job.paths[i] for i in group]
-                write_outputs(job.inputs, chosen, paths, on_progress=bar.update)
+                outputs = [plan.outputs[i] for i in group]
+                paths = [plan.paths[i] for i in group]
+                write_outputs(plan.inputs, outputs, paths, on_progress=bar.update)
         except (ValueError, OSError) as caught:
             error = caught
     dist.raise_together(error)

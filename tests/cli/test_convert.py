@@ -39,7 +39,7 @@ def run(*arguments: object) -> Result:
 
 def test_one_file(tmp_path):
     result = run("--source", DATA / "published_layout_rgb.pkl", "--dest", tmp_path / "a.safetensors")
-    assert (result.exit_code, result.output) == (0, f"1 converted, 0 there already, in {tmp_path}\n")
+    assert (result.exit_code, result.output) == (0, f"Converted 1 snapshots to {tmp_path}; 0 already existed\n")
     ours, published = load_snapshot(tmp_path / "a.safetensors"), load_snapshot(DATA / "published_layout_rgb.pkl")
     assert all(torch.equal(a, b) for a, b in zip(ours.net.parameters(), published.net.parameters(), strict=True))
 
@@ -55,12 +55,12 @@ def test_a_url_into_a_folder(tmp_path, monkeypatch):
 
 def test_a_folder_is_continued_where_it_ended(folder, tmp_path):
     out = tmp_path / "out"
-    assert "3 converted, 0 there" in run("--source", folder, "--dest", out).output
+    assert f"Converted 3 snapshots to {out}; 0 already existed" in run("--source", folder, "--dest", out).output
     names = sorted(path.name for path in out.iterdir())
     assert names == [f"edm2-img8-xxs-{kimg:07d}-0.050.safetensors" for kimg in (134217, 268435, 402653)]
     (out / names[1]).unlink()
     first = (out / names[0]).stat().st_mtime_ns
-    assert "1 converted, 2 there already" in run("--source", folder, "--dest", out, "--workers", 3).output
+    assert f"Converted 1 snapshots to {out}; 2 already existed" in run("--source", folder, "--dest", out, "--workers", 3).output
     assert (out / names[0]).stat().st_mtime_ns == first
     assert "3 converted" in run("--source", folder, "--dest", out, "--overwrite").output
     assert (out / names[0]).stat().st_mtime_ns != first

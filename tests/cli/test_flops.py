@@ -84,7 +84,7 @@ def test_presets_are_compared_and_one_is_shown_by_layer(tmp_path):
     one = invoke(config, "--resolution", 8, "--image-channels", 3, "--classes", 4)
     assert "3x8x8, 4 classes" in one
     assert re.search(r"unet\.enc\.8x8_conv +8x4x3x3 +288 +0\.018\n", one)
-    assert one.splitlines()[-1].startswith("in all")
+    assert one.splitlines()[-1].startswith("total")
 
 
 def test_a_snapshot_says_its_own_shape(tmp_path):

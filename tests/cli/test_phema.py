@@ -110,7 +110,7 @@ def test_skip_keeps_what_is_there_whole_and_made_from_the_same(walk, folder, tmp
     paths[1].write_bytes(paths[1].read_bytes()[:-1])
     output = run(*common)[1]
     assert "Wrote 1 snapshots" in output
-    assert output.count("there already") == 2
+    assert output.count("(exists)") == 2
     after = [path.stat().st_ino for path in paths]
     assert (after[0], after[2]) == (before[0], before[2])
     assert read_header(paths[1]).ema_std == 0.07
