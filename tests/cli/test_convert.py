@@ -73,7 +73,7 @@ def test_a_broken_file_does_not_stop_the_others(folder, tmp_path):
     result = run("--source", folder, "--dest", tmp_path / "out")
     assert result.exit_code == 1
     assert f"Error: {broken}: refused near byte" in result.output
-    assert result.output.endswith("Error: 1 of 3 files were not converted; the reasons stand above\n")
+    assert result.output.endswith("Error: 1 of 3 files were not converted, for the reasons above\n")
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
@@ -82,7 +82,7 @@ def test_what_is_there_of_another_origin_is_not_taken_for_it(folder, tmp_path):
     assert run("--source", DATA / "published_layout_rgb.pkl", "--dest", out).exit_code == 0
     result = run("--source", DATA / "published_layout_vae.pkl", "--dest", out)
     assert (result.exit_code, result.output.count("\n")) == (1, 1)
-    assert "does not come from published_layout_vae.pkl; --overwrite replaces it" in result.output
+    assert "does not come from published_layout_vae.pkl; use --overwrite to replace it" in result.output
     assert run("--source", DATA / "published_layout_vae.pkl", "--dest", out, "--overwrite").exit_code == 0
 
 
@@ -109,7 +109,7 @@ def test_a_stopped_command_leaves_whole_files_only(folder, tmp_path):
     left = list((tmp_path / "out").iterdir())
     assert len(left) < 3
     assert all(path.suffix == ".safetensors" and read_header(path) for path in left)
-    assert f"{3 - len(left)} converted" in run(*line).output
+    assert f"Converted {3 - len(left)}" in run(*line).output
 
 
 def test_wrong_sources_are_told(folder, tmp_path):
@@ -118,7 +118,7 @@ def test_wrong_sources_are_told(folder, tmp_path):
     for arguments, said in (
         ((tmp_path / "a.safetensors", tmp_path / "b"), "is not a pickle"),
         ((tmp_path / "nowhere.pkl", tmp_path / "b"), "no such file or folder"),
-        ((folder, tmp_path / "a.safetensors"), "is a folder, so --dest must be one too"),
+        ((folder, tmp_path / "a.safetensors"), "is a folder, so --dest must be a folder too"),
         ((DATA.parent, tmp_path / "b"), "no .pkl file in this folder"),
     ):
         result = run("--source", arguments[0], "--dest", arguments[1])
