@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from edm2kit.metrics.detectors.dinov2 import Attention, DINOv2ViT
+from edm2kit.metrics.detectors.dinov2 import DINOv2ViT, SelfAttention
 from edm2kit.metrics.detectors.inception import MIXED, STEM, ConvNormRelu, InceptionV3, _run_branch
 from edm2kit.metrics.detectors.preprocess import as_rgb, resize_bilinear_tf1
 
@@ -30,7 +30,7 @@ class PlainInception(InceptionV3):
         return x.mean(dim=(2, 3))
 
 
-class _Attention(Attention):
+class _Attention(SelfAttention):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         weights = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
@@ -43,5 +43,5 @@ class PlainDINOv2(DINOv2ViT):
     def __init__(self, *sizes: int):
         super().__init__(*sizes)
         for module in self.modules():
-            if isinstance(module, Attention):
+            if isinstance(module, SelfAttention):
                 module.__class__ = _Attention

@@ -20,8 +20,7 @@ from edm2kit.cli.generation_options import generation_options
 from edm2kit.cli.image_source import image_batches, open_images
 from edm2kit.metrics.detectors.registry import DETECTORS, check_names, load_detector
 from edm2kit.metrics.reference import Reference, save_reference
-from edm2kit.metrics.report import summary, table
-from edm2kit.metrics.scoring import Scorer, image_features, image_statistics, make_scorer
+from edm2kit.metrics.scoring import Scorer, image_features, image_statistics, make_scorer, summary, table
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import fetch, sha256_of
 from edm2kit.torch_utils.provenance import provenance

@@ -1,0 +1,47 @@
+"""Frechet distances, precision and recall of generated images.
+
+Example:
+
+    from edm2kit.metrics import measure_reference, score_images
+
+    reference = measure_reference(real_images, ["fd_random"])  # uint8 [N, 3, H, W]
+    print(score_images(generated_images, reference))
+"""
+
+from edm2kit.metrics.detectors.dinov2 import DINOv2ViT
+from edm2kit.metrics.detectors.inception import InceptionV3
+from edm2kit.metrics.detectors.registry import DETECTORS, Detector, load_detector
+from edm2kit.metrics.frechet import frechet_distance
+from edm2kit.metrics.moments import FeatureStatistics, Moments, merge_statistics
+from edm2kit.metrics.precision_recall import neighbour_scores
+from edm2kit.metrics.reference import Reference, load_reference, save_reference
+from edm2kit.metrics.scoring import (
+    Scorer,
+    image_features,
+    image_statistics,
+    make_scorer,
+    measure_reference,
+    score_images,
+)
+
+__all__ = [
+    "DETECTORS",
+    "DINOv2ViT",
+    "Detector",
+    "FeatureStatistics",
+    "InceptionV3",
+    "Moments",
+    "Reference",
+    "Scorer",
+    "frechet_distance",
+    "image_features",
+    "image_statistics",
+    "load_detector",
+    "load_reference",
+    "make_scorer",
+    "measure_reference",
+    "merge_statistics",
+    "neighbour_scores",
+    "save_reference",
+    "score_images",
+]

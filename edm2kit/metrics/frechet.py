@@ -1,71 +1,73 @@
-"""The Frechet distance between two Gaussians, fast, symmetric and exact for singular covariances."""
+"""The Frechet distance between two Gaussians: fast, symmetric, and exact for singular covariances."""
 
 import numpy as np
 import scipy.linalg
+from numpy.typing import ArrayLike
 from scipy.linalg import lapack
 
-# The quick route is taken where rounding is not expected to move its answer by more than this share of tr S1 + tr S2,
-_QUICK_ERROR = 1e-9
-# ... its estimate taken this many times (of 56 pairs of covariances that kept the distance below, none was off by more
-# than a fifth of the estimate, wherever that was above 1e-15 of the traces), ...
+# The fast path is used if its expected rounding error is below this fraction of tr S1 + tr S2, ...
+_FAST_PATH_ERROR = 1e-9
+# ... with the estimate of the error multiplied by this margin (in 56 pairs of covariances within the limit, the error
+# never exceeded a fifth of the estimate, wherever that was above 1e-15 of the traces), ...
 _MARGIN = 10
-# ... and no eigenvalue comes nearer than this to the rounding of the largest: below, the estimate no longer holds.
-_NOISE_DISTANCE = 500
+# ... and if every eigenvalue is at least this many times the rounding error of the largest; the estimate fails below.
+_MIN_EIGENVALUE_IN_ERRORS = 500
 _TILE = 256
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
-    """Squared Frechet (2-Wasserstein) distance of N(mu1, sigma1) and N(mu2, sigma2), in float64.
+def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
+    """The squared Frechet (2-Wasserstein) distance between N(mu1, sigma1) and N(mu2, sigma2), in float64.
 
-    |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); means [F], covariances [F, F], as arrays or CPU tensors.
-    Singular covariances (fewer samples than features) are exact to rounding. Raises ValueError for other
-    shapes, numbers that are not finite, and matrices that are no covariances. Dowson and Landau 1982,
-    Heusel et al. 2017 (arXiv 1706.08500).
+    |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). Means are [F] and covariances [F, F], arrays or CPU tensors.
+    Singular covariances (fewer samples than features) are exact up to rounding. Raises ValueError for other shapes,
+    values that are not finite, and matrices that are not covariances. Dowson and Landau 1982; Heusel et al. 2017
+    (arXiv 1706.08500).
+
+    Example: `frechet_distance([0, 0], np.eye(2), [3, 4], np.eye(2))` returns 25.0.
     """
-    mu1, sigma1 = _checked(mu1, sigma1, "first")
-    mu2, sigma2 = _checked(mu2, sigma2, "second")
-    if mu1.shape != mu2.shape:
-        raise ValueError(f"the distributions have {len(mu1)} and {len(mu2)} features; they must have as many")
-    traces = np.trace(sigma1) + np.trace(sigma2)
-    root = _trace_sqrt_regular(sigma1, sigma2, _QUICK_ERROR * traces)
+    mean1, cov1 = _checked(mu1, sigma1, "first")
+    mean2, cov2 = _checked(mu2, sigma2, "second")
+    if mean1.shape != mean2.shape:
+        raise ValueError(f"the distributions have {len(mean1)} and {len(mean2)} features; expected equal numbers")
+    traces = np.trace(cov1) + np.trace(cov2)
+    root = _trace_sqrt_regular(cov1, cov2, _FAST_PATH_ERROR * traces)
     if root is None:
-        root = _trace_sqrt_singular(sigma1, sigma2)
-    # rounding can leave a distance of zero slightly below zero
-    return max(float(np.sum((mu1 - mu2) ** 2) + traces - 2 * root), 0.0)
+        root = _trace_sqrt_singular(cov1, cov2)
+    # rounding can turn a distance of zero into a small negative number
+    return max(float(np.sum((mean1 - mean2) ** 2) + traces - 2 * root), 0.0)
 
 
-def _checked(mu, sigma, which: str) -> tuple[np.ndarray, np.ndarray]:
-    mu, sigma = np.asarray(mu, dtype=np.float64), np.asarray(sigma, dtype=np.float64)
-    if mu.ndim != 1 or len(mu) == 0 or sigma.shape != (len(mu), len(mu)):
+def _checked(mu: ArrayLike, sigma: ArrayLike, which: str) -> tuple[np.ndarray, np.ndarray]:
+    mean, cov = np.asarray(mu, dtype=np.float64), np.asarray(sigma, dtype=np.float64)
+    if mean.ndim != 1 or len(mean) == 0 or cov.shape != (len(mean), len(mean)):
         raise ValueError(
-            f"the {which} distribution has a mean of shape {mu.shape} and a covariance of shape {sigma.shape}; "
+            f"the {which} distribution has a mean of shape {mean.shape} and a covariance of shape {cov.shape}; "
             "expected [F] and [F, F]"
         )
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise ValueError(f"the {which} distribution holds values that are not finite (NaN or infinity)")
-    if _asymmetry(sigma) > 1e-6 * max(sigma.max(), -sigma.min()):
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise ValueError(f"the {which} distribution has values that are not finite (NaN or infinity)")
+    if _asymmetry(cov) > 1e-6 * max(cov.max(), -cov.min()):
         raise ValueError(f"the covariance of the {which} distribution is not symmetric")
-    return mu, sigma
+    return mean, cov
 
 
 def _asymmetry(sigma: np.ndarray) -> float:
-    """Largest difference between an entry and its mirror image; tile by tile, as a whole transpose is slow to read."""
-    starts = range(0, len(sigma), _TILE)
-    differences = (
-        sigma[a : a + _TILE, b : b + _TILE] - sigma[b : b + _TILE, a : a + _TILE].T
-        for a in starts
-        for b in starts
-        if a <= b
-    )
-    return max(float(np.abs(difference).max()) for difference in differences)
+    """The largest difference between an entry and its mirror image."""
+    largest = 0.0
+    # tile by tile, since reading a large matrix by columns is slow
+    for a in range(0, len(sigma), _TILE):
+        for b in range(a, len(sigma), _TILE):
+            difference = sigma[a : a + _TILE, b : b + _TILE] - sigma[b : b + _TILE, a : a + _TILE].T
+            largest = max(largest, float(np.abs(difference).max()))
+    return largest
 
 
 def _trace_sqrt_regular(sigma1: np.ndarray, sigma2: np.ndarray, max_error: float) -> float | None:
-    """Trace of (S1 S2)^(1/2) from the eigenvalues of L^T S2 L, where S1 = L L^T; None where too inexact.
+    """The trace of (S1 S2)^(1/2) from the eigenvalues of L^T S2 L, with S1 = L L^T; None if not exact enough.
 
-    An eigenvalue is exact to about `noise`; its root to noise / (2 root). These errors are as often up as down.
+    An eigenvalue has an error of about `noise`, its root one of noise / (2 root). The errors have random signs.
     """
-    # LAPACK wants columns first: the transpose of a symmetric matrix is itself, and spares a copy
+    # LAPACK wants columns first: the transpose of a symmetric matrix is the same matrix, without a copy
     lower, failed = lapack.dpotrf(sigma1.T, lower=1, clean=0)
     if failed:
         return None
@@ -74,7 +76,7 @@ def _trace_sqrt_regular(sigma1: np.ndarray, sigma2: np.ndarray, max_error: float
         product, lower=True, eigvals_only=True, overwrite_a=True, check_finite=False, driver="evd"
     )
     noise = np.finfo(np.float64).eps * np.abs(eigenvalues).max() + np.finfo(np.float64).tiny
-    if eigenvalues.min() < _NOISE_DISTANCE * noise:
+    if eigenvalues.min() < _MIN_EIGENVALUE_IN_ERRORS * noise:
         return None
     roots = np.sqrt(eigenvalues)
     if _MARGIN * np.linalg.norm(noise / (2 * roots)) > max_error:
@@ -83,14 +85,14 @@ def _trace_sqrt_regular(sigma1: np.ndarray, sigma2: np.ndarray, max_error: float
 
 
 def _trace_sqrt_singular(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
-    """Trace of (S1 S2)^(1/2) as the sum of singular values of B1^T B2, where S = B B^T and B has full rank."""
-    # Unlike eigenvalues of a product, singular values need no square root, which would turn 1e-16 into 1e-8.
+    """The trace of (S1 S2)^(1/2) as the sum of singular values of B1^T B2, with S = B B^T and B of full rank."""
+    # unlike eigenvalues of a product, singular values need no square root, which would turn 1e-16 into 1e-8
     product = _square_root(sigma1).T @ _square_root(sigma2)
     return float(scipy.linalg.svdvals(product).sum()) if product.size else 0.0
 
 
 def _square_root(sigma: np.ndarray) -> np.ndarray:
-    """B [F, rank] with B B^T = sigma; raises ValueError where sigma is not positive semidefinite."""
+    """B [F, rank] with B B^T = sigma. Raises ValueError if sigma is not positive semidefinite."""
     rounding = len(sigma) * np.finfo(np.float64).eps
     lower, failed = lapack.dpotrf(sigma.T, lower=1)
     if not failed and lower.diagonal().min() ** 2 > rounding * lower.diagonal().max() ** 2:

@@ -1,4 +1,4 @@
-"""Reference statistics on disk: mean and covariance of real images' features, and what they were made with."""
+"""Reference statistics on disk: mean and covariance of real images' features, and where they come from."""
 
 import json
 from collections.abc import Mapping
@@ -9,32 +9,21 @@ from typing import Any
 import numpy as np
 
 from edm2kit.metrics.detectors.registry import DETECTORS
+from edm2kit.metrics.moments import FeatureStatistics
 from edm2kit.torch_utils.arrays import read_npz
 from edm2kit.torch_utils.files import atomic_write
 from edm2kit.torch_utils.pickles.reader import load_pickle
 
 FORMAT_VERSION = 1
-# what values of other kinds than statistics lead to
-_STRANGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
-
-
-@dataclass(frozen=True)
-class FeatureStatistics:
-    """Mean [F] and covariance [F, F] of one detector's features, float64.
-
-    `fingerprint` is that of the detector; None in published files, which state none.
-    """
-
-    mean: np.ndarray
-    covariance: np.ndarray
-    fingerprint: str | None
+# the errors that values of an unexpected kind lead to
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics by metric name, of `num_images` images (None where the file doesn't say).
+    """Statistics by metric name, of `num_images` images (None if the file does not say).
 
-    `source`: JSON values that tell what made the file.
+    `source` holds JSON values that say where the statistics come from.
     """
 
     num_images: int | None
@@ -42,31 +31,31 @@ class Reference:
     source: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, metric: str) -> FeatureStatistics:
-        """The statistics of `metric`, made with this project's detector of that name.
+        """The statistics of `metric`, computed with this project's detector of that name.
 
-        Raises ValueError where the reference has none, or was made with another detector.
+        Raises ValueError if the reference lacks the metric or used another detector.
         """
         if metric not in self.statistics:
             raise ValueError(f"the reference has no {metric}, only {', '.join(self.statistics)}; choose with --metrics")
         statistics, expected = self.statistics[metric], DETECTORS[metric].fingerprint
-        # published files state no detector: they are taken for what their metric's name stands for
+        # published files do not name their detector: the name of the metric has to do
         if statistics.fingerprint not in (None, expected):
             raise ValueError(
                 f"the reference's {metric} was made with another detector ({statistics.fingerprint}) than this one "
-                f"({expected}); make it anew with `calculate_metrics.py ref`"
+                f"({expected}); create it again with `calculate_metrics.py ref`"
             )
         return statistics
 
 
 def save_reference(path: str | Path, reference: Reference) -> None:
-    """Write `reference` as an .npz of float64 arrays and a JSON header. Raises OSError."""
+    """Write `reference` as an .npz file of float64 arrays and a JSON header. Raises OSError."""
     header = {
         "format_version": FORMAT_VERSION,
         "num_images": reference.num_images,
         "fingerprints": {metric: statistics.fingerprint for metric, statistics in reference.statistics.items()},
         "source": dict(reference.source),
     }
-    arrays = {"header": np.array(json.dumps(header))}
+    arrays: dict[str, Any] = {"header": np.array(json.dumps(header))}
     for metric, statistics in reference.statistics.items():
         arrays |= {f"{metric}.mu": statistics.mean, f"{metric}.sigma": statistics.covariance}
     with atomic_write(path) as file:
@@ -74,20 +63,24 @@ def save_reference(path: str | Path, reference: Reference) -> None:
 
 
 def load_reference(path: str | Path) -> Reference:
-    """Read reference statistics: this project's .npz, EDM2's .pkl or the older .npz of `mu` and `sigma` (fid only).
+    """Read reference statistics: this project's .npz, EDM2's .pkl, or the older .npz of `mu` and `sigma` (fid only).
 
-    Nothing in the file is executed. Raises ValueError, in one line, for any other or damaged file; OSError where it
-    cannot be opened.
+    Nothing in the file is executed. Raises ValueError, in one line, if the file is of another kind or damaged, and
+    OSError if it cannot be opened.
+
+    Example: `load_reference("img512.pkl").of("fid").mean`
     """
     with open(path, "rb") as file:
         is_zip = file.read(2) == b"PK"
     try:
         reference = _read_npz(path) if is_zip else _read_pickle(path)
-    except _STRANGE as error:
+    except _MALFORMED as error:
         reason = f"it has no entry {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path} is damaged or holds no reference statistics: {reason.splitlines()[0]}") from error
+        raise ValueError(
+            f"{path} is damaged or does not contain reference statistics: {reason.splitlines()[0]}"
+        ) from error
     if not reference.statistics:
-        raise ValueError(f"{path} holds no statistics of {', '.join(DETECTORS)}")
+        raise ValueError(f"{path} has no statistics of {', '.join(DETECTORS)}")
     for metric, statistics in reference.statistics.items():
         _check(path, metric, statistics)
     return reference
@@ -96,12 +89,12 @@ def load_reference(path: str | Path) -> Reference:
 def _read_npz(path: str | Path) -> Reference:
     arrays = read_npz(path)
     if "header" not in arrays:
-        return Reference(None, {"fid": FeatureStatistics(*_pair(arrays["mu"], arrays["sigma"]), None)})
+        return Reference(None, {"fid": _statistics(arrays["mu"], arrays["sigma"], None)})
     header = json.loads(str(arrays["header"]))
     if header["format_version"] != FORMAT_VERSION:
         raise ValueError(f"its format is version {header['format_version']}; this program reads {FORMAT_VERSION}")
     statistics = {
-        metric: FeatureStatistics(*_pair(arrays[f"{metric}.mu"], arrays[f"{metric}.sigma"]), fingerprint)
+        metric: _statistics(arrays[f"{metric}.mu"], arrays[f"{metric}.sigma"], fingerprint)
         for metric, fingerprint in header["fingerprints"].items()
     }
     return Reference(header["num_images"], statistics, header["source"])
@@ -112,7 +105,7 @@ def _read_pickle(path: str | Path) -> Reference:
     if not isinstance(content, dict):
         raise ValueError("expected a dictionary of metrics")
     statistics = {
-        metric: FeatureStatistics(*_pair(content[metric]["mu"], content[metric]["sigma"]), None)
+        metric: _statistics(content[metric]["mu"], content[metric]["sigma"], None)
         for metric in DETECTORS
         if metric in content
     }
@@ -120,17 +113,18 @@ def _read_pickle(path: str | Path) -> Reference:
     return Reference(None if num_images is None else int(num_images), statistics)
 
 
-def _pair(mean: Any, covariance: Any) -> tuple[np.ndarray, np.ndarray]:
-    return np.asarray(mean, dtype=np.float64), np.asarray(covariance, dtype=np.float64)
+def _statistics(mean: Any, covariance: Any, fingerprint: str | None) -> FeatureStatistics:
+    mean, covariance = np.asarray(mean, dtype=np.float64), np.asarray(covariance, dtype=np.float64)
+    return FeatureStatistics(mean, covariance, fingerprint)
 
 
 def _check(path: str | Path, metric: str, statistics: FeatureStatistics) -> None:
-    """Raise ValueError where statistics cannot be of this metric: before hours of generation, not after."""
+    """Raise ValueError if statistics cannot belong to this metric: before hours of generation, not after."""
     if metric not in DETECTORS:
-        raise ValueError(f"{path} holds statistics of {metric!r}; there are {', '.join(DETECTORS)}")
+        raise ValueError(f"{path} has statistics of {metric!r}; known metrics: {', '.join(DETECTORS)}")
     size = DETECTORS[metric].num_features
     shapes = statistics.mean.shape, statistics.covariance.shape
     if shapes != ((size,), (size, size)):
         raise ValueError(f"{path}: {metric} has shapes {shapes}; expected {(size,)} and {(size, size)}")
     if not (np.isfinite(statistics.mean).all() and np.isfinite(statistics.covariance).all()):
-        raise ValueError(f"{path}: {metric} holds numbers that are not finite")
+        raise ValueError(f"{path}: {metric} has values that are not finite")

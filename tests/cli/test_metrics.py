@@ -201,7 +201,7 @@ def test_grey_and_colour_images_may_be_mixed(place, tmp_path):
         (["calc", "--images", "fake", "--ref", "ref.npz"], 1, "holds 30 images, --num asks for 50000"),
         (["calc", "--images", "fake", "--ref", "ref.npz", "--num", "1"], 2, "x>=2"),
         (["calc", "--images", "fake", "--ref", "ref.npz", "--num", "30", "--seed", "0,1"], 1, "selects the same"),
-        (["calc", "--images", "fake", "--ref", "main", "--num", "30"], 1, "holds no reference statistics"),
+        (["calc", "--images", "fake", "--ref", "main", "--num", "30"], 1, "does not contain reference statistics"),
         (["calc", "--images", "fake", "--ref", "ref.npz", "--num", "30", "--metrics", "fid"], 1, "has no fid"),
         (["calc", "--images", "fake", "--ref", "ref.npz", "--metrics", "fdrandom"], 2, "did you mean fd_random"),
         (["calc", "--images", "fake"], 2, "--ref"),

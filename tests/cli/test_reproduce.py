@@ -21,7 +21,8 @@ from edm2kit.experiments.paper_tables.networks import PublishedNetwork
 from edm2kit.experiments.paper_tables.plan import measure_flops
 from edm2kit.experiments.paper_tables.tables import load_table
 from edm2kit.metrics.detectors.registry import load_detector
-from edm2kit.metrics.reference import FeatureStatistics, Reference, save_reference
+from edm2kit.metrics.moments import FeatureStatistics
+from edm2kit.metrics.reference import Reference, save_reference
 from edm2kit.metrics.scoring import image_statistics, make_scorer
 from edm2kit.models.edm2 import Precond
 from edm2kit.sampling.solvers import Sampler

@@ -113,7 +113,7 @@ def spoil(array, value):
         (lambda mu, sigma: (mu, spoil(sigma, np.inf)), "not finite"),
         (lambda mu, sigma: (mu[:-1], sigma), "shape"),
         (lambda mu, sigma: (mu[None], sigma), "shape"),
-        (lambda mu, sigma: (mu[:-1], sigma[:-1, :-1]), "as many"),
+        (lambda mu, sigma: (mu[:-1], sigma[:-1, :-1]), "equal numbers"),
         (lambda mu, sigma: (mu, spoil(sigma, 7)), "not symmetric"),
         (lambda mu, sigma: (mu, sigma - 9 * np.eye(len(mu))), "negative eigenvalue"),
     ],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from edm2kit.metrics.moments import Moments, sum_over_ranks_
+from edm2kit.metrics.moments import FeatureStatistics, Moments, merge_statistics, sum_over_ranks_
 
 
 def features(count, size, seed=0):
@@ -71,3 +71,24 @@ def test_refuses_another_width_and_nan():
     moments.add(torch.full((5, 3), torch.nan))
     with pytest.raises(ValueError, match="not finite"):
         moments.mean_and_covariance()
+
+
+def statistics(rows: np.ndarray, fingerprint: str = "x") -> tuple[int, FeatureStatistics]:
+    return len(rows), FeatureStatistics(rows.mean(axis=0), np.cov(rows, rowvar=False), fingerprint)
+
+
+@pytest.mark.parametrize("cut", [2, 7, 28])
+def test_merged_parts_equal_the_whole(cut):
+    rows = np.random.default_rng(0).normal(size=(30, 5)) + np.arange(30)[:, None] * 3
+    count, joined = merge_statistics(*statistics(rows[:cut]), *statistics(rows[cut:]))
+    _, whole = statistics(rows)
+    assert count == 30
+    np.testing.assert_allclose(joined.mean, whole.mean, rtol=1e-13)
+    np.testing.assert_allclose(joined.covariance, whole.covariance, rtol=1e-12)
+    assert joined.fingerprint == "x"
+
+
+def test_features_of_different_detectors_are_not_merged():
+    rows = np.eye(3)
+    with pytest.raises(ValueError, match="different detectors"):
+        merge_statistics(*statistics(rows), *statistics(rows, "y"))

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from edm2kit.metrics import precision_recall as neighbours
-from edm2kit.metrics.detectors.registry import load_detector
-from edm2kit.metrics.precision_recall import Keeping, neighbour_scores
+from edm2kit.metrics.precision_recall import neighbour_scores
 
 
 def normal(count: int, features: int, seed: int) -> torch.Tensor:
@@ -85,14 +84,3 @@ def test_what_cannot_be_scored_is_refused():
         neighbour_scores(x, x[:, :2])
     with pytest.raises(ValueError, match="not finite"):
         neighbour_scores(x, x / 0)
-
-
-def test_a_keeping_detector_gives_and_keeps_the_same_features():
-    detector = load_detector("fd_random")
-    keeping = Keeping(detector)
-    images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    given = [keeping(part) for part in images.split(4)]
-    assert torch.equal(torch.cat(given), keeping.features())
-    torch.testing.assert_close(keeping.features(), detector(images))
-    assert (keeping.name, keeping.fingerprint) == (detector.name, detector.fingerprint)
-    assert Keeping(detector).features().shape == (0, detector.num_features)

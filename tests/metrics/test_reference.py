@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from edm2kit.metrics.detectors.registry import DETECTORS
-from edm2kit.metrics.reference import FeatureStatistics, Reference, load_reference, save_reference
+from edm2kit.metrics.moments import FeatureStatistics
+from edm2kit.metrics.reference import Reference, load_reference, save_reference
 
 SIZE = DETECTORS["fd_random"].num_features
 
@@ -116,7 +117,7 @@ def test_truncation_is_refused_anywhere(file):
     whole = file.read_bytes()
     for count in (0, 1, 2, 10, 100, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:count])
-        with pytest.raises(ValueError, match="damaged or holds no reference") as caught:
+        with pytest.raises(ValueError, match="damaged or does not contain reference") as caught:
             load_reference(file)
         assert "\n" not in str(caught.value)
 

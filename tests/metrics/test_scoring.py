@@ -6,9 +6,18 @@ import torch
 
 from edm2kit.metrics.detectors.registry import load_detector
 from edm2kit.metrics.frechet import frechet_distance
-from edm2kit.metrics.reference import FeatureStatistics, Reference, save_reference
-from edm2kit.metrics.report import summary, table
-from edm2kit.metrics.scoring import distances, image_statistics, make_scorer
+from edm2kit.metrics.moments import FeatureStatistics
+from edm2kit.metrics.reference import Reference, save_reference
+from edm2kit.metrics.scoring import (
+    distances,
+    image_features,
+    image_statistics,
+    make_scorer,
+    measure_reference,
+    score_images,
+    summary,
+    table,
+)
 
 CPU = torch.device("cpu")
 
@@ -46,6 +55,21 @@ def test_a_scorer_gives_the_distance_from_its_reference(detector, tmp_path, caps
 
 def vars_of(statistics):
     return statistics["fd_random"].mean, statistics["fd_random"].covariance
+
+
+def test_a_notebook_scores_images_in_two_calls(detector, tmp_path):
+    reference = measure_reference(images(0), ["fd_random"])
+    _, fake = image_statistics([images(1)], [detector], CPU)
+    expected = {"fd_random": pytest.approx(distances(fake, reference)["fd_random"], rel=1e-9)}
+    assert score_images(images(1), reference) == expected
+    assert score_images(images(1).split(7), reference, ["fd_random"]) == expected
+    save_reference(tmp_path / "ref.npz", reference)
+    assert score_images(images(1), tmp_path / "ref.npz") == expected
+
+
+def test_features_are_those_of_the_detector(detector):
+    found = image_features(images(0).split(7), [detector], CPU)
+    torch.testing.assert_close(found["fd_random"], detector(images(0)))
 
 
 def test_too_few_images_are_refused(detector):

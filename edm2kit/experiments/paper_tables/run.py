@@ -15,8 +15,8 @@ from edm2kit.cli.generation import Generation, Request, prepare
 from edm2kit.experiments.paper_tables.networks import snapshot_of
 from edm2kit.experiments.paper_tables.tables import Cell, Table
 from edm2kit.metrics.frechet import frechet_distance
-from edm2kit.metrics.merging import merge_statistics
-from edm2kit.metrics.reference import FeatureStatistics, Reference
+from edm2kit.metrics.moments import FeatureStatistics, merge_statistics
+from edm2kit.metrics.reference import Reference
 from edm2kit.metrics.scoring import Scorer, image_statistics, make_scorer
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.arrays import read_npz

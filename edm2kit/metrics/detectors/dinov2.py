@@ -23,8 +23,8 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention; the rows of `qkv` are all queries, all keys, all values."""
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; the rows of `qkv` are first all queries, then all keys, then all values."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with the exact (erf) GELU between."""
+    """Two linear layers with an exact (erf) GELU between them."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -60,13 +60,13 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Pre-norm transformer block with LayerScale on both residual branches."""
 
     def __init__(self, dim: int, num_heads: int, mlp_hidden: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
+        self.attn = SelfAttention(dim, num_heads)
         self.ls1 = LayerScale(dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, mlp_hidden)
@@ -80,11 +80,16 @@ class Block(nn.Module):
 class DINOv2ViT(nn.Module):
     """DINOv2 features: uint8 [N, 1 or 3, H, W] -> float32 [N, embed_dim], the class token after the last norm.
 
-    Images are resized to 224x224, by PyTorch (`resize_mode="torch"`, which published FD-DINOv2 values of EDM2 use)
-    or image by image by Pillow (`"pil"`, as the metric's first evaluation did). Weights are random until
-    `load_state_dict` is given published ones. Raises ValueError for another `resize_mode`, sizes that do not
-    divide. Oquab et al. 2023 (arXiv 2304.07193), Stein et al. 2023 (arXiv 2306.04675).
+    Images are resized to 224x224, in PyTorch (`resize_mode="torch"`, as in the published FD-DINOv2 values of EDM2) or
+    image by image in Pillow (`"pil"`, as in the paper of the metric). The weights are random until `load_state_dict`
+    gets published ones; `load_detector("fd_dinov2")` does both. Raises ValueError for another `resize_mode` and for
+    sizes that are not multiples as needed. Oquab et al. 2023 (arXiv 2304.07193), Stein et al. 2023 (arXiv 2306.04675).
+
+    Example: `DINOv2ViT(embed_dim=384, depth=12, num_heads=6)` is the ViT-S/14.
     """
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(
         self,
@@ -95,13 +100,13 @@ class DINOv2ViT(nn.Module):
         patch_size: int = 14,
         pretrain_image_size: int = 518,
         resize_mode: str = "torch",
-    ):
+    ) -> None:
         super().__init__()
         if resize_mode not in _RESIZE:
             raise ValueError(f"resize_mode {resize_mode!r} is unknown; use one of {', '.join(_RESIZE)}")
         if embed_dim % num_heads or IMAGE_SIZE % patch_size or pretrain_image_size % patch_size:
             raise ValueError(
-                f"embed_dim ({embed_dim}) must be a multiple of num_heads ({num_heads}); {IMAGE_SIZE} and "
+                f"embed_dim ({embed_dim}) must be a multiple of num_heads ({num_heads}), and {IMAGE_SIZE} and "
                 f"pretrain_image_size ({pretrain_image_size}) multiples of patch_size ({patch_size})"
             )
         self.resize_mode = resize_mode
@@ -109,21 +114,23 @@ class DINOv2ViT(nn.Module):
         self.grid = IMAGE_SIZE // patch_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.pretrain_grid**2, embed_dim))
-        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))  # in the published file; used in its training only
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))  # in the published file; only used in training
         self.patch_embed = PatchEmbed(embed_dim, patch_size)
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, int(embed_dim * mlp_ratio)) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(embed_dim, num_heads, int(embed_dim * mlp_ratio)) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(_IMAGENET_STD)[:, None, None], persistent=False)
         self.eval().requires_grad_(False)
 
     def _position_embedding(self) -> torch.Tensor:
-        """Class and patch positions for the grid of a 224x224 image, [1, 1 + grid^2, embed_dim]."""
+        """Embeddings of the class and patch positions of a 224x224 image, [1, 1 + grid^2, embed_dim]."""
         if self.grid == self.pretrain_grid:
             return self.pos_embed
         grid = self.pos_embed[:, 1:].unflatten(1, (self.pretrain_grid, self.pretrain_grid)).permute(0, 3, 1, 2)
-        # DINOv2 adds 0.1 so that the output size rounds right, and passes the factor, which shifts every sample
-        # point. Published features depend on it.
+        # DINOv2 adds 0.1, so that the output size rounds correctly, and passes the scale factor, which shifts every
+        # sample point. Published features depend on this.
         factor = (self.grid + 0.1) / self.pretrain_grid
         grid = F.interpolate(grid, scale_factor=(factor, factor), mode="bicubic", antialias=False)
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)

@@ -10,7 +10,7 @@ from edm2kit.metrics.detectors.preprocess import as_rgb, resize_bilinear_tf1
 
 
 class Conv(NamedTuple):
-    """One convolution of the network: its name, output channels, kernel (height, width), stride and padding."""
+    """A convolution: its name, output channels, kernel (height, width), stride and padding."""
 
     name: str
     out_channels: int
@@ -20,13 +20,13 @@ class Conv(NamedTuple):
 
 
 class Fork(NamedTuple):
-    """Convolutions that read the same input; their outputs are concatenated."""
+    """Convolutions with the same input; their outputs are concatenated."""
 
     convs: tuple[Conv, ...]
 
 
 class Pool(NamedTuple):
-    """A 3x3 pool: `average` (stride 1, padding excluded), `max` (stride 1) or `shrink` (max, stride 2, unpadded)."""
+    """A 3x3 pool: "average" (stride 1, without the padding), "max" (stride 1) or "shrink" (max, stride 2, unpadded)."""
 
     kind: str
 
@@ -108,12 +108,12 @@ MIXED: dict[str, list[Branch]] = {
         [SHRINK],
     ],
     "Mixed_7b": _mixed_7(AVERAGE),
-    "Mixed_7c": _mixed_7(MAX),  # a slip of the 2015 graph that every published FID inherits
+    "Mixed_7c": _mixed_7(MAX),  # an error in the graph of 2015 that every published FID contains
 }
 
 
 class ConvNormRelu(nn.Module):
-    """Convolution without bias, batch normalisation with its running statistics, ReLU."""
+    """Convolution without bias, batch normalisation with running statistics, ReLU."""
 
     def __init__(self, in_channels: int, spec: Conv):
         super().__init__()
@@ -122,21 +122,25 @@ class ConvNormRelu(nn.Module):
         self.bn = nn.BatchNorm2d(spec.out_channels, eps=0.001)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Folding the normalisation into the weights at every call costs 1% and saves a pass over the activations.
-        scale = self.bn.weight * torch.rsqrt(self.bn.running_var + self.bn.eps)
+        # folding the normalisation into the weights at every call costs 1% and saves a pass over the activations
+        mean, variance = self.bn.running_mean, self.bn.running_var
+        assert mean is not None
+        assert variance is not None
+        scale = self.bn.weight * torch.rsqrt(variance + self.bn.eps)
         weight = self.conv.weight * scale[:, None, None, None]
-        bias = self.bn.bias - self.bn.running_mean * scale
+        bias = self.bn.bias - mean * scale
         return F.conv2d(x, weight, bias, self.conv.stride, self.conv.padding).relu_()
 
 
 def _add_convs(owner: nn.Module, branch: Branch, channels: int) -> int:
-    """Give `owner` the convolutions of `branch`; the number of channels that the branch ends with."""
+    """Add the convolutions of `branch` to `owner`; returns the number of output channels of the branch."""
     for stage in branch:
-        convs = stage.convs if isinstance(stage, Fork) else [stage] if isinstance(stage, Conv) else []
+        if isinstance(stage, Pool):
+            continue
+        convs = stage.convs if isinstance(stage, Fork) else (stage,)
         for spec in convs:
             owner.add_module(spec.name, ConvNormRelu(channels, spec))
-        if convs:
-            channels = sum(spec.out_channels for spec in convs)
+        channels = sum(spec.out_channels for spec in convs)
     return channels
 
 
@@ -155,8 +159,8 @@ def _run_branch(owner: nn.Module, branch: Branch, x: torch.Tensor) -> torch.Tens
     return x
 
 
-class Mixed(nn.Module):
-    """Branches that read the same input, concatenated in order."""
+class InceptionBlock(nn.Module):
+    """Branches with the same input; their outputs are concatenated in order."""
 
     def __init__(self, in_channels: int, branches: list[Branch]):
         super().__init__()
@@ -170,20 +174,24 @@ class Mixed(nn.Module):
 class InceptionV3(nn.Module):
     """FID's Inception-v3: uint8 [N, 1 or 3, H, W] -> float32 [N, 2048], the global mean before the classifier.
 
-    Weights are random until `load_state_dict` is given those of `pt_inception-2015-12-05-6726825d.pth`, whose
-    names these modules carry (the classifier `fc` too; no feature uses it). Batch normalisation always uses its
-    running statistics. Szegedy et al. 2015 (arXiv 1512.00567), Heusel et al. 2017 (arXiv 1706.08500).
+    The weights are random until `load_state_dict` gets those of `pt_inception-2015-12-05-6726825d.pth`, whose names
+    the modules have (including the classifier `fc`, which no feature uses); `load_detector("fid")` does both. Batch
+    normalisation always uses its running statistics. Szegedy et al. 2015 (arXiv 1512.00567), Heusel et al. 2017
+    (arXiv 1706.08500).
+
+    Example: `InceptionV3()(torch.zeros(8, 3, 64, 64, dtype=torch.uint8)).shape` is [8, 2048].
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         channels = _add_convs(self, STEM, 3)
         for name, branches in MIXED.items():
-            block = Mixed(channels, branches)
+            block = InceptionBlock(channels, branches)
             self.add_module(name, block)
             channels = block.out_channels
         self.fc = nn.Linear(channels, 1008)
-        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.eval().requires_grad_(False)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = (resize_bilinear_tf1(as_rgb(images).float(), 299) - 128) / 128

@@ -1,4 +1,4 @@
-"""From uint8 images to what a detector's first layer expects."""
+"""Preparing uint8 images for a detector: grey to RGB, and the three resizes that published metrics use."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def as_rgb(images: torch.Tensor) -> torch.Tensor:
-    """`images` with grey repeated to three channels: uint8 [N, 1 or 3, H, W] -> uint8 [N, 3, H, W].
+    """Repeat grey to three channels: uint8 [N, 1 or 3, H, W] -> uint8 [N, 3, H, W].
 
     Raises ValueError for another dtype, rank or number of channels.
     """
@@ -19,9 +19,9 @@ def as_rgb(images: torch.Tensor) -> torch.Tensor:
 
 
 def resize_bilinear_tf1(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Bilinear resize to size x size as TensorFlow 1 did it, float32 [N, C, H, W] -> [N, C, size, size].
+    """Bilinear resize as in TensorFlow 1, float32 [N, C, H, W] -> [N, C, size, size].
 
-    Output pixel i reads from coordinate i * (in / size): no half-pixel shift, no antialiasing, edges clamped.
+    Output pixel i is read at coordinate i * (in / size): no half-pixel shift, no antialiasing, edges clamped.
     """
     rows_from, rows_to, row_weight = _taps_tf1(images.shape[2], size, images.device)
     images = torch.lerp(images[:, :, rows_from], images[:, :, rows_to], row_weight[:, None])
@@ -37,12 +37,12 @@ def _taps_tf1(source: int, size: int, device: torch.device) -> tuple[torch.Tenso
 
 
 def resize_bicubic(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Bicubic antialiased resize in PyTorch, uint8 [N, C, H, W] -> float32 [N, C, size, size]; overshoot stays."""
+    """Bicubic antialiased resize in PyTorch, uint8 [N, C, H, W] -> float32 [N, C, size, size]; overshoot is kept."""
     return F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True, align_corners=False)
 
 
 def resize_bicubic_pil(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Bicubic resize of each image by Pillow, uint8 [N, 3, H, W] -> float32 [N, 3, size, size], rounded to 0..255."""
+    """Bicubic resize in Pillow, image by image: uint8 [N, 3, H, W] -> float32 [N, 3, size, size], rounded to 0..255."""
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     resized = [np.asarray(Image.fromarray(p).resize((size, size), Image.Resampling.BICUBIC)) for p in pixels]
     stacked = np.stack(resized) if resized else np.empty((0, size, size, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""Features of a fixed random convolutional network: a metric that needs no download and suits any kind of picture."""
+"""Features of a fixed random convolutional network: a metric without downloads, for any kind of image."""
 
 import math
 
@@ -18,16 +18,16 @@ _EPSILON = 0.01
 
 
 def random_weights() -> list[torch.Tensor]:
-    """The convolutions of all stages, float32 [out, in, 3, 3], the same bits on every machine.
+    """The convolution kernels of all stages, float32 [out, in, 3, 3], bitwise the same on every machine.
 
-    Uniform numbers from the raw stream of PCG64, which numpy guarantees (its distributions and torch's generators
-    may change between versions), with He et al.'s variance. The kernels of the first stage sum to zero within each
-    colour: they see edges and grain, which brightness would drown.
+    They are uniform random numbers with the variance of He et al., made from the raw stream of PCG64: numpy guarantees
+    that stream, while its distributions and torch's generators may change between versions. The kernels of the first
+    stage sum to zero in each colour channel, so that they respond to edges and texture and not to brightness.
     """
     source, channels, weights = np.random.PCG64(_SEED), 3, []
     for stage, width in enumerate(_WIDTHS):
         raw = source.random_raw(width * channels * 9) >> np.uint64(40)
-        # whole numbers up to here: no sum that another machine could round differently
+        # integers up to here, so that no machine rounds a sum differently
         kernels = raw.astype(np.int64).reshape(width, channels, 3, 3) - (1 << 23)
         if stage == 0:
             kernels = 9 * kernels - kernels.sum(axis=(2, 3), keepdims=True)
@@ -38,24 +38,26 @@ def random_weights() -> list[torch.Tensor]:
 
 
 class RandomFeatures(nn.Module):
-    """Features for fd_random: uint8 [N, 1 or 3, H, W] -> float32 [N, 236].
+    """The features of fd_random: uint8 [N, 1 or 3, H, W] -> float32 [N, 236].
 
-    The mean colours of the four quarters of the image, and the mean activations of each of four stages: 3x3
-    convolution, ReLU, division by the root mean square of the pixel's channels, 2x2 average pooling. Sides beyond 64
-    pixels are reduced to 64. Blur, noise, lost classes, lost variety, displaced parts and weak contrast all raise the
-    distance, from about a thousand images on. That a random network ranks image sets sensibly is found by Naeem et
-    al. 2020 (arXiv 2002.09797); its values compare with each other only, at the same resolution and number of images,
-    never with published FIDs.
+    They are the mean colours of the four quarters of the image, and the mean activations of four stages: 3x3
+    convolution, ReLU, division by the root mean square over channels, 2x2 average pooling. Sides above 64 pixels are
+    reduced to 64. With about a thousand images or more, the distance rises with blur, noise, missing classes, missing
+    variety, displaced parts and low contrast. Naeem et al. 2020 (arXiv 2002.09797) show that random networks rank sets
+    of images sensibly. Compare values only with each other, at the same resolution and number of images, never with
+    published FIDs.
+
+    Example: `RandomFeatures()(torch.zeros(8, 3, 64, 64, dtype=torch.uint8)).shape` is [8, 236].
     """
 
     num_features = 12 + sum(_WIDTHS)
     preprocessing = f"random network {_SEED}, bilinear antialiased to at most {_MAX_SIDE}x{_MAX_SIDE}, x / 127.5 - 1"
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         for stage, weight in enumerate(random_weights()):
             self.register_buffer(f"stage{stage}", weight)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = as_rgb(images).float() / 127.5 - 1

@@ -1,8 +1,11 @@
-"""The feature detectors by metric name: what they are built from, and which weights they take."""
+"""The feature detectors by metric name: their networks, weights and preprocessing.
+
+To add one, write a module that turns uint8 images into features and enter it in DETECTORS.
+"""
 
 import difflib
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from edm2kit.torch_utils.files import fetch
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A published .pth state dict: where to download it, and its hash."""
+    """A published .pth state dict: its URL and hash."""
 
     url: str
     sha256: str
@@ -29,7 +32,7 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class DetectorSpec:
-    """How to build a detector. `weights` is None where the network makes its own, `sha256` being their hash."""
+    """How to build a detector. `sha256` is the hash of its weights; `weights` is None if the network makes its own."""
 
     build: Callable[[], nn.Module]
     num_features: int
@@ -39,7 +42,7 @@ class DetectorSpec:
 
     @property
     def fingerprint(self) -> str:
-        """What two sets of features must have in common to be comparable."""
+        """Text that two detectors share if and only if their features can be compared."""
         return f"weights sha256 {self.sha256}; {self.preprocessing}"
 
 
@@ -86,17 +89,17 @@ class Detector:
     net: nn.Module
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        # cuDNN rounds convolutions to TF32 unless told otherwise
+        # by default, cuDNN rounds convolutions to TF32
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return self.net(images).float()
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise ValueError for a name that no detector has, with the nearest one."""
+    """Raise ValueError if a name is not a key of DETECTORS, suggesting the nearest one."""
     for name in names:
         if name not in DETECTORS:
             near = difflib.get_close_matches(name, DETECTORS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(DETECTORS)}"
+            hint = f"did you mean {near[0]}?" if near else f"available metrics: {', '.join(DETECTORS)}"
             raise ValueError(f"metric {name!r} is unknown; {hint}")
 
 
@@ -106,47 +109,50 @@ def load_detector(
     weights_dir: str | Path | None = None,
     spec: DetectorSpec | None = None,
 ) -> Detector:
-    """The detector of metric `name`, ready on `device`; `spec` stands in for the registry's entry.
+    """The detector of the metric `name`, with weights, on `device`; `spec` replaces the entry in DETECTORS.
 
-    Weights come from `weights_dir`, else the cache, else a download, and must have the pinned hash. Raises
-    ValueError for an unknown name, and for weights that cannot be had or don't fit, saying where to put them.
+    The weights come from `weights_dir`, else the cache, else a download, and must have the pinned hash. Raises
+    ValueError for an unknown name, and for weights that cannot be loaded or do not fit, saying where to put the file.
+
+    Example: `load_detector("fd_random")(images)` turns uint8 [N, 3, H, W] into float32 [N, 236].
     """
     if spec is None:
         check_names([name])
         spec = DETECTORS[name]
-    state = None if spec.weights is None else _read_weights(name, spec.weights, weights_dir)
     net = spec.build()
-    if state is not None:
-        _check_state(state, net.state_dict(), spec.weights.name)
-        net.load_state_dict(state)
+    if spec.weights is not None:
+        net.load_state_dict(_read_weights(name, spec.weights, weights_dir, net.state_dict()))
     net.eval().requires_grad_(False)
     return Detector(name, spec.num_features, spec.fingerprint, net.to(device))
 
 
-def _read_weights(name: str, weights: WeightFile, weights_dir: str | Path | None) -> object:
+def _read_weights(
+    metric: str, weights: WeightFile, weights_dir: str | Path | None, expected: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     if weights_dir is not None and not Path(weights_dir).is_dir():
         raise ValueError(f"--weights-dir {weights_dir}: no such folder")
     try:
         path = fetch(weights.url, weights.sha256, local_dir=weights_dir)
     except ValueError as error:
-        folder = "a folder that you name by --weights-dir" if weights_dir is None else str(weights_dir)
-        raise ValueError(f"{name} needs {weights.name}: {error}; or put {weights.name} into {folder}") from error
+        folder = "a folder and pass it as --weights-dir" if weights_dir is None else str(weights_dir)
+        raise ValueError(f"{metric} needs {weights.name}: {error}; or put {weights.name} into {folder}") from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is no PyTorch state dict: {str(error).splitlines()[0]}") from error
-
-
-def _check_state(state: object, expected: dict[str, torch.Tensor], file_name: str) -> None:
+        raise ValueError(f"{path} is not a PyTorch state dict: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{file_name} holds no state dict of tensors")
-    problems = [f"{key} is missing" for key in expected if key not in state]
-    problems += [f"{key} is unexpected" for key in state if key not in expected]
-    problems += [
-        f"{key} has shape {list(state[key].shape)}, expected {list(value.shape)}"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    if problems:
+        raise ValueError(f"{weights.name} is not a state dict of tensors")
+    if problems := _misfits(state, expected):
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"{file_name} does not fit the network: {', '.join(problems[:3])}{more}")
+        raise ValueError(f"{weights.name} does not fit the network: {', '.join(problems[:3])}{more}")
+    return state
+
+
+def _misfits(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> list[str]:
+    problems = []
+    for key, value in expected.items():
+        if key not in state:
+            problems.append(f"{key} is missing")
+        elif state[key].shape != value.shape:
+            problems.append(f"{key} has shape {list(state[key].shape)}, expected {list(value.shape)}")
+    return problems + [f"{key} is unexpected" for key in state if key not in expected]

@@ -88,9 +88,9 @@ def test_other_bytes_than_the_pinned_are_refused(tmp_path):
         ({}, "factor is missing"),
         ({"factor": torch.ones(2), "more": torch.ones(1)}, "more is unexpected"),
         ({"factor": torch.ones(3)}, r"factor has shape \[3\], expected \[2\]"),
-        ([1, 2], "no state dict"),
-        ({"factor": 1.0}, "no state dict"),
-        (pytest, "no PyTorch state dict"),
+        ([1, 2], "not a state dict"),
+        ({"factor": 1.0}, "not a state dict"),
+        (pytest, "not a PyTorch state dict"),
     ],
     ids=["missing", "unexpected", "shape", "list", "number", "object"],
 )
@@ -111,7 +111,7 @@ def test_a_missing_folder_is_refused(tmp_path):
 def test_an_unknown_metric_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean fd_dinov2"):
         load_detector("fd_dino2")
-    with pytest.raises(ValueError, match="there are fid, fd_dinov2, fd_random"):
+    with pytest.raises(ValueError, match="available metrics: fid, fd_dinov2, fd_random"):
         check_names(["fid", "xyz"])
 
 
