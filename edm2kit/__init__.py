@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from edm2kit.metrics.detectors.inception import InceptionV3
     from edm2kit.metrics.detectors.registry import load_detector
     from edm2kit.metrics.frechet import frechet_distance
+    from edm2kit.metrics.scoring import measure_reference, score_images
     from edm2kit.models.edm2 import Precond
     from edm2kit.models.layers import normalize_weights_
     from edm2kit.sampling.engine import Engine
@@ -69,6 +70,8 @@ _HOMES = {
     "InceptionV3": "metrics.detectors.inception",
     "frechet_distance": "metrics.frechet",
     "load_detector": "metrics.detectors.registry",
+    "measure_reference": "metrics.scoring",
+    "score_images": "metrics.scoring",
     "Precond": "models.edm2",
     "normalize_weights_": "models.layers",
     "Engine": "sampling.engine",
