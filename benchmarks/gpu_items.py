@@ -15,7 +15,7 @@ from benchmarks.harness import Work
 from benchmarks.plain import guided_heun
 from benchmarks.trainers import images_for, make_trainer, preset_config
 from edm2kit.ema.power_function import std_to_exp
-from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.combine import Guided
 from edm2kit.models import Precond, full_architecture
 from edm2kit.models.cost import evaluation_cost
 from edm2kit.models.frozen import freeze_

@@ -11,7 +11,7 @@ from benchmarks import harness, networks
 from benchmarks.harness import Job, Work, relative_error
 from benchmarks.plain import PlainNetwork, guided_heun
 from edm2kit.cli import click_types as cli
-from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.combine import Guided
 from edm2kit.guidance.network_call import Perturbed
 from edm2kit.guidance.own_network.pag import METHOD as PAG
 from edm2kit.guidance.registry import Choice, Parts, guide

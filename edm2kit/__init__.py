@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     )
     from edm2kit.ema.tracking import PowerFunctionEMA
     from edm2kit.guidance.base import Option, Parts
-    from edm2kit.guidance.guided import Guided
+    from edm2kit.guidance.combine import Guided
     from edm2kit.guidance.interval import GuidanceInterval
     from edm2kit.guidance.registry import Choice, guide
     from edm2kit.metrics.detectors.dinov2 import DINOv2ViT
@@ -62,7 +62,7 @@ _HOMES = {
     "std_to_exp": "ema.power_function",
     "Choice": "guidance.registry",
     "GuidanceInterval": "guidance.interval",
-    "Guided": "guidance.guided",
+    "Guided": "guidance.combine",
     "Option": "guidance.base",
     "Parts": "guidance.base",
     "guide": "guidance.registry",

@@ -1,81 +1,137 @@
-"""Which attention blocks of a network a method changes: by name, or the usual ones of its architecture."""
+"""The interior of a network as guidance sees it: which edits it supports, and its attention blocks by role."""
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 
-from edm2kit.denoiser import Denoiser, Network
+from edm2kit.denoiser import AttentionRole, Network
 
-Blocks = tuple[str, ...] | None  # None: the method's usual ones
+Blocks = tuple[str, ...] | None  # None: the method's usual blocks
 
 
 def parse_blocks(text: str) -> Blocks:
-    """Names separated by commas, "auto" for the method's usual blocks, "none" for none."""
-    if text in ("auto", "none"):
-        return None if text == "auto" else ()
+    """Names of attention blocks separated by commas; "auto" for the method's usual blocks, "none" for none."""
+    if text == "auto":
+        return None
+    if text == "none":
+        return ()
     names = tuple(part.strip() for part in text.split(","))
-    if not all(re.fullmatch(r"(enc|dec)\.\d+x\d+_\w+", name) for name in names):
+    if not all(re.fullmatch(r"\w+([.\-]\w+)+", name) for name in names):
         raise ValueError(
             f"{text!r} is not a list of blocks; write for example dec.8x8_in0,enc.8x8_block0, auto or none"
         )
     return names
 
 
-def network_of(denoiser: Denoiser) -> Network:
-    """`denoiser`, known to be one network that can be changed inside. Raises ValueError for anything else."""
-    if not hasattr(denoiser, "attention_blocks") or not hasattr(denoiser, "label_dim"):
+def is_network(denoiser: object) -> bool:
+    """Whether `denoiser` is a single network with an interior (`edm2kit.denoiser.Network`), not any callable."""
+    return hasattr(denoiser, "attention_blocks") or hasattr(denoiser, "supported_edits")
+
+
+def require_edits(denoiser: Any, method: str, *edits: str) -> Network:
+    """`denoiser` as a network that supports all of `edits`. Raises ValueError naming those it lacks.
+
+    Edits are "attention", "embedding", "dropout" and "return_attention", as in `edm2kit.denoiser.Network`.
+    """
+    if not is_network(denoiser):
         raise ValueError(
-            f"this guidance method changes the inside of a network; a {type(denoiser).__name__} is not one. Guide the "
-            "network itself, and combine methods by their names"
+            f"{method} changes the interior of a network, and a {type(denoiser).__name__} is not a network. Use a "
+            "method that only changes the condition or the input (autoguidance, cfg, icg, windows, truncation, "
+            "input-noise), or guide the network first and wrap it afterwards"
+        )
+    # a network from before `supported_edits` supports all of them
+    supported = getattr(denoiser, "supported_edits", frozenset(edits))
+    missing = [edit for edit in edits if edit not in supported]
+    if missing:
+        known = ", ".join(sorted(supported)) or "none"
+        raise ValueError(
+            f"{method} needs a network whose {' and '.join(missing)} can be changed; "
+            f"{type(denoiser).__name__} supports: {known}. Choose another guidance method"
         )
     return denoiser
 
 
+def require_attention(denoiser: Any, method: str, edit: Literal["attention", "return_attention"]) -> Network:
+    """`denoiser` as a network with attention blocks that supports `edit`. Raises ValueError for any other."""
+    net = require_edits(denoiser, method, edit)
+    if not roles_of(net):
+        raise ValueError(
+            f"{method} acts on attention blocks, and this {type(denoiser).__name__} has none. "
+            "Choose another guidance method"
+        )
+    return net
+
+
 def checked(net: Network, blocks: Sequence[str]) -> tuple[str, ...]:
-    """`blocks`, all of which have attention. Raises ValueError naming one that is not there or has none."""
+    """`blocks`, all of which are attention blocks of `net`. Raises ValueError naming one that is not."""
+    known = roles_of(net)
     for name in blocks:
-        if name not in net.attention_blocks:
-            raise ValueError(f"no attention in a block called {name!r}; there is: {', '.join(net.attention_blocks)}")
+        if name not in known:
+            raise ValueError(f"{name!r} is not an attention block of this network; available: {', '.join(known)}")
     return tuple(blocks)
 
 
+def roles_of(denoiser: object) -> Mapping[str, AttentionRole]:
+    """The role of each attention block by name, in the order of computation; empty if there are none."""
+    roles = getattr(denoiser, "attention_roles", None)
+    if roles is not None:
+        return roles
+    return {name: _role_from_name(name, depth) for depth, name in enumerate(getattr(denoiser, "attention_blocks", ()))}
+
+
+def _role_from_name(name: str, depth: int) -> AttentionRole:
+    """The role of "dec.8x8_block0" in a network that states none."""
+    found = re.match(r"(enc|dec)\.(\d+)x", name)
+    if found is None:
+        raise ValueError(f"the network does not state the role of its block {name!r} (attention_roles)")
+    if name.endswith("_in0"):
+        return AttentionRole("middle", int(found[2]), depth)
+    return AttentionRole("encoder" if found[1] == "enc" else "decoder", int(found[2]), depth)
+
+
 def middle(net: Network) -> tuple[str, ...]:
-    """The middle block, where the network is deepest."""
-    return tuple(name for name in net.attention_blocks if name.endswith("_in0"))
+    """The attention blocks in the middle, where the network is deepest."""
+    return tuple(name for name, role in roles_of(net).items() if role.side == "middle")
 
 
 def deep_encoder(net: Network) -> tuple[str, ...]:
-    """The encoder's blocks at the lowest resolution with attention, the last one at the next, and the middle block."""
+    """The encoder's last block at the second lowest resolution, all its blocks at the lowest, and the middle."""
     levels: dict[int, list[str]] = {}
-    for name in net.attention_blocks:
-        if name.startswith("enc."):
-            levels.setdefault(resolution(name), []).append(name)
-    deepest, *above = sorted(levels) or [0]
-    before = [levels[res][-1] for res in above[:1]]
-    return (*before, *levels.get(deepest, []), *middle(net))
+    for name, role in roles_of(net).items():
+        if role.side == "encoder":
+            levels.setdefault(role.resolution, []).append(name)
+    resolutions = sorted(levels)
+    deepest = [name for resolution in resolutions[:1] for name in levels[resolution]]
+    before = [levels[resolution][-1] for resolution in resolutions[1:2]]
+    return (*before, *deepest, *middle(net))
 
 
-def last_at_depth(net: Network) -> tuple[str, ...]:
-    """The decoder's last block at the lowest resolution; the middle block where it has no attention."""
-    (mid,) = middle(net)
-    return tuple(name for name in net.attention_blocks if resolution(name) == resolution(mid))[-1:]
+def last_at_lowest_resolution(net: Network) -> tuple[str, ...]:
+    """The last block computed at the network's lowest resolution."""
+    roles = roles_of(net)
+    lowest = min(role.resolution for role in roles.values())
+    return tuple(name for name, role in roles.items() if role.resolution == lowest)[-1:]
 
 
-def resolution(name: str) -> int:
-    """Height and width that a block works at: 8 of "dec.8x8_in0"."""
-    return int(re.match(r"\w+\.(\d+)x", name)[1])
+def size_divisor(denoiser: object, height: int) -> int:
+    """What image sizes must be a multiple of: how much the network downsamples `height` pixels; 1 if unknown."""
+    roles = roles_of(denoiser)
+    if not roles:
+        return 1
+    return max(height // min(role.resolution for role in roles.values()), 1)
 
 
 def grid_size(tokens: int) -> int:
-    """Height and width of a square map of `tokens` pixels. Raises ValueError where it is not square."""
+    """Height and width of a square map of `tokens` pixels. Raises ValueError if it is not square."""
     size = math.isqrt(tokens)
     if size * size != tokens:
-        raise ValueError(f"an attention map over {tokens} pixels is not square")
+        raise ValueError(f"an attention map over {tokens} tokens is not square; this method needs a square one")
     return size
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """What attention puts out unchanged."""
+    """Plain attention."""
     return torch.nn.functional.scaled_dot_product_attention(q, k, v)

@@ -1,4 +1,4 @@
-"""What a guidance method says about itself: how it is built, what it costs, where it comes from."""
+"""What guidance methods and rules consist of: networks to build on, options, and a description for tables and help."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +11,12 @@ from edm2kit.denoiser import Denoiser
 
 @dataclass(frozen=True)
 class Parts:
-    """What a method may build on: the main network, and guide networks where they were given.
+    """What a method may build on: the main network `net`, and the other networks that were given.
 
-    `gnet` is the network to be led away from; `uncond` an unconditional one beside it, for methods that take both.
-    `pixels` makes pixels from -1 to 1 of what the networks draw, differentiably; None where they draw pixels.
+    - `gnet`: the guide network to lead away from, weaker or unconditional.
+    - `uncond`: an unconditional network in addition to `gnet`, for methods that take both.
+    - `pixels`: a differentiable function from what the networks generate (latents) to pixels in [-1, 1]; None if the
+      networks generate pixels.
     """
 
     net: Denoiser
@@ -25,10 +27,12 @@ class Parts:
 
 @dataclass(frozen=True)
 class Option:
-    """One setting of one method: `--name` on the command line, `name` (with underscores) for its build function.
+    """One setting of a method or rule: `--name` on the command line, `keyword` for its build function.
 
-    `parse` turns the text into a value and raises ValueError saying what was expected. A name belongs to one
-    method alone: start it with the method's name.
+    `name` starts with the name of its owner, so that no two owners share an option. `parse` turns text into a value;
+    it raises ValueError saying what was expected. `help` is a full phrase, with the unit. `default` None means unset.
+
+    Example: `Option("pag-match", one_of("no", "yes"), "no", "Rescale V to the RMS of the attention output")`.
     """
 
     name: str
@@ -43,16 +47,26 @@ class Option:
 
 @dataclass(frozen=True)
 class Method:
-    """A guidance method, told in one of two ways.
+    """A guidance method: exactly one of `negative` and `build`, and what tables and help say about it.
 
-    `negative(parts, *, <its options>)` returns what the main network is led away from (see `edm2kit.guidance.combine`):
-    such methods add up with each other. `build(parts, weight, *, <its options>)` returns the whole guided denoiser;
-    with `around` it takes any denoiser as `parts.net`, and so goes around what other methods make.
+    `negative(parts, *, <options>)` returns what the main network is led away from: a denoiser, or a
+    `edm2kit.guidance.combine.DerivedNegative`. Such methods can be combined with each other and with any rule.
+    `build(parts, weight, *, <options>)` returns the guided denoiser itself; if `around` is set, `parts.net` may be any
+    denoiser, so the method can be applied on top of others. Both refuse, by ValueError, networks that they cannot act
+    on. At weight 1 a method is off: the same images bit for bit, at the cost of the main network alone.
 
-    `evaluations` is the cost of one guided evaluation in words ("2 main": two calls of the main network, plain one
-    included); `weight` the published default, None where there is none; `needs_gnet` and `takes_uncond` tell what
-    guide networks it builds on; `needs_empty_labels` that the main network must know what no label means. The
-    other texts are for tables: `term` is what D_neg is.
+    - `summary`: what it does, one phrase. `pick_when`: when to choose it, one line.
+    - `evaluations`: network evaluations in one guided evaluation, the plain one included ("2 main").
+    - `weight`: the published default, None if there is none.
+    - `needs_gnet`: cannot do without a guide network. `takes_gnet`: uses one if it is given.
+    - `takes_uncond`: uses an unconditional network in addition to the guide network, if it is given.
+    - `drops_condition(parts)`: whether the main network is evaluated without its condition, as only networks trained
+      with label dropout can be.
+    - `formula`, `term` (what D_neg is) and `source` (the paper) are for the table of methods.
+
+    Example:
+
+        METHOD = Method("naive truncation", "1 main", negative=lambda parts: lambda x, sigma, condition=None: x)
     """
 
     summary: str
@@ -60,26 +74,29 @@ class Method:
     build: Callable[..., Denoiser] | None = None
     needs_gnet: bool = False
     options: tuple[Option, ...] = ()
-    negative: Callable[..., Denoiser] | None = None
+    negative: Callable[..., Any] | None = None
     around: bool = False
     weight: float | None = None
+    takes_gnet: bool = False
     takes_uncond: bool = False
-    needs_empty_labels: bool = False
+    drops_condition: Callable[[Parts], bool] | None = None
     formula: str = "D_neg + w (D - D_neg)"
     term: str = ""
     source: str = ""
+    pick_when: str = ""
 
     def __post_init__(self) -> None:
         if (self.build is None) == (self.negative is None):
-            raise ValueError(f"the method {self.summary!r} needs one of build and negative")
+            raise ValueError(f"the method {self.summary!r} needs exactly one of build and negative")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Another way to put D and the negatives together: `make(*, <its options>)` returns a `combined.Combine`."""
+    """Another way to combine D and the negatives: `make(*, <options>)` returns a `edm2kit.guidance.combine.Combine`."""
 
     summary: str
     make: Callable[..., Any]
     options: tuple[Option, ...] = ()
     formula: str = ""
     source: str = ""
+    pick_when: str = ""

@@ -1,119 +1,216 @@
-"""A network led away from one negative or several, by the linear formula or another rule."""
+"""A denoiser led away from one other or several: the formula that most guidance methods share."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 
-from edm2kit.denoiser import Denoiser, after_step, for_images, for_step
-from edm2kit.guidance.network_call import Call, Perturbed, in_one_call
-from edm2kit.torch_utils.rng import StackedGenerator
-
-# (D, its negatives, their weights) -> the guided D
-Combine = Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[float]], torch.Tensor]
+from edm2kit.conditions import ConditionLike
+from edm2kit.denoiser import Denoiser, Wrapper, after_step
+from edm2kit.guidance.network_call import NetworkCall, Perturbed, in_one_call
 
 
-@runtime_checkable
-class Beside(Protocol):
-    """A negative that is made from the positive answer: `beside(D, maps, x, sigma, labels)` returns D_neg.
+@dataclass(frozen=True)
+class Guided(Wrapper):
+    """The denoiser D_neg + weight * (D_pos - D_neg), both at the same x, sigma and condition.
 
-    `maps` holds the attention maps of the blocks named in `reads`, from the very call that gave D.
+    With a weaker network as `neg` this is autoguidance (Karras et al. 2024, Eq. 3), with an unconditional one
+    classifier-free guidance (Ho & Salimans 2022). At weight 1 guidance is off: `neg` is never called and the result is
+    that of `pos`, bit for bit. Weights below 1 interpolate; negative ones are allowed. The difference is taken in
+    float32 or better, because weight - 1 amplifies rounding. Either part may itself be guided.
+    Raises ValueError if the weight is not finite.
+
+    Example: `edm_sampler(Guided(net, weaker_net, 2.0), noise, labels)`.
     """
 
-    reads: tuple[str, ...]
+    pos: Denoiser
+    neg: Denoiser
+    weight: float
 
-    def beside(
-        self,
-        D: torch.Tensor,
-        maps: dict[str, torch.Tensor],
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        labels: torch.Tensor | None,
+    def __post_init__(self) -> None:
+        _check_weight(self.weight)
+
+    @property
+    def is_off(self) -> bool:
+        return self.weight == 1
+
+    def idle_fields(self) -> frozenset[str]:
+        return frozenset({"neg"}) if self.is_off else frozenset()
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, condition: ConditionLike = None) -> torch.Tensor:
+        D_pos = self.pos(x, sigma, condition)
+        if self.is_off:
+            return D_pos
+        D_neg = self.neg(x, sigma, condition)
+        dtype = _joint_dtype(D_pos, D_neg)
+        D_pos, D_neg = D_pos.to(dtype), D_neg.to(dtype)
+        return D_neg + self.weight * (D_pos - D_neg)
+
+    def scaled(self, share: float) -> "Guided":
+        """The same with `share` of the strength: 0 is off, 1 as it is."""
+        return replace(self, weight=1 + (self.weight - 1) * share)
+
+
+class Evaluation(NamedTuple):
+    """One evaluation of a denoiser: its arguments, and the step it belongs to.
+
+    `x` [N, C, H, W]; `sigma` [N] or a scalar; `condition` of the images; step `i` goes from `sigmas[i]` to
+    `sigmas[i + 1]`. Outside a sampling run, where there is no step, `i` and `sigmas` are None.
+    """
+
+    x: torch.Tensor
+    sigma: torch.Tensor
+    condition: ConditionLike = None
+    i: int | None = None
+    sigmas: torch.Tensor | None = None
+
+
+class Combine(Protocol):
+    """A rule: (D, its negatives, their weights, where they were evaluated) -> the guided D.
+
+    D and the negatives are float32 or better, [N, C, H, W]; none of the weights is 1. A rule may have `for_images` and
+    `for_step`, as denoisers do.
+    """
+
+    def __call__(
+        self, D: torch.Tensor, negatives: Sequence[torch.Tensor], weights: Sequence[float], at: Evaluation, /
     ) -> torch.Tensor: ...
 
 
-def linear(D: torch.Tensor, negatives: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """D_neg + w (D - D_neg); with several negatives D + sum of (w_i - 1) (D - D_neg_i), the same for one."""
+def linear(
+    D: torch.Tensor, negatives: Sequence[torch.Tensor], weights: Sequence[float], at: Evaluation
+) -> torch.Tensor:
+    """D_neg + w (D - D_neg); with several negatives D + sum of (w_i - 1) (D - D_neg_i), which is the same for one."""
     if len(negatives) == 1:
         return negatives[0] + weights[0] * (D - negatives[0])
     return D + sum((w - 1) * (D - negative) for w, negative in zip(weights, negatives, strict=True))
 
 
-@dataclass(frozen=True)
-class Combined:
-    """`pos` led away from each of `negs` with the weight at the same place.
+@runtime_checkable
+class DerivedNegative(Protocol):
+    """A negative that needs the positive result: `derive(D, maps, at)` returns D_neg.
 
-    A negative is a denoiser, or is made from the positive answer (`Beside`); one that is `pos` itself called with
-    other arguments (`Perturbed`) is evaluated in one batch with it. One of weight 1 is off: it is never
-    called, and with all of them off the answer is that of `pos`, bit for bit. `rule` puts the answers together, in
-    float32 or better. Adding methods up: Karras et al. 2024 (autoguidance), App. B.2. Raises ValueError on a weight
-    that is not finite.
+    `maps` holds the attention maps [N, heads, H*W, H*W] of the blocks named in `reads`, from the call that gave D.
+    """
+
+    @property
+    def reads(self) -> tuple[str, ...]: ...
+
+    def derive(self, D: torch.Tensor, maps: Mapping[str, torch.Tensor], at: Evaluation) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Negative(Wrapper):
+    """What a `Combination` leads away from, and how far: `source` is a denoiser or a `DerivedNegative`.
+
+    At weight 1 it is off: never called, and it does not follow the sampling run. Raises ValueError if the weight is
+    not finite.
+    """
+
+    source: Any
+    weight: float
+
+    def __post_init__(self) -> None:
+        _check_weight(self.weight)
+
+    def idle_fields(self) -> frozenset[str]:
+        return frozenset({"source"}) if self.weight == 1 else frozenset()
+
+
+@dataclass(frozen=True)
+class Combination(Wrapper):
+    """`pos` led away from several negatives, each with its own weight, by any rule.
+
+    A negative that is `pos` itself called with other arguments (`Perturbed`) is evaluated in one batch with it. With
+    all weights 1 the result is that of `pos`, bit for bit. `rule` combines the results in float32 or better.
+    Adding differences: Karras et al. 2024 (autoguidance), App. B.2.
+
+    Example: `Combination(net, (Negative(weaker_net, 2.0), Negative(unconditional_net, 1.5)))`.
     """
 
     pos: Denoiser
-    negs: tuple[Any, ...]
-    weights: tuple[float, ...]
+    negatives: tuple[Negative, ...]
     rule: Combine = linear
+    i: int | None = None
+    sigmas: torch.Tensor | None = None
 
-    def __post_init__(self) -> None:
-        for weight in self.weights:
-            if not math.isfinite(weight):
-                raise ValueError(f"the guidance weight is {weight}; expected a finite number (1 is off)")
-        if len(self.negs) != len(self.weights):
-            raise ValueError(f"{len(self.negs)} negatives with {len(self.weights)} weights; expected as many")
-
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        active = [(neg, weight) for neg, weight in zip(self.negs, self.weights, strict=True) if weight != 1]
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, condition: ConditionLike = None) -> torch.Tensor:
+        active = [negative for negative in self.negatives if negative.weight != 1]
         if not active:
-            return self.pos(x, sigma, labels)
-        D, negatives = self._answers([neg for neg, _ in active], x, sigma, labels)
-        dtype = torch.float32
-        for part in (D, *negatives):
-            dtype = torch.promote_types(dtype, part.dtype)
-        return self.rule(D.to(dtype), [part.to(dtype) for part in negatives], [weight for _, weight in active])
+            return self.pos(x, sigma, condition)
+        at = Evaluation(x, sigma, condition, self.i, self.sigmas)
+        D, negatives = self._evaluate([negative.source for negative in active], at)
+        dtype = _joint_dtype(D, *negatives)
+        weights = [negative.weight for negative in active]
+        return self.rule(D.to(dtype), [negative.to(dtype) for negative in negatives], weights, at)
 
-    def _answers(
-        self, negs: Sequence[Any], x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The positive answer and the negative ones; changed calls of the positive network make one batch with it."""
-        plain, changed = Call(x, sigma, labels), [k for k, neg in enumerate(negs) if self._is_changed_call(neg)]
-        calls = [negs[k].change(plain) for k in changed]
-        reads = tuple(dict.fromkeys(block for neg in negs for block in getattr(neg, "reads", ())))
+    def _evaluate(self, sources: Sequence[Any], at: Evaluation) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """D and the negatives. Changed calls of the positive network form one batch with its plain call."""
+        x, sigma, condition = at[:3]
+        plain = NetworkCall(x, sigma, condition)
+        changed = [k for k, source in enumerate(sources) if self._changes_positive(source)]
+        calls = [sources[k].change(plain) for k in changed]
+        reads = tuple(dict.fromkeys(block for source in sources for block in getattr(source, "reads", ())))
+        maps: Mapping[str, torch.Tensor] = {}
         if reads:
-            D, maps = self.pos(x, sigma, labels, return_attention=reads)
+            network: Any = self.pos
+            D, maps = network(x, sigma, condition, return_attention=reads)
             answers = in_one_call(self.pos, calls) if calls else []
+        elif calls:
+            D, *answers = in_one_call(self.pos, [plain, *calls])
         else:
-            D, *answers = in_one_call(self.pos, [plain, *calls]) if calls else [self.pos(x, sigma, labels)]
-            maps = {}
-        known = dict(zip(changed, answers, strict=True))
-        for k, neg in enumerate(negs):
-            if isinstance(neg, Beside):
-                known[k] = neg.beside(D, maps, x, sigma, labels)
-            elif k not in known:
-                known[k] = neg(x, sigma, labels)
-        return D, [known[k] for k in range(len(negs))]
+            D, answers = self.pos(x, sigma, condition), []
+        results = dict(zip(changed, answers, strict=True))
+        for k, source in enumerate(sources):
+            if isinstance(source, DerivedNegative):
+                results[k] = source.derive(D, maps, at)
+            elif k not in results:
+                results[k] = source(x, sigma, condition)
+        return D, [results[k] for k in range(len(sources))]
 
-    def _is_changed_call(self, neg: Any) -> bool:
-        return isinstance(neg, Perturbed) and neg.net is self.pos
+    def _changes_positive(self, source: Any) -> bool:
+        return isinstance(source, Perturbed) and source.net is self.pos
 
-    def scaled(self, share: float) -> "Combined":
-        """The same, guided by `share` of the strength: 0 is off, 1 as it is."""
-        return replace(self, weights=tuple(1 + (weight - 1) * share for weight in self.weights))
+    def scaled(self, share: float) -> "Combination":
+        """The same with `share` of the strength: 0 is off, 1 as it is."""
+        negatives = (replace(negative, weight=1 + (negative.weight - 1) * share) for negative in self.negatives)
+        return replace(self, negatives=tuple(negatives))
 
-    def for_images(self, rng: StackedGenerator) -> "Combined":
-        return self._followed(lambda part: for_images(part, rng))
-
-    def for_step(self, i: int, sigmas: torch.Tensor) -> "Combined":
-        return self._followed(lambda part: for_step(part, i, sigmas))
+    def for_step(self, i: int, sigmas: torch.Tensor) -> "Combination":
+        return replace(super().for_step(i, sigmas), i=i, sigmas=sigmas)
 
     def after_step(self, x: torch.Tensor, i: int, sigmas: torch.Tensor) -> torch.Tensor:
         x = after_step(self.pos, x, i, sigmas)
-        for neg, weight in zip(self.negs, self.weights, strict=True):
-            x = x if weight == 1 else after_step(neg, x, i, sigmas)
+        for negative in self.negatives:
+            # a negative built on the positive denoiser would move x a second time
+            if not _is_built_on(negative.source, self.pos):
+                x = after_step(negative, x, i, sigmas)
         return x
 
-    def _followed(self, follow: Callable[[Any], Any]) -> "Combined":
-        negs = (neg if w == 1 else follow(neg) for neg, w in zip(self.negs, self.weights, strict=True))
-        return replace(self, pos=follow(self.pos), negs=tuple(negs), rule=follow(self.rule))
+    def _with_parts(self, follow: Callable[[Any], Any]) -> Self:
+        followed = super()._with_parts(follow)
+        negatives = list(followed.negatives)
+        for k, negative in enumerate(self.negatives):
+            # negatives built on the positive denoiser stay built on it
+            if _is_built_on(negative.source, self.pos):
+                negatives[k] = replace(negatives[k], source=replace(negatives[k].source, net=followed.pos))
+        return replace(followed, negatives=tuple(negatives))
+
+
+def _check_weight(weight: float) -> None:
+    if not math.isfinite(weight):
+        raise ValueError(f"the guidance weight is {weight}; expected a finite number (1 is off)")
+
+
+def _is_built_on(source: Any, denoiser: Denoiser) -> bool:
+    return isinstance(source, Wrapper) and getattr(source, "net", None) is denoiser
+
+
+def _joint_dtype(*results: torch.Tensor) -> torch.dtype:
+    """The widest dtype of `results`, at least float32."""
+    dtype = torch.float32
+    for result in results:
+        dtype = torch.promote_types(dtype, result.dtype)
+    return dtype

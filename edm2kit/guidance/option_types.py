@@ -1,11 +1,19 @@
-"""Numbers out of option texts."""
+"""Option types: functions that read the text of an option, and raise ValueError saying what was expected."""
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from edm2kit.torch_utils.files import sha256_of
 
 
 def number(low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
-    """A reader of numbers in [low, high]; "inf" where `high` is infinite. ValueError says what was expected."""
+    """A reader of numbers in [low, high]; "inf" is a number if `high` is infinite."""
 
     def parse(text: str) -> float:
         try:
@@ -40,3 +48,35 @@ def one_of(*words: str) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+@dataclass(frozen=True)
+class File:
+    """A file, identified by its content. Its text is what a record of the images holds."""
+
+    path: Path
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.path.name} sha256:{self.sha256}"
+
+
+def existing_file(text: str) -> File:
+    """The file at the path `text`, hashed. Raises ValueError if there is none."""
+    path = Path(text)
+    if not path.is_file():
+        raise ValueError(f"there is no file at {text}")
+    return File(path, sha256_of(path))
+
+
+def read_picture(path: Path, grey: bool = False) -> torch.Tensor:
+    """The pixels of an image file in [-1, 1]: float32 [3, H, W], or [1, H, W] if `grey`.
+
+    Raises ValueError if the file is not an image or is damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(image.convert("L" if grey else "RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not an image, or a damaged one ({error})") from error
+    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1).float() / 127.5 - 1

@@ -1,36 +1,39 @@
-"""Every way to guide, by name: what the command lines offer and the tables list."""
+"""Every guidance method and rule by name, registering more of them, and the guided denoiser of a choice."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import importlib.metadata
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edm2kit.denoiser import Denoiser
 from edm2kit.guidance.base import Method, Option, Parts, Rule
-from edm2kit.guidance.classifier import classifier_guidance as classifier
-from edm2kit.guidance.combine import Beside, Combine, Combined, linear
-from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.classifier import classifier_guidance
+from edm2kit.guidance.combine import Combination, Combine, DerivedNegative, Guided, Negative, linear
 from edm2kit.guidance.interval import GuidanceInterval
-from edm2kit.guidance.losses import loss_guidance as loss_method
+from edm2kit.guidance.losses import loss_guidance
 from edm2kit.guidance.network_call import Perturbed
-from edm2kit.guidance.own_network import dropout_and_noise as degraded
-from edm2kit.guidance.own_network import icg, pag, sag, seg, truncation, tsg
-from edm2kit.guidance.own_network import sliding_window as windows
+from edm2kit.guidance.own_network import dropout_and_noise, icg, pag, sag, seg, sliding_window, truncation, tsg
 from edm2kit.guidance.rules import apg, rescale
-from edm2kit.guidance.second_network import autoguidance as pair
-from edm2kit.guidance.second_network import cfg as joint
-from edm2kit.guidance.second_network import cfg_plus_autoguidance as mixed
+from edm2kit.guidance.second_network import autoguidance, cfg, cfg_plus_autoguidance
 from edm2kit.guidance.weight_schedule import SCHEDULES, WeightSchedule
+from edm2kit.torch_utils import dist
 
-__all__ = ["METHODS", "NO_GUIDANCE", "RULES", "Choice", "Method", "Option", "Parts", "Rule", "guide", "methods_of"]
+ENTRY_POINTS = "edm2kit.guidance"  # packages offer a Method or Rule under its name in this entry-point group
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A method with its settings, as asked for and as recorded.
+    """A guidance method with its settings, as asked for and as recorded.
 
-    `interval` is (sigma_lo, sigma_hi], beyond which the main network runs alone; None means everywhere. `also` are
-    further methods, each with a weight of its own; `rule` (a key of RULES) how they are put together; `schedule`
-    (a key of SCHEDULES) how the weights follow the noise level. `options` are those of the methods and of the rule.
+    - `method`: a key of METHODS; `weight`: 1 is off.
+    - `interval`: noise levels (sigma_lo, sigma_hi] outside which the main network runs alone; None is everywhere.
+    - `options`: those of the methods and of the rule, by keyword; what is left out has its default.
+    - `also`: further methods, each with its weight.
+    - `rule`: a key of RULES, how the results are combined.
+    - `schedule`: a key of SCHEDULES, how the weights follow the noise level.
+
+    Example: `Choice("cfg", 1.5, also=(("pag", 3.0),), rule="rescale")`.
     """
 
     method: str = "none"
@@ -45,74 +48,248 @@ class Choice:
 NO_GUIDANCE = Choice()
 
 
-def _none(parts: Parts, weight: float) -> Denoiser:
+def _without_guidance(parts: Parts, weight: float) -> Denoiser:
     if weight != 1:
-        raise ValueError(f"guidance weight {weight:g} without a guidance method; give a guide network, or weight 1")
+        raise ValueError(
+            f"guidance weight {weight:g} without a guidance method; give a guide network or a method, or use weight 1"
+        )
     return parts.net
 
 
-METHODS = {
-    "none": Method("the main network alone", "1 main", _none, formula="D"),
-    "pair": pair.METHOD,
-    "cfg": joint.METHOD,
-    "mixed": mixed.METHOD,
+METHODS: dict[str, Method] = {
+    "none": Method(
+        "the main network alone", "1 main", _without_guidance, formula="D", pick_when="comparing with others"
+    ),
+    "autoguidance": autoguidance.METHOD,
+    "cfg": cfg.METHOD,
+    "cfg-plus-autoguidance": cfg_plus_autoguidance.METHOD,
     "truncation": truncation.METHOD,
     "pag": pag.METHOD,
     "seg": seg.METHOD,
     "sag": sag.METHOD,
     "icg": icg.METHOD,
     "tsg": tsg.METHOD,
-    "windows": windows.METHOD,
-    "classifier": classifier.METHOD,
-    "loss": loss_method.METHOD,
-    "dropout": degraded.DROPOUT,
-    "input-noise": degraded.INPUT_NOISE,
+    "windows": sliding_window.METHOD,
+    "classifier": classifier_guidance.METHOD,
+    "loss": loss_guidance.METHOD,
+    "dropout": dropout_and_noise.DROPOUT,
+    "input-noise": dropout_and_noise.INPUT_NOISE,
 }
 
-RULES = {
-    "linear": Rule("the sum over the negatives", lambda: linear, formula="D + sum of (w_i - 1) (D - D_neg_i)"),
+RULES: dict[str, Rule] = {
+    "linear": Rule(
+        "the sum over the negatives",
+        lambda: linear,
+        formula="D + sum of (w_i - 1) (D - D_neg_i)",
+        pick_when="always, unless large weights spoil the contrast",
+    ),
     "apg": apg.RULE,
     "rescale": rescale.RULE,
 }
 
+# names of the previous release -> names of today; to be removed with the next release
+ALIASES: dict[str, str] = {
+    "pair": "autoguidance",
+    "joint": "cfg",
+    "mixed": "cfg-plus-autoguidance",
+}
+OPTION_ALIASES: dict[str, str] = {"mixed_share": "cfg_plus_autoguidance_share"}  # by keyword
+
+_plugins_loaded = False
+
+
+def register_method(name: str, method: Method) -> None:
+    """Make `method` available as `name`, in `Choice` and on the command lines, like the built-in methods.
+
+    Raises ValueError if the name is taken or cannot be an option's value, or if an option does not start with the
+    name. Registering the same method again does nothing.
+
+    Example:
+
+        def unconditional_mean(parts, *, shrink_to):
+            return lambda x, sigma, condition=None: torch.full_like(x, shrink_to)
+
+        register_method("shrink", Method(
+            "shrink: away from a constant image", "1 main", negative=unconditional_mean,
+            options=(Option("shrink-to", number(-1, 1), 0.0, "Value of the constant image, from -1 to 1"),),
+        ))
+    """
+    _check_entry(name, method, METHODS)
+    METHODS[name] = method
+
+
+def register_rule(name: str, rule: Rule) -> None:
+    """Make `rule` available as `name`; the same conditions as for `register_method`."""
+    _check_entry(name, rule, RULES)
+    RULES[name] = rule
+
+
+def _check_entry(name: str, entry: Method | Rule, known: Mapping[str, Any]) -> None:
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+        raise ValueError(f"{name!r} cannot be a name in guidance; use lower-case letters, digits and hyphens")
+    owner = METHODS.get(name) or RULES.get(name)
+    if (owner is not None or name in ALIASES) and known.get(name) is not entry:
+        raise ValueError(f"the name {name!r} is taken by another guidance method or rule; choose another")
+    for option in entry.options:
+        if not option.name.startswith(f"{name}-"):
+            raise ValueError(f"option {option.name!r} of {name} must start with its owner's name: {name}-...")
+
+
+def load_plugins() -> None:
+    """Register the methods and rules that installed packages offer in the entry-point group `edm2kit.guidance`.
+
+    Each entry point is a `Method` or a `Rule`; its name is the name it is registered under. What cannot be loaded is
+    reported in one line that names the distribution, and skipped. Later calls do nothing.
+    """
+    global _plugins_loaded
+    if _plugins_loaded:
+        return
+    _plugins_loaded = True
+    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            entry = entry_point.load()
+            if isinstance(entry, Method):
+                register_method(entry_point.name, entry)
+            elif isinstance(entry, Rule):
+                register_rule(entry_point.name, entry)
+            else:
+                raise TypeError(f"{entry_point.value} is a {type(entry).__name__}, not a Method or Rule")
+        except Exception as error:  # a broken package must not break the others
+            source = "an installed package" if entry_point.dist is None else f"package {entry_point.dist.name}"
+            dist.warn0(
+                f"{source} offers guidance {entry_point.name!r}, which cannot be loaded and is skipped: "
+                f"{type(error).__name__}: {error}"
+            )
+
+
+def all_methods() -> Mapping[str, Method]:
+    """Every method by name, those of installed packages included."""
+    load_plugins()
+    return METHODS
+
+
+def all_rules() -> Mapping[str, Rule]:
+    """Every rule by name, those of installed packages included."""
+    load_plugins()
+    return RULES
+
+
+def method_name(name: str) -> str:
+    """The name of today for a method's name of today or of the previous release, with a warning for the latter.
+
+    Raises ValueError if there is no such method.
+    """
+    if name in ALIASES:
+        dist.warn0(f"guidance method {name!r} is now called {ALIASES[name]!r}; the next release drops the old name")
+        return ALIASES[name]
+    if name not in METHODS and name not in all_methods():
+        raise ValueError(f"there is no guidance method {name!r}; available: {', '.join(METHODS)}")
+    return name
+
+
+def with_current_names(choice: Choice) -> Choice:
+    """`choice` with its methods and options under the names of today. Raises ValueError for unknown names."""
+    if choice.rule not in RULES and choice.rule not in all_rules():
+        raise ValueError(f"there is no guidance rule {choice.rule!r}; available: {', '.join(RULES)}")
+    if choice.schedule not in SCHEDULES:
+        raise ValueError(f"there is no guidance schedule {choice.schedule!r}; available: {', '.join(SCHEDULES)}")
+    return replace(
+        choice,
+        method=method_name(choice.method),
+        also=tuple((method_name(name), weight) for name, weight in choice.also),
+        options={OPTION_ALIASES.get(keyword, keyword): value for keyword, value in choice.options.items()},
+    )
+
 
 def methods_of(choice: Choice) -> dict[str, float]:
-    """The methods of `choice` with their weights; ValueError where one is named twice, or does not combine."""
-    named = [(choice.method, choice.weight), *choice.also]
-    names = [name for name, _ in named]
-    if len(names) > 1:
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"guidance method {twice[0]} is named twice")
-        if alone := [name for name in names if METHODS[name].negative is None and not METHODS[name].around]:
-            raise ValueError(
-                f"guidance method {alone[0]} does not combine with others: it is no sum of differences, nor does it go "
-                "around what others make"
-            )
-    return dict(named)
+    """The methods of `choice` with their weights. Raises ValueError if they cannot be combined."""
+    choice = with_current_names(choice)
+    weights = dict([(choice.method, choice.weight), *choice.also])
+    if len(weights) <= len(choice.also):
+        names = [choice.method, *(name for name, _ in choice.also)]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"guidance method {twice} is named twice; give each method one weight")
+    if len(weights) > 1:
+        for name in weights:
+            if METHODS[name].negative is None and not METHODS[name].around:
+                raise ValueError(f"guidance method {name} cannot be combined with other methods")
+    return weights
+
+
+def parts_for(name: str, names: Iterable[str], parts: Parts) -> Parts:
+    """What of `parts` the method `name` gets among all methods `names` of a choice.
+
+    A guide network belongs to the methods that need one; a method that merely takes one gets it if no other needs it.
+    """
+    if METHODS[name].needs_gnet or not any(METHODS[other].needs_gnet for other in names):
+        return parts
+    return replace(parts, gnet=None)
+
+
+def name_by_networks(choice: Choice, parts: Parts) -> Choice:
+    """`choice` with autoguidance called `cfg` if its guide network is the unconditional one of a conditional network.
+
+    Both are the same formula; the name says what the images are guided by.
+    """
+    conditional = getattr(parts.net, "label_dim", 0) > 0
+    if choice.method != "autoguidance" or not conditional or getattr(parts.gnet, "label_dim", None) != 0:
+        return choice
+    if any(METHODS[name].needs_gnet or name == "cfg" for name, _ in choice.also):
+        return choice
+    return replace(choice, method="cfg")
+
+
+def drops_condition(choice: Choice, parts: Parts) -> bool:
+    """Whether `choice` evaluates the main network without its condition, which it must have been trained for."""
+    names = methods_of(choice)
+    for name in names:
+        test = METHODS[name].drops_condition
+        if test is not None and test(parts_for(name, names, parts)):
+            return True
+    return False
 
 
 def guide(choice: Choice, parts: Parts) -> Denoiser:
-    """The denoiser that `choice` describes.
+    """The denoiser that `choice` describes, built on `parts`.
 
-    Raises ValueError where a guide network is missing or would go unused, where methods do not combine, and on
-    settings that a method refuses; TypeError on an option that nothing in the choice has.
+    Raises ValueError if a guide network is missing or would not be used, if methods cannot be combined, and if a
+    method refuses its settings or the network; TypeError for an option that nothing in the choice has.
+
+    Example: `guide(Choice("autoguidance", 2.0, interval=(0.28, 2.90)), Parts(net, weaker_net))`.
     """
+    choice = with_current_names(choice)
     weights = methods_of(choice)
     _check_parts(weights, parts)
-    options = _sorted_options(choice, weights)
-    negatives = {name: METHODS[name].negative for name in weights if METHODS[name].negative is not None}
+    options = _options_by_owner(choice, weights)
+    negatives, rest = [], []
+    for name, weight in weights.items():
+        method = METHODS[name]
+        if method.negative is None:
+            rest.append(name)
+        else:
+            own_parts = parts_for(name, weights, parts)
+            negatives.append(Negative(method.negative(own_parts, **options[name]), weight))
     guided = parts.net
     if negatives:
-        negs = [negative(parts, **options[name]) for name, negative in negatives.items()]
         rule = RULES[choice.rule].make(**options["rule"])
-        guided = _lead_away(parts.net, negs, [weights[name] for name in negatives], rule)
-        guided = _scheduled(guided, choice)
+        guided = _scheduled(_combined(parts.net, negatives, rule), choice)
     elif choice.rule != "linear":
         raise ValueError(f"a rule needs a weighted difference; guidance method {choice.method} has none")
-    for name, weight in weights.items():
-        if name not in negatives:
-            guided = _scheduled(METHODS[name].build(replace(parts, net=guided), weight, **options[name]), choice)
-    return guided if choice.interval is None else GuidanceInterval(guided, parts.net, *choice.interval)
+    for name in rest:
+        build = METHODS[name].build
+        assert build is not None
+        own_parts = replace(parts_for(name, weights, parts), net=guided)
+        guided = _scheduled(build(own_parts, weights[name], **options[name]), choice)
+    if choice.interval is None:
+        return guided
+    return GuidanceInterval(guided, parts.net, *choice.interval)
+
+
+def _combined(net: Denoiser, negatives: list[Negative], rule: Combine) -> Guided | Combination:
+    only = negatives[0]
+    if len(negatives) == 1 and rule is linear and not isinstance(only.source, DerivedNegative | Perturbed):
+        return Guided(net, only.source, only.weight)
+    return Combination(net, tuple(negatives), rule)
 
 
 def _scheduled(guided: Any, choice: Choice) -> Denoiser:
@@ -123,28 +300,50 @@ def _scheduled(guided: Any, choice: Choice) -> Denoiser:
     return WeightSchedule(guided, SCHEDULES[choice.schedule])
 
 
-def _lead_away(net: Denoiser, negs: Sequence[Any], weights: Sequence[float], rule: Combine) -> Guided | Combined:
-    if len(negs) == 1 and rule is linear and not isinstance(negs[0], Beside | Perturbed):
-        return Guided(net, negs[0], weights[0])
-    return Combined(net, tuple(negs), tuple(weights), rule)
-
-
 def _check_parts(names: Iterable[str], parts: Parts) -> None:
     asked = ", ".join(names)
-    needs_gnet = any(METHODS[name].needs_gnet for name in names)
-    if needs_gnet and parts.gnet is None:
+    methods = [METHODS[name] for name in names]
+    if parts.gnet is None and any(method.needs_gnet for method in methods):
         raise ValueError(f"guidance method {asked} needs a guide network, and none was given")
-    if not needs_gnet and parts.gnet is not None:
+    if parts.gnet is not None and not any(method.needs_gnet or method.takes_gnet for method in methods):
         raise ValueError(f"guidance method {asked} takes no guide network, and one was given")
-    if parts.uncond is not None and not any(METHODS[name].takes_uncond for name in names):
-        raise ValueError(f"guidance method {asked} takes no unconditional network beside, and one was given")
+    if parts.uncond is not None and not any(method.takes_uncond for method in methods):
+        raise ValueError(f"guidance method {asked} takes no unconditional network in addition, and one was given")
 
 
-def _sorted_options(choice: Choice, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """All options by the method that owns them, and "rule"; those of nobody go to the first method, which says so."""
-    owners: dict[str, Method | Rule] = {"rule": RULES[choice.rule], **{name: METHODS[name] for name in names}}
-    taken = {name: {option.keyword: option.default for option in owner.options} for name, owner in owners.items()}
+def _options_by_owner(choice: Choice, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Every option by the method that owns it, and by "rule"; one of nobody goes to the first method, which says so."""
+    owners: dict[str, Method | Rule] = {"rule": RULES[choice.rule]}
+    owners.update((name, METHODS[name]) for name in names)
+    values = {name: {option.keyword: option.default for option in owner.options} for name, owner in owners.items()}
+    owner_of = {keyword: name for name, defaults in values.items() for keyword in defaults}
     for keyword, value in choice.options.items():
-        has = [name for name, owner in owners.items() if keyword in [option.keyword for option in owner.options]]
-        taken[has[0] if has else choice.method][keyword] = value
-    return taken
+        values[owner_of.get(keyword, choice.method)][keyword] = value
+    return values
+
+
+def settings_with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings of images, with guidance under names of today: equal for the same images, whenever recorded.
+
+    `settings` has the keys `gnet` and `guidance`, as generate.py records them. Guidance by an unconditional guide
+    network counts as autoguidance, which is the same formula.
+    """
+    guidance = settings.get("guidance")
+    if not isinstance(guidance, Mapping) or "method" not in guidance:
+        return dict(settings)
+    names = [guidance["method"], *(name for name, _ in guidance.get("also", []))]
+    names = [ALIASES.get(name, name) for name in names]
+    if settings.get("gnet") is not None and not any(name in METHODS and METHODS[name].needs_gnet for name in names):
+        names = ["autoguidance" if name == "cfg" else name for name in names]
+    renamed = dict(guidance, method=names[0])
+    if "also" in guidance:
+        renamed["also"] = [[name, weight] for name, (_, weight) in zip(names[1:], guidance["also"], strict=True)]
+    if "options" in guidance:
+        renamed["options"] = {OPTION_ALIASES.get(key, key): value for key, value in guidance["options"].items()}
+    return {**settings, "guidance": renamed}
+
+
+def all_options() -> list[tuple[str, Option]]:
+    """(owner, option) of every method and rule, those of installed packages included."""
+    owners: dict[str, Method | Rule] = {**all_methods(), **all_rules()}
+    return [(name, option) for name, owner in owners.items() for option in owner.options]

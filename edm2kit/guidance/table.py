@@ -1,56 +1,113 @@
-"""The guidance methods as a table: for --help, --list-guidance and the documents."""
+"""The guidance methods as a table, and the help of a single one: for --help, --list-guidance and the documents."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from edm2kit.guidance.base import Method, Rule
-from edm2kit.guidance.registry import METHODS, RULES
+from edm2kit.guidance.base import Method, Option, Rule
+from edm2kit.guidance.registry import ALIASES, METHODS, RULES, all_methods, all_rules
 
-COLUMNS = ("name", "formula", "D_neg", "cost", "defaults", "source", "tests")
+COLUMNS = ("name", "formula", "D_neg", "cost", "defaults", "pick when", "source", "tests")
+_CODE_COLUMNS = (0, 1, 2, 7)
 
 
 def method_lines() -> list[str]:
-    """One line for each method: its name, what it does, what one guided evaluation costs."""
-    return [f"{name}: {method.summary} ({method.evaluations})" for name, method in METHODS.items()]
+    """One line for each method: its name, what it does, and what one guided evaluation costs."""
+    return [f"{name}: {method.summary} ({method.evaluations})" for name, method in all_methods().items()]
 
 
 def rows() -> list[tuple[str, ...]]:
-    """The methods, then the rules, as texts in the order of COLUMNS."""
-    table = []
+    """The built-in and registered methods, then the rules, as texts in the order of COLUMNS."""
+    table: list[tuple[str, ...]] = []
     for name, method in METHODS.items():
-        weight = "" if method.weight is None else f"w {method.weight:g}"
-        defaults = ", ".join(filter(None, [weight, _defaults(method)]))
         tests = _tests(method.build or method.negative)
-        table.append((name, method.formula, method.term, method.evaluations, defaults, method.source, tests))
+        defaults = _defaults(method.options, method.weight)
+        table.append(
+            (name, method.formula, method.term, method.evaluations, defaults, method.pick_when, method.source, tests)
+        )
     for name, rule in RULES.items():
         tests = _tests(rule.make) if rule.source else "tests/guidance/test_combine.py"
-        table.append((f"rule {name}", rule.formula, "", "none", _defaults(rule), rule.source, tests))
+        defaults = _defaults(rule.options)
+        table.append((f"rule {name}", rule.formula, "", "none", defaults, rule.pick_when, rule.source, tests))
     return table
 
 
 def table_text() -> str:
     """Every method and rule as a paragraph of plain text."""
+    entries: list[Method | Rule] = [*all_methods().values(), *all_rules().values()]
     paragraphs = []
-    for row, summary in zip(rows(), [entry.summary for entry in (*METHODS.values(), *RULES.values())], strict=True):
-        details = [f"  {column + ':':10}{text}" for column, text in zip(COLUMNS, row, strict=True) if text][1:]
-        paragraphs.append("\n".join([f"{row[0]}: {summary}", *details]))
+    for row, entry in zip(rows(), entries, strict=True):
+        lines = [f"{row[0]}: {entry.summary}"]
+        for column, text in zip(COLUMNS[1:], row[1:], strict=True):
+            if text:
+                lines.append(f"  {column + ':':10}{text}")
+        paragraphs.append("\n".join(lines))
     return "\n\n".join(paragraphs)
 
 
-def table_markdown() -> str:
-    """The same as a table in Markdown."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *map(_cells, rows()))]
+def help_text(name: str) -> str:
+    """What `--help-guidance NAME` prints about a method or rule: what it does, when to pick it, and its options.
+
+    Raises ValueError if there is no method or rule of that name.
+    """
+    name = ALIASES.get(name, name)
+    entry = all_methods().get(name) or all_rules().get(name)
+    if entry is None:
+        raise ValueError(f"there is no guidance method or rule {name!r}; available: {', '.join([*METHODS, *RULES])}")
+    lines = [f"{name}: {entry.summary}", ""]
+    facts = {"Pick it when": entry.pick_when, "Formula": entry.formula, "Source": entry.source}
+    if isinstance(entry, Method):
+        weight = "give --guidance W" if entry.weight is None else f"{entry.weight:g} (--guidance W; 1 is off)"
+        facts = {
+            "Pick it when": entry.pick_when,
+            "Formula": entry.formula,
+            "D_neg": entry.term,
+            "Cost": f"{entry.evaluations} evaluations",
+            "Networks": _networks(entry),
+            "Weight": "none" if name == "none" else weight,
+            "Source": entry.source,
+        }
+    lines += [f"  {label + ':':14}{text}" for label, text in facts.items() if text]
+    if entry.options:
+        lines += ["", "Options:"]
+    for option in entry.options:
+        default = "unset" if option.default is None else option.default
+        lines += [f"  --{option.name}", f"      {option.help} [default: {default}]"]
     return "\n".join(lines)
 
 
-def _cells(row: Sequence[str]) -> list[str]:
-    formatted = [f"`{text}`" if k in (0, 1, 2, 6) and text else text for k, text in enumerate(row)]
-    return [text.replace("|", "\\|") for text in formatted]
+def table_markdown() -> str:
+    """The table in Markdown."""
+    header, separator = _markdown_line(COLUMNS), _markdown_line(["---"] * len(COLUMNS))
+    lines = []
+    for row in rows():
+        cells = [f"`{text}`" if k in _CODE_COLUMNS and text else text for k, text in enumerate(row)]
+        lines.append(_markdown_line([text.replace("|", "\\|") for text in cells]))
+    return "\n".join([header, separator, *lines])
 
 
-def _defaults(entry: Method | Rule) -> str:
-    return ", ".join(f"{option.name} {option.default}" for option in entry.options if option.default is not None)
+def _markdown_line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
-def _tests(make: object) -> str:
-    *folders, name = make.__module__.split(".")[1:]
-    return "/".join(["tests", *folders, f"test_{name}.py"])
+def _networks(method: Method) -> str:
+    networks = ["--net"]
+    if method.needs_gnet:
+        networks.append("--gnet")
+    elif method.takes_gnet:
+        networks.append("optionally --gnet")
+    if method.takes_uncond:
+        networks.append("optionally --uncond")
+    return ", ".join(networks)
+
+
+def _defaults(options: Sequence[Option], weight: float | None = None) -> str:
+    defaults = [f"{option.name} {option.default}" for option in options if option.default is not None]
+    if weight is not None:
+        defaults.insert(0, f"w {weight:g}")
+    return ", ".join(defaults)
+
+
+def _tests(make: Callable[..., Any] | None) -> str:
+    """The tests of the module that a build function lives in; empty outside this package."""
+    package, *folders, name = getattr(make, "__module__", ".").split(".")
+    return "/".join(["tests", *folders, f"test_{name}.py"]) if package == "edm2kit" else ""

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.plain import PlainNetwork, PlainTraining, guided_heun
 from edm2kit.ema.power_function import std_to_exp
-from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.combine import Guided
 from edm2kit.sampling.solvers import edm_sampler
 from edm2kit.training.learning_rate import learning_rate
 from tests.support import golden

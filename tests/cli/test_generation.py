@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from edm2kit.cli.generation import Request, check_pair, parse_classes, prepare
-from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.combine import Guided
 from edm2kit.guidance.interval import GuidanceInterval
 from edm2kit.guidance.registry import Choice
 from edm2kit.models.edm2 import Precond

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from edm2kit.cli.generation import Request
 from edm2kit.cli.generation_options import generation_options, parse_request
-from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.combine import Guided
 from edm2kit.guidance.registry import METHODS, NO_GUIDANCE, RULES, Choice, Method, Option
 from edm2kit.sampling.solvers import Churn, Sampler, TimeTravel
 

@@ -5,7 +5,7 @@ import torch
 
 from edm2kit.guidance.base import Method, Parts
 from edm2kit.guidance.combine import Combined
-from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.combine import Guided
 from edm2kit.guidance.interval import GuidanceInterval
 from edm2kit.guidance.registry import METHODS, Choice, guide
 from edm2kit.sampling.solvers import edm_sampler

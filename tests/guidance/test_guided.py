@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.combine import Guided
 from edm2kit.sampling.solvers import edm_sampler
 from edm2kit.torch_utils.rng import StackedGenerator
 from tests.support.fakes import ByLabel, Constant, Counting, Following, Gaussian, Jittered, Mixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from edm2kit.denoiser import Denoiser
-from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.combine import Guided
 from edm2kit.guidance.interval import GuidanceInterval, guided_steps
 from edm2kit.sampling.noise_levels import karras_sigmas
 from edm2kit.sampling.solvers import edm_sampler

@@ -3,7 +3,7 @@ import torch
 
 from edm2kit.denoiser import for_images, for_step
 from edm2kit.guidance.combine import Combined
-from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.combine import Guided
 from edm2kit.guidance.network_call import Call, Perturbed, in_one_call
 from edm2kit.guidance.registry import Choice, Parts, guide
 from edm2kit.torch_utils.rng import StackedGenerator

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from edm2kit.guidance import registry
-from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.combine import Guided
 from edm2kit.guidance.interval import GuidanceInterval
 from edm2kit.guidance.registry import METHODS, Choice, Parts, guide
 from tests.support.fakes import Constant

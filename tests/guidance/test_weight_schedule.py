@@ -6,7 +6,7 @@ import torch
 
 from edm2kit.denoiser import after_step, for_images, for_step
 from edm2kit.guidance.combine import Combined
-from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.combine import Guided
 from edm2kit.guidance.interval import GuidanceInterval
 from edm2kit.guidance.registry import METHODS, Choice, Parts, guide
 from edm2kit.guidance.weight_schedule import SCHEDULES, WeightSchedule, level_of

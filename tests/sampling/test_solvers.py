@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.combine import Guided
 from edm2kit.sampling.solvers import Churn, Sampler, edm_sampler, euler, heun
 from edm2kit.torch_utils.rng import StackedGenerator
 from tests.support import golden

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.combine import Guided
 from edm2kit.guidance.interval import GuidanceInterval, guided_steps
 from edm2kit.models.edm2 import Precond
 from edm2kit.sampling.noise_levels import karras_sigmas

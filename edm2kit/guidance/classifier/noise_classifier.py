@@ -1,4 +1,4 @@
-"""A small classifier of noisy images, and the file it lives in."""
+"""A small classifier of noisy images, and its file format."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ _GROUPS = 8
 
 
 class _ResidualBlock(nn.Module):
-    """Two convolutions beside the way through, the second one's input scaled and shifted by the noise embedding."""
+    """Two convolutions with a skip connection; the input of the second is modulated by the noise embedding."""
 
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int):
         super().__init__()
@@ -40,11 +40,11 @@ class _ResidualBlock(nn.Module):
 
 
 class NoiseClassifier(nn.Module):
-    """log p(class | x; sigma) up to a constant: x [N,C,R,R], sigma [N] or a scalar -> logits float32 [N,num_classes].
+    """log p(class | x; sigma) up to a constant: x [N, C, R, R], sigma [N] or a scalar -> logits float32 [N, K].
 
     Input scaling as for EDM denoisers (Karras et al. 2022, Table 1). `width` channels (a multiple of 8) at the first
-    level, twice as many at each of the following `levels` - 1. Raises ValueError for sizes that do not divide, and for
-    images of another shape.
+    of `levels` resolutions, twice as many at each further one. Raises ValueError if the width or the resolution cannot
+    be divided accordingly, and for images of another shape.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class NoiseClassifier(nn.Module):
         if width % _GROUPS or img_resolution % (1 << (levels - 1)):
             raise ValueError(
                 f"a classifier of {width} channels and {levels} levels for {img_resolution} pixels; the width must be "
-                f"a multiple of {_GROUPS}, the resolution one of {1 << (levels - 1)}"
+                f"a multiple of {_GROUPS}, the resolution a multiple of {1 << (levels - 1)}"
             )
         self.shape, self.sigma_data = (img_channels, img_resolution, img_resolution), sigma_data
         widths = [width << level for level in range(levels)]
@@ -74,23 +74,20 @@ class NoiseClassifier(nn.Module):
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
         if x.shape[1:] != self.shape:
-            raise ValueError(f"the classifier is one of images {list(self.shape)}, not {list(x.shape[1:])}")
+            raise ValueError(f"the classifier takes images of shape {list(self.shape)}, not {list(x.shape[1:])}")
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
-        emb = self.emb(self._fourier(sigma.log() / 4))
+        frequencies = torch.logspace(-1, 1.5, self.stem.out_channels, device=x.device)
+        angles = (sigma.log() / 4)[:, None] * frequencies
+        emb = self.emb(torch.cat([angles.cos(), angles.sin()], dim=1))
         y = self.stem(x.float() / (self.sigma_data**2 + sigma**2).sqrt()[:, None, None, None])
         for level, block in enumerate(self.blocks):
             y = block(nn.functional.avg_pool2d(y, 2) if level else y, emb)
         return self.head(nn.functional.silu(self.norm(y)).mean(dim=(2, 3)))
 
-    def _fourier(self, c_noise: torch.Tensor) -> torch.Tensor:
-        frequencies = torch.logspace(-1, 1.5, self.stem.out_channels, device=c_noise.device)
-        angles = c_noise[:, None] * frequencies
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
-
 
 @dataclass(frozen=True)
 class ClassifierHeader:
-    """What a classifier's file says of it: `architecture` are the arguments of `NoiseClassifier`."""
+    """The header of a classifier file; `architecture` holds the arguments of `NoiseClassifier`."""
 
     architecture: Mapping[str, Any]
     nimg: int
@@ -109,7 +106,7 @@ class LoadedClassifier:
 
 
 def save_classifier(path: str | Path, net: NoiseClassifier, header: ClassifierHeader) -> None:
-    """Write weights and header as one safetensors file, whole or not at all."""
+    """Write weights and header to one safetensors file, atomically."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     data = save(state, metadata={_HEADER_KEY: json.dumps(dataclasses.asdict(header))})
     with atomic_write(path) as file:
@@ -117,22 +114,25 @@ def save_classifier(path: str | Path, net: NoiseClassifier, header: ClassifierHe
 
 
 def load_classifier(path: str | Path) -> LoadedClassifier:
-    """Read a classifier; ValueError where the file is missing, damaged, newer than this code, or something else."""
+    """Read a classifier. Raises ValueError if the file is missing, damaged, newer than this code or something else."""
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_HEADER_KEY)
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole classifier ({error})") from error
+        raise ValueError(f"{path} is not a complete classifier file ({error})") from error
     if text is None:
-        raise ValueError(f"{path} is a safetensors file but no classifier; make one with scripts/train_classifier.py")
+        raise ValueError(
+            f"{path} is a safetensors file, but not a classifier; make one with scripts/train_classifier.py"
+        )
     try:
         values = json.loads(text)
-        if values["format_version"] > FORMAT_VERSION:
-            raise ValueError(
-                f"{path}: format {values['format_version']} is newer than {FORMAT_VERSION}; update this code"
-            )
-        header = ClassifierHeader(**{**values, "label_names": values["label_names"] and tuple(values["label_names"])})
+        version = values["format_version"]
+        if version > FORMAT_VERSION:
+            raise ValueError(f"{path}: format {version} is newer than {FORMAT_VERSION}; update this code")
+        if values["label_names"] is not None:
+            values["label_names"] = tuple(values["label_names"])
+        header = ClassifierHeader(**values)
         net = NoiseClassifier(**header.architecture)
         net.load_state_dict(state)
     except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:

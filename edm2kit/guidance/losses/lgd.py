@@ -1,29 +1,29 @@
-"""The loss not of the denoised image alone but of all clean images near it: loss-guided diffusion (LGD).
+"""Loss-guided diffusion (LGD): the loss averaged over clean images near the denoised one.
 
-Song et al. 2023 (Loss-Guided Diffusion Models for Plug-and-Play Controllable Generation). What lies near is a
-Gaussian around D whose deviation, for data of deviation sigma_data, is c_out. Without this the guided samples of a
-Gaussian do not reach its posterior.
+Song et al. 2023 (Loss-Guided Diffusion Models for Plug-and-Play Controllable Generation). The images near D are taken
+from a Gaussian around it, whose standard deviation is c_out for data of deviation sigma_data. Without the average, the
+guided samples of a Gaussian do not reach its posterior.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from edm2kit.denoiser import for_images, for_step
-from edm2kit.guidance.losses.loss_gradient import c_out, column
-from edm2kit.guidance.losses.targets import Loss, Measurement
-from edm2kit.guidance.random_draws import Draws
-from edm2kit.torch_utils.rng import StackedGenerator
+from edm2kit.denoiser import Wrapper
+from edm2kit.guidance.losses.gradient import c_out, column
+from edm2kit.guidance.losses.loss import Loss
+from edm2kit.guidance.losses.restoration import Measurement
+from edm2kit.guidance.step_generators import StepGenerators
 
-Spread = Callable[[torch.Tensor], torch.Tensor]  # sigma -> deviation of clean images around D
+Spread = Callable[[torch.Tensor], torch.Tensor]  # sigma -> standard deviation of clean images around D
 
 
 @dataclass(frozen=True)
-class Exact:
-    """The average in closed form, for measurements whose operator allows it."""
+class ClosedFormAverage:
+    """The average in closed form, for measurements with a `row_energy`."""
 
     loss: Measurement
     sigma_data: float = 0.5
@@ -36,37 +36,33 @@ class Exact:
 
 
 @dataclass(frozen=True)
-class MonteCarlo:
-    """The average drawn: -log of the mean of exp(-loss(D + r z)) over `count` draws z of each image.
+class MonteCarloAverage(Wrapper):
+    """The average by sampling: -log of the mean of exp(-loss(D + r z)) over `count` random z per image.
 
-    `r` is a function of sigma, c_out unless given. The draws are each image's own, and stay the same through a step.
-    Called without a noise level, the loss is that of D itself.
+    `r` is a function of sigma, c_out unless given. Each image has its own random numbers, the same throughout a step.
+    Called without a noise level, the loss is that of D itself. Raises ValueError for a count below 1.
     """
 
     loss: Loss
     count: int
     sigma_data: float = 0.5
     r: Spread | None = None
-    draws: Draws = field(default_factory=Draws)
+    random: StepGenerators = field(default_factory=StepGenerators)
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise ValueError(f"a Monte-Carlo average over {self.count} draws; expected at least 1")
+            raise ValueError(f"a Monte Carlo average over {self.count} samples; expected at least 1")
 
     def at(self, sigma: torch.Tensor) -> Loss:
         sigma = torch.as_tensor(sigma)
-        return partial(self._average, c_out(sigma, self.sigma_data) if self.r is None else self.r(sigma))
+        r = c_out(sigma, self.sigma_data) if self.r is None else self.r(sigma)
+
+        def average(D: torch.Tensor) -> torch.Tensor:
+            z = self.random.generators().randn([len(D), self.count, *D.shape[1:]], dtype=D.dtype).to(D.device)
+            losses = torch.stack([self.loss(D + column(r, D) * z[:, k]) for k in range(self.count)])
+            return math.log(self.count) - torch.logsumexp(-losses, dim=0)
+
+        return average
 
     def __call__(self, D: torch.Tensor) -> torch.Tensor:
         return self.loss(D)
-
-    def _average(self, r: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
-        z = self.draws.source().randn([len(D), self.count, *D.shape[1:]], dtype=D.dtype).to(D.device)
-        losses = torch.stack([self.loss(D + column(r, D) * z[:, k]) for k in range(self.count)])
-        return math.log(self.count) - torch.logsumexp(-losses, dim=0)
-
-    def for_images(self, rng: StackedGenerator) -> "MonteCarlo":
-        return replace(self, loss=for_images(self.loss, rng), draws=self.draws.for_images(rng))
-
-    def for_step(self, i: int, sigmas: torch.Tensor) -> "MonteCarlo":
-        return replace(self, loss=for_step(self.loss, i, sigmas), draws=self.draws.for_step(i, sigmas))

@@ -1,4 +1,4 @@
-"""Training-free guidance (TFG): one form that holds DPS, FreeDoM, LGD and MPGD as special cases."""
+"""Training-free guidance (TFG): one form that contains DPS, FreeDoM, LGD and MPGD as special cases."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -6,13 +6,14 @@ from functools import partial
 
 import torch
 
-from edm2kit.denoiser import Denoiser, for_images, for_step
-from edm2kit.guidance.losses.lgd import MonteCarlo
-from edm2kit.guidance.losses.loss_gradient import check_scale, column, loss_at, slope, slope_at
-from edm2kit.guidance.losses.loss_steps import ShiftedStep, refuse_call
-from edm2kit.guidance.losses.targets import Loss
-from edm2kit.guidance.random_draws import Draws
-from edm2kit.torch_utils.rng import StackedGenerator
+from edm2kit.conditions import ConditionLike
+from edm2kit.denoiser import Denoiser, Wrapper, for_step
+from edm2kit.guidance.losses.gradient import column, slope, slope_at
+from edm2kit.guidance.losses.gradient_step import ShiftAtStepEnd, refuse_call
+from edm2kit.guidance.losses.lgd import MonteCarloAverage
+from edm2kit.guidance.losses.loss import Loss, loss_at
+from edm2kit.guidance.losses.score import check_scale
+from edm2kit.guidance.step_generators import StepGenerators
 
 
 def increasing(i: int, sigmas: torch.Tensor) -> float:
@@ -22,16 +23,18 @@ def increasing(i: int, sigmas: torch.Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Unified:
+class TFG(Wrapper):
     """`denoiser`, with x moved after each step by rho (1 + sigma^2) * (gradient of log f by x) + (mu-steps on D).
 
-    log f is minus the loss, averaged over `count` images near D at the deviation gamma * sigma / sqrt(1 + sigma^2);
-    the mu-steps are `iterations` steps of size mu up the gradient of log f by D, from D. rho and mu grow along the
-    run (`increasing`), and are its means. Ye et al. 2024 (TFG, arXiv 2409.15761), Alg. 1, written for x = y + sigma n;
-    meant for Euler steps (deterministic DDIM), its recurrence is `time_travel`. gamma = mu = 0 is FreeDoM and
-    DPS, mu = 0 LGD; rho = 0 is MPGD, and then the denoiser is not run backwards. The defaults are those for CIFAR-10.
+    log f is minus the loss, averaged over `count` images near D at the deviation gamma * sigma / sqrt(1 + sigma^2); the
+    mu-steps are `iterations` steps of size mu up the gradient of log f by D, starting from D. rho and mu grow along the
+    run (`increasing`); the given values are their means. Ye et al. 2024 (TFG, arXiv 2409.15761), Alg. 1, written for
+    x = y + sigma n; meant for Euler steps (deterministic DDIM). Its recurrence is the solver `time-travel`.
+    gamma = mu = 0 is FreeDoM and DPS, mu = 0 LGD; rho = 0 is MPGD, without a backward pass through the denoiser. The
+    defaults are those for CIFAR-10.
 
-    With rho = mu = 0 guidance is off, bit for bit. Outside of a sampling run a call raises ValueError.
+    With rho = mu = 0 guidance is off, bit for bit. Raises ValueError for values that are not finite or negative counts,
+    and if it is called outside a sampling run.
     """
 
     denoiser: Denoiser
@@ -41,7 +44,7 @@ class Unified:
     gamma: float = 0.001
     iterations: int = 4
     count: int = 1
-    draws: Draws = field(default_factory=Draws)
+    random: StepGenerators = field(default_factory=StepGenerators)
 
     def __post_init__(self) -> None:
         check_scale(self.rho)
@@ -55,32 +58,31 @@ class Unified:
     def is_off(self) -> bool:
         return self.rho == 0 and (self.mu == 0 or self.iterations == 0)
 
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def idle_fields(self) -> frozenset[str]:
+        return frozenset({"loss", "random"}) if self.is_off else frozenset()
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, condition: ConditionLike = None) -> torch.Tensor:
         return refuse_call()
 
-    def scaled(self, share: float) -> "Unified":
-        """The same, guided by `share` of the strength: 0 is off, 1 as it is."""
+    def scaled(self, share: float) -> "TFG":
+        """The same with `share` of the strength: 0 is off, 1 as it is."""
         return replace(self, rho=self.rho * share, mu=self.mu * share)
-
-    def for_images(self, rng: StackedGenerator) -> "Unified":
-        denoiser = for_images(self.denoiser, rng)
-        if self.is_off:
-            return replace(self, denoiser=denoiser)
-        return replace(self, denoiser=denoiser, loss=for_images(self.loss, rng), draws=self.draws.for_images(rng))
 
     def for_step(self, i: int, sigmas: torch.Tensor) -> Denoiser:
         inner = for_step(self.denoiser, i, sigmas)
         if self.is_off:
             return inner
-        loss, grown = for_step(self.loss, i, sigmas), increasing(i, sigmas)
+        loss, growth = for_step(self.loss, i, sigmas), increasing(i, sigmas)
         if self.gamma > 0:
-            loss = MonteCarlo(loss, self.count, r=self._spread, draws=self.draws.for_step(i, sigmas))
-        return ShiftedStep(inner, partial(self._look, loss, self.rho * grown, self.mu * grown))
+            random = self.random.for_step(i, sigmas)
+            loss = MonteCarloAverage(loss, self.count, r=self.spread, random=random)
+        return ShiftAtStepEnd(inner, partial(self._evaluate, loss, self.rho * growth, self.mu * growth))
 
-    def _spread(self, sigma: torch.Tensor) -> torch.Tensor:
+    def spread(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Standard deviation of the images near D that the loss is averaged over."""
         return self.gamma * sigma / (1 + sigma**2).sqrt()
 
-    def _look(
+    def _evaluate(
         self,
         loss: Loss,
         rho: float,
@@ -88,12 +90,12 @@ class Unified:
         denoiser: Denoiser,
         x: torch.Tensor,
         sigma: torch.Tensor,
-        labels: torch.Tensor | None,
+        condition: ConditionLike,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if rho == 0:
-            D, shift = denoiser(x, sigma, labels), torch.zeros_like(x)
+            D, shift = denoiser(x, sigma, condition), torch.zeros_like(x)
         else:
-            found = slope(denoiser, loss, x, sigma, labels)
+            found = slope(denoiser, loss, x, sigma, condition)
             D, shift = found.D, -rho * (1 + column(sigma, x) ** 2) * found.gradient
         higher = D
         if mu != 0:

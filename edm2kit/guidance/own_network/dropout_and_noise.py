@@ -1,102 +1,90 @@
-"""The network spoilt on purpose, by dropout or by noise on its input, as a bad version of itself."""
+"""Dropout guidance and input-noise guidance: away from the network degraded by dropout, or by noise on its input."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
-from edm2kit.denoiser import Denoiser
-from edm2kit.guidance.attention_blocks import network_of
+from edm2kit.denoiser import Denoiser, Wrapper
+from edm2kit.guidance.attention_blocks import require_edits
 from edm2kit.guidance.base import Method, Option, Parts
-from edm2kit.guidance.network_call import Call, Perturbed
+from edm2kit.guidance.network_call import NetworkCall, Perturbed
 from edm2kit.guidance.option_types import number
-from edm2kit.guidance.random_draws import Draws
-from edm2kit.torch_utils.rng import StackedGenerator
+from edm2kit.guidance.step_generators import StepGenerators
 
 
 @dataclass(frozen=True)
-class Dropout:
-    """The change that drops a share `rate` of the activations in every block, others per image and step.
+class Dropout(Wrapper):
+    """The change that drops a share `rate` of the activations in every block, different ones per image and step.
 
-    It happens where the network has its own dropout in training.
+    It acts where the network has its own dropout in training.
     """
 
     rate: float
-    draws: Draws = field(default_factory=Draws)
+    random: StepGenerators = field(default_factory=StepGenerators)
 
-    def __call__(self, call: Call) -> Call:
+    def __call__(self, call: NetworkCall) -> NetworkCall:
         if self.rate == 0:
             return call
-        drop = _Drop(self.rate, self.draws.source())  # one stream through all blocks
+        generators = self.random.generators()  # one stream of numbers through all blocks
+
+        def drop(block: str, y: torch.Tensor) -> torch.Tensor:
+            kept = generators.rand(y.shape) >= self.rate
+            return y * kept.to(y) / (1 - self.rate)
+
         return call._replace(edits={**call.edits, "dropout": drop})
 
-    def for_images(self, rng: StackedGenerator) -> "Dropout":
-        return replace(self, draws=self.draws.for_images(rng))
-
-    def for_step(self, i: int, sigmas: torch.Tensor) -> "Dropout":
-        return replace(self, draws=self.draws.for_step(i, sigmas))
-
 
 @dataclass(frozen=True)
-class _Drop:
-    rate: float
-    source: StackedGenerator
-
-    def __call__(self, block: str, y: torch.Tensor) -> torch.Tensor:
-        kept = self.source.rand(y.shape) >= self.rate
-        return y * kept.to(y) / (1 - self.rate)
-
-
-@dataclass(frozen=True)
-class InputNoise:
-    """The change to a noise level (1 + delta) times as high, with the noise to match added to the input.
+class InputNoise(Wrapper):
+    """The change to a noise level (1 + delta) times as high, with matching noise added to the input.
 
     D(x + sigma sqrt((1 + delta)^2 - 1) n; (1 + delta) sigma), n ~ N(0, I) per image and step.
     """
 
     delta: float
-    draws: Draws = field(default_factory=Draws)
+    random: StepGenerators = field(default_factory=StepGenerators)
 
-    def __call__(self, call: Call) -> Call:
+    def __call__(self, call: NetworkCall) -> NetworkCall:
         if self.delta == 0:
             return call
         sigma = torch.as_tensor(call.sigma, dtype=call.x.dtype, device=call.x.device)
         added = sigma.reshape(-1, 1, 1, 1) * math.sqrt((1 + self.delta) ** 2 - 1)
-        x = call.x + added * self.draws.source().randn_like(call.x)
+        x = call.x + added * self.random.generators().randn_like(call.x)
         return call._replace(x=x, sigma=call.sigma * (1 + self.delta))
 
-    def for_images(self, rng: StackedGenerator) -> "InputNoise":
-        return replace(self, draws=self.draws.for_images(rng))
 
-    def for_step(self, i: int, sigmas: torch.Tensor) -> "InputNoise":
-        return replace(self, draws=self.draws.for_step(i, sigmas))
+def _with_dropout(parts: Parts, *, dropout_rate: float) -> Denoiser:
+    return Perturbed(require_edits(parts.net, "dropout guidance", "dropout"), Dropout(dropout_rate))
 
 
-def _dropped(parts: Parts, *, dropout_rate: float) -> Denoiser:
-    return Perturbed(network_of(parts.net), Dropout(dropout_rate))
-
-
-def _noised(parts: Parts, *, input_noise_delta: float) -> Denoiser:
+def _with_input_noise(parts: Parts, *, input_noise_delta: float) -> Denoiser:
     return Perturbed(parts.net, InputNoise(input_noise_delta))
 
 
 _SOURCE = "Karras et al. 2024 (autoguidance, arXiv 2406.02507), Section 4"
 
 DROPOUT = Method(
-    "the network with dropout; found to be of no use for a network that was trained without",
+    "dropout guidance: away from the network with dropout",
     "2 main",
-    negative=_dropped,
+    negative=_with_dropout,
     weight=2.25,  # of networks with dropout .05 and .10
-    options=(Option("dropout-rate", number(0, 0.99), 0.1, "share of activations that are dropped"),),
+    options=(Option("dropout-rate", number(0, 0.99), 0.1, "Share of the activations that is dropped, from 0 to 0.99"),),
     term="D(x; sigma, c) with dropout",
     source=_SOURCE,
+    pick_when="studying degradations; it does not help a network that was trained without dropout",
 )
 INPUT_NOISE = Method(
-    "the network on a noisier input; found to be of no use for a network that was trained without",
+    "input-noise guidance: away from the network evaluated on a noisier input",
     "2 main",
-    negative=_noised,
+    negative=_with_input_noise,
     weight=2.0,  # of networks with delta .1 and .2
-    options=(Option("input-noise-delta", number(0), 0.2, "how much higher the noise level is: (1 + delta) sigma"),),
+    options=(
+        Option(
+            "input-noise-delta", number(0), 0.2, "Relative increase of the noise level; the input has (1 + delta) sigma"
+        ),
+    ),
     term="D(x + noise; (1 + delta) sigma, c)",
     source=_SOURCE,
+    pick_when="studying degradations; it works with any denoiser, but does not help one trained as usual",
 )

@@ -1,64 +1,69 @@
-"""Independent-condition guidance: away from the answer to a label that has nothing to do with the image."""
+"""Independent-condition guidance (ICG): away from the answer to a random condition, unrelated to the image."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import torch
-
-from edm2kit.denoiser import Denoiser
-from edm2kit.guidance.attention_blocks import network_of
+from edm2kit.conditions import ClassLabels, ConditionLike, FloatVectors, condition_tensor, other_conditions
+from edm2kit.denoiser import Denoiser, Wrapper
 from edm2kit.guidance.base import Method, Option, Parts
-from edm2kit.guidance.network_call import Call, Perturbed
+from edm2kit.guidance.network_call import NetworkCall, Perturbed
 from edm2kit.guidance.option_types import one_of
-from edm2kit.guidance.random_draws import Draws
+from edm2kit.guidance.step_generators import StepGenerators
 from edm2kit.torch_utils.rng import StackedGenerator
 
 KINDS = ("class", "gaussian")
 
 
 @dataclass(frozen=True)
-class RandomLabel:
-    """The change to a label drawn for each image and step: another class, all equally likely, or Gaussian numbers.
+class RandomCondition(Wrapper):
+    """The change to a random condition for each image and step: another class, all equally likely, or Gaussian numbers.
 
-    Gaussian labels have the magnitude of one-hot ones. With a single class there is no other, and no change.
+    Gaussian labels have the magnitude of one-hot ones. If there is a single class, nothing changes.
     """
 
     kind: str = "class"
-    draws: Draws = field(default_factory=Draws)
+    random: StepGenerators = field(default_factory=StepGenerators)
 
-    def __call__(self, call: Call) -> Call:
-        if call.labels is None:
-            raise ValueError("independent-condition guidance replaces labels, and there are none")
-        source, (n, classes) = self.draws.source(), call.labels.shape
+    def __call__(self, call: NetworkCall) -> NetworkCall:
+        if call.condition is None:
+            raise ValueError("independent-condition guidance replaces the condition, and the images have none")
+        generators = self.random.generators()
         if self.kind == "gaussian":
-            # entries of variance 1 / K: the RMS of a one-hot label
-            return call._replace(labels=(source.randn([n, classes]) / math.sqrt(classes)).to(call.labels))
-        given = call.labels.argmax(dim=1)
-        if classes == 1:
-            return call
-        # uniform over the other classes; the class itself would leave an image unguided
-        drawn = source.randint(classes - 1, size=[n]).to(given)
-        other = torch.nn.functional.one_hot(drawn + (drawn >= given), classes)
-        return call._replace(labels=other.to(call.labels.dtype))
+            return call._replace(condition=_gaussian(call.condition, generators))
+        # the image's own class would leave it unguided
+        return call._replace(condition=other_conditions(call.condition, generators, include_own=False))
 
-    def for_images(self, rng: StackedGenerator) -> "RandomLabel":
-        return replace(self, draws=self.draws.for_images(rng))
 
-    def for_step(self, i: int, sigmas: torch.Tensor) -> "RandomLabel":
-        return replace(self, draws=self.draws.for_step(i, sigmas))
+def _gaussian(condition: ConditionLike, generators: StackedGenerator) -> ConditionLike:
+    given = condition_tensor(condition)
+    assert given is not None
+    n, size = given.shape
+    # entries of variance 1 / K: the RMS of a one-hot label
+    values = (generators.randn([n, size]) / math.sqrt(size)).to(given)
+    if isinstance(condition, ClassLabels):
+        return ClassLabels(values)
+    if isinstance(condition, FloatVectors):
+        return FloatVectors(values, condition.pool)
+    return values
 
 
 def _negative(parts: Parts, *, icg_kind: str) -> Denoiser:
-    if network_of(parts.net).label_dim == 0:
-        raise ValueError("independent-condition guidance needs a network with classes, and this one has none")
-    return Perturbed(parts.net, RandomLabel(icg_kind))
+    if getattr(parts.net, "label_dim", None) == 0:
+        raise ValueError(
+            "independent-condition guidance needs a conditional network, and this one has no classes. "
+            "Choose another guidance method"
+        )
+    return Perturbed(parts.net, RandomCondition(icg_kind))
 
 
 METHOD = Method(
-    "independent-condition guidance: the label is drawn at random",
+    "independent-condition guidance (ICG): away from a random condition",
     "2 main",
     negative=_negative,
-    options=(Option("icg-kind", one_of(*KINDS), "class", "label drawn: class (another one) or gaussian"),),
+    options=(
+        Option("icg-kind", one_of(*KINDS), "class", "Random condition: class (another class) or gaussian (numbers)"),
+    ),
     term="D(x; sigma, random c)",
     source="Sadat et al. 2024 (arXiv 2407.02687)",
+    pick_when="you want classifier-free guidance from a network that was trained without label dropout",
 )

@@ -1,4 +1,4 @@
-"""Smoothed-energy guidance: away from a network whose attention queries are blurred."""
+"""Smoothed-energy guidance (SEG): away from a network whose attention queries are blurred."""
 
 import math
 from dataclasses import dataclass
@@ -6,18 +6,26 @@ from dataclasses import dataclass
 import torch
 
 from edm2kit.denoiser import Denoiser
-from edm2kit.guidance.attention_blocks import Blocks, attend, checked, grid_size, middle, network_of, parse_blocks
+from edm2kit.guidance.attention_blocks import (
+    Blocks,
+    attend,
+    checked,
+    grid_size,
+    middle,
+    parse_blocks,
+    require_attention,
+)
 from edm2kit.guidance.base import Method, Option, Parts
-from edm2kit.guidance.network_call import AttentionEdited, Perturbed
+from edm2kit.guidance.network_call import AttentionEdit, Perturbed
 from edm2kit.guidance.option_types import number
 from edm2kit.guidance.own_network.blur import blur, kernel_size
 
 
 @dataclass(frozen=True)
 class BlurredQueries:
-    """Attention with the queries blurred over the pixels by a Gaussian of deviation `sigma`, in pixels.
+    """Attention with its queries blurred over the pixels by a Gaussian of standard deviation `sigma`, in pixels.
 
-    The queries are not normalised again: their shrinking is what smooths the energy. Infinite sigma is their mean.
+    The queries are not normalised again: that they shrink is what smooths the energy. Infinite sigma is their mean.
     """
 
     sigma: float
@@ -36,20 +44,33 @@ class BlurredQueries:
 
 
 def _negative(parts: Parts, *, seg_sigma: float, seg_blocks: Blocks) -> Denoiser:
-    net = network_of(parts.net)
+    net = require_attention(parts.net, "smoothed-energy guidance", "attention")
     blocks = middle(net) if seg_blocks is None else checked(net, seg_blocks)
-    return Perturbed(net, AttentionEdited(blocks, BlurredQueries(seg_sigma)))
+    if seg_blocks is None and not blocks:
+        raise ValueError(
+            "smoothed-energy guidance acts on the attention in the middle of a network, and this one has none there. "
+            "Name blocks with --seg-blocks"
+        )
+    return Perturbed(net, AttentionEdit(blocks, BlurredQueries(seg_sigma)))
 
 
 METHOD = Method(
-    "smoothed-energy guidance: attention queries are blurred",
+    "smoothed-energy guidance (SEG): away from the network with blurred attention queries",
     "2 main",
     negative=_negative,
     weight=4.0,  # scale 3 in the authors' code, w = 1 + scale
     options=(
-        Option("seg-sigma", number(0), math.inf, "deviation of the blur in pixels of the block; inf is the mean"),
-        Option("seg-blocks", parse_blocks, None, "blocks to change; unset, the middle"),
+        Option(
+            "seg-sigma", number(0), math.inf, "Standard deviation of the blur, in tokens of the block; inf: their mean"
+        ),
+        Option(
+            "seg-blocks",
+            parse_blocks,
+            None,
+            "Attention blocks to change, names separated by commas; unset: those in the middle",
+        ),
     ),
     term="D(x; sigma, c) with attention queries G * Q",
     source="Hong 2024 (arXiv 2408.00760)",
+    pick_when="perturbed-attention guidance saturates colours; same cost, adjustable by the blur",
 )

@@ -1,45 +1,39 @@
-"""Masked sliding-window guidance: away from what the network makes of overlapping crops."""
+"""Masked sliding-window guidance (M-SWG): away from the network evaluated on overlapping crops."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from edm2kit.denoiser import Network
-from edm2kit.guidance.attention_blocks import middle, network_of, resolution
+from edm2kit.conditions import repeat_condition
+from edm2kit.denoiser import Denoiser, Wrapper
+from edm2kit.guidance.attention_blocks import size_divisor
 from edm2kit.guidance.base import Method, Option, Parts
+from edm2kit.guidance.combine import Evaluation
 from edm2kit.guidance.option_types import count
 
 PER_SIDE = 2  # crops in each direction
 
 
 @dataclass(frozen=True)
-class SlidingWindows:
-    """The mean of what `net` says of overlapping crops, where crops overlap; elsewhere its own answer.
+class SlidingWindows(Wrapper):
+    """The negative that is the mean over crops of what `net` answers, where crops overlap; elsewhere D itself.
 
-    2 x 2 square crops of `size` pixels (None: 5/8 of the image's height, rounded up to what the network can halve)
-    cover the image evenly. Raises ValueError on crops that do not fit or leave gaps.
+    2 x 2 square crops of `size` pixels cover the image evenly. If `size` is None, it is 5/8 of the image's height,
+    rounded up to a size that the network can downsample. Raises ValueError if crops do not fit or leave gaps.
     """
 
-    net: Network
+    net: Denoiser
     size: int | None = None
     reads: tuple[str, ...] = ()
 
-    def beside(
-        self,
-        D: torch.Tensor,
-        maps: dict[str, torch.Tensor],
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        labels: torch.Tensor | None,
-    ) -> torch.Tensor:
-        corners, size = self.corners(*x.shape[2:])
-        crops = torch.cat([x[:, :, top : top + size, left : left + size] for top, left in corners])
-        sigma = torch.as_tensor(sigma)
-        answers = self.net(
-            crops,
-            sigma.repeat(len(corners)) if sigma.ndim else sigma,
-            None if labels is None else labels.repeat(len(corners), 1),
-        )
+    def derive(self, D: torch.Tensor, maps: Mapping[str, torch.Tensor], at: Evaluation) -> torch.Tensor:
+        corners, size = self.corners(*at.x.shape[2:])
+        crops = torch.cat([at.x[:, :, top : top + size, left : left + size] for top, left in corners])
+        sigma = torch.as_tensor(at.sigma)
+        if sigma.ndim:
+            sigma = sigma.repeat(len(corners))
+        answers = self.net(crops, sigma, repeat_condition(at.condition, len(corners)))
         total, coverage = torch.zeros_like(D), torch.zeros_like(D[:1, :1])
         for (top, left), answer in zip(corners, answers.chunk(len(corners)), strict=True):
             total[:, :, top : top + size, left : left + size] += answer.to(D.dtype)
@@ -47,36 +41,33 @@ class SlidingWindows:
         return torch.where(coverage > 1, total / coverage, D)
 
     def corners(self, height: int, width: int) -> tuple[list[tuple[int, int]], int]:
-        """Where the crops begin, (top, left), and how large they are."""
-        size = self._usual_size(height) if self.size is None else self.size
-        if not max(height, width) / PER_SIDE <= size <= min(height, width) or size % self._halved(height):
+        """The top left corners of the crops, (top, left), and the size of a crop, for an image of height x width."""
+        divisor = size_divisor(self.net, height)
+        usual = -(-5 * height // (8 * divisor)) * divisor
+        size = min(usual, height) if self.size is None else self.size
+        covers = max(height, width) <= size * PER_SIDE
+        fits = size <= min(height, width)
+        if not covers or not fits or size % divisor:
             raise ValueError(
-                f"crops of {size} pixels on {height}x{width}; expected a multiple of {self._halved(height)}, at least "
-                "half as large as the image and no larger"
+                f"crops of {size} pixels on {height}x{width}; expected a multiple of {divisor}, at least half as large "
+                "as the image and no larger (--windows-size)"
             )
-        tops, lefts = ([k * (side - size) // (PER_SIDE - 1) for k in range(PER_SIDE)] for side in (height, width))
+        tops = [k * (height - size) // (PER_SIDE - 1) for k in range(PER_SIDE)]
+        lefts = [k * (width - size) // (PER_SIDE - 1) for k in range(PER_SIDE)]
         return [(top, left) for top in tops for left in lefts], size
-
-    def _usual_size(self, height: int) -> int:
-        step = self._halved(height)
-        return min(-(-5 * height // (8 * step)) * step, height)
-
-    def _halved(self, height: int) -> int:
-        """What sizes must be a multiple of: how much smaller the image is where the network is deepest."""
-        (block,) = middle(self.net)
-        return max(height // resolution(block), 1)
 
 
 def _negative(parts: Parts, *, windows_size: int | None) -> SlidingWindows:
-    return SlidingWindows(network_of(parts.net), windows_size)
+    return SlidingWindows(parts.net, windows_size)
 
 
 METHOD = Method(
-    "masked sliding-window guidance: overlapping crops on their own",
+    "masked sliding-window guidance (M-SWG): away from the network evaluated on overlapping crops",
     "5 main (4 of them crops: 2.56 times the area at 64x64)",
     negative=_negative,
     weight=1.2,  # EDM2-S, FID; 2.1 for FD-DINOv2
-    options=(Option("windows-size", count(), None, "height and width of a crop; unset, 5/8 of the image"),),
+    options=(Option("windows-size", count(), None, "Height and width of a crop, in pixels; unset: 5/8 of the image"),),
     term="mean of D over 2x2 crops, where they overlap; else D",
     source="Kaiser et al. 2024, 'The Unreasonable Effectiveness of Guidance for Diffusion Models' (arXiv 2411.10257)",
+    pick_when="you have a single convolutional network and want better global structure; works unconditionally",
 )

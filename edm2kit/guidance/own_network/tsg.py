@@ -1,66 +1,65 @@
-"""Time-step guidance: away from a network that is told the noise level inexactly."""
+"""Time-step guidance (TSG): away from a network whose noise embedding is perturbed."""
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 
-from edm2kit.denoiser import Denoiser
-from edm2kit.guidance.attention_blocks import network_of
+from edm2kit.denoiser import Denoiser, Wrapper
+from edm2kit.guidance.attention_blocks import require_edits
 from edm2kit.guidance.base import Method, Option, Parts
-from edm2kit.guidance.network_call import Call, Perturbed
+from edm2kit.guidance.network_call import NetworkCall, Perturbed
 from edm2kit.guidance.option_types import number
-from edm2kit.guidance.random_draws import Draws
-from edm2kit.torch_utils.rng import StackedGenerator
+from edm2kit.guidance.step_generators import StepGenerators
 
 
 @dataclass(frozen=True)
-class NoisyEmbedding:
+class NoisyEmbedding(Wrapper):
     """The change that adds scale * t^power * n to the noise embedding, n ~ N(0, I) per image and step.
 
-    t is the logarithm of the noise level, from 0 at `sigma_min` to 1 at `sigma_max`; a sampling run sets both to its
-    own ends. The embedding has unit RMS before labels join it. Preconditioning keeps the true noise level.
+    t is the logarithm of the noise level, scaled from 0 at `sigma_min` to 1 at `sigma_max`; a sampling run sets both
+    to its own ends. The embedding has unit RMS before labels are added. Preconditioning uses the true noise level.
     """
 
     scale: float
     power: float
-    draws: Draws = field(default_factory=Draws)
+    random: StepGenerators = field(default_factory=StepGenerators)
     sigma_min: float = 0.002
     sigma_max: float = 80.0
 
-    def __call__(self, call: Call) -> Call:
+    def __call__(self, call: NetworkCall) -> NetworkCall:
         if self.scale == 0:
             return call
         sigma = torch.as_tensor(call.sigma, dtype=torch.float32).expand(len(call.x))
         t = (sigma.log() - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
         amount = self.scale * t.clamp(0, 1) ** self.power
-        return call._replace(edits={**call.edits, "embedding": partial(_add_noise, amount, self.draws.source())})
+        generators = self.random.generators()
 
-    def for_images(self, rng: StackedGenerator) -> "NoisyEmbedding":
-        return replace(self, draws=self.draws.for_images(rng))
+        def add_noise(emb: torch.Tensor) -> torch.Tensor:
+            return emb + amount.to(emb)[:, None] * generators.randn(emb.shape).to(emb)
+
+        return call._replace(edits={**call.edits, "embedding": add_noise})
 
     def for_step(self, i: int, sigmas: torch.Tensor) -> "NoisyEmbedding":
-        ends = {"sigma_min": float(sigmas[-2]), "sigma_max": float(sigmas[0])} if len(sigmas) > 2 else {}
-        return replace(self, draws=self.draws.for_step(i, sigmas), **ends)
-
-
-def _add_noise(amount: torch.Tensor, source: StackedGenerator, emb: torch.Tensor) -> torch.Tensor:
-    return emb + amount.to(emb)[:, None] * source.randn(emb.shape).to(emb)
+        followed = super().for_step(i, sigmas)
+        if len(sigmas) <= 2:
+            return followed
+        return replace(followed, sigma_min=float(sigmas[-2]), sigma_max=float(sigmas[0]))
 
 
 def _negative(parts: Parts, *, tsg_scale: float, tsg_power: float) -> Denoiser:
-    return Perturbed(network_of(parts.net), NoisyEmbedding(tsg_scale, tsg_power))
+    return Perturbed(require_edits(parts.net, "time-step guidance", "embedding"), NoisyEmbedding(tsg_scale, tsg_power))
 
 
 METHOD = Method(
-    "time-step guidance: noise is added to the embedding of the noise level",
+    "time-step guidance (TSG): away from the network with a perturbed noise embedding",
     "2 main",
     negative=_negative,
-    options=(  # the published values were not reached; they are tuned per network
-        Option("tsg-scale", number(0), 0.3, "size of the noise, the embedding having size 1"),
-        Option("tsg-power", number(0), 0.0, "how much less of it at low noise levels: t^power"),
+    options=(  # the published values were not available; tune them per network
+        Option("tsg-scale", number(0), 0.3, "RMS of the noise added to the embedding, whose own RMS is 1"),
+        Option("tsg-power", number(0), 0.0, "Exponent p of t^p: the larger, the less noise at low noise levels"),
     ),
     term="D(x; sigma + noise in its embedding, c)",
     source="Sadat et al. 2024 (arXiv 2407.02687)",
+    pick_when="you have a single network, conditional or not, without attention or label dropout",
 )

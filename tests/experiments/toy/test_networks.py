@@ -10,7 +10,7 @@ from edm2kit.experiments.toy.mixture import Mixture
 from edm2kit.experiments.toy.model import Blockwise, ScoreDenoiser, ToyNet, fast_score
 from edm2kit.experiments.toy.training import Recipe, load_network, network_path, save_network, train
 from edm2kit.experiments.toy.tree import components
-from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.combine import Guided
 from edm2kit.guidance.interval import GuidanceInterval
 from edm2kit.guidance.second_network.cfg_plus_autoguidance import Mixed
 from tests.support import golden

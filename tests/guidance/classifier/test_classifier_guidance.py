@@ -5,7 +5,7 @@ import torch
 
 from edm2kit.guidance.classifier.classifier_guidance import ClassifierGuided
 from edm2kit.guidance.classifier.noise_classifier import ClassifierHeader, NoiseClassifier, save_classifier
-from edm2kit.guidance.option_files import existing_file
+from edm2kit.guidance.option_types import existing_file
 from edm2kit.guidance.registry import METHODS, Choice, Parts, guide
 from edm2kit.sampling.solvers import edm_sampler
 from edm2kit.torch_utils.rng import StackedGenerator

@@ -15,7 +15,7 @@ from edm2kit.guidance.losses.loss_gradient import LossGuided
 from edm2kit.guidance.losses.loss_steps import NoiseStep, PolyakStep, Pushed, TruePolyakStep
 from edm2kit.guidance.losses.targets import Blurred, Downsampled, Masked, MeanColour, OnPixels
 from edm2kit.guidance.losses.tfg import Unified
-from edm2kit.guidance.option_files import existing_file, read_picture
+from edm2kit.guidance.option_types import existing_file, read_picture
 from edm2kit.guidance.registry import METHODS, Choice, Parts, guide
 from edm2kit.sampling.solvers import Sampler, edm_sampler
 from edm2kit.torch_utils.rng import StackedGenerator

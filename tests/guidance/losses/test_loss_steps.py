@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.combine import Guided
 from edm2kit.guidance.interval import GuidanceInterval
 from edm2kit.guidance.losses.loss_gradient import slope
 from edm2kit.guidance.losses.loss_steps import (

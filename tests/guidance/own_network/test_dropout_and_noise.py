@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from edm2kit.denoiser import for_images, for_step
-from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.combine import Guided
 from edm2kit.guidance.network_call import Call, Perturbed
 from edm2kit.guidance.own_network.dropout_and_noise import Dropout, InputNoise
 from edm2kit.guidance.registry import Choice, Parts, guide

@@ -5,7 +5,7 @@ import torch
 
 from edm2kit.denoiser import for_images, for_step
 from edm2kit.guidance.combine import Combined, linear
-from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.combine import Guided
 from edm2kit.guidance.interval import GuidanceInterval
 from edm2kit.guidance.registry import Choice, Parts, guide
 from edm2kit.guidance.rules.apg import Projected

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.combine import Guided
 from edm2kit.guidance.registry import Choice, Parts, guide
 from edm2kit.sampling.solvers import edm_sampler
 from tests.support import golden

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from edm2kit.guidance.combine import Combined
-from edm2kit.guidance.guided import Guided
+from edm2kit.guidance.combine import Guided
 from edm2kit.guidance.registry import Choice, Parts, guide
 from edm2kit.guidance.second_network.cfg_plus_autoguidance import Mixed
 from edm2kit.sampling.solvers import edm_sampler
