@@ -1,5 +1,8 @@
 """Distil guidance: train one network to give the guided answer in a single evaluation."""
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -9,12 +12,13 @@ from edm2kit.cli import click_types as cli
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.cli.generation_options import generation_options
 from edm2kit.denoiser import Denoiser, after_step, for_images, for_step
+from edm2kit.guidance.records import settings_differences
 from edm2kit.snapshots.loading import open_weights
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.rng import StackedGenerator
 from edm2kit.training.config import TrainConfig
 from edm2kit.training.distillation import DistillationLoss
-from edm2kit.training.run import Run, StopRequest, parse_duration_sec, prepare_run
+from edm2kit.training.run import RECORD_NAME, Run, StopRequest, parse_duration_sec, prepare_run
 
 _NOISE_LEVELS = ("P_mean", "P_std")
 
@@ -68,7 +72,7 @@ def main(request: Request, outdir: str, max_time: float | None, device: str, **o
         teacher, sigmas = generation.engine.denoiser, request.sampler.sigmas(picked)
         check_teacher(teacher, sigmas, generation.engine.shape, generation.engine.label_dim)
         config = configure(request, options, generation.settings["precision"])
-        run = prepare_run(config, outdir, teacher=generation.settings)
+        run = prepare_run(config, outdir, teacher=as_recorded(generation.settings, Path(outdir)))
         check_labels(run, generation.engine.label_dim)
         dist.print0(generation.summary)
         run.print_notices()
@@ -121,6 +125,15 @@ def configure(request: Request, options: dict[str, Any], precision: str) -> Trai
         ref_batches=0,
         rampup_nimg=0,
     )
+
+
+def as_recorded(settings: Mapping[str, Any], run_dir: Path) -> Mapping[str, Any]:
+    """The teacher's settings in the words of the run in this folder, if it has the same teacher."""
+    path = run_dir / RECORD_NAME
+    if not path.exists():
+        return settings
+    recorded = json.loads(path.read_text(encoding="utf-8"))["data_identity"].get("teacher")
+    return settings if settings_differences(recorded, settings) else recorded
 
 
 def check_labels(run: Run, label_dim: int) -> None:

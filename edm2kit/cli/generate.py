@@ -21,10 +21,10 @@ from edm2kit.cli.image_folder import ImageFolder, contact_sheet, read_record, se
 from edm2kit.cli.npz import write_npz
 from edm2kit.data.image_files import to_image
 from edm2kit.data.labels import RECORD
+from edm2kit.guidance.records import settings_differences
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write
 from edm2kit.torch_utils.provenance import provenance
-from edm2kit.torch_utils.records import differences
 
 _MAX_GRID = 1024
 _folder = click.Path(path_type=Path, file_okay=False)
@@ -142,7 +142,7 @@ def _is_complete(npz: Path, seeds: tuple[int, ...], settings: dict[str, Any], ov
     record = read_record(_record_of(npz))
     if record is None:
         raise ValueError(f"{npz} exists, but its record {_record_of(npz).name} does not; use --overwrite to replace it")
-    changed = differences(record["settings"], settings)
+    changed = settings_differences(record["settings"], settings)
     if changed:
         raise ValueError(
             f"{npz} was made with other settings ({'; '.join(changed[:4])}); use --overwrite to replace it"

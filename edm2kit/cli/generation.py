@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from edm2kit.guidance.base import Parts
 from edm2kit.guidance.interval import guided_steps
-from edm2kit.guidance.registry import METHODS, NO_GUIDANCE, Choice, Parts, guide, methods_of
+from edm2kit.guidance.registry import NO_GUIDANCE, Choice, drops_condition, guide, methods_of, name_by_networks
 from edm2kit.models.encoders import RGBEncoder, StabilityVAEEncoder, make_encoder
 from edm2kit.models.frozen import compile_
 from edm2kit.models.networks import NETWORKS
@@ -131,9 +132,14 @@ def prepare(request: Request, device: torch.device) -> Generation:
     for other in (gmain, umain):
         if other is not None:
             check_pair(main, other)
-    _check_empty_labels(request, main)
     pixels = None if isinstance(main.encoder, RGBEncoder) else main.encoder.pixels
     parts = Parts(net, None if gmain is None else gmain.net, None if umain is None else umain.net, pixels)
+    request = dataclasses.replace(request, guidance=name_by_networks(request.guidance, parts))
+    if drops_condition(request.guidance, parts) and not main.header.training_config.get("label_dropout"):
+        dist.warn0(
+            "according to its header, the network was not trained without labels (train.py --label-dropout); its "
+            "answer without them may not be unconditional"
+        )
     denoiser = guide(request.guidance, parts)
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     _check_pixels(main.encoder.decode(torch.zeros([1, *shape], device=device)))
@@ -156,16 +162,6 @@ def _load(request: Request, source: str, device: torch.device, precision: str) -
     snapshot = load_snapshot(source, device, PRECISIONS[precision])
     net = NETWORKS[snapshot.header.network].freeze_(snapshot.net)
     return dataclasses.replace(snapshot, net=compile_(net) if request.compiled else net)
-
-
-def _check_empty_labels(request: Request, main: Snapshot) -> None:
-    methods = [METHODS[name] for name in methods_of(request.guidance)]
-    asked = any(method.needs_empty_labels or (method.takes_uncond and request.uncond is None) for method in methods)
-    if asked and not main.header.training_config.get("label_dropout"):
-        dist.warn0(
-            "the network was not trained to know what no label means (train.py --label-dropout), as far as its header "
-            "tells; what it answers without labels may be no unconditional image"
-        )
 
 
 def check_pair(main: Snapshot, gmain: Snapshot) -> None:

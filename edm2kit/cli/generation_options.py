@@ -11,13 +11,24 @@ import click
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.generation import ALL_CLASSES, Request
 from edm2kit.cli.presets import find_preset, load_presets
-from edm2kit.guidance.registry import METHODS, RULES, Choice, Method, Option, Rule, methods_of
+from edm2kit.guidance.base import Method, Option, Rule
+from edm2kit.guidance.registry import (
+    METHODS,
+    OPTION_ALIASES,
+    RULES,
+    Choice,
+    all_methods,
+    all_options,
+    all_rules,
+    method_name,
+    methods_of,
+)
 from edm2kit.guidance.table import method_lines, table_text
 from edm2kit.guidance.weight_schedule import SCHEDULES
 from edm2kit.sampling.solvers import Churn, Sampler, TimeTravel
 
 SECTIONS = ("Networks", "Seeds and output", "Guidance", "Sampler")  # the order of --help
-_WITH_GUIDE = "pair"  # the method if --gnet is given and no method is named
+_WITH_GUIDE = "autoguidance"  # the method if --gnet is given and no method is named
 
 
 class MethodName(click.ParamType):
@@ -26,9 +37,10 @@ class MethodName(click.ParamType):
     name = "method"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value not in METHODS:
-            self.fail(f"{value!r} is not one of {', '.join(METHODS)}", param, ctx)
-        return value
+        try:
+            return method_name(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class WeightedMethod(MethodName):
@@ -95,7 +107,7 @@ def _sections() -> list[cli.Decorator]:
             click.option("--balanced", is_flag=True, help="Cycle through all classes by seed"),
         ),
         cli.section("Guidance", *_guidance_options()),
-        cli.section("Guidance", *(_method_option(name, option) for name, option in _all_method_options())),
+        cli.section("Guidance", *(_method_option(name, option) for name, option in all_options())),
         cli.section(
             "Sampler",
             *cli.options_from(Sampler, "num_steps", "solver", "sigma_min", "sigma_max", "rho"),
@@ -137,7 +149,7 @@ def _guidance_options() -> list[cli.Decorator]:
         click.option(
             "--guidance-rule",
             "rule",
-            type=click.Choice(list(RULES)),
+            type=click.Choice(list(all_rules())),
             default=Choice.rule,
             metavar="NAME",
             help=f"How guidance terms combine: {', '.join(RULES)}",
@@ -160,18 +172,15 @@ def _guidance_options() -> list[cli.Decorator]:
     ]
 
 
-def _all_method_options() -> list[tuple[str, Option]]:
-    """(method or rule, option) for each option that belongs to one of them."""
-    return [(name, option) for name, owner in _owners().items() for option in owner.options]
-
-
 def _owners() -> dict[str, Method | Rule]:
-    return {**METHODS, **RULES}
+    return {**all_methods(), **all_rules()}
 
 
 def _method_option(owner: str, option: Option) -> cli.Decorator:
+    old_names = [f"--{old.replace('_', '-')}" for old, new in OPTION_ALIASES.items() if new == option.keyword]
     return click.option(
         f"--{option.name}",
+        *old_names,
         option.keyword,
         type=cli.Parsed(option.parse),
         hidden=True,  # --help-guidance shows it
@@ -196,7 +205,7 @@ def method_help(name: str) -> str:
     owner = _owners()[name]
     formatter = click.HelpFormatter()
     formatter.write_text(f"{name}: {owner.summary}.")
-    facts = [("formula", owner.formula), ("source", owner.source)]
+    facts = [("pick it when", owner.pick_when), ("formula", owner.formula), ("source", owner.source)]
     if isinstance(owner, Method):
         weight = "none, give --guidance W" if owner.weight is None else f"{owner.weight:g}"
         facts += [("evaluations", owner.evaluations), ("default weight", weight)]
@@ -289,7 +298,7 @@ def _take_guidance(options: dict[str, Any]) -> Choice:
 def _take_method_options(options: dict[str, Any], chosen: dict[str, Method | Rule]) -> dict[str, Any]:
     """Remove all options of methods and rules, and return those of the chosen ones with defaults filled in."""
     taken = {}
-    for name, option in _all_method_options():
+    for name, option in all_options():
         value = options.pop(option.keyword)
         if name in chosen:
             taken[option.keyword] = option.default if value is None else value
@@ -303,7 +312,7 @@ def _check_networks(names: Sequence[str], gnet: str | None, uncond: str | None) 
     needing = [name for name in names if METHODS[name].needs_gnet]
     if needing and gnet is None:
         raise click.UsageError(f"--guidance-method {needing[0]} needs --gnet")
-    if gnet is not None and not needing:
+    if gnet is not None and not needing and not any(METHODS[name].takes_gnet for name in names):
         raise click.UsageError(f"--guidance-method {names[0]} takes no --gnet")
     if uncond is not None and not any(METHODS[name].takes_uncond for name in names):
         raise click.UsageError(f"--guidance-method {names[0]} takes no --uncond")

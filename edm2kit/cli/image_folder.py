@@ -13,10 +13,11 @@ from PIL import Image, PngImagePlugin
 from edm2kit.cli.click_types import IntRanges
 from edm2kit.data.image_files import to_image
 from edm2kit.data.labels import RECORD
+from edm2kit.guidance.records import settings_differences
 from edm2kit.sampling.engine import ImageBatch
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write
-from edm2kit.torch_utils.records import differences, write_json
+from edm2kit.torch_utils.records import write_json
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:
@@ -69,7 +70,7 @@ class ImageFolder:
         if old is None:
             reasons = [f"{self.file(s).name} without {RECORD}" for s in seeds if self.file(s).exists()][:1]
         else:
-            reasons = differences(old["settings"], self.all_settings)
+            reasons = settings_differences(old["settings"], self.all_settings)
         if reasons and not overwrite:
             raise ValueError(
                 f"{self.path} holds images made with other settings ({'; '.join(reasons[:4])}); "

@@ -322,27 +322,6 @@ def _options_by_owner(choice: Choice, names: Iterable[str]) -> dict[str, dict[st
     return values
 
 
-def settings_with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Recorded settings of images, with guidance under names of today: equal for the same images, whenever recorded.
-
-    `settings` has the keys `gnet` and `guidance`, as generate.py records them. Guidance by an unconditional guide
-    network counts as autoguidance, which is the same formula.
-    """
-    guidance = settings.get("guidance")
-    if not isinstance(guidance, Mapping) or "method" not in guidance:
-        return dict(settings)
-    names = [guidance["method"], *(name for name, _ in guidance.get("also", []))]
-    names = [ALIASES.get(name, name) for name in names]
-    if settings.get("gnet") is not None and not any(name in METHODS and METHODS[name].needs_gnet for name in names):
-        names = ["autoguidance" if name == "cfg" else name for name in names]
-    renamed = dict(guidance, method=names[0])
-    if "also" in guidance:
-        renamed["also"] = [[name, weight] for name, (_, weight) in zip(names[1:], guidance["also"], strict=True)]
-    if "options" in guidance:
-        renamed["options"] = {OPTION_ALIASES.get(key, key): value for key, value in guidance["options"].items()}
-    return {**settings, "guidance": renamed}
-
-
 def all_options() -> list[tuple[str, Option]]:
     """(owner, option) of every method and rule, those of installed packages included."""
     owners: dict[str, Method | Rule] = {**all_methods(), **all_rules()}

@@ -36,7 +36,7 @@ def snapshots(tmp_path_factory):
 
 
 def request(snapshots, gnet=None, weight=2.0, interval=None, **other):
-    choice = Choice() if gnet is None else Choice("pair", weight, interval)
+    choice = Choice() if gnet is None else Choice("autoguidance", weight, interval)
     path = None if gnet is None else str(snapshots[gnet])
     return Request(str(snapshots["main"]), path, choice, QUICK, **other)
 
@@ -130,7 +130,7 @@ def test_a_guide_that_does_not_fit_is_refused(snapshots, gnet, wrong):
 
 
 def test_a_conditional_guide_does_not_fit_an_unconditional_net(snapshots):
-    choice = Choice("pair", 2.0)
+    choice = Choice("autoguidance", 2.0)
     with pytest.raises(ValueError, match="has 4 classes, the main network 0"):
         prepare(Request(str(snapshots["uncond"]), str(snapshots["guide"]), choice), CPU)
 

@@ -48,7 +48,7 @@ def test_time_travel_has_settings_of_its_own():
 
 
 def test_a_guide_network_means_a_pair():
-    assert parse("--gnet", "b", "--guidance", "2.1")[0].guidance == Choice("pair", 2.1)
+    assert parse("--gnet", "b", "--guidance", "2.1")[0].guidance == Choice("autoguidance", 2.1)
     interval = parse("--gnet", "b", "--guidance", "2", "--interval", "0.28,inf")[0].guidance.interval
     assert interval == (0.28, math.inf)
     assert parse("--guidance", "1")[0].guidance == NO_GUIDANCE
@@ -70,9 +70,9 @@ def test_classes():
         ("--gnet b --guidance 2 --interval 2,1", "2,1 runs backwards"),
         ("--gnet b --guidance 2 --interval 2", "'2' is not a pair of noise levels"),
         ("--gnet b --guidance 2 --interval nan,2", "runs backwards"),
-        ("--guidance-method pair --guidance 2", "pair needs --gnet"),
+        ("--guidance-method pair --guidance 2", "autoguidance needs --gnet"),
         ("--guidance-method none --gnet b", "none takes no --gnet"),
-        ("--guidance-method pear", "'pear' is not one of none, pair"),
+        ("--guidance-method pear", "there is no guidance method 'pear'; available: none, autoguidance"),
         ("--class 3 --balanced", "--balanced cycles through all classes"),
         ("--steps 0", "0 is not at least 1"),
         ("--precision fp8", "'fp8' is not one of"),
@@ -106,7 +106,7 @@ def test_options_of_methods_come_from_the_registry(monkeypatch):
 def test_methods_add_up_under_a_rule_and_a_schedule():
     arguments = "--gnet b --guidance 2 --guidance-also pag=3 --guidance-also icg=1.5 --pag-blocks dec.8x8_in0"
     choice = parse(*arguments.split(), "--guidance-rule", "apg", "--guidance-schedule", "cosine")[0].guidance
-    assert (choice.method, choice.weight, choice.also) == ("pair", 2.0, (("pag", 3.0), ("icg", 1.5)))
+    assert (choice.method, choice.weight, choice.also) == ("autoguidance", 2.0, (("pag", 3.0), ("icg", 1.5)))
     assert (choice.rule, choice.schedule) == ("apg", "cosine")
     assert choice.options == {
         "pag_blocks": ("dec.8x8_in0",),
@@ -126,21 +126,21 @@ def test_a_method_has_its_published_weight():
 
 
 def test_an_unconditional_network_beside_the_guide():
-    request = parse("--gnet", "b", "--uncond", "c", "--guidance-method", "mixed", "--guidance", "2")[0]
-    assert (request.gnet, request.uncond, request.guidance.options) == ("b", "c", {"mixed_share": 0.5})
+    request = parse("--gnet", "b", "--uncond", "c", "--guidance-method", "cfg-plus-autoguidance", "--guidance", "2")[0]
+    assert (request.gnet, request.uncond, request.guidance.options) == ("b", "c", {"cfg_plus_autoguidance_share": 0.5})
 
 
 @pytest.mark.parametrize(
     ("arguments", "wrong"),
     [
         ("--guidance-method pag --guidance-also pag=2", "pag is named twice"),
-        ("--guidance-method pag --guidance-also pair=2", "pair needs --gnet"),
-        ("--guidance-method pag --guidance-also pug=2", "'pug' is not one of"),
+        ("--guidance-method pag --guidance-also pair=2", "autoguidance needs --gnet"),
+        ("--guidance-method pag --guidance-also pug=2", "there is no guidance method 'pug'"),
         ("--guidance-method pag --guidance-also seg", "'seg' is not a method with its weight"),
         ("--guidance-method pag --guidance-also seg=inf", "--guidance inf is not a finite number"),
-        ("--guidance-method pag --guidance-also none=1", "none does not combine"),
-        ("--gnet b --guidance 2 --uncond c", "pair takes no --uncond"),
-        ("--gnet b --guidance 2 --apg-norm 3", "--apg-norm belongs to --guidance-rule apg, not pair, linear"),
+        ("--guidance-method pag --guidance-also none=1", "none cannot be combined"),
+        ("--gnet b --guidance 2 --uncond c", "autoguidance takes no --uncond"),
+        ("--gnet b --guidance 2 --apg-norm 3", "--apg-norm belongs to --guidance-rule apg, not autoguidance, linear"),
         ("--guidance-method pag --pag-blocks middle", "'middle' is not a list of blocks"),
         ("--guidance-method icg --guidance 2 --icg-kind word", "'word' is not one of class, gaussian"),
         ("--guidance-method tsg --guidance 2 --tsg-scale -1", "'-1' is not a number from 0 to inf"),
@@ -191,6 +191,6 @@ def test_words_make_a_request_without_a_command_around_them():
     words = ["--net", "a", "--gnet", "b", "--guidance", "2", "--interval", "0.2,5", "--steps", "8"]
     request = parse_request(words)
     assert (request.net, request.gnet, request.sampler.num_steps) == ("a", "b", 8)
-    assert request.guidance == Choice("pair", 2.0, (0.2, 5.0))
+    assert request.guidance == Choice("autoguidance", 2.0, (0.2, 5.0))
     with pytest.raises(ValueError, match=r"'--net a --guidance 2' asks for no images: --guidance 2 needs a guide"):
         parse_request(["--net", "a", "--guidance", "2"])

@@ -72,13 +72,22 @@ def test_two_ranks_draw_the_same_images_with_a_random_method(nets, tmp_path):
 
 
 def test_both_guides_are_loaded_checked_and_recorded(nets, tmp_path):
-    both = ["--gnet", nets / "weak", "--uncond", nets / "uncond", "--guidance-method", "mixed", "--guidance", 2]
+    both = [
+        "--gnet",
+        nets / "weak",
+        "--uncond",
+        nets / "uncond",
+        "--guidance-method",
+        "cfg-plus-autoguidance",
+        "--guidance",
+        2,
+    ]
     _, output = draw(tmp_path / "both", nets, *both)
-    assert "Guidance: mixed, weight 2" in output
-    assert "was not trained to know" not in output
+    assert "Guidance: cfg-plus-autoguidance, weight 2" in output
+    assert "was not trained without labels" not in output
     record = json.loads(next((tmp_path / "both").glob("*.json")).read_text())
     assert record["settings"]["uncond"]["sha256"] != record["settings"]["gnet"]["sha256"]
-    assert record["settings"]["guidance"]["options"] == {"mixed_share": 0.5}
+    assert record["settings"]["guidance"]["options"] == {"cfg_plus_autoguidance_share": 0.5}
 
 
 def test_what_is_asked_is_on_record_and_an_older_record_stays_true(nets, tmp_path):
@@ -92,4 +101,6 @@ def test_what_is_asked_is_on_record_and_an_older_record_stays_true(nets, tmp_pat
 
 
 def test_cfg_by_a_network_that_never_went_without_labels_is_warned_of(nets, tmp_path):
-    assert "was not trained to know" in draw(tmp_path / "out", nets, "--guidance-method", "cfg", "--guidance", 2)[1]
+    assert (
+        "was not trained without labels" in draw(tmp_path / "out", nets, "--guidance-method", "cfg", "--guidance", 2)[1]
+    )

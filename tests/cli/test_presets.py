@@ -51,7 +51,7 @@ def test_a_preset_is_its_row_of_the_published_table(row):
     request = asked_for("--preset", name)
     assert request.net == URL + net
     assert request.gnet == (None if gnet == "-" else URL + gnet)
-    assert request.guidance == (Choice() if gnet == "-" else Choice("pair", float(weight)))
+    assert request.guidance == (Choice() if gnet == "-" else Choice("autoguidance", float(weight)))
     assert request.sampler == PUBLISHED
     assert request.classes is None
     assert (load_presets()[name].metric, load_presets()[name].value) == (metric, float(value))
@@ -75,7 +75,7 @@ def test_an_interval_preset_is_its_cell_of_table_1(size, row_number, metric, col
     kimg = {"s": 2147483, "xxl": 939524}[size]
     assert request.net == f"{URL}edm2-img512-{size}-{kimg:07d}-0{main}.pkl"
     assert request.gnet == f"{URL}edm2-img512-xs-uncond-2147483-0{guide}.pkl"
-    assert request.guidance == Choice("pair", float(weight), (float(lo), float(hi)))
+    assert request.guidance == Choice("autoguidance", float(weight), (float(lo), float(hi)))
     assert load_presets()[name].value == float(value)
 
 
@@ -84,7 +84,7 @@ def test_options_override_a_preset():
     published = asked_for(*preset)
     changed = asked_for(*preset, "--guidance", "1.5", "--gnet", "mine", "--steps", "8")
     assert (changed.net, changed.gnet) == (published.net, "mine")
-    assert changed.guidance == Choice("pair", 1.5, (0.28, 2.90))
+    assert changed.guidance == Choice("autoguidance", 1.5, (0.28, 2.90))
     assert changed.sampler.num_steps == 8
     assert asked_for(*preset, "--net", "mine").net == "mine"
     assert asked_for(*preset, "--interval", "0.1,1").guidance.interval == (0.1, 1.0)

@@ -2,9 +2,8 @@ import pytest
 import torch
 
 from edm2kit.denoiser import for_images, for_step
-from edm2kit.guidance.combine import Combined
-from edm2kit.guidance.combine import Guided
-from edm2kit.guidance.network_call import Call, Perturbed, in_one_call
+from edm2kit.guidance.combine import Combination, Guided, Negative
+from edm2kit.guidance.network_call import NetworkCall, Perturbed, in_one_call
 from edm2kit.guidance.registry import Choice, Parts, guide
 from edm2kit.torch_utils.rng import StackedGenerator
 from tests.support import golden
@@ -34,12 +33,12 @@ def test_calls_in_one_batch_answer_as_they_do_one_by_one(net):
     labels = [arrays["labels"], torch.zeros_like(arrays["labels"]), arrays["labels"], arrays["labels"].flip(1)]
     sigmas = [torch.tensor(1.0), torch.tensor(1.0), arrays["sigma"], torch.tensor(0.3)]
     calls = [
-        Call(arrays["x"] + k, sigma, label, edits)
+        NetworkCall(arrays["x"] + k, sigma, label, edits)
         for k, (sigma, label, edits) in enumerate(zip(sigmas, labels, EDITS, strict=True))
     ]
     together = in_one_call(net, calls)
     for k, call in enumerate(calls):
-        alone = net(call.x, call.sigma, call.labels, **call.edits)
+        alone = net(call.x, call.sigma, call.condition, **call.edits)
         torch.testing.assert_close(together[k], alone, atol=1e-5, rtol=1e-5)
         if k:
             assert (alone - net(call.x, call.sigma, arrays["labels"])).abs().max() > 1e-3
@@ -47,7 +46,7 @@ def test_calls_in_one_batch_answer_as_they_do_one_by_one(net):
 
 def test_without_labels(net):
     net, arrays = net
-    D, halved = in_one_call(net, [Call(arrays["x"], torch.tensor(1.0), None, edits) for edits in EDITS[:2]])
+    D, halved = in_one_call(net, [NetworkCall(arrays["x"], torch.tensor(1.0), None, edits) for edits in EDITS[:2]])
     torch.testing.assert_close(D, net(arrays["x"], 1.0), atol=1e-5, rtol=1e-5)
     assert (halved - D).abs().max() > 1e-3
 
@@ -80,7 +79,9 @@ def test_beside_a_method_that_reads_attention_the_others_still_share(net):
 def test_a_changed_call_of_another_network_is_its_own(net):
     net, arrays = net
     other = CountingNetwork(net)
-    neg = Perturbed(other, lambda call: call._replace(labels=call.labels.flip(1)))
+    neg = Perturbed(other, lambda call: call._replace(condition=call.condition.flip(1)))
     x, sigma, labels = arrays["x"], torch.tensor(1.0), arrays["labels"]
-    assert torch.equal(Combined(net, (neg,), (2.0,))(x, sigma, labels), Guided(net, neg, 2.0)(x, sigma, labels))
+    assert torch.equal(
+        Combination(net, (Negative(neg, 2.0),))(x, sigma, labels), Guided(net, neg, 2.0)(x, sigma, labels)
+    )
     assert other.images == [3, 3]

@@ -18,11 +18,11 @@ def test_no_method_is_the_network_itself():
 
 
 def test_a_pair_is_guided():
-    assert guide(Choice("pair", 2.0), Parts(NET, GNET)) == Guided(NET, GNET, 2.0)
+    assert guide(Choice("autoguidance", 2.0), Parts(NET, GNET)) == Guided(NET, GNET, 2.0)
 
 
 def test_an_interval_goes_around_any_method():
-    choice = Choice("pair", 2.0, interval=(0.28, 2.90))
+    choice = Choice("autoguidance", 2.0, interval=(0.28, 2.90))
     assert guide(choice, Parts(NET, GNET)) == GuidanceInterval(Guided(NET, GNET, 2.0), NET, 0.28, 2.90)
     assert guide(Choice(interval=(0.28, 2.90)), Parts(NET)) == GuidanceInterval(NET, NET, 0.28, 2.90)
 
@@ -30,11 +30,11 @@ def test_an_interval_goes_around_any_method():
 @pytest.mark.parametrize(
     ("choice", "parts", "wrong"),
     [
-        (Choice("pair", 2.0), Parts(NET), "pair needs a guide network"),
+        (Choice("autoguidance", 2.0), Parts(NET), "autoguidance needs a guide network"),
         (Choice("none", 1.0), Parts(NET, GNET), "none takes no guide network"),
         (Choice("none", 2.0), Parts(NET), "weight 2 without a guidance method"),
-        (Choice("pair", math.nan), Parts(NET, GNET), "weight is nan"),
-        (Choice("pair", 2.0, interval=(2.0, 1.0)), Parts(NET, GNET), "expected 0 <= lo <= hi"),
+        (Choice("autoguidance", math.nan), Parts(NET, GNET), "weight is nan"),
+        (Choice("autoguidance", 2.0, interval=(2.0, 1.0)), Parts(NET, GNET), "expected 0 <= lo <= hi"),
     ],
 )
 def test_what_cannot_be_built_is_refused(choice, parts, wrong):

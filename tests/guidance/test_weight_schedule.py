@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from edm2kit.denoiser import after_step, for_images, for_step
-from edm2kit.guidance.combine import Combined
-from edm2kit.guidance.combine import Guided
+from edm2kit.guidance.combine import Combination, Guided, Negative
 from edm2kit.guidance.interval import GuidanceInterval
 from edm2kit.guidance.registry import METHODS, Choice, Parts, guide
 from edm2kit.guidance.weight_schedule import SCHEDULES, WeightSchedule, level_of
@@ -21,7 +20,7 @@ GUIDED = Guided(POS, NEG, 2.1)
 SIGMAS = karras_sigmas(32, 0.002, 80, 7, torch.float64)
 
 
-@pytest.mark.parametrize("guided", [GUIDED, Combined(POS, (NEG, Gaussian(0.0, 0.5)), (2.1, 1.5))])
+@pytest.mark.parametrize("guided", [GUIDED, Combination(POS, (Negative(NEG, 2.1), Negative(Gaussian(0.0, 0.5), 1.5)))])
 def test_the_constant_schedule_is_none_bitwise(guided):
     scheduled = WeightSchedule(guided, SCHEDULES["constant"])
     assert torch.equal(edm_sampler(scheduled, X), edm_sampler(guided, X))
@@ -84,7 +83,7 @@ def test_one_weight_per_step_and_the_parts_follow_the_run():
 
 
 def test_by_name_and_only_in_a_run():
-    scheduled = guide(Choice("pair", 2.0, schedule="cosine"), Parts(POS, NEG))
+    scheduled = guide(Choice("autoguidance", 2.0, schedule="cosine"), Parts(POS, NEG))
     assert scheduled == WeightSchedule(Guided(POS, NEG, 2.0), SCHEDULES["cosine"])
     with pytest.raises(ValueError, match="whole steps"):
         scheduled(X, torch.tensor(1.0))
@@ -110,6 +109,6 @@ def test_a_loss_follows_the_noise_level_too(rule):
 def test_methods_that_go_around_others_are_scheduled_with_them():
     options = {option.keyword: option.default for option in METHODS["loss"].options}
     options |= {"loss_kind": "colour", "loss_colour": (0.5, 0.5, 0.5), "loss_rule": "score"}
-    choice = Choice("pair", 2.0, options=options, also=(("loss", 2.0),), schedule="increasing")
+    choice = Choice("autoguidance", 2.0, options=options, also=(("loss", 2.0),), schedule="increasing")
     x, sigmas = torch.randn([2, 3, 8, 8], generator=torch.Generator().manual_seed(0)), torch.tensor([5.0, 0.5, 0.0])
     assert torch.equal(for_step(guide(choice, Parts(POS, NEG)), 1, sigmas)(x, sigmas[1]), POS(x, sigmas[1]))

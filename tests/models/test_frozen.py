@@ -5,9 +5,9 @@ import torch
 import torch._dynamo.utils
 
 from benchmarks.plain import PlainNetwork
-from edm2kit.guidance.losses.loss_gradient import slope
-from edm2kit.guidance.losses.targets import Masked, Measurement
-from edm2kit.guidance.network_call import Call, in_one_call
+from edm2kit.guidance.losses.gradient import slope
+from edm2kit.guidance.losses.restoration import InpaintingOperator, Measurement
+from edm2kit.guidance.network_call import NetworkCall, in_one_call
 from edm2kit.models.edm2 import Precond
 from edm2kit.models.frozen import compile_, freeze_
 from edm2kit.sampling.solvers import edm_sampler
@@ -94,18 +94,22 @@ def test_attention_maps_and_names_are_the_same():
 def test_a_batch_of_guided_calls_is_as_good_as_one_by_one():
     _, net, x, labels = pair()
     sigma = torch.tensor(1.0)
-    calls = [Call(x, sigma, labels), Call(x, sigma, labels, EDITS["attention"]), Call(x, sigma, labels, EDITS["all"])]
+    calls = [
+        NetworkCall(x, sigma, labels),
+        NetworkCall(x, sigma, labels, EDITS["attention"]),
+        NetworkCall(x, sigma, labels, EDITS["all"]),
+    ]
     with torch.no_grad():
         together = in_one_call(net, calls)
         for call, D in zip(calls, together, strict=True):
-            golden.assert_close(D, net(call.x, call.sigma, call.labels, **call.edits), 1e-5)
+            golden.assert_close(D, net(call.x, call.sigma, call.condition, **call.edits), 1e-5)
 
 
 @pytest.mark.parametrize("recompute", [True, False])
 def test_gradients_by_the_input_are_the_same(recompute):
     live, frozen, x, labels = pair()
     live.unet.recompute = frozen.unet.recompute = recompute
-    loss = Measurement(Masked(torch.ones(1, 16, 16)), torch.zeros(3, 16, 16), 0.7)
+    loss = Measurement(InpaintingOperator(torch.ones(1, 16, 16)), torch.zeros(3, 16, 16), 0.7)
     found = [slope(net, loss, x, torch.tensor(0.7), labels) for net in (live, frozen)]
     assert found[0].gradient.abs().max() > 0.1
     golden.assert_close(found[1].D, found[0].D, 1e-5)

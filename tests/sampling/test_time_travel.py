@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from edm2kit.guidance.losses.loss_steps import LevelStep, Pushed
-from edm2kit.guidance.losses.targets import Masked, Measurement
+from edm2kit.guidance.losses.freedom import FreeDoMLevelStep
+from edm2kit.guidance.losses.gradient_step import GradientStep
+from edm2kit.guidance.losses.restoration import InpaintingOperator, Measurement
 from edm2kit.sampling.noise_levels import karras_sigmas
 from edm2kit.sampling.solvers import Churn, Sampler, TimeTravel, euler, time_travel
 from edm2kit.torch_utils.rng import StackedGenerator
@@ -55,8 +56,8 @@ def test_the_way_back_leaves_the_variance_as_it_was():
 
 
 def test_going_back_brings_a_guided_sample_nearer_to_what_the_loss_asks_for():
-    loss = Measurement(Masked(torch.ones(1, 3, 3)), torch.randn([2, 3, 3], generator=GENERATOR), 3.0)
-    pushed, rng = Pushed(MIXTURE, loss, LevelStep(0.02)), StackedGenerator("cpu", range(4))
+    loss = Measurement(InpaintingOperator(torch.ones(1, 3, 3)), torch.randn([2, 3, 3], generator=GENERATOR), 3.0)
+    pushed, rng = GradientStep(MIXTURE, loss, FreeDoMLevelStep(0.02)), StackedGenerator("cpu", range(4))
     once = euler(pushed, X, SIGMAS)
     often = time_travel(pushed, X, SIGMAS, randn_like=rng.randn_like, travel=TimeTravel(8, 0.1, 3.0))
     assert loss(often).mean() < loss(once).mean() - 0.01

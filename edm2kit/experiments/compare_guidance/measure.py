@@ -13,6 +13,7 @@ import numpy as np
 from edm2kit.cli.generation import prepare
 from edm2kit.cli.image_source import ArchiveImages, NpzImages, image_batches
 from edm2kit.experiments.compare_guidance.rows import Row
+from edm2kit.guidance.records import words_with_current_names
 from edm2kit.metrics.scoring import Scorer
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import sha256_of
@@ -103,9 +104,14 @@ def read_record(path: Path, asked: Mapping[str, Any] | None = None) -> dict[str,
         found = record["asked"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to measure this row anew") from error
-    if asked is not None and (changed := differences(found, dict(asked))):
+    if asked is not None and (changed := differences(_with_current_words(found), _with_current_words(asked))):
         raise ValueError(f"{path} was measured otherwise ({'; '.join(changed[:3])}); choose another --outdir")
     return record
+
+
+def _with_current_words(asked: Mapping[str, Any]) -> dict[str, Any]:
+    words = asked.get("options")
+    return dict(asked) if words is None else {**asked, "options": words_with_current_names(words)}
 
 
 def find(record: Mapping[str, Any], weight: float | None, first_seed: int) -> Point | None:

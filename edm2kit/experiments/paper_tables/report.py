@@ -113,7 +113,7 @@ def _setting_columns(table: Table, cell: Cell) -> Line:
     columns = {"network": cell.net.name, "guide": "", "method": "", "weight": "", "interval": ""}
     if cell.gnet is not None:
         columns["guide"] = cell.gnet.name
-    if choice.method not in ("none", "pair"):
+    if choice.method not in ("none", "autoguidance"):
         columns["method"] = choice.method
     if choice.method != "none":
         columns["weight"] = f"{choice.weight:g}"

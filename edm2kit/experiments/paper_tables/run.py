@@ -14,6 +14,7 @@ import torch
 from edm2kit.cli.generation import Generation, Request, prepare
 from edm2kit.experiments.paper_tables.networks import snapshot_of
 from edm2kit.experiments.paper_tables.tables import Cell, Table
+from edm2kit.guidance.records import settings_differences
 from edm2kit.metrics.frechet import frechet_distance
 from edm2kit.metrics.moments import FeatureStatistics, merge_statistics
 from edm2kit.metrics.reference import Reference
@@ -22,7 +23,7 @@ from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.arrays import read_npz
 from edm2kit.torch_utils.files import atomic_write, fetch
 from edm2kit.torch_utils.provenance import provenance
-from edm2kit.torch_utils.records import differences, plain_json, write_json
+from edm2kit.torch_utils.records import plain_json, write_json
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def read_record(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_other_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    if changed := differences(found, wanted):
+    if changed := settings_differences(found, wanted):
         raise ValueError(f"{path} was measured with other settings ({'; '.join(changed[:3])}). Use another --outdir")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from edm2kit.cli.presets import Preset, find_preset
 from edm2kit.experiments.paper_tables.networks import CONFIGS, PublishedNetwork, published
-from edm2kit.guidance.registry import METHODS, Choice
+from edm2kit.guidance.registry import ALIASES, METHODS, OPTION_ALIASES, Choice
 from edm2kit.metrics.detectors.registry import DETECTORS
 from edm2kit.sampling.solvers import Sampler
 from edm2kit.training.config import nearest, read_yaml
@@ -173,12 +173,13 @@ def _preset_fields(preset: Preset) -> dict[str, Any]:
 
 def _guidance(fields: Mapping[str, Any]) -> Choice:
     has_gnet = fields.get("gnet") is not None
-    method = fields.get("method", "pair" if has_gnet else "none")
+    method = fields.get("method", "autoguidance" if has_gnet else "none")
+    method = ALIASES.get(method, method)
     if method not in METHODS:
         raise ValueError(f"unknown guidance method {method!r}{nearest(method, list(METHODS))}")
     if METHODS[method].needs_gnet and not has_gnet:
         raise ValueError(f"method {method} needs a gnet")
-    if has_gnet and not METHODS[method].needs_gnet:
+    if has_gnet and not (METHODS[method].needs_gnet or METHODS[method].takes_gnet):
         raise ValueError(f"method {method} takes no gnet")
     interval = fields.get("interval")
     if interval is not None:
@@ -195,6 +196,7 @@ def _options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     values = {keyword: option.default for keyword, option in known.items()}
     for name, value in given.items():
         keyword = name.replace("-", "_")
+        keyword = OPTION_ALIASES.get(keyword, keyword)
         if keyword not in known:
             raise ValueError(f"method {method} has no option {name!r}{nearest(keyword, list(known))}")
         values[keyword] = known[keyword].parse(str(value))

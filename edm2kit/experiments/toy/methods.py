@@ -75,13 +75,13 @@ _NOISE = {"input_noise_delta": 0.2}
 
 # Methods that need attention, labels or the statistics of an image cannot act on the toy's networks.
 TOY_METHODS = {
-    "autoguidance": ToyMethod("Autoguidance", Choice("pair"), _autoguidance_parts, _WEIGHTS, 3.0),
-    "cfg": ToyMethod("Classifier-free guidance", Choice("pair"), _cfg_parts, _WEIGHTS, 4.0),
-    "mixed": ToyMethod("CFG and autoguidance, half each", Choice("mixed"), _all_parts, _FEW_WEIGHTS),
-    "cfg-apg": ToyMethod("CFG, projected (APG)", Choice("pair", rule="apg"), _cfg_parts, _FEW_WEIGHTS),
-    "cfg-interval": ToyMethod("CFG at low noise", Choice("pair", interval=_INTERVAL), _cfg_parts, _FEW_WEIGHTS),
+    "autoguidance": ToyMethod("Autoguidance", Choice("autoguidance"), _autoguidance_parts, _WEIGHTS, 3.0),
+    "cfg": ToyMethod("Classifier-free guidance", Choice("cfg"), _cfg_parts, _WEIGHTS, 4.0),
+    "mixed": ToyMethod("CFG and autoguidance, half each", Choice("cfg-plus-autoguidance"), _all_parts, _FEW_WEIGHTS),
+    "cfg-apg": ToyMethod("CFG, projected (APG)", Choice("cfg", rule="apg"), _cfg_parts, _FEW_WEIGHTS),
+    "cfg-interval": ToyMethod("CFG at low noise", Choice("cfg", interval=_INTERVAL), _cfg_parts, _FEW_WEIGHTS),
     "auto-interval": ToyMethod(
-        "Autoguidance at low noise", Choice("pair", interval=_INTERVAL), _autoguidance_parts, _FEW_WEIGHTS
+        "Autoguidance at low noise", Choice("autoguidance", interval=_INTERVAL), _autoguidance_parts, _FEW_WEIGHTS
     ),
     "input-noise": ToyMethod(
         "Away from noisier input", Choice("input-noise", options=_NOISE), _main_alone, _FEW_WEIGHTS

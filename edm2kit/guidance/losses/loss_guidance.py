@@ -201,9 +201,7 @@ METHOD = Method(
             "auto: score if the average is known exactly, else freedom. W - 1 multiplies it (the defaults of tfg suit "
             "a class; for pictures, whose loss is steeper, use W 1.2)",
         ),
-        Option(
-            "loss-step", number(), None, "Size of the step of dps, freedom, level, polyak; polyak-true: lowest loss"
-        ),
+        Option("loss-step", number(), None, "Size of the step; of the rule polyak-true, the lowest possible loss"),
         Option(
             "loss-backprop",
             one_of("yes", "no"),

@@ -12,7 +12,7 @@ from edm2kit.experiments.toy.training import Recipe, load_network, network_path,
 from edm2kit.experiments.toy.tree import components
 from edm2kit.guidance.combine import Guided
 from edm2kit.guidance.interval import GuidanceInterval
-from edm2kit.guidance.second_network.cfg_plus_autoguidance import Mixed
+from edm2kit.guidance.second_network.cfg_plus_autoguidance import Interpolation
 from tests.support import golden
 from tests.support.fakes import Counting, Gaussian
 
@@ -146,7 +146,7 @@ def test_a_file_that_is_damaged_renamed_or_of_another_width_is_refused(tmp_path)
 def test_methods_are_the_projects_own_guidance():
     assert TOY_METHODS["autoguidance"].denoiser(NETS, 3.0) == Guided(NETS.main, NETS.guide, 3.0)
     assert TOY_METHODS["cfg"].denoiser(NETS, 4.0) == Guided(NETS.main, NETS.both, 4.0)
-    assert TOY_METHODS["mixed"].denoiser(NETS, 2.0) == Guided(NETS.main, Mixed(NETS.both, NETS.guide, 0.5), 2.0)
+    assert TOY_METHODS["mixed"].denoiser(NETS, 2.0) == Guided(NETS.main, Interpolation(NETS.both, NETS.guide, 0.5), 2.0)
     assert isinstance(TOY_METHODS["cfg-interval"].denoiser(NETS, 2.0), GuidanceInterval)
 
 

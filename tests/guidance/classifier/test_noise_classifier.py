@@ -50,12 +50,12 @@ def test_other_files_are_refused_with_a_reason(net, tmp_path):
     save_classifier(path, net, ClassifierHeader(ARCHITECTURE, 0))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="not a whole classifier"):
+    with pytest.raises(ValueError, match="not a complete classifier"):
         load_classifier(path)
-    with pytest.raises(ValueError, match="not a whole classifier"):
+    with pytest.raises(ValueError, match="not a complete classifier"):
         load_classifier(tmp_path / "missing")
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="but no classifier"):
+    with pytest.raises(ValueError, match="but not a classifier"):
         load_classifier(path)
 
 
@@ -78,7 +78,7 @@ def test_a_header_that_does_not_fit_is_told(net, tmp_path, change, wrong):
 def test_sizes_that_do_not_fit_are_refused(net):
     with pytest.raises(ValueError, match="a multiple of 8"):
         NoiseClassifier(8, 3, 4, width=12)
-    with pytest.raises(ValueError, match="the resolution one of 16"):
+    with pytest.raises(ValueError, match="the resolution a multiple of 16"):
         NoiseClassifier(8, 3, 4, width=8, levels=5)
-    with pytest.raises(ValueError, match=r"one of images \[3, 8, 8\], not \[1, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"takes images of shape \[3, 8, 8\], not \[1, 8, 8\]"):
         net(X[:, :1], 1.0)

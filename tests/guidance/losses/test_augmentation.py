@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from edm2kit.denoiser import for_images
-from edm2kit.guidance.losses.augmentation import Augmentation, Augmented
-from edm2kit.guidance.losses.loss_gradient import LossGuided, slope, slope_at
+from edm2kit.guidance.losses.augmentation import Augmentation, AugmentedLoss
+from edm2kit.guidance.losses.gradient import slope, slope_at
+from edm2kit.guidance.losses.score import LossGuided
 from edm2kit.sampling.solvers import edm_sampler
 from edm2kit.torch_utils.rng import StackedGenerator
 from tests.support.fakes import Counting, Mixture
@@ -42,12 +43,12 @@ def turned(images, rng):
 @pytest.mark.parametrize("count", [1, 3, 20])
 def test_the_same_image_again_makes_the_count_irrelevant(count):
     # neither loss nor gradient knows how many there were
-    augmented = for_images(Augmented(squares, count, same), source())
+    augmented = for_images(AugmentedLoss(squares, count, same), source())
     torch.testing.assert_close(slope_at(augmented, IMAGES), slope_at(squares, IMAGES))
 
 
 def test_the_gradient_is_the_mean_of_the_gradients():
-    together = slope(MIXTURE, for_images(Augmented(linear, 5, turned), source()), IMAGES, SIGMA, None)
+    together = slope(MIXTURE, for_images(AugmentedLoss(linear, 5, turned), source()), IMAGES, SIGMA, None)
     rng = source()
     factors = [rng.randn([3, 1, 1, 1], dtype=torch.float64) for _ in range(5)]
     each = [slope(MIXTURE, lambda D, f=f: linear(D * f), IMAGES, SIGMA, None).gradient for f in factors]
@@ -57,18 +58,18 @@ def test_the_gradient_is_the_mean_of_the_gradients():
 
 def test_the_denoiser_is_called_once():
     counting = Counting(MIXTURE)
-    guided = for_images(LossGuided(counting, Augmented(squares, 20), 0.1), source())
+    guided = for_images(LossGuided(counting, AugmentedLoss(squares, 20), 0.1), source())
     edm_sampler(guided, IMAGES, num_steps=2)
     assert len(counting.calls) == 3
 
 
 def test_draws_are_an_images_own_and_stay_the_same_through_a_step():
     sigmas = torch.tensor([2.0, 1.0, 0.0])
-    following = for_images(Augmented(squares, 2), source())
+    following = for_images(AugmentedLoss(squares, 2), source())
     first, second = following.for_step(0, sigmas), following.for_step(1, sigmas)
     assert torch.equal(first(IMAGES), first(IMAGES))
     assert not torch.equal(first(IMAGES), second(IMAGES))
-    alone = for_images(Augmented(squares, 2), source([6])).for_step(0, sigmas)
+    alone = for_images(AugmentedLoss(squares, 2), source([6])).for_step(0, sigmas)
     torch.testing.assert_close(alone(IMAGES[1:2]), first(IMAGES)[1:2])
 
 
@@ -112,9 +113,9 @@ def test_colours_change_and_gradients_flow():
     levels = recoloured(grey, StackedGenerator("cpu", range(50))).mean((1, 2, 3))
     assert levels.min() < -0.4
     assert levels.max() > 0.4
-    assert slope_at(for_images(Augmented(linear, 3), source()), IMAGES).gradient.abs().sum() > 0
+    assert slope_at(for_images(AugmentedLoss(linear, 3), source()), IMAGES).gradient.abs().sum() > 0
 
 
 def test_a_mean_over_nothing_is_refused():
     with pytest.raises(ValueError, match="expected at least 1"):
-        Augmented(squares, 0)
+        AugmentedLoss(squares, 0)

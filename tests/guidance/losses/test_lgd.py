@@ -4,16 +4,17 @@ import pytest
 import torch
 
 from edm2kit.denoiser import for_images
-from edm2kit.guidance.losses.lgd import Exact, MonteCarlo
-from edm2kit.guidance.losses.loss_gradient import LossGuided, slope_at
-from edm2kit.guidance.losses.targets import Masked, Measurement
+from edm2kit.guidance.losses.gradient import slope_at
+from edm2kit.guidance.losses.lgd import ClosedFormAverage, MonteCarloAverage
+from edm2kit.guidance.losses.restoration import InpaintingOperator, Measurement
+from edm2kit.guidance.losses.score import LossGuided
 from edm2kit.sampling.solvers import edm_sampler
 from edm2kit.torch_utils.rng import StackedGenerator
 from tests.support.fakes import Gaussian
 
 # prior N(m, v), observation y with noise s_y: the posterior is N(.788, .257^2)
 V, M, S_Y, Y = 0.25, 0.2, 0.3, 1.0
-OBSERVED = Measurement(Masked(torch.ones(1, 1, 1)), torch.full([1, 1, 1], Y), S_Y)
+OBSERVED = Measurement(InpaintingOperator(torch.ones(1, 1, 1)), torch.full([1, 1, 1], Y), S_Y)
 PRIOR = Gaussian(M, V)
 
 
@@ -30,12 +31,12 @@ def sampled(loss, num_steps=32, backprop=True, count=2):
 
 @pytest.mark.parametrize("backprop", [True, False])
 def test_c5_the_exact_average_reaches_the_posterior(backprop):
-    assert sampled(Exact(OBSERVED), 32, backprop) == pytest.approx((0.786, 0.262), abs=6e-4)
+    assert sampled(ClosedFormAverage(OBSERVED), 32, backprop) == pytest.approx((0.786, 0.262), abs=6e-4)
     # the start has the prior's mean, not yet the posterior's: at T = 80 the way left to go is .0019
     mean, std = (M / V + Y / S_Y**2) / (1 / V + 1 / S_Y**2), (1 / V + 1 / S_Y**2) ** -0.5
     assert (mean, std) == pytest.approx((0.788, 0.257), abs=6e-4)
     missing = (mean - M) * std / math.sqrt(std**2 + 80**2)
-    assert sampled(Exact(OBSERVED), 256, backprop) == pytest.approx((mean - missing, std), abs=2e-4)
+    assert sampled(ClosedFormAverage(OBSERVED), 256, backprop) == pytest.approx((mean - missing, std), abs=2e-4)
 
 
 def test_c5_negative_control_without_the_average_it_does_not():
@@ -44,20 +45,22 @@ def test_c5_negative_control_without_the_average_it_does_not():
 
 def test_c5_the_drawn_average_reaches_the_posterior():
     # 64 draws of each of 200 images
-    mean, std = sampled(MonteCarlo(OBSERVED, 64), 32, count=200)
+    mean, std = sampled(MonteCarloAverage(OBSERVED, 64), 32, count=200)
     assert (mean, std) == (pytest.approx(0.786, abs=0.03), pytest.approx(0.262, abs=0.03))
 
 
 def test_the_drawn_gradient_is_the_closed_form_one():
     D, sigma, r2 = torch.full([1, 1, 1, 1], 0.4, dtype=torch.float64), torch.tensor(0.6), 0.6**2 * V / (0.6**2 + V)
-    loss = for_images(MonteCarlo(OBSERVED, 2000), StackedGenerator("cpu", [0])).at(sigma)
+    loss = for_images(MonteCarloAverage(OBSERVED, 2000), StackedGenerator("cpu", [0])).at(sigma)
     assert slope_at(loss, D).gradient.item() == pytest.approx((0.4 - Y) / (S_Y**2 + r2), rel=0.03)
-    assert slope_at(Exact(OBSERVED).at(sigma), D).gradient.item() == pytest.approx((0.4 - Y) / (S_Y**2 + r2), rel=1e-6)
+    assert slope_at(ClosedFormAverage(OBSERVED).at(sigma), D).gradient.item() == pytest.approx(
+        (0.4 - Y) / (S_Y**2 + r2), rel=1e-6
+    )
 
 
 def test_the_value_is_minus_the_log_of_the_mean():
     D, sigma = torch.zeros(1, 1, 1, 1), torch.tensor(1.0)
-    loss = for_images(MonteCarlo(lambda images: images.flatten(), 3), StackedGenerator("cpu", [5])).at(sigma)
+    loss = for_images(MonteCarloAverage(lambda images: images.flatten(), 3), StackedGenerator("cpu", [5])).at(sigma)
     z = StackedGenerator("cpu", [5]).randn([1, 3])[0]
     r = 0.5 / math.sqrt(1.25)
     assert loss(D).item() == pytest.approx(-(-r * z).exp().mean().log().item(), rel=1e-5)
@@ -65,7 +68,7 @@ def test_the_value_is_minus_the_log_of_the_mean():
 
 def test_without_spread_the_average_is_the_loss_itself():
     D = torch.randn([3, 1, 1, 1], generator=torch.Generator().manual_seed(0))
-    loss = for_images(MonteCarlo(OBSERVED, 4, r=torch.zeros_like), StackedGenerator("cpu", range(3)))
+    loss = for_images(MonteCarloAverage(OBSERVED, 4, r=torch.zeros_like), StackedGenerator("cpu", range(3)))
     torch.testing.assert_close(loss.at(torch.tensor(1.0))(D), OBSERVED(D))
 
 
@@ -74,7 +77,7 @@ def test_draws_are_an_images_own_and_stay_the_same_through_a_step():
     sigmas = torch.tensor([1.0, 0.5, 0.0])
 
     def losses(seeds, step=0):
-        loss = for_images(MonteCarlo(OBSERVED, 4), StackedGenerator("cpu", seeds))
+        loss = for_images(MonteCarloAverage(OBSERVED, 4), StackedGenerator("cpu", seeds))
         for i in range(step + 1):
             here = loss.for_step(i, sigmas)
         return torch.stack([here.at(sigma)(D[: len(seeds)]) for _ in range(2)])
@@ -87,4 +90,4 @@ def test_draws_are_an_images_own_and_stay_the_same_through_a_step():
 
 def test_an_average_of_nothing_is_refused():
     with pytest.raises(ValueError, match="expected at least 1"):
-        MonteCarlo(OBSERVED, 0)
+        MonteCarloAverage(OBSERVED, 0)

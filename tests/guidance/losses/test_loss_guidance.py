@@ -9,12 +9,20 @@ from PIL import Image
 
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.guidance.classifier.noise_classifier import ClassifierHeader, NoiseClassifier, save_classifier
-from edm2kit.guidance.losses.augmentation import Augmented
-from edm2kit.guidance.losses.lgd import Exact, MonteCarlo
-from edm2kit.guidance.losses.loss_gradient import LossGuided
-from edm2kit.guidance.losses.loss_steps import NoiseStep, PolyakStep, Pushed, TruePolyakStep
-from edm2kit.guidance.losses.targets import Blurred, Downsampled, Masked, MeanColour, OnPixels
-from edm2kit.guidance.losses.tfg import Unified
+from edm2kit.guidance.losses.augmentation import AugmentedLoss
+from edm2kit.guidance.losses.freedom import FreeDoMStep
+from edm2kit.guidance.losses.gradient_step import GradientStep
+from edm2kit.guidance.losses.lgd import ClosedFormAverage, MonteCarloAverage
+from edm2kit.guidance.losses.loss import OnPixels
+from edm2kit.guidance.losses.polyak import PolyakStep, TruePolyakStep
+from edm2kit.guidance.losses.restoration import (
+    DownsamplingOperator,
+    GaussianBlurOperator,
+    InpaintingOperator,
+    MeanColourOperator,
+)
+from edm2kit.guidance.losses.score import LossGuided
+from edm2kit.guidance.losses.tfg import TFG
 from edm2kit.guidance.option_types import existing_file, read_picture
 from edm2kit.guidance.registry import METHODS, Choice, Parts, guide
 from edm2kit.sampling.solvers import Sampler, edm_sampler
@@ -52,13 +60,13 @@ def guided(text, net=None, weight=2.0, pixels=None):
 
 def test_each_kind_sees_what_it_says(picture, mask):
     inpaint = guided(f"kind=inpaint image={picture} mask={mask}").loss.loss
-    assert isinstance(inpaint.operator, Masked)
+    assert isinstance(inpaint.operator, InpaintingOperator)
     assert torch.equal(inpaint.target[:, :, :4], read_picture(picture)[:, :, :4])
     assert inpaint.target[:, :, 4:].abs().max() == 0
-    assert guided(f"kind=downsample image={picture} factor=2").loss.loss.operator == Downsampled(2)
-    assert guided(f"kind=blur image={picture} blur=1.5").loss.loss.operator == Blurred(1.5)
+    assert guided(f"kind=downsample image={picture} factor=2").loss.loss.operator == DownsamplingOperator(2)
+    assert guided(f"kind=blur image={picture} blur=1.5").loss.loss.operator == GaussianBlurOperator(1.5)
     colour = guided("kind=colour colour=255,0,127.5 noise=0.2").loss.loss
-    assert (colour.operator, colour.target.tolist(), colour.noise_std) == (MeanColour(), [1, -1, 0], 0.2)
+    assert (colour.operator, colour.target.tolist(), colour.noise_std) == (MeanColourOperator(), [1, -1, 0], 0.2)
 
 
 def test_the_picture_is_read_as_the_network_sees_pictures(picture):
@@ -71,10 +79,10 @@ def test_the_picture_is_read_as_the_network_sees_pictures(picture):
     ("text", "kind", "rule"),
     [
         ("", LossGuided, None),
-        ("rule=freedom", Pushed, NoiseStep()),
-        ("rule=polyak step=0.7", Pushed, PolyakStep(0.7)),
-        ("rule=polyak-true", Pushed, TruePolyakStep(0.0)),
-        ("augment=3", Pushed, NoiseStep()),
+        ("rule=freedom", GradientStep, FreeDoMStep()),
+        ("rule=polyak step=0.7", GradientStep, PolyakStep(0.7)),
+        ("rule=polyak-true", GradientStep, TruePolyakStep(0.0)),
+        ("augment=3", GradientStep, FreeDoMStep()),
     ],
 )
 def test_rules(text, kind, rule):
@@ -87,10 +95,10 @@ def test_rules(text, kind, rule):
 
 
 def test_averages():
-    assert isinstance(guided("kind=colour colour=9,9,9").loss, Exact)
-    assert isinstance(guided("kind=colour colour=9,9,9 average=none").loss.operator, MeanColour)
+    assert isinstance(guided("kind=colour colour=9,9,9").loss, ClosedFormAverage)
+    assert isinstance(guided("kind=colour colour=9,9,9 average=none").loss.operator, MeanColourOperator)
     drawn = guided("kind=colour colour=9,9,9 average=7 augment=2").loss
-    assert (type(drawn), drawn.count, type(drawn.loss)) == (MonteCarlo, 7, Augmented)
+    assert (type(drawn), drawn.count, type(drawn.loss)) == (MonteCarloAverage, 7, AugmentedLoss)
 
 
 def test_the_noise_is_small_for_the_score_and_makes_a_sum_of_squares_for_pushes():
@@ -102,7 +110,7 @@ def test_the_noise_is_small_for_the_score_and_makes_a_sum_of_squares_for_pushes(
 def test_tfg_has_its_settings_and_without_backprop_no_rho():
     text = "kind=colour colour=9,9,9 rule=tfg rho=2 mu=0.5 gamma=0.1 iterations=3"
     tfg = guided(text, weight=1.5)
-    assert isinstance(tfg, Unified)
+    assert isinstance(tfg, TFG)
     assert (tfg.rho, tfg.mu, tfg.gamma, tfg.iterations) == (1.0, 0.25, 0.1, 3)
     assert guided(f"{text} backprop=no").rho == 0
 
@@ -110,7 +118,7 @@ def test_tfg_has_its_settings_and_without_backprop_no_rho():
 def test_latents_are_decoded_before_the_loss_but_for_a_classifier(tmp_path):
     denoiser = guided("kind=colour colour=9,9,9", pixels=torch.neg)
     assert isinstance(denoiser.loss, OnPixels)
-    assert denoiser.rule == NoiseStep()
+    assert denoiser.rule == FreeDoMStep()
     architecture = {"img_resolution": 4, "img_channels": 2, "num_classes": 3, "width": 8, "levels": 2}
     path = tmp_path / "c.safetensors"
     with torch.random.fork_rng(devices=[]):
@@ -167,7 +175,7 @@ def test_files_and_numbers_that_do_not_fit_are_told(picture, mask, tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "small.png")
     with pytest.raises(ValueError, match="the mask is"):
         guided(f"kind=inpaint image={picture} mask={tmp_path / 'small.png'}")
-    with pytest.raises(ValueError, match="known exactly for pixels alone"):
+    with pytest.raises(ValueError, match="known exactly only for pixels"):
         guided("kind=colour colour=9,9,9 augment=2 average=exact rule=score")
     with pytest.raises(ValueError, match="weight is nan"):
         guided("kind=colour colour=9,9,9", weight=math.nan)

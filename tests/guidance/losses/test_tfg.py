@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from edm2kit.denoiser import for_images
-from edm2kit.guidance.losses.lgd import MonteCarlo
-from edm2kit.guidance.losses.loss_gradient import slope, slope_at
-from edm2kit.guidance.losses.loss_steps import Pushed
-from edm2kit.guidance.losses.targets import Masked, Measurement
-from edm2kit.guidance.losses.tfg import Unified, increasing
+from edm2kit.guidance.losses.gradient import slope, slope_at
+from edm2kit.guidance.losses.gradient_step import GradientStep
+from edm2kit.guidance.losses.lgd import MonteCarloAverage
+from edm2kit.guidance.losses.restoration import InpaintingOperator, Measurement
+from edm2kit.guidance.losses.tfg import TFG, increasing
 from edm2kit.sampling.noise_levels import karras_sigmas
 from edm2kit.sampling.solvers import euler
 from edm2kit.torch_utils.rng import StackedGenerator
@@ -17,12 +17,12 @@ from tests.support.fakes import Counting, Mixture
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn([4, 2, 3, 3], generator=GENERATOR, dtype=torch.float64)
 MIXTURE = Mixture(torch.randn([3, 2, 3, 3], generator=GENERATOR, dtype=torch.float64), 0.2)
-LOSS = Measurement(Masked(torch.ones(1, 3, 3)), torch.randn([2, 3, 3], generator=GENERATOR), 3.0)
+LOSS = Measurement(InpaintingOperator(torch.ones(1, 3, 3)), torch.randn([2, 3, 3], generator=GENERATOR), 3.0)
 SIGMAS = karras_sigmas(6, 0.01, 5, 7, torch.float64)
 
 
 def sampled(rng=range(4), **settings):
-    return euler(for_images(Unified(MIXTURE, LOSS, **settings), StackedGenerator("cpu", rng)), X[: len(rng)], SIGMAS)
+    return euler(for_images(TFG(MIXTURE, LOSS, **settings), StackedGenerator("cpu", rng)), X[: len(rng)], SIGMAS)
 
 
 def test_without_rho_and_mu_it_is_off_bitwise():
@@ -30,12 +30,12 @@ def test_without_rho_and_mu_it_is_off_bitwise():
         raise AssertionError("the loss was called")
 
     plain = euler(MIXTURE, X, SIGMAS)
-    assert torch.equal(euler(Unified(MIXTURE, never, rho=0.0, mu=0.0), X, SIGMAS), plain)
-    assert torch.equal(euler(Unified(MIXTURE, never, rho=0.0, iterations=0), X, SIGMAS), plain)
+    assert torch.equal(euler(TFG(MIXTURE, never, rho=0.0, mu=0.0), X, SIGMAS), plain)
+    assert torch.equal(euler(TFG(MIXTURE, never, rho=0.0, iterations=0), X, SIGMAS), plain)
 
 
 def test_a_constant_loss_leaves_plain_ddim():
-    constant = for_images(Unified(MIXTURE, lambda D: torch.ones(len(D)), 9.0, 9.0), StackedGenerator("cpu", range(4)))
+    constant = for_images(TFG(MIXTURE, lambda D: torch.ones(len(D)), 9.0, 9.0), StackedGenerator("cpu", range(4)))
     assert torch.equal(euler(constant, X, SIGMAS), euler(MIXTURE, X, SIGMAS))
 
 
@@ -81,7 +81,7 @@ def test_without_mu_and_gamma_it_is_dps():
         i = SIGMAS.tolist().index(at.sigma.item())
         return 0.5 * increasing(i, SIGMAS) * (1 + at.sigma**2) * at.gradient
 
-    torch.testing.assert_close(sampled(rho=0.5, mu=0.0, gamma=0.0), euler(Pushed(MIXTURE, LOSS, rule), X, SIGMAS))
+    torch.testing.assert_close(sampled(rho=0.5, mu=0.0, gamma=0.0), euler(GradientStep(MIXTURE, LOSS, rule), X, SIGMAS))
 
 
 def test_without_rho_the_denoiser_is_not_run_backwards():
@@ -89,12 +89,12 @@ def test_without_rho_the_denoiser_is_not_run_backwards():
         assert not x.requires_grad
         return MIXTURE(x, sigma)
 
-    unified = for_images(Unified(forwards_only, LOSS, rho=0.0), StackedGenerator("cpu", range(4)))
+    unified = for_images(TFG(forwards_only, LOSS, rho=0.0), StackedGenerator("cpu", range(4)))
     assert (euler(unified, X, SIGMAS) - euler(MIXTURE, X, SIGMAS)).abs().max() > 0.01
 
 
 def test_with_gamma_it_is_the_gradient_of_the_average():
-    unified = for_images(Unified(MIXTURE, LOSS, 0.5, 0.0, gamma=2.0, count=3), StackedGenerator("cpu", range(4)))
+    unified = for_images(TFG(MIXTURE, LOSS, 0.5, 0.0, gamma=2.0, count=3), StackedGenerator("cpu", range(4)))
     x, two = 5 * X, SIGMAS[:2]
     step = unified.for_step(0, two)
     step(x, two[0])
@@ -102,7 +102,7 @@ def test_with_gamma_it_is_the_gradient_of_the_average():
     def spread(sigma):
         return 2.0 * sigma / math.sqrt(1 + sigma**2)
 
-    average = for_images(MonteCarlo(LOSS, 3, r=spread), StackedGenerator("cpu", range(4))).for_step(0, two)
+    average = for_images(MonteCarloAverage(LOSS, 3, r=spread), StackedGenerator("cpu", range(4))).for_step(0, two)
     shift = -0.5 * (1 + two[0] ** 2) * slope(MIXTURE, average, x, two[0], None).gradient
     torch.testing.assert_close(step.after_step(x, 0, two), x + shift)
 
@@ -115,15 +115,15 @@ def test_an_image_does_not_depend_on_its_batch():
 
 def test_the_cost_is_one_call_a_step():
     counting = Counting(MIXTURE)
-    euler(Unified(counting, LOSS, gamma=0.0), X, SIGMAS)
+    euler(TFG(counting, LOSS, gamma=0.0), X, SIGMAS)
     assert len(counting.calls) == 6
 
 
 def test_wrong_settings_and_calls_outside_of_a_run_are_refused():
     with pytest.raises(ValueError, match="gamma -1"):
-        Unified(MIXTURE, LOSS, gamma=-1.0)
+        TFG(MIXTURE, LOSS, gamma=-1.0)
     with pytest.raises(ValueError, match="expected a finite number"):
-        Unified(MIXTURE, LOSS, rho=math.nan)
+        TFG(MIXTURE, LOSS, rho=math.nan)
     with pytest.raises(ValueError, match="call for_step"):
-        Unified(MIXTURE, LOSS)(X, SIGMAS[0])
-    assert Unified(MIXTURE, LOSS, 1.0, 0.5).scaled(0.5).mu == 0.25
+        TFG(MIXTURE, LOSS)(X, SIGMAS[0])
+    assert TFG(MIXTURE, LOSS, 1.0, 0.5).scaled(0.5).mu == 0.25

@@ -3,7 +3,7 @@ import torch
 
 from edm2kit.denoiser import for_images, for_step
 from edm2kit.guidance.combine import Guided
-from edm2kit.guidance.network_call import Call, Perturbed
+from edm2kit.guidance.network_call import NetworkCall, Perturbed
 from edm2kit.guidance.own_network.dropout_and_noise import Dropout, InputNoise
 from edm2kit.guidance.registry import Choice, Parts, guide
 from edm2kit.sampling.noise_levels import karras_sigmas
@@ -43,7 +43,7 @@ def test_weight_2_undoes_an_error_that_grows_with_delta():
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
-    call = in_step(Dropout(0.3))(Call(torch.zeros(3, 1, 1, 1), torch.tensor(1.0), None))
+    call = in_step(Dropout(0.3))(NetworkCall(torch.zeros(3, 1, 1, 1), torch.tensor(1.0), None))
     y = call.edits["dropout"]("enc.8x8_block0", torch.ones(3, 100, 10, 10))
     assert (y == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
     assert y.mean().item() == pytest.approx(1, abs=0.02)
@@ -63,7 +63,7 @@ def test_predictor_and_corrector_meet_the_same_and_the_next_step_another(change)
 
 @pytest.mark.parametrize("change", [Dropout(0.0), InputNoise(0.0)])
 def test_none_of_it_changes_nothing_and_draws_nothing(change):
-    call = Call(torch.zeros(3, 1, 1, 1), torch.tensor(1.0), None)
+    call = NetworkCall(torch.zeros(3, 1, 1, 1), torch.tensor(1.0), None)
     assert change(call) is call
 
 

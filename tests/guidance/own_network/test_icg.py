@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from edm2kit.denoiser import for_images, for_step
-from edm2kit.guidance.network_call import Call, Perturbed
-from edm2kit.guidance.own_network.icg import RandomLabel
+from edm2kit.guidance.network_call import NetworkCall, Perturbed
+from edm2kit.guidance.own_network.icg import RandomCondition
 from edm2kit.guidance.registry import Choice, Parts, guide
 from edm2kit.sampling.solvers import edm_sampler
 from edm2kit.torch_utils.rng import StackedGenerator
@@ -18,11 +18,11 @@ SIGMAS = torch.tensor([5.0, 1.0, 0.0])
 
 def labels_of(change, given=GIVEN, seeds=range(N)):
     change = for_step(for_images(change, StackedGenerator("cpu", seeds)), 0, SIGMAS)
-    return change(Call(torch.zeros(len(given), 1, 1, 1), torch.tensor(1.0), given)).labels
+    return change(NetworkCall(torch.zeros(len(given), 1, 1, 1), torch.tensor(1.0), given)).condition
 
 
 def test_another_class_is_drawn_all_equally_likely():
-    drawn = labels_of(RandomLabel("class"))
+    drawn = labels_of(RandomCondition("class"))
     assert drawn.dtype == torch.float32
     assert torch.equal(drawn.sum(dim=1), torch.ones(N))
     assert (drawn * GIVEN).sum() == 0
@@ -32,19 +32,19 @@ def test_another_class_is_drawn_all_equally_likely():
 
 
 def test_gaussian_labels_are_as_large_as_one_hot_ones():
-    drawn = labels_of(RandomLabel("gaussian"))
+    drawn = labels_of(RandomCondition("gaussian"))
     assert drawn.square().mean().sqrt().item() == pytest.approx(GIVEN.square().mean().sqrt().item(), rel=0.02)
     assert drawn.mean().item() == pytest.approx(0, abs=0.01)
 
 
 def test_a_single_class_has_no_other():
     one = torch.ones(3, 1)
-    assert torch.equal(labels_of(RandomLabel("class"), one, range(3)), one)
+    assert torch.equal(labels_of(RandomCondition("class"), one, range(3)), one)
 
 
 def test_predictor_and_corrector_meet_the_same_label_and_the_next_step_another():
     counting = Counting(Constant(0.0))
-    denoiser = for_images(Perturbed(counting, RandomLabel()), StackedGenerator("cpu", range(N)))
+    denoiser = for_images(Perturbed(counting, RandomCondition()), StackedGenerator("cpu", range(N)))
     edm_sampler(denoiser, torch.zeros(N, 1, 1, 1), GIVEN, num_steps=3)
     first, corrector, second, _, _ = (labels for _, labels in counting.calls)
     assert torch.equal(first, corrector)
@@ -65,12 +65,12 @@ def test_the_mean_over_classes_is_not_the_unconditional_answer_but_nears_it_at_h
     assert gaps[2] / gaps[3] == pytest.approx(10, rel=0.9)
 
 
-@pytest.mark.parametrize(("labels", "wrong"), [(None, "there are none"), (GIVEN, "no generators were given")])
+@pytest.mark.parametrize(("labels", "wrong"), [(None, "the images have none"), (GIVEN, "no generators were given")])
 def test_what_it_cannot_do_is_refused(labels, wrong):
     with pytest.raises(ValueError, match=wrong):
-        RandomLabel()(Call(torch.zeros(N, 1, 1, 1), torch.tensor(1.0), labels))
+        RandomCondition()(NetworkCall(torch.zeros(N, 1, 1, 1), torch.tensor(1.0), labels))
 
 
 def test_a_network_without_classes_is_refused():
-    with pytest.raises(ValueError, match="this one has none"):
+    with pytest.raises(ValueError, match="this one has no classes"):
         guide(Choice("icg", 2.0), Parts(Flat(Constant(0.0))))

@@ -43,7 +43,7 @@ def test_a_single_pixel_is_its_own_neighbourhood():
 def test_default_blocks(architecture, blocks):
     with torch.device("meta"):
         net = Precond(**architecture)
-    assert list(guide(Choice("pag", 4.0), Parts(net)).negs[0].change.blocks) == blocks
+    assert list(guide(Choice("pag", 4.0), Parts(net)).negatives[0].source.change.blocks) == blocks
 
 
 def test_one_block_or_several():
@@ -76,10 +76,12 @@ def test_matched_it_is_as_loud_as_the_attention_it_replaces():
     torch.testing.assert_close(matched / matched[..., :1, :1], V / V[..., :1, :1])
     assert matched_identity_attention(Q, K, torch.zeros_like(V)).abs().max() == 0
     chosen = Choice("pag", 4.0, options={"pag_match": "yes"})
-    assert guide(chosen, Parts(golden.network("cond"))).negs[0].change.edit is matched_identity_attention
-    assert guide(Choice("pag", 4.0), Parts(golden.network("cond"))).negs[0].change.edit is identity_attention
+    assert guide(chosen, Parts(golden.network("cond"))).negatives[0].source.change.edit is matched_identity_attention
+    assert (
+        guide(Choice("pag", 4.0), Parts(golden.network("cond"))).negatives[0].source.change.edit is identity_attention
+    )
 
 
 def test_a_guided_denoiser_has_no_inside():
-    with pytest.raises(ValueError, match="changes the inside of a network"):
+    with pytest.raises(ValueError, match="changes the interior of a network"):
         guide(Choice("pag", 2.0), Parts(lambda x, sigma, labels=None: x))

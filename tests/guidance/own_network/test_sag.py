@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from edm2kit.guidance.combine import Evaluation
 from edm2kit.guidance.own_network.blur import blur, kernel_size
-from edm2kit.guidance.own_network.sag import Blurred, attended
+from edm2kit.guidance.own_network.sag import SelfAttentionBlur, attended
 from edm2kit.guidance.registry import Choice, Parts, guide
 from tests.support import golden
 from tests.support.fakes import Constant, Flat, Gaussian
@@ -40,7 +41,9 @@ def test_of_a_linear_denoiser_it_is_an_unsharp_mask():
     D = NET(X, SIGMA)
     mask = attended(EVERYWHERE, 16, 16)
     blurred = torch.where(mask > 0, blur(D, 1.0, 9), D)
-    D_neg = Blurred(NET, "dec.8x8_block0", 1.0).beside(D, {"dec.8x8_block0": EVERYWHERE}, X, SIGMA, None)
+    D_neg = SelfAttentionBlur(NET, "dec.8x8_block0", 1.0).derive(
+        D, {"dec.8x8_block0": EVERYWHERE}, Evaluation(X, SIGMA)
+    )
     torch.testing.assert_close(D_neg - D, V / (V + SIGMA**2) * (blurred - D), atol=1e-6, rtol=1e-5)
     assert (D_neg - D).abs().max() > 0.1
 
@@ -48,7 +51,7 @@ def test_of_a_linear_denoiser_it_is_an_unsharp_mask():
 def test_attention_everywhere_makes_it_blur_guidance():
     D, everywhere = NET(X, SIGMA), torch.full([3, 2, 64, 64], 2 / 64)
     assert attended(everywhere, 16, 16).min() == 1
-    D_neg = Blurred(NET, "b", 1.5).beside(D, {"b": everywhere}, X, SIGMA, None)
+    D_neg = SelfAttentionBlur(NET, "b", 1.5).derive(D, {"b": everywhere}, Evaluation(X, SIGMA))
     assert torch.equal(D_neg, NET(X + (blur(D, 1.5, kernel_size(2.0)) - D), SIGMA))
 
 
@@ -57,16 +60,18 @@ def test_latents_are_blurred_with_nine_taps_at_sigma_1():
 
 
 def test_a_flat_image_is_left_alone():
-    D_neg = Blurred(Flat(Constant(0.3)), "b", 1.0).beside(torch.full_like(X, 0.3), {"b": EVERYWHERE}, X, SIGMA, None)
+    D_neg = SelfAttentionBlur(Flat(Constant(0.3)), "b", 1.0).derive(
+        torch.full_like(X, 0.3), {"b": EVERYWHERE}, Evaluation(X, SIGMA)
+    )
     torch.testing.assert_close(D_neg, torch.full_like(X, 0.3))
 
 
 def test_the_block_is_the_last_of_the_decoder_at_the_lowest_resolution():
     net = golden.network("cond")
-    assert guide(Choice("sag", 1.2), Parts(net)).negs[0].block == "dec.8x8_block1"
+    assert guide(Choice("sag", 1.2), Parts(net)).negatives[0].source.block == "dec.8x8_block1"
     chosen = Choice("sag", 1.2, options={"sag_block": ("dec.8x8_in0",)})
-    assert guide(chosen, Parts(net)).negs[0].block == "dec.8x8_in0"
-    with pytest.raises(ValueError, match="reads one block; 0 were given"):
+    assert guide(chosen, Parts(net)).negatives[0].source.block == "dec.8x8_in0"
+    with pytest.raises(ValueError, match="reads exactly one attention block; 0 were given"):
         guide(Choice("sag", 1.2, options={"sag_block": ()}), Parts(net))
-    with pytest.raises(ValueError, match="no attention in a block called"):
+    with pytest.raises(ValueError, match="not an attention block"):
         guide(Choice("sag", 1.2, options={"sag_block": ("dec.8x8_in1",)}), Parts(net))

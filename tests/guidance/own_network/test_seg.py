@@ -46,7 +46,7 @@ def test_equal_queries_stay_as_they_are():
 
 
 def test_a_map_that_is_not_square_is_refused():
-    with pytest.raises(ValueError, match="48 pixels is not square"):
+    with pytest.raises(ValueError, match="48 tokens is not square"):
         BlurredQueries(1.0)(*(t[:, :, :48] for t in (Q, K, V)))
 
 

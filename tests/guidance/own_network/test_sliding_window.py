@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from edm2kit.guidance.combine import Evaluation
 from edm2kit.guidance.own_network.sliding_window import SlidingWindows
 from edm2kit.guidance.registry import Choice, Parts, guide
 from tests.support.fakes import Flat, Gaussian
@@ -19,12 +20,12 @@ def test_the_published_windows():
     corners, size = SlidingWindows(Flat(means)).corners(64, 64)
     assert (corners, size) == ([(0, 0), (0, 24), (24, 0), (24, 24)], 40)
     D = torch.full_like(X, -5.0)
-    changed = SlidingWindows(Flat(means)).beside(D, {}, X, SIGMA, None) != D
+    changed = SlidingWindows(Flat(means)).derive(D, {}, Evaluation(X, SIGMA)) != D
     assert changed.flatten(1).sum(1).tolist() == [1792, 1792]
 
 
 def test_overlaps_hold_the_mean_of_the_crops():
-    D_neg = SlidingWindows(Flat(means)).beside(torch.zeros_like(X), {}, X, SIGMA, None)
+    D_neg = SlidingWindows(Flat(means)).derive(torch.zeros_like(X), {}, Evaluation(X, SIGMA))
     top = X[:, :, :40, :40].mean(dim=(1, 2, 3)) * SIGMA
     right = X[:, :, :40, 24:].mean(dim=(1, 2, 3)) * SIGMA
     torch.testing.assert_close(D_neg[:, 0, 0, 30], (top + right) / 2)
@@ -39,14 +40,14 @@ def test_a_denoiser_of_single_pixels_is_left_alone():
 def test_a_crop_as_large_as_the_image_changes_nothing():
     net = Flat(means)
     D = net(X, SIGMA)
-    torch.testing.assert_close(SlidingWindows(net, 64).beside(D, {}, X, SIGMA, None), D)
+    torch.testing.assert_close(SlidingWindows(net, 64).derive(D, {}, Evaluation(X, SIGMA)), D)
 
 
 def test_every_crop_gets_its_image_s_noise_level_and_labels():
     def told(x, sigma, labels):
         return torch.zeros_like(x) + (labels.argmax(1) + 10 * sigma).reshape(-1, 1, 1, 1)
 
-    D_neg = SlidingWindows(Flat(told)).beside(torch.zeros_like(X), {}, X, SIGMA, torch.eye(2))
+    D_neg = SlidingWindows(Flat(told)).derive(torch.zeros_like(X), {}, Evaluation(X, SIGMA, torch.eye(2)))
     assert D_neg[:, 0, 30, 30].tolist() == [5.0, 21.0]
 
 

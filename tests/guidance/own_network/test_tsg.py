@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from edm2kit.denoiser import for_images, for_step
-from edm2kit.guidance.network_call import Call
+from edm2kit.guidance.network_call import NetworkCall
 from edm2kit.guidance.own_network.tsg import NoisyEmbedding
 from edm2kit.guidance.registry import Choice, Parts, guide
 from edm2kit.sampling.noise_levels import karras_sigmas
@@ -20,7 +20,7 @@ def in_step(part, i=3):
 
 
 def added(change, sigma, width=4000):
-    edits = change(Call(X, torch.tensor(sigma), None)).edits
+    edits = change(NetworkCall(X, torch.tensor(sigma), None)).edits
     return edits["embedding"](torch.zeros(3, width))
 
 
@@ -55,5 +55,5 @@ def test_to_first_order_it_is_the_derivative_by_the_embedding(name):
 
 
 def test_no_noise_changes_nothing_and_draws_nothing():
-    call = Call(X, torch.tensor(1.0), None)
+    call = NetworkCall(X, torch.tensor(1.0), None)
     assert NoisyEmbedding(0.0, 1.0)(call) is call

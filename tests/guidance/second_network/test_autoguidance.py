@@ -13,17 +13,17 @@ SIGMA = torch.tensor(0.7)
 
 def test_it_is_the_plain_formula():
     net, gnet = Gaussian(0.2, 0.25), Gaussian(-0.3, 0.36)
-    assert guide(Choice("pair", 2.1), Parts(net, gnet)) == Guided(net, gnet, 2.1)
+    assert guide(Choice("autoguidance", 2.1), Parts(net, gnet)) == Guided(net, gnet, 2.1)
 
 
 def test_the_guide_network_receives_the_labels():
-    guided = guide(Choice("pair", 0.0), Parts(Constant(0.0), ByLabel((1.0, 2.0))))
+    guided = guide(Choice("autoguidance", 0.0), Parts(Constant(0.0), ByLabel((1.0, 2.0))))
     assert guided(X, SIGMA, torch.tensor([[0.0, 1.0]] * 4)).unique().tolist() == [2.0]
 
 
 def test_weight_1_is_off_bitwise_and_calls_no_negative():
     negative, net = Counting(Constant(0.0)), Gaussian(0.2, 0.25)
-    off = guide(Choice("pair", 1.0), Parts(net, negative))
+    off = guide(Choice("autoguidance", 1.0), Parts(net, negative))
     assert torch.equal(edm_sampler(off, X, num_steps=3), edm_sampler(net, X, num_steps=3))
     assert negative.calls == []
 
@@ -33,7 +33,7 @@ def test_by_name_it_equals_the_reference(name):
     arrays = golden.load("sampler.npz")
     net = golden.network("cond", golden.part(golden.load("network_cond.npz"), "state/"))
     gnet = golden.network("cond", golden.part(arrays, "gstate/"))
-    guided = guide(Choice("pair", 2.1 if "2.1" in name else 1.0), Parts(net, gnet))
+    guided = guide(Choice("autoguidance", 2.1 if "2.1" in name else 1.0), Parts(net, gnet))
     golden.assert_close(
         edm_sampler(guided, arrays["noise"], arrays["labels"], num_steps=8), arrays[f"out/{name}"], 1e-4
     )

@@ -52,7 +52,7 @@ def test_weight_1_is_off_bitwise(golden_net):
 
 def test_without_labels_to_drop_it_is_refused(golden_net):
     net, arrays = golden_net
-    with pytest.raises(ValueError, match="none was given"):
+    with pytest.raises(ValueError, match="the images have none"):
         guide(Choice("cfg", 2.0), Parts(net))(arrays["x"], arrays["sigma"], None)
-    with pytest.raises(ValueError, match="this one has none"):
+    with pytest.raises(ValueError, match="this one has no classes"):
         guide(Choice("cfg", 2.0), Parts(Flat(Constant(0.0))))

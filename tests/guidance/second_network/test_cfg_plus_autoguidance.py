@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-from edm2kit.guidance.combine import Combined
-from edm2kit.guidance.combine import Guided
+from edm2kit.guidance.combine import Combination, Guided, Negative
 from edm2kit.guidance.registry import Choice, Parts, guide
-from edm2kit.guidance.second_network.cfg_plus_autoguidance import Mixed
+from edm2kit.guidance.second_network.cfg_plus_autoguidance import Interpolation
 from edm2kit.sampling.solvers import edm_sampler
 from edm2kit.torch_utils.rng import StackedGenerator
 from tests.support.fakes import Constant, Counting, Following, Gaussian
@@ -15,7 +14,7 @@ NET, WEAK, UNCOND = Gaussian(0.2, 0.25), Gaussian(0.1, 0.4), Gaussian(-0.3, 0.9)
 
 
 def guided(share, weight=2.1, parts=None):
-    choice = Choice("mixed", weight, options={"mixed_share": share})
+    choice = Choice("cfg-plus-autoguidance", weight, options={"cfg_plus_autoguidance_share": share})
     return guide(choice, parts or Parts(NET, WEAK, UNCOND))
 
 
@@ -23,8 +22,8 @@ def guided(share, weight=2.1, parts=None):
 def test_it_is_both_with_weights_of_their_own(share):
     # Karras et al. 2024, App. B.2
     w = 2.1
-    weights = ((1 - share) * (w - 1) + 1, share * (w - 1) + 1)
-    torch.testing.assert_close(guided(share)(X, SIGMA), Combined(NET, (UNCOND, WEAK), weights)(X, SIGMA))
+    both = (Negative(UNCOND, (1 - share) * (w - 1) + 1), Negative(WEAK, share * (w - 1) + 1))
+    torch.testing.assert_close(guided(share)(X, SIGMA), Combination(NET, both)(X, SIGMA))
 
 
 @pytest.mark.parametrize(("share", "alone", "unused"), [(0.0, UNCOND, "gnet"), (1.0, WEAK, "uncond")])
@@ -50,7 +49,7 @@ def test_weight_1_is_off_bitwise_and_calls_neither():
 
 def test_its_parts_follow_the_run():
     parts = [Following(UNCOND), Following(WEAK)]
-    edm_sampler(Mixed(*parts, 0.5).for_images(StackedGenerator("cpu", range(4))), X, num_steps=1)
+    edm_sampler(Interpolation(*parts, 0.5).for_images(StackedGenerator("cpu", range(4))), X, num_steps=1)
     assert [part.heard for part in parts] == [[("for_images", 4), ("for_step", 0), ("call", 0), ("after_step", 0)]] * 2
 
 

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from edm2kit.guidance.losses.loss_gradient import LossGuided, slope, slope_at
-from edm2kit.guidance.losses.targets import Masked, Measurement
+from edm2kit.guidance.losses.gradient import slope, slope_at
+from edm2kit.guidance.losses.restoration import InpaintingOperator, Measurement
+from edm2kit.guidance.losses.score import LossGuided
 from edm2kit.sampling.solvers import edm_sampler
 from edm2kit.torch_utils.rng import StackedGenerator
 from tests.support.fakes import Constant, Counting, Following, Gaussian, Mixture
@@ -14,7 +15,7 @@ X = torch.randn([4, 2, 3, 3], generator=GENERATOR, dtype=torch.float64)
 SIGMA = torch.tensor([0.1, 0.5, 2.0, 30.0], dtype=torch.float64)
 MIXTURE = Mixture(torch.randn([3, 2, 3, 3], generator=GENERATOR), 0.2)
 TARGET = torch.randn([2, 3, 3], generator=GENERATOR)
-LOSS = Measurement(Masked(torch.ones(1, 3, 3)), TARGET, 0.7)
+LOSS = Measurement(InpaintingOperator(torch.ones(1, 3, 3)), TARGET, 0.7)
 
 
 def never(D):
@@ -125,7 +126,7 @@ def test_a_scale_that_is_not_finite_is_refused(scale):
 
 
 def test_a_loss_of_the_wrong_shape_is_told():
-    with pytest.raises(ValueError, match=r"loss of 4 images has shape \[\]; expected one number per image"):
+    with pytest.raises(ValueError, match=r"loss of 4 images has shape \[\]; expected one per image"):
         LossGuided(MIXTURE, lambda D: D.sum(), 1.0)(X, SIGMA)
 
 

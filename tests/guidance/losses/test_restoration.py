@@ -1,12 +1,25 @@
 import pytest
 import torch
 
-from edm2kit.guidance.losses.targets import Blurred, ClassLogits, Downsampled, Masked, MeanColour, Measurement, OnPixels
+from edm2kit.guidance.losses.loss import ClassLogits, OnPixels
+from edm2kit.guidance.losses.restoration import (
+    DownsamplingOperator,
+    GaussianBlurOperator,
+    InpaintingOperator,
+    MeanColourOperator,
+    Measurement,
+)
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.randn([3, 2, 8, 8], generator=GENERATOR, dtype=torch.float64)
 MASK = (torch.rand([1, 8, 8], generator=GENERATOR) < 0.3).double()
-OPERATORS = [Masked(MASK), Downsampled(2), Downsampled(8), Blurred(0.7), MeanColour()]
+OPERATORS = [
+    InpaintingOperator(MASK),
+    DownsamplingOperator(2),
+    DownsamplingOperator(8),
+    GaussianBlurOperator(0.7),
+    MeanColourOperator(),
+]
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -28,16 +41,16 @@ def test_operators_are_linear(operator):
 def test_a_measurement_is_the_gaussian_log_likelihood():
     target, s = torch.zeros(2), 0.3
     log_p = torch.distributions.Normal(target.double(), s).log_prob(IMAGES.mean((2, 3))).sum(1)
-    losses = Measurement(MeanColour(), target, s)(IMAGES)
+    losses = Measurement(MeanColourOperator(), target, s)(IMAGES)
     torch.testing.assert_close(losses - losses[0], -(log_p - log_p[0]))
 
 
 def test_the_sum_of_squares():
-    losses = Measurement(Masked(MASK), torch.zeros(2, 8, 8), 0.5**0.5)(IMAGES)
+    losses = Measurement(InpaintingOperator(MASK), torch.zeros(2, 8, 8), 0.5**0.5)(IMAGES)
     torch.testing.assert_close(losses, (IMAGES**2 * MASK).sum((1, 2, 3)))
 
 
-@pytest.mark.parametrize("operator", [op for op in OPERATORS if not isinstance(op, Blurred)])
+@pytest.mark.parametrize("operator", [op for op in OPERATORS if not isinstance(op, GaussianBlurOperator)])
 def test_rows_are_orthogonal_and_as_long_as_they_say(operator):
     basis = torch.eye(2 * 64, dtype=torch.float64).reshape(128, 2, 8, 8)
     matrix = operator(basis).flatten(1).T
@@ -49,25 +62,25 @@ def test_rows_are_orthogonal_and_as_long_as_they_say(operator):
 
 def test_a_blur_makes_no_noise_louder():
     basis = torch.eye(64, dtype=torch.float64).reshape(64, 1, 8, 8)
-    matrix = Blurred(0.7)(basis).flatten(1).T
+    matrix = GaussianBlurOperator(0.7)(basis).flatten(1).T
     loudest = torch.linalg.eigvalsh(matrix @ matrix.T).max().item()
     # the continued border counts outer pixels more than once
-    assert Blurred(0.7).row_energy(IMAGES.shape) == pytest.approx(loudest, rel=0.05)
+    assert GaussianBlurOperator(0.7).row_energy(IMAGES.shape) == pytest.approx(loudest, rel=0.05)
 
 
 def test_an_uncertain_image_makes_the_noise_larger():
     target, s, r = torch.zeros(2, 4, 4), 0.3, torch.tensor([0.0, 0.5, 2.0])
-    losses = Measurement(Downsampled(2), target, s)(IMAGES, r)
+    losses = Measurement(DownsamplingOperator(2), target, s)(IMAGES, r)
     for k in range(3):
-        wider = Measurement(Downsampled(2), target, (s**2 + r[k].item() ** 2 / 4) ** 0.5)
+        wider = Measurement(DownsamplingOperator(2), target, (s**2 + r[k].item() ** 2 / 4) ** 0.5)
         torch.testing.assert_close(losses[k], wider(IMAGES)[k])
 
 
 def test_a_blur_keeps_constants_and_spreads_a_point_by_its_deviation():
-    torch.testing.assert_close(Blurred(1.5)(torch.ones(1, 1, 8, 8)), torch.ones(1, 1, 8, 8))
+    torch.testing.assert_close(GaussianBlurOperator(1.5)(torch.ones(1, 1, 8, 8)), torch.ones(1, 1, 8, 8))
     point = torch.zeros(1, 1, 33, 33, dtype=torch.float64)
     point[..., 16, 16] = 1
-    columns = Blurred(1.5)(point).sum((0, 1, 2))
+    columns = GaussianBlurOperator(1.5)(point).sum((0, 1, 2))
     offsets = torch.arange(33) - 16
     assert (columns * offsets**2).sum().item() == pytest.approx(1.5**2, rel=0.03)  # cut off at three deviations
 
@@ -81,7 +94,7 @@ def test_class_logits_are_the_classes_log_probability():
 
 
 def test_latents_are_decoded_first():
-    loss = Measurement(MeanColour(), torch.ones(2), 1.0)
+    loss = Measurement(MeanColourOperator(), torch.ones(2), 1.0)
     assert torch.equal(OnPixels(loss, lambda z: z / 2)(IMAGES), loss(IMAGES / 2))
 
 
@@ -92,9 +105,9 @@ def test_losses_of_one_image_do_not_depend_on_the_others():
 
 
 def test_wrong_arguments_are_told():
-    with pytest.raises(ValueError, match=r"target is \[3\]; of an image \[2\] is seen"):
-        Measurement(MeanColour(), torch.zeros(3), 1.0)(IMAGES)
+    with pytest.raises(ValueError, match=r"target has shape \[3\]; the measurement of an image has \[2\]"):
+        Measurement(MeanColourOperator(), torch.zeros(3), 1.0)(IMAGES)
     with pytest.raises(ValueError, match="expected a positive number"):
-        Measurement(MeanColour(), torch.zeros(2), 0.0)
+        Measurement(MeanColourOperator(), torch.zeros(2), 0.0)
     with pytest.raises(ValueError, match="no closed form for function"):
         Measurement(lambda images: images**2, IMAGES[0], 0.1)(IMAGES, 0.5)

@@ -5,17 +5,12 @@ import torch
 
 from edm2kit.guidance.combine import Guided
 from edm2kit.guidance.interval import GuidanceInterval
-from edm2kit.guidance.losses.loss_gradient import slope
-from edm2kit.guidance.losses.loss_steps import (
-    LevelStep,
-    NoiseStep,
-    Point,
-    PolyakStep,
-    Pushed,
-    ResidualStep,
-    TruePolyakStep,
-)
-from edm2kit.guidance.losses.targets import Masked, Measurement
+from edm2kit.guidance.losses.dps import DPSStep
+from edm2kit.guidance.losses.freedom import FreeDoMLevelStep, FreeDoMStep
+from edm2kit.guidance.losses.gradient import slope
+from edm2kit.guidance.losses.gradient_step import GradientStep, StepStart
+from edm2kit.guidance.losses.polyak import PolyakStep, TruePolyakStep
+from edm2kit.guidance.losses.restoration import InpaintingOperator, Measurement
 from edm2kit.sampling.solvers import edm_sampler, euler, heun
 from edm2kit.torch_utils.rng import StackedGenerator
 from tests.support.fakes import Constant, Counting, Following, Mixture
@@ -24,8 +19,8 @@ GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn([4, 2, 3, 3], generator=GENERATOR, dtype=torch.float64)
 MIXTURE = Mixture(torch.randn([3, 2, 3, 3], generator=GENERATOR), 0.2)
 TARGET = torch.randn([2, 3, 3], generator=GENERATOR)
-SQUARES = Measurement(Masked(torch.ones(1, 3, 3)), TARGET, 0.5**0.5)
-RULES = [ResidualStep(), LevelStep(), NoiseStep(), PolyakStep(), TruePolyakStep()]
+SQUARES = Measurement(InpaintingOperator(torch.ones(1, 3, 3)), TARGET, 0.5**0.5)
+RULES = [DPSStep(), FreeDoMLevelStep(), FreeDoMStep(), PolyakStep(), TruePolyakStep()]
 SIGMAS = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
 
 
@@ -39,7 +34,7 @@ def unchanged(x, sigma, labels=None):
 
 def start_of_step(sigma=2.0):
     level = torch.tensor(sigma, dtype=torch.float64)
-    return Point(X, level.reshape(1, 1, 1, 1), *slope(MIXTURE, SQUARES, X, level, None))
+    return StepStart(X, level.reshape(1, 1, 1, 1), *slope(MIXTURE, SQUARES, X, level, None))
 
 
 def lengths(x):
@@ -51,20 +46,20 @@ def lengths(x):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_u1_scale_0_is_off_bitwise_and_calls_no_loss(rule):
-    off = Pushed(MIXTURE, never, rule, 0.0)
+    off = GradientStep(MIXTURE, never, rule, 0.0)
     assert torch.equal(edm_sampler(off, X, num_steps=4), edm_sampler(MIXTURE, X, num_steps=4))
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_u2_a_constant_loss_moves_nothing(rule):
-    pushed = Pushed(MIXTURE, lambda D: torch.ones(len(D)), rule, 3.0)
+    pushed = GradientStep(MIXTURE, lambda D: torch.ones(len(D)), rule, 3.0)
     assert torch.equal(edm_sampler(pushed, X, num_steps=4), edm_sampler(MIXTURE, X, num_steps=4))
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("backprop", [True, False])
 def test_u5_an_image_does_not_depend_on_its_batch(rule, backprop):
-    pushed = Pushed(MIXTURE, SQUARES, rule, 0.5, backprop)
+    pushed = GradientStep(MIXTURE, SQUARES, rule, 0.5, backprop)
     whole = edm_sampler(pushed, X, num_steps=4, dtype=torch.float64)
     for k in range(4):
         alone = edm_sampler(pushed, X[k : k + 1], num_steps=4, dtype=torch.float64)
@@ -78,14 +73,14 @@ def test_u6_the_evaluations_are_those_of_the_run_and_one_a_step_has_the_loss():
         losses.append(D)
         return SQUARES(D)
 
-    edm_sampler(Pushed(counting, noted, NoiseStep(), 1.0), X)
+    edm_sampler(GradientStep(counting, noted, FreeDoMStep(), 1.0), X)
     assert (len(counting.calls), len(losses)) == (63, 32)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_brings_samples_nearer_to_what_the_loss_asks_for(rule):
     plain = SQUARES(euler(MIXTURE, X, SIGMAS)).mean()
-    assert SQUARES(euler(Pushed(MIXTURE, SQUARES, rule, 0.05), X, SIGMAS)).mean() < plain - 0.01
+    assert SQUARES(euler(GradientStep(MIXTURE, SQUARES, rule, 0.05), X, SIGMAS)).mean() < plain - 0.01
 
 
 # ---- closed forms: where a single step ends
@@ -94,21 +89,21 @@ def test_every_rule_brings_samples_nearer_to_what_the_loss_asks_for(rule):
 @pytest.mark.parametrize("solver", [euler, heun])
 def test_x_is_moved_once_after_the_step_by_the_gradient_at_its_start(solver):
     two = torch.tensor([2.0, 1.0], dtype=torch.float64)
-    at = Point(2 * X, torch.full([1, 1, 1, 1], 2.0), *slope(MIXTURE, SQUARES, 2 * X, two[0], None))
+    at = StepStart(2 * X, torch.full([1, 1, 1, 1], 2.0), *slope(MIXTURE, SQUARES, 2 * X, two[0], None))
     expected = solver(MIXTURE, X, two) - 0.3 * 0.2 * math.sqrt(2) * at.gradient
-    torch.testing.assert_close(solver(Pushed(MIXTURE, SQUARES, LevelStep(0.2), 0.3), X, two), expected)
+    torch.testing.assert_close(solver(GradientStep(MIXTURE, SQUARES, FreeDoMLevelStep(0.2), 0.3), X, two), expected)
 
 
 def test_dps_divides_by_the_residual():
     at = start_of_step()
     residual = lengths(at.D - TARGET)
-    shift = ResidualStep(0.7)(at, SIGMAS[1])
+    shift = DPSStep(0.7)(at, SIGMAS[1])
     torch.testing.assert_close(shift, 0.7 * at.gradient / residual.reshape(-1, 1, 1, 1))
 
 
 def test_freedom_shift_has_the_rms_it_should():
     at = start_of_step()
-    shift = NoiseStep(0.02)(at, SIGMAS[1])
+    shift = FreeDoMStep(0.02)(at, SIGMAS[1])
     rms = (at.x - at.D).square().mean((1, 2, 3)).sqrt()
     torch.testing.assert_close(shift.square().mean((1, 2, 3)).sqrt(), 0.02 * (1 - 1 / 4) * rms)
     along = (shift * at.gradient).sum((1, 2, 3)) / (lengths(shift) * lengths(at.gradient))
@@ -127,14 +122,14 @@ def test_true_polyak_reaches_the_lowest_of_an_affine_loss_in_one_step():
     def affine(D):
         return (D * slopes).sum((1, 2, 3)) + 30
 
-    pushed = Pushed(unchanged, affine, TruePolyakStep(lowest=-7.0))
+    pushed = GradientStep(unchanged, affine, TruePolyakStep(lowest=-7.0))
     x = euler(pushed, X, torch.tensor([2.0, 1.0], dtype=torch.float64))
     torch.testing.assert_close(affine(x), torch.full([4], -7.0, dtype=torch.float64))
 
 
 def test_only_true_polyak_keeps_its_step_when_the_unit_of_the_loss_changes():
     level = torch.tensor(2.0, dtype=torch.float64)
-    scaled = Point(X, level.reshape(1, 1, 1, 1), *slope(MIXTURE, lambda D: 10 * SQUARES(D), X, level, None))
+    scaled = StepStart(X, level.reshape(1, 1, 1, 1), *slope(MIXTURE, lambda D: 10 * SQUARES(D), X, level, None))
     at = start_of_step()
     torch.testing.assert_close(TruePolyakStep()(scaled, SIGMAS[1]), TruePolyakStep()(at, SIGMAS[1]))
     torch.testing.assert_close(PolyakStep()(scaled, SIGMAS[1]), PolyakStep()(at, SIGMAS[1]) / 10)
@@ -158,14 +153,14 @@ def test_an_interval_decides_which_steps_push():
         losses.append(D)
         return SQUARES(D)
 
-    gated = GuidanceInterval(Pushed(MIXTURE, noted, NoiseStep()), MIXTURE, 0.28, 2.90)
+    gated = GuidanceInterval(GradientStep(MIXTURE, noted, FreeDoMStep()), MIXTURE, 0.28, 2.90)
     edm_sampler(gated, X)
     assert len(losses) == 7
 
 
 def test_a_guided_denoiser_can_be_pushed_and_told_to_follow_the_run():
     inner = Following(Constant(0.0))
-    pushed = Pushed(Guided(inner, Constant(1.0), 2.0), SQUARES, LevelStep())
+    pushed = GradientStep(Guided(inner, Constant(1.0), 2.0), SQUARES, FreeDoMLevelStep())
     edm_sampler(pushed.for_images(StackedGenerator("cpu", range(4))), X, num_steps=1)
     assert inner.heard == [("for_images", 4), ("for_step", 0), ("call", 0), ("after_step", 0)]
     assert pushed.scaled(0.5).scale == 0.5
@@ -173,6 +168,6 @@ def test_a_guided_denoiser_can_be_pushed_and_told_to_follow_the_run():
 
 def test_a_call_outside_of_a_run_and_an_infinite_scale_are_refused():
     with pytest.raises(ValueError, match="after each step: call for_step"):
-        Pushed(MIXTURE, SQUARES, NoiseStep())(X, torch.tensor(1.0))
+        GradientStep(MIXTURE, SQUARES, FreeDoMStep())(X, torch.tensor(1.0))
     with pytest.raises(ValueError, match="scale of loss guidance"):
-        Pushed(MIXTURE, SQUARES, NoiseStep(), math.inf)
+        GradientStep(MIXTURE, SQUARES, FreeDoMStep(), math.inf)

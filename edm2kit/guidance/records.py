@@ -1,0 +1,44 @@
+"""Recorded settings of images, compared under the names of today; methods and options were renamed."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from edm2kit.guidance.registry import ALIASES, METHODS, OPTION_ALIASES
+from edm2kit.torch_utils.records import differences
+
+
+def settings_differences(recorded: Any, current: Any, name: str = "") -> list[str]:
+    """`edm2kit.torch_utils.records.differences` of two settings, whatever release recorded either; [] if equal."""
+    return differences(settings_with_current_names(recorded), settings_with_current_names(current), name)
+
+
+def settings_with_current_names(settings: Any) -> Any:
+    """Recorded settings with guidance under the names of today, so that those of the same images are equal.
+
+    `settings` has the keys `gnet` and `guidance`, as generate.py records them; without `guidance` it stays as it is.
+    Guidance by an unconditional guide network counts as autoguidance, which is the same formula.
+    """
+    guidance = settings.get("guidance") if isinstance(settings, Mapping) else None
+    if not isinstance(guidance, Mapping) or "method" not in guidance:
+        return settings
+    also = guidance.get("also", [])
+    names = [ALIASES.get(name, name) for name in (guidance["method"], *(name for name, _ in also))]
+    if settings.get("gnet") is not None and not any(name in METHODS and METHODS[name].needs_gnet for name in names):
+        names = ["autoguidance" if name == "cfg" else name for name in names]
+    renamed = {**guidance, "method": names[0]}
+    if also:
+        renamed["also"] = [[name, weight] for name, (_, weight) in zip(names[1:], also, strict=True)]
+    options = guidance.get("options")
+    if isinstance(options, Mapping):
+        renamed["options"] = {OPTION_ALIASES.get(keyword, keyword): value for keyword, value in options.items()}
+    return {**settings, "guidance": renamed}
+
+
+def words_with_current_names(words: str) -> str:
+    """A command line as text with its guidance methods and options under the names of today."""
+    for old, new in ALIASES.items():
+        words = re.sub(rf"(--guidance-(?:method|also)[ =]){old}\b", rf"\g<1>{new}", words)
+    for old, new in OPTION_ALIASES.items():
+        words = re.sub(rf"--{old.replace('_', '-')}\b", f"--{new.replace('_', '-')}", words)
+    return words
