@@ -1,6 +1,5 @@
 """Every kind of data set by name, and the choice of one by what is at a path."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -15,11 +14,20 @@ class SourceOpener(Protocol):
     def __call__(self, path: str, max_images: int | None, use_labels: bool, /) -> Source: ...
 
 
-SOURCES: Mapping[str, SourceOpener] = {
+SOURCES: dict[str, SourceOpener] = {
     "image_files": ImageDataset,
     "arrays": ArrayDataset,
     "hf": HuggingFaceDataset,
 }
+
+
+def register_source(name: str, opener: SourceOpener) -> None:
+    """Make a kind of data set available as `name`: `--data name:PATH` calls `opener(PATH, max_images, use_labels)`.
+
+    Registering the same opener again does nothing. Raises ValueError if the name is taken by another kind.
+    """
+    if SOURCES.setdefault(name, opener) is not opener:
+        raise ValueError(f"a kind of data set called {name!r} exists already; choose another name")
 
 
 def open_source(path: str | Path, max_images: int | None = None, use_labels: bool = True) -> Source:

@@ -8,7 +8,14 @@ from edm2kit.models.edm2 import Precond
 from edm2kit.models.encoders import ENCODERS, Encoder, make_encoder
 from edm2kit.models.frozen import compile_, freeze_
 from edm2kit.models.layers import normalize_weights_
-from edm2kit.models.networks import NETWORKS, NetworkKind, build_network, full_architecture, network_kind
+from edm2kit.models.networks import (
+    NETWORKS,
+    NetworkKind,
+    build_network,
+    full_architecture,
+    network_kind,
+    register_network,
+)
 from edm2kit.models.preconditioning import Edits, Preconditioner, RawNetwork
 
 __all__ = [
@@ -29,4 +36,5 @@ __all__ = [
     "make_encoder",
     "network_kind",
     "normalize_weights_",
+    "register_network",
 ]

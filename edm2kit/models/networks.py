@@ -67,6 +67,15 @@ NETWORKS: dict[str, NetworkKind] = {
 }
 
 
+def register_network(name: str, kind: NetworkKind) -> None:
+    """Make a kind of network available as `name`: in configurations (`network: {kind: name}`) and in snapshots.
+
+    Registering the same kind again does nothing. Raises ValueError if the name is taken by another kind.
+    """
+    if NETWORKS.setdefault(name, kind) is not kind:
+        raise ValueError(f"a kind of network called {name!r} exists already; choose another name")
+
+
 def network_kind(network: Mapping[str, Any]) -> str:
     """The kind that a configuration's `network` mapping names with its key `kind`; "edm2" if it names none.
 

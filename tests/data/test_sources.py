@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edm2kit.data import sources
 from edm2kit.data.array_dataset import ArrayDataset
 from edm2kit.data.batches import GlobalOrder, training_batches
 from edm2kit.data.dataset import ImageDataset
@@ -269,3 +270,16 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     next(path.glob("*.arrow")).write_bytes(b"no table")
     with pytest.raises(ValueError, match="hf: cannot be read"):
         HuggingFaceDataset(path)
+
+
+def test_a_registered_kind_opens_by_its_prefix_and_its_name_is_not_given_twice(monkeypatch):
+    monkeypatch.setattr(sources, "SOURCES", dict(sources.SOURCES))
+
+    def opener(path, max_images, use_labels):
+        return path, max_images, use_labels
+
+    sources.register_source("mine", opener)
+    sources.register_source("mine", opener)
+    assert sources.open_source("mine:here", 5, use_labels=False) == ("here", 5, False)
+    with pytest.raises(ValueError, match="'mine' exists already"):
+        sources.register_source("mine", ImageDataset)

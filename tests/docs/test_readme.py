@@ -2,8 +2,6 @@
 
 import os
 import shlex
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,10 +11,10 @@ import edm2kit
 from edm2kit.cli.presets import load_presets
 from edm2kit.experiments.demo import pictures
 from edm2kit.snapshots.file_format import snapshot_name
-from tests.docs.support import broken_links, code_blocks, page, sections
+from tests.docs.support import broken_links, code_blocks, page, run_commands, sections
 from tests.support import ROOT
 from tests.support.fakes import tiny_snapshot
-from tests.support.tiny import environment, write_config
+from tests.support.tiny import write_config
 
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")]
 # what makes the README's commands small: sizes, and with the number of images the names of snapshots
@@ -56,21 +54,12 @@ def test_the_six_commands_take_a_folder_of_photos_to_a_score(tmp_path):
     for k, image in enumerate(pictures.draw(0, range(12))[0]):
         Image.fromarray(image).resize((40, 36)).save(folder / f"{k}.jpg")
     write_config(tmp_path / "tiny.yaml")
-    unused = set(SMALL)
-    for command in commands:
-        unused -= {large for large in SMALL if large in command}
-        for large, small in SMALL.items():
-            command = command.replace(large, small)
-        program, *arguments = shlex.split(command)
-        assert program == "python"
-        arguments[0] = str(ROOT / arguments[0])
-        done = subprocess.run(
-            [sys.executable, *arguments], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    assert not unused, "these stand for nothing in the README"
+    assert {large for large in SMALL if large not in block} == set(), "these stand for nothing in the README"
+    for large, small in SMALL.items():
+        block = block.replace(large, small)
+    output = run_commands(block, tmp_path)
     assert len(list((tmp_path / "out").glob("*.png"))) == 10
-    assert "fd_random" in done.stdout
+    assert "fd_random" in output.splitlines()[-1]
 
 
 def test_the_preset_of_the_first_command_exists():

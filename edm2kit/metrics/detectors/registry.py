@@ -79,6 +79,15 @@ DETECTORS: dict[str, DetectorSpec] = {
 }
 
 
+def register_detector(name: str, spec: DetectorSpec) -> None:
+    """Make a detector available as the metric `name`, the Frechet distance of its features.
+
+    Registering the same specification again does nothing. Raises ValueError if the name is taken by another detector.
+    """
+    if DETECTORS.setdefault(name, spec) is not spec:
+        raise ValueError(f"a metric called {name!r} exists already; choose another name")
+
+
 @dataclass(frozen=True)
 class Detector:
     """A network that turns uint8 [N, 1 or 3, H, W] on its device into float32 features [N, num_features]."""

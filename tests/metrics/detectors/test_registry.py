@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from edm2kit.metrics.detectors import registry
 from edm2kit.metrics.detectors.registry import DETECTORS, Detector, DetectorSpec, WeightFile, check_names, load_detector
 from edm2kit.torch_utils.files import pinned
 
@@ -134,3 +135,13 @@ def test_registered_sizes_are_those_of_the_networks():
         assert DETECTORS[metric].build()(images).shape == (1, DETECTORS[metric].num_features)
     with torch.device("meta"):
         assert DETECTORS["fd_dinov2"].build().norm.weight.shape == (DETECTORS["fd_dinov2"].num_features,)
+
+
+def test_a_registered_detector_is_loaded_by_name_and_its_name_not_given_twice(monkeypatch):
+    monkeypatch.setattr(registry, "DETECTORS", dict(registry.DETECTORS))
+    spec = DetectorSpec(Tiny, num_features=2, sha256="0" * 64, preprocessing="none")
+    registry.register_detector("fd_tiny", spec)
+    registry.register_detector("fd_tiny", spec)
+    assert load_detector("fd_tiny")(torch.full([1, 3, 2, 2], 7, dtype=torch.uint8)).tolist() == [[7, 7]]
+    with pytest.raises(ValueError, match="'fid' exists already"):
+        registry.register_detector("fid", spec)
