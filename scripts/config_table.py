@@ -26,16 +26,11 @@ def config_table() -> str:
     lines = ["| setting | option | default | may change on resume | meaning |", "| --- | --- | --- | --- | --- |"]
     for field in dataclasses.fields(TrainConfig):
         option = f"`{field.metadata['option']}`" if "option" in field.metadata else ""
+        text = cli.default_text(field)
+        default = f"`{text}`" if text else ""
         free = "yes" if field.metadata.get("free") else ""
-        lines.append(f"| `{field.name}` | {option} | {_default(field)} | {free} | {field.metadata['help']} |")
+        lines.append(f"| `{field.name}` | {option} | {default} | {free} | {field.metadata['help']} |")
     return "\n".join(lines) + "\n"
-
-
-def _default(field: dataclasses.Field) -> str:
-    if field.default is not dataclasses.MISSING:
-        return "" if field.default in (None, "") else f"`{cli.default_text(field)}`"
-    value = field.default_factory()
-    return f"`{value}`" if value else ""
 
 
 def document() -> str:

@@ -7,7 +7,7 @@ import re
 import signal
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -25,6 +25,7 @@ class _Base(click.Command):
     """A command whose --help comes in sections with defaults, and that ends its process through `dist.exit_process`.
 
     `sections` are the titles to list first, in their order; other sections follow in the order of their options.
+    `unlisted` are parameters that --help leaves out.
     """
 
     def __init__(
@@ -32,11 +33,13 @@ class _Base(click.Command):
         name: str | None,
         *,
         sections: Sequence[str] = (),
+        unlisted: Sequence[str] = (),
         context_settings: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(name, context_settings={**_CONTEXT, **(context_settings or {})}, **kwargs)
         self.sections = sections
+        self.unlisted = unlisted
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -50,10 +53,11 @@ class _Base(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in self.sections}
         for parameter in self.get_params(ctx):
             line = parameter.get_help_record(ctx)
-            if line is not None:
+            if line is not None and parameter.name not in self.unlisted:
                 sections.setdefault(getattr(parameter, "section", OTHER), []).append(line)
-        last = sections.pop(OTHER)
-        for title, lines in {**sections, OTHER if sections else "Options": last}.items():
+        last = sections.pop(OTHER, [])
+        titled = {title: lines for title, lines in sections.items() if lines}
+        for title, lines in {**titled, OTHER if titled else "Options": last}.items():
             with formatter.section(title):
                 formatter.write_dl(lines, col_max=26)
 
@@ -142,7 +146,7 @@ def printing_option(name: str, text: Callable[[Any], str], help: str, metavar: s
     )
 
 
-def options_from(config: type, *names: str) -> list[Decorator]:
+def options_from(config: type, *names: str, defaults: Mapping[str, Any] | None = None) -> list[Decorator]:
     """Click options for fields of a dataclass: those in `names`, or all that have one.
 
     A field describes its option in its metadata: `option`, its name on the command line (without it the field has
@@ -150,12 +154,21 @@ def options_from(config: type, *names: str) -> list[Decorator]:
     function from text that raises ValueError. The metavar NIMG stands for a number of images such as 128Ki or 8Mi. A
     bool without a metavar is a flag.
 
-    An option has the value None unless it is given, so that a default stays in the dataclass alone; --help shows it.
+    An option has the value None unless it is given, so that a default stays in the dataclass alone; --help shows it, or
+    the one in `defaults` if the command uses another.
     """
     fields = {field.name: field for field in dataclasses.fields(config)}
     hints = typing.get_type_hints(config)
     chosen = names or [name for name, field in fields.items() if "option" in field.metadata]
-    return [_option_of(fields[name], hints[name]) for name in chosen]
+    shown = {name: default_text(fields[name]) for name in chosen}
+    for name, value in (defaults or {}).items():
+        shown[name] = value_text(value, fields[name].metadata.get("metavar"))
+    return [_option_of(fields[name], hints[name], shown[name]) for name in chosen]
+
+
+def device_option() -> Decorator:
+    """--device, the same for all commands."""
+    return click.option("--device", metavar="NAME", default="auto", help="auto, cuda, mps or cpu")
 
 
 def given_options(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -164,7 +177,7 @@ def given_options(options: dict[str, Any], names: Iterable[str]) -> dict[str, An
     return {name: value for name, value in taken.items() if value is not None}
 
 
-def _option_of(field: dataclasses.Field[Any], hint: Any) -> Decorator:
+def _option_of(field: dataclasses.Field[Any], hint: Any, default: str) -> Decorator:
     metadata = field.metadata
     if hint is bool and "metavar" not in metadata:
         return click.option(metadata["option"], field.name, is_flag=True, default=None, help=metadata["help"])
@@ -173,11 +186,11 @@ def _option_of(field: dataclasses.Field[Any], hint: Any) -> Decorator:
         field.name,
         type=_value_type(metadata, hint),
         metavar=metadata.get("metavar"),
-        help=f"{metadata['help']}{_shown_default(field)}",
+        help=f"{metadata['help']}  [default: {default}]" if default else metadata["help"],
     )
 
 
-def _value_type(metadata: typing.Mapping[str, Any], hint: Any) -> click.ParamType | type:
+def _value_type(metadata: Mapping[str, Any], hint: Any) -> click.ParamType | type:
     if "parse" in metadata:
         return Parsed(metadata["parse"])
     if "choices" in metadata:
@@ -189,20 +202,21 @@ def _value_type(metadata: typing.Mapping[str, Any], hint: Any) -> click.ParamTyp
     return AtLeast(hint, metadata["min"]) if "min" in metadata else hint
 
 
-def _shown_default(field: dataclasses.Field[Any]) -> str:
-    text = field.metadata.get("default")
-    if text is None and field.default not in (None, "", dataclasses.MISSING):
-        text = default_text(field)
-    return "" if text is None else f"  [default: {text}]"
-
-
 def default_text(field: dataclasses.Field[Any]) -> str:
-    """The default of a field as it would be written on the command line."""
-    value: Any = field.default
-    if field.metadata.get("metavar") == "NIMG":
-        return size_text(value)
+    """The default of a field as it would be written on the command line; "" if there is none."""
+    if "default" in field.metadata:
+        return field.metadata["default"]
+    if field.default in (None, "", dataclasses.MISSING):
+        return ""
+    return value_text(field.default, field.metadata.get("metavar"))
+
+
+def value_text(value: Any, metavar: str | None = None) -> str:
+    """A value as it would be written on the command line; the metavar NIMG stands for a number of images."""
     if isinstance(value, bool):
         return str(value).lower()
+    if metavar == "NIMG" and isinstance(value, int):
+        return size_text(value)
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, tuple):

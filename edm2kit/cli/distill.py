@@ -21,40 +21,36 @@ from edm2kit.training.distillation import DistillationLoss
 from edm2kit.training.run import RECORD_NAME, Run, StopRequest, parse_duration_sec, prepare_run
 
 _NOISE_LEVELS = ("P_mean", "P_std")
+# where distilling differs from training
+_DEFAULTS = {
+    "duration_nimg": 8 << 20,
+    "ref_lr": 0.002,
+    "snapshot_every_nimg": 1 << 20,
+    "checkpoint_every_nimg": 1 << 20,
+}
+_AS_TRAINED = dict.fromkeys(_NOISE_LEVELS, "as the network was trained")
+# options of generate.py that make no difference to what a network can learn
+_UNLISTED = ("classes", "balanced", "solver", "S_churn", "S_min", "S_max", "S_noise", "times", "travel_interval")
 
 
-@click.command(cls=cli.Command)
+@click.command(cls=cli.Command, sections=("Networks", "Distillation"), unlisted=_UNLISTED)
 @generation_options
-@click.option("--data", metavar="ZIP|DIR", required=True, help="Images to add noise to: those the network learnt from.")
-@click.option("--outdir", metavar="DIR", required=True, help="Run folder; the same command again resumes the run.")
-@click.option("--duration", "duration_nimg", type=cli.Size(), default="8Mi", show_default=True, help="Images to see.")
-@click.option("--lr", "ref_lr", type=float, default=0.002, show_default=True, help="Learning rate, all along.")
-@click.option(
-    "--batch", "batch_size", type=cli.Size(), default=TrainConfig.batch_size, show_default=True, help="Images a step."
+@cli.section(
+    "Distillation",
+    click.option("--data", metavar="ZIP|DIR", required=True, help="Training data of the network"),
+    click.option("--outdir", metavar="DIR", required=True, help="Run folder; repeat the command to resume"),
+    *cli.options_from(TrainConfig, "duration_nimg", "batch_size", "batch_gpu", "ref_lr", defaults=_DEFAULTS),
+    *cli.options_from(TrainConfig, *_NOISE_LEVELS, defaults=_AS_TRAINED),
+    *cli.options_from(TrainConfig, "seed", "workers", "status_every_nimg"),
+    *cli.options_from(TrainConfig, "snapshot_every_nimg", "checkpoint_every_nimg", defaults=_DEFAULTS),
+    click.option(
+        "--max-time",
+        metavar="TIME",
+        type=cli.Parsed(parse_duration_sec),
+        help="Save and stop after 90s, 45m, 11.5h or 2d",
+    ),
 )
-@click.option("--batch-gpu", type=cli.Size(), help="At most so many images in one pass on each process.")
-@click.option("--P_mean", "P_mean", type=float, help="Mean of ln(sigma).  [default: as the network was trained]")
-@click.option("--P_std", "P_std", type=float, help="Standard deviation of ln(sigma).  [default: likewise]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Random seed of the whole run.")
-@click.option(
-    "--workers",
-    type=int,
-    default=TrainConfig.workers,
-    show_default=True,
-    help="Processes that read images; 0: this one.",
-)
-@click.option(
-    "--status", "status_every_nimg", type=cli.Size(), default=TrainConfig.status_every_nimg, show_default=True
-)
-@click.option("--snapshot", "snapshot_every_nimg", type=cli.Size(), default="1Mi", show_default=True)
-@click.option("--checkpoint", "checkpoint_every_nimg", type=cli.Size(), default="1Mi", show_default=True)
-@click.option(
-    "--max-time",
-    metavar="TIME",
-    type=cli.Parsed(parse_duration_sec),
-    help="Save and stop after 90s, 45m, 11.5h or 2d",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
+@cli.device_option()
 def main(request: Request, outdir: str, max_time: float | None, device: str, **options: Any) -> None:
     """Distil guidance: fine-tune a copy of the network to give the guided answer in a single evaluation.
 
@@ -110,14 +106,12 @@ def check_teacher(teacher: Denoiser, sigmas: torch.Tensor, shape: tuple[int, int
 def configure(request: Request, options: dict[str, Any], precision: str) -> TrainConfig:
     """The training configuration: starts from the main network's weights, at the noise levels it was trained on."""
     header = open_weights(request.net).header
-    trained = {
-        **header.training_config.get("loss", {}),
-        **header.training_config,
-    }  # NVIDIA: in "loss"
+    # NVIDIA's published networks have their noise levels inside "loss"
+    trained = {**header.training_config.get("loss", {}), **header.training_config}
     levels = {name: trained[name] for name in _NOISE_LEVELS if name in trained}
     given = {name: value for name, value in options.items() if value is not None}
     return TrainConfig(
-        **{**levels, **given},
+        **{**_DEFAULTS, **levels, **given},
         init_from=request.net,
         cond=header.architecture["label_dim"] > 0,
         sigma_data=header.architecture.get("sigma_data", TrainConfig.sigma_data),

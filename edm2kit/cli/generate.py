@@ -46,7 +46,7 @@ _file = click.Path(path_type=Path, dir_okay=False)
     click.option("--subdirs", is_flag=True, help="Use a subfolder for every thousand seeds"),
     click.option("--overwrite", is_flag=True, help="Replace existing images, also those with other settings"),
 )
-@click.option("--device", metavar="NAME", default="auto", help="auto, cuda, mps or cpu")
+@cli.device_option()
 def main(
     request: Request,
     seeds: tuple[int, ...],

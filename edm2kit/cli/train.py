@@ -28,9 +28,7 @@ SAMPLE_BATCH = 16
 @click.command(cls=cli.Command, epilog=f"Presets, smallest first: {summary(preset_names())}")
 @cli.section(
     "Run",
-    click.option(
-        "--outdir", metavar="DIR", required=True, help="Run folder; repeat the same command to resume its run"
-    ),
+    click.option("--outdir", metavar="DIR", required=True, help="Run folder; repeat the command to resume"),
     *cli.options_from(TrainConfig, "data"),
     click.option("--preset", metavar="NAME", help="Configuration that comes with the package; see below"),
     click.option("--config", "config_file", metavar="YAML", help="A configuration of your own instead"),
@@ -56,12 +54,12 @@ SAMPLE_BATCH = 16
     *cli.options_from(TrainConfig, "batch_gpu", "precision"),
     click.option("--fp16", type=bool, metavar="BOOL", help="Short for --precision fp16 (true) or fp32 (false)"),
     *cli.options_from(TrainConfig, "loss_scaling", "recompute", "shard", "cudnn_benchmark", "workers"),
-    click.option("--device", default="auto", help="auto, cuda, mps or cpu"),
+    cli.device_option(),
 )
 @cli.section(
     "Snapshots and logs",
     *cli.options_from(TrainConfig, "snapshot_every_nimg", "checkpoint_every_nimg", "status_every_nimg"),
-    click.option("--samples", metavar="N", type=click.IntRange(0), default=16, help="Images generated per snapshot"),
+    click.option("--samples", metavar="N", type=cli.AtLeast(int, 0), default=16, help="Images generated per snapshot"),
     click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events"),
 )
 def main(

@@ -260,6 +260,6 @@ def test_help_says_what_the_fields_say_with_their_defaults(config):
     for field in dataclasses.fields(config):
         if "option" in field.metadata:
             assert field.metadata["option"] in shown
-            default = field.metadata.get("default") or default_text(field)
-            end = f" [default: {default}]" if field.default not in (None, False, dataclasses.MISSING) else ""
+            default = "" if field.default is False else default_text(field)  # flags show none
+            end = f" [default: {default}]" if default else ""
             assert f"{field.metadata['help']}{end}" in shown
