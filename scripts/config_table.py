@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from edm2kit.cli import click_types as cli
+from edm2kit.cli.field_options import default_text
 from edm2kit.torch_utils.files import atomic_write
 from edm2kit.training.config import TrainConfig
 
@@ -26,7 +27,7 @@ def config_table() -> str:
     lines = ["| setting | option | default | may change on resume | meaning |", "| --- | --- | --- | --- | --- |"]
     for field in dataclasses.fields(TrainConfig):
         option = f"`{field.metadata['option']}`" if "option" in field.metadata else ""
-        text = cli.default_text(field)
+        text = default_text(field)
         default = f"`{text}`" if text else ""
         free = "yes" if field.metadata.get("free") else ""
         lines.append(f"| `{field.name}` | {option} | {default} | {free} | {field.metadata['help']} |")

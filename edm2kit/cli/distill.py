@@ -9,6 +9,7 @@ import click
 import torch
 
 from edm2kit.cli import click_types as cli
+from edm2kit.cli.field_options import options_from
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.cli.generation_options import generation_options
 from edm2kit.denoiser import Denoiser, after_step, for_images, for_step
@@ -39,10 +40,10 @@ _UNLISTED = ("classes", "balanced", "solver", "S_churn", "S_min", "S_max", "S_no
     "Distillation",
     click.option("--data", metavar="ZIP|DIR", required=True, help="Training data of the network"),
     click.option("--outdir", metavar="DIR", required=True, help="Run folder; repeat the command to resume"),
-    *cli.options_from(TrainConfig, "duration_nimg", "batch_size", "batch_gpu", "ref_lr", defaults=_DEFAULTS),
-    *cli.options_from(TrainConfig, *_NOISE_LEVELS, defaults=_AS_TRAINED),
-    *cli.options_from(TrainConfig, "seed", "workers", "status_every_nimg"),
-    *cli.options_from(TrainConfig, "snapshot_every_nimg", "checkpoint_every_nimg", defaults=_DEFAULTS),
+    *options_from(TrainConfig, "duration_nimg", "batch_size", "batch_gpu", "ref_lr", defaults=_DEFAULTS),
+    *options_from(TrainConfig, *_NOISE_LEVELS, defaults=_AS_TRAINED),
+    *options_from(TrainConfig, "seed", "workers", "status_every_nimg"),
+    *options_from(TrainConfig, "snapshot_every_nimg", "checkpoint_every_nimg", defaults=_DEFAULTS),
     click.option(
         "--max-time",
         metavar="TIME",

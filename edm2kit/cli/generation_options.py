@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from edm2kit.cli import click_types as cli
+from edm2kit.cli.field_options import given_options, options_from
 from edm2kit.cli.generation import ALL_CLASSES, Request
 from edm2kit.cli.presets import find_preset, load_presets
 from edm2kit.guidance.base import Method, Option, Rule
@@ -94,25 +95,25 @@ def _sections() -> list[cli.Decorator]:
     return [
         cli.section(
             "Networks",
-            *cli.options_from(Request, "net", "gnet", "uncond"),
+            *options_from(Request, "net", "gnet", "uncond"),
             click.option("--preset", metavar="NAME", help="Published networks and settings; other options override"),
             cli.printing_option(
                 "--list-presets", lambda _: "\n".join(load_presets()), "Print the names of presets and exit"
             ),
-            *cli.options_from(Request, "precision", "vae", "compiled"),
+            *options_from(Request, "precision", "vae", "compiled"),
         ),
         cli.section(
             "Seeds and output",
-            *cli.options_from(Request, "classes"),
+            *options_from(Request, "classes"),
             click.option("--balanced", is_flag=True, help="Cycle through all classes by seed"),
         ),
         cli.section("Guidance", *_guidance_options()),
         cli.section("Guidance", *(_method_option(name, option) for name, option in all_options())),
         cli.section(
             "Sampler",
-            *cli.options_from(Sampler, "num_steps", "solver", "sigma_min", "sigma_max", "rho"),
-            *cli.options_from(Churn),
-            *cli.options_from(TimeTravel),
+            *options_from(Sampler, "num_steps", "solver", "sigma_min", "sigma_max", "rho"),
+            *options_from(Churn),
+            *options_from(TimeTravel),
             click.option(
                 "--travel-interval",
                 type=cli.Interval(),
@@ -229,7 +230,7 @@ def _take_request(options: dict[str, Any]) -> Request:
             raise click.UsageError("--balanced cycles through all classes, --class through a list; give one")
         options["classes"] = ALL_CLASSES
     guidance, sampler = _take_guidance(options), _take_sampler(options)
-    return Request(guidance=guidance, sampler=sampler, **cli.given_options(options, _fields(Request)))
+    return Request(guidance=guidance, sampler=sampler, **given_options(options, _fields(Request)))
 
 
 def _fill_in(options: dict[str, Any], preset_name: str) -> None:
@@ -248,9 +249,9 @@ def _fill_in(options: dict[str, Any], preset_name: str) -> None:
 
 
 def _take_sampler(options: dict[str, Any]) -> Sampler:
-    churn = Churn(**cli.given_options(options, _fields(Churn)))
-    steps = cli.given_options(options, _fields(Sampler))
-    travel = cli.given_options(options, _fields(TimeTravel))
+    churn = Churn(**given_options(options, _fields(Churn)))
+    steps = given_options(options, _fields(Sampler))
+    travel = given_options(options, _fields(TimeTravel))
     interval = options.pop("travel_interval")
     if interval is not None:
         travel["sigma_lo"], travel["sigma_hi"] = interval

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from edm2kit.cli import click_types as cli
+from edm2kit.cli.field_options import options_from
 from edm2kit.cli.image_folder import contact_sheet
 from edm2kit.cli.presets import summary
 from edm2kit.data.image_files import to_image
@@ -29,10 +30,10 @@ SAMPLE_BATCH = 16
 @cli.section(
     "Run",
     click.option("--outdir", metavar="DIR", required=True, help="Run folder; repeat the command to resume"),
-    *cli.options_from(TrainConfig, "data"),
+    *options_from(TrainConfig, "data"),
     click.option("--preset", metavar="NAME", help="Configuration that comes with the package; see below"),
     click.option("--config", "config_file", metavar="YAML", help="A configuration of your own instead"),
-    *cli.options_from(TrainConfig, "duration_nimg", "batch_size", "init_from", "cond", "seed"),
+    *options_from(TrainConfig, "duration_nimg", "batch_size", "init_from", "cond", "seed"),
     click.option("--vae", metavar="NAME|DIR", help="VAE of the latents  [default: as the data say]"),
     click.option(
         "--max-time",
@@ -46,19 +47,19 @@ SAMPLE_BATCH = 16
     "Network and loss",
     click.option("--channels", metavar="N", type=int, help="Channels of the first level (64 multiples for attention)"),
     click.option("--dropout", metavar="P", type=click.FloatRange(0, 1, max_open=True), help="Dropout probability"),
-    *cli.options_from(TrainConfig, "label_dropout", "P_mean", "P_std"),
+    *options_from(TrainConfig, "label_dropout", "P_mean", "P_std"),
 )
-@cli.section("Learning rate", *cli.options_from(TrainConfig, "ref_lr", "ref_batches", "rampup_nimg"))
+@cli.section("Learning rate", *options_from(TrainConfig, "ref_lr", "ref_batches", "rampup_nimg"))
 @cli.section(
     "Speed and memory",
-    *cli.options_from(TrainConfig, "batch_gpu", "precision"),
+    *options_from(TrainConfig, "batch_gpu", "precision"),
     click.option("--fp16", type=bool, metavar="BOOL", help="Short for --precision fp16 (true) or fp32 (false)"),
-    *cli.options_from(TrainConfig, "loss_scaling", "recompute", "shard", "cudnn_benchmark", "workers"),
+    *options_from(TrainConfig, "loss_scaling", "recompute", "shard", "cudnn_benchmark", "workers"),
     cli.device_option(),
 )
 @cli.section(
     "Snapshots and logs",
-    *cli.options_from(TrainConfig, "snapshot_every_nimg", "checkpoint_every_nimg", "status_every_nimg"),
+    *options_from(TrainConfig, "snapshot_every_nimg", "checkpoint_every_nimg", "status_every_nimg"),
     click.option("--samples", metavar="N", type=cli.AtLeast(int, 0), default=16, help="Images generated per snapshot"),
     click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events"),
 )

@@ -1,6 +1,5 @@
 """Options that researchers type, and errors that fit on one line."""
 
-import dataclasses
 import os
 import signal
 
@@ -14,11 +13,7 @@ from edm2kit.cli.click_types import (
     Group,
     IntRanges,
     Size,
-    given_options,
     interrupt_on_sigterm,
-    options_from,
-    section,
-    size_text,
 )
 
 
@@ -114,66 +109,6 @@ def test_a_single_command_tells_errors_the_same_way(monkeypatch):
     alone = click.command(cls=Command)(lambda: (_ for _ in ()).throw(ValueError("one line")))
     result = CliRunner().invoke(alone, [])
     assert (result.exit_code, result.output) == (1, "Error: one line\n")
-
-
-@dataclasses.dataclass(frozen=True)
-class Kitchen:
-    chefs: int = dataclasses.field(default=2, metadata={"option": "--chefs", "help": "People who cook", "min": 1})
-    salt: float | None = dataclasses.field(
-        default=None, metadata={"option": "--salt", "help": "Salt", "default": "some"}
-    )
-    crumbs_nimg: int = dataclasses.field(
-        default=8 << 20, metadata={"option": "--crumbs", "help": "Crumbs", "metavar": "NIMG"}
-    )
-    hot: bool = dataclasses.field(default=False, metadata={"option": "--hot", "help": "Heat it"})
-    oven: bool = dataclasses.field(default=True, metadata={"option": "--oven", "help": "Use it", "metavar": "BOOL"})
-    dish: str = dataclasses.field(
-        default="soup", metadata={"option": "--dish", "help": "Dish", "choices": ("soup", "pie")}
-    )
-    secret: str = dataclasses.field(default="x", metadata={"help": "Not on the command line"})
-
-
-@click.command(cls=Command)
-@section("Cooking", *options_from(Kitchen, "dish", "hot"))
-@section("Supplies", *options_from(Kitchen, "chefs", "salt", "crumbs_nimg", "oven"))
-@click.option("--own", default=3, help="Another one")
-def cook(own: int, **options: object) -> None:
-    given = given_options(options, ["dish", "hot", "chefs", "salt", "crumbs_nimg", "oven"])
-    click.echo(f"{own} {given} {Kitchen(**given).dish} {options}")
-
-
-def test_options_come_from_the_fields_of_a_dataclass():
-    assert CliRunner().invoke(cook, []).output == "3 {} soup {}\n"
-    arguments = "--dish pie --hot --chefs 3 --salt 0.5 --crumbs 1Ki --oven false --own 4"
-    given = {"dish": "pie", "hot": True, "chefs": 3, "salt": 0.5, "crumbs_nimg": 1024, "oven": False}
-    assert CliRunner().invoke(cook, arguments.split()).output == f"4 {given} pie {{}}\n"
-    assert len(options_from(Kitchen)) == 6
-
-
-@pytest.mark.parametrize("arguments", ["--chefs 0", "--dish cake", "--crumbs -1", "--salt much", "--secret y"])
-def test_values_of_fields_are_checked(arguments):
-    assert CliRunner().invoke(cook, arguments.split()).exit_code == 2
-
-
-def test_help_comes_in_sections_with_defaults():
-    text = CliRunner().invoke(cook, ["--help"]).output
-    titles = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert titles == ["Cooking:", "Supplies:", "Other:"]
-    for words in (
-        "Dish  [default: soup]",
-        "Salt  [default: some]",
-        "Crumbs  [default: 8Mi]",
-        "Use it  [default: true]",
-    ):
-        assert words in text
-    positions = [text.index(name) for name in ("--dish", "--hot", "--chefs", "--own", "--help")]
-    assert positions == sorted(positions)
-
-
-def test_counts_are_written_as_they_are_read():
-    for count in (0, 16, 2048, 128 << 10, 8 << 20, 1 << 30, 10_000_000):
-        assert parsed(Size(), size_text(count)) == count
-    assert (size_text(2048), size_text(8 << 20)) == ("2048", "8Mi")
 
 
 def send(number: signal.Signals) -> None:

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from edm2kit.cli import generate
-from edm2kit.cli.click_types import default_text
+from edm2kit.cli.field_options import default_text
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.sampling.engine import Engine
 from edm2kit.sampling.solvers import Churn, Sampler, TimeTravel

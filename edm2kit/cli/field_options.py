@@ -1,0 +1,92 @@
+"""Options made from the fields of a dataclass: one definition for the command line, YAML files and documents."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import click
+
+from edm2kit.cli.click_types import AtLeast, Decorator, Parsed, Size
+
+
+def options_from(config: type, *names: str, defaults: Mapping[str, Any] | None = None) -> list[Decorator]:
+    """Click options for fields of a dataclass: those in `names`, or all that have one.
+
+    A field describes its option in its metadata: `option`, its name on the command line (without it the field has
+    none); `help`; `metavar`; and, if the type alone does not say how to read a value, `choices`, `min` or `parse`, a
+    function from text that raises ValueError. The metavar NIMG stands for a number of images such as 128Ki or 8Mi. A
+    bool without a metavar is a flag.
+
+    An option has the value None unless it is given, so that a default stays in the dataclass alone; --help shows it, or
+    the one in `defaults` if the command uses another.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    hints = typing.get_type_hints(config)
+    chosen = names or [name for name, field in fields.items() if "option" in field.metadata]
+    shown = {name: default_text(fields[name]) for name in chosen}
+    for name, value in (defaults or {}).items():
+        shown[name] = value_text(value, fields[name].metadata.get("metavar"))
+    return [_option_of(fields[name], hints[name], shown[name]) for name in chosen]
+
+
+def given_options(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Take those of `names` out of `options` that were given a value on the command line."""
+    taken = {name: options.pop(name) for name in names}
+    return {name: value for name, value in taken.items() if value is not None}
+
+
+def _option_of(field: dataclasses.Field[Any], hint: Any, default: str) -> Decorator:
+    metadata = field.metadata
+    if hint is bool and "metavar" not in metadata:
+        return click.option(metadata["option"], field.name, is_flag=True, default=None, help=metadata["help"])
+    return click.option(
+        metadata["option"],
+        field.name,
+        type=_value_type(metadata, hint),
+        metavar=metadata.get("metavar"),
+        help=f"{metadata['help']}  [default: {default}]" if default else metadata["help"],
+    )
+
+
+def _value_type(metadata: Mapping[str, Any], hint: Any) -> click.ParamType | type:
+    if "parse" in metadata:
+        return Parsed(metadata["parse"])
+    if "choices" in metadata:
+        return click.Choice(list(metadata["choices"]))
+    if metadata.get("metavar") == "NIMG":
+        return Size()
+    if isinstance(hint, types.UnionType):  # of the type and None
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return AtLeast(hint, metadata["min"]) if "min" in metadata else hint
+
+
+def default_text(field: dataclasses.Field[Any]) -> str:
+    """The default of a field as it would be written on the command line; "" if there is none."""
+    if "default" in field.metadata:
+        return field.metadata["default"]
+    if field.default in (None, "", dataclasses.MISSING):
+        return ""
+    return value_text(field.default, field.metadata.get("metavar"))
+
+
+def value_text(value: Any, metavar: str | None = None) -> str:
+    """A value as it would be written on the command line; the metavar NIMG stands for a number of images."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if metavar == "NIMG" and isinstance(value, int):
+        return size_text(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple):
+        return ",".join(f"{number:g}" for number in value)
+    return str(value)
+
+
+def size_text(count: int) -> str:
+    """A count as `Size` reads it, such as 128Ki, if that is shorter to read than its digits."""
+    for suffix, unit in (("Gi", 1 << 30), ("Mi", 1 << 20), ("Ki", 1 << 10)):
+        if count >= 10 << 10 and count % unit == 0:
+            return f"{count // unit}{suffix}"
+    return str(count)
