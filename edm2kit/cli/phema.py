@@ -10,8 +10,7 @@ import click
 from edm2kit.cli import click_types as cli
 from edm2kit.ema.rebuild import Output, count_values, plan_outputs, write_outputs
 from edm2kit.snapshots.file_format import Header, read_header, snapshot_name
-from edm2kit.snapshots.loading import open_sources
-from edm2kit.snapshots.weights import Weights
+from edm2kit.snapshots.loading import Weights, open_sources
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.dist import progress_bar
 from edm2kit.torch_utils.precision import PRECISIONS
@@ -243,7 +242,7 @@ def _write(plan: Plan, batch: int) -> None:
     share = plan.todo[dist.rank() :: dist.world_size()]
     groups = [share[first : first + batch] for first in range(0, len(share), batch)]
     error = None
-    total = len(groups) * count_values(plan.outputs[0])
+    total = len(groups) * count_values(plan.inputs[0])
     with progress_bar(total, "w", hidden=not share, scaled=True) as bar:
         try:
             for group in groups:

@@ -40,6 +40,7 @@ class Header:
     - `training_config`: the run's complete configuration.
     - `recipe`: how a rebuilt EMA was made, None for snapshots written by training.
     - `commit`: of the code that wrote the file.
+    - `buffers`: names of the tensors that training does not learn; None in files that do not list them.
     """
 
     architecture: Mapping[str, Any]
@@ -55,6 +56,7 @@ class Header:
     format_version: int = FORMAT_VERSION
     network: str = DEFAULT_NETWORK
     label_kind: str = "classes"
+    buffers: tuple[str, ...] | None = None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -66,8 +68,9 @@ class Header:
         if version > FORMAT_VERSION:
             raise ValueError(f"snapshot format {version} is newer than {FORMAT_VERSION}; update this code")
         values["format_version"] = FORMAT_VERSION  # what older versions leave out has its default
-        if values["label_names"] is not None:
-            values["label_names"] = tuple(values["label_names"])
+        for name in ("label_names", "buffers"):
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
         return Header(**values)
 
 

@@ -1,16 +1,18 @@
 """Opening a snapshot of any format, by path or URL: as a network, or as weights that are read on demand."""
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from threading import Lock
 
 import torch
 
 from edm2kit.models.encoders import Encoder, make_encoder
 from edm2kit.models.preconditioning import Preconditioner
 from edm2kit.snapshots.file_format import Header, check_weights, network_on_meta, read_header, tensor_layout
-from edm2kit.snapshots.published import is_published_pickle, read_published
-from edm2kit.snapshots.weights import TensorInFile, WeightReader, Weights
+from edm2kit.snapshots.published import read_published
 from edm2kit.torch_utils.files import fetch
 
 _SUFFIXES = (".safetensors", ".pkl")
@@ -23,6 +25,25 @@ class Snapshot:
     net: Preconditioner
     encoder: Encoder
     header: Header
+
+
+@dataclass(frozen=True)
+class TensorInFile:
+    """A tensor in a file: its values are contiguous from byte `offset` on."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A snapshot whose tensors are in the file `path`, or in memory; `name` is for messages and records."""
+
+    name: str
+    header: Header
+    tensors: Mapping[str, TensorInFile | torch.Tensor]
+    path: Path | None = None
 
 
 def load_snapshot(
@@ -47,6 +68,14 @@ def load_snapshot(
     net.load_state_dict(state, assign=True)
     net.compute_dtype = dtype
     return Snapshot(net.eval().requires_grad_(False), make_encoder(weights.header.encoder), weights.header)
+
+
+def is_published_pickle(path: str | Path) -> bool:
+    """Whether the file is a pickle (as published by NVIDIA) and not a snapshot of this project."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    # the first byte is not enough: safetensors starts with a length, which may end in 0x80, but then has a brace
+    return start[:1] == b"\x80" and start[8:] != b"{"
 
 
 def open_weights(path_or_url: str | Path) -> Weights:
@@ -96,3 +125,56 @@ def open_sources(sources: Sequence[str | Path], prefix: str = "", stds: Iterable
             raise ValueError(f"no snapshot in {where} has the EMA length {min(missing)}; available: {lengths}")
         found = [weights for weights in found if weights.header.ema_std in wanted]
     return sorted(found, key=lambda weights: (weights.header.nimg, weights.header.ema_std or 0))
+
+
+class WeightReader:
+    """Reads parts of the tensors of one `Weights`. A context manager; threads may share it."""
+
+    def __init__(self, weights: Weights):
+        self.weights = weights
+        # not memory-mapped: the mapped pages of hundreds of files would count as this process's memory
+        self._lock = Lock()  # for seek and read on systems without preadv (Windows)
+        self._file = None if weights.path is None else FileIO(weights.path)
+
+    def __enter__(self) -> "WeightReader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that the tensor is stored in."""
+        return self.weights.tensors[name].dtype
+
+    def in_file(self, name: str) -> bool:
+        """Whether the tensor is in the file (True) or in memory."""
+        return isinstance(self.weights.tensors[name], TensorInFile)
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Values start..stop-1 of the flattened tensor, as stored; raises ValueError if the file ends before."""
+        tensor = self.weights.tensors[name]
+        if isinstance(tensor, torch.Tensor):
+            return tensor.detach().reshape(-1)[start:stop]
+        values = torch.empty(stop - start, dtype=tensor.dtype)
+        self.read_bytes(name, start, memoryview(values.view(torch.uint8).numpy()))
+        return values
+
+    def read_bytes(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of the flattened tensor from value `start` on; raises as `read`."""
+        tensor = self.weights.tensors[name]
+        assert isinstance(tensor, TensorInFile)
+        offset = tensor.offset + start * tensor.dtype.itemsize
+        while out:
+            count = self._read_some(out, offset)
+            if not count:
+                raise ValueError(f"{self.weights.path} was truncated while it was being read; copy or write it again")
+            out, offset = out[count:], offset + count
+
+    def _read_some(self, out: memoryview, offset: int) -> int:
+        assert self._file is not None
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [out], offset)
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.readinto(out) or 0

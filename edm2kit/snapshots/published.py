@@ -18,14 +18,6 @@ _FILE_NAME = re.compile(r"(?P<run>.+)-(?P<kimg>\d{7})-(?P<std>0\.\d{3})\.pkl")
 _MAX_SIZE = 1 << 20  # of one architecture argument; a million channels would take a year to initialize
 
 
-def is_published_pickle(path: str | Path) -> bool:
-    """Whether the file is a pickle (as published by NVIDIA) and not a snapshot of this project."""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    # the first byte is not enough: safetensors starts with a length, which may end in 0x80, but then has a brace
-    return start[:1] == b"\x80" and start[8:] != b"{"
-
-
 def read_published(path: str | Path) -> tuple[Header, dict[str, StoredTensor]]:
     """Header and tensors of a published snapshot; the tensors stay in the file.
 

@@ -10,8 +10,7 @@ from edm2kit.models.encoders import make_encoder
 from edm2kit.models.networks import DEFAULT_NETWORK, NETWORKS, network_kind
 from edm2kit.models.preconditioning import Preconditioner
 from edm2kit.snapshots.file_format import Header, network_on_meta
-from edm2kit.snapshots.loading import load_snapshot, open_weights
-from edm2kit.snapshots.weights import Weights
+from edm2kit.snapshots.loading import Weights, load_snapshot, open_weights
 from edm2kit.torch_utils.files import fetch, sha256_of
 from edm2kit.training.config import TrainConfig
 

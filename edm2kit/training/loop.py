@@ -56,10 +56,12 @@ class Trainer:
     ):
         torch.manual_seed(derive_seed(config.seed, "init"))
         torch.backends.cudnn.benchmark = config.cudnn_benchmark
-        self.config, self.header, self.encoder, self.device = config, header, encoder, device
+        self.config, self.encoder, self.device = config, encoder, device
         # channels last is 1.2 times as fast on a CPU, and the layout that tensor cores need
         self.kind = NETWORKS[header.network]
         self.net = self.kind.build(**header.architecture).to(device, memory_format=torch.channels_last).train()
+        learned = dict(self.net.named_parameters())
+        self.header = dataclasses.replace(header, buffers=tuple(n for n in self.net.state_dict() if n not in learned))
         self.net.compute_dtype = PRECISIONS[config.precision]
         if config.init_from is not None:
             start_from_(self.net, config.init_from)

@@ -13,8 +13,7 @@ from edm2kit.ema.power_function import std_to_exp
 from edm2kit.ema.rebuild import plan_outputs, reconstruct, write_outputs
 from edm2kit.models.edm2 import Precond
 from edm2kit.snapshots.file_format import read_header, snapshot_name
-from edm2kit.snapshots.loading import load_snapshot, open_sources, open_weights
-from edm2kit.snapshots.weights import Weights
+from edm2kit.snapshots.loading import Weights, load_snapshot, open_sources, open_weights
 from tests.support import fake_published, golden, runs, tiny
 from tests.support.runs import STORED, Walk, changed, with_tensors
 
@@ -195,7 +194,7 @@ def test_snapshots_that_are_no_averages_of_training_are_refused_by_name(walk):
     *others, last = walk.snapshots
     refused([*others, changed(last, "x", ema_std=None)], "x holds no EMA")
     refused([*others, changed(last, "x", nimg=0)], "x holds no EMA")
-    refused([*others, changed(last, "x", recipe={"inputs": []})], "x is itself a reconstruction")
+    refused([*others, changed(last, "x", recipe={"inputs": []})], "x is itself a rebuilt EMA")
     refused([*others, last, changed(last, "x")], f"x and {last.name} are both at 256000 images with EMA length 0.1")
     missing = dataclasses.replace(last, name="x", tensors={k: v for k, v in last.tensors.items() if k != WEIGHT})
     refused([*others, missing], rf"x: weights do not fit .*\(first at {WEIGHT}\)")
@@ -227,7 +226,7 @@ def test_times_and_lengths_out_of_reach_are_refused(walk):
     refused(walk.snapshots, "no snapshot at 100000 images; .*16 times are 80000, 96000, 112000, 128000", nimg=100_000)
     refused(walk.snapshots, r"at most 0\.2887; got \[0\.29\]", std=0.29)
     refused(walk.snapshots, r"at most 0\.2887", std=0)
-    refused(walk.snapshots[:1], "one snapshot up to 16000 images is too few")
+    refused(walk.snapshots[:1], "there is one snapshot up to 16000 images")
     assert reconstruct(walk.snapshots[:1], 0.05)[1].recipe["coefficients"] == [1]
 
 
@@ -239,7 +238,7 @@ def test_folders_are_refused_with_a_reason(walk, tmp_path):
     runs.write(tmp_path, walk.snapshots[:4])
     with pytest.raises(ValueError, match="names that start with 'other'"):
         open_sources([tmp_path], prefix="other")
-    with pytest.raises(ValueError, match=r"has the EMA length 0\.2; there are: 0\.05, 0\.1"):
+    with pytest.raises(ValueError, match=r"has the EMA length 0\.2; available: 0\.05, 0\.1"):
         open_sources([tmp_path], stds=[0.05, 0.2])
     assert {w.header.ema_std for w in open_sources([tmp_path], stds=[0.05])} == {0.05}
     whole = (tmp_path / walk.snapshots[0].name).read_bytes()

@@ -7,8 +7,7 @@ import torch
 from edm2kit.ema import weighted_sums as averaging
 from edm2kit.ema.rebuild import plan_outputs, reconstruct
 from edm2kit.snapshots.file_format import read_tensors
-from edm2kit.snapshots.loading import open_sources
-from edm2kit.snapshots.weights import Weights
+from edm2kit.snapshots.loading import Weights, open_sources
 from tests.support import runs
 from tests.support.runs import Walk
 

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edm2kit.snapshots.file_format import Header, SnapshotWriter, read_header, save_snapshot, snapshot_name
-from edm2kit.snapshots.loading import load_snapshot
-from edm2kit.snapshots.published import is_published_pickle
+from edm2kit.snapshots.loading import is_published_pickle, load_snapshot
 from tests.support import golden
 
 

@@ -11,9 +11,8 @@ import torch
 
 from edm2kit.models.edm2 import Precond
 from edm2kit.snapshots.file_format import read_header
-from edm2kit.snapshots.loading import load_snapshot, open_weights
+from edm2kit.snapshots.loading import WeightReader, load_snapshot, open_weights
 from edm2kit.snapshots.published import convert_published, published_time
-from edm2kit.snapshots.weights import WeightReader
 from tests.support import fake_published, golden
 from tests.support.fake_published import ARCHITECTURE, Persistent
 

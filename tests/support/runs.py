@@ -9,7 +9,7 @@ import torch
 from edm2kit.ema.tracking import PowerFunctionEMA
 from edm2kit.models.edm2 import Precond
 from edm2kit.snapshots.file_format import Header, save_snapshot, snapshot_name
-from edm2kit.snapshots.weights import Weights
+from edm2kit.snapshots.loading import Weights
 from tests.support.fake_published import ARCHITECTURE
 
 STORED = (0.05, 0.1)
