@@ -1,10 +1,10 @@
-"""Score generated images: Frechet distances from reference statistics."""
+"""Score generated images: Frechet distances from reference statistics, precision and recall."""
 
 import itertools
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,8 +46,8 @@ class MetricNames(click.ParamType):
 
 
 @dataclass(frozen=True)
-class Task:
-    """What calc and gen have in common: against what, by what and where to score."""
+class ScoreOptions:
+    """The options that calc and gen have in common."""
 
     ref: str
     metrics: tuple[str, ...] | None
@@ -58,49 +58,40 @@ class Task:
     weights_dir: str | None
 
 
-def _together(*options: Callable) -> Callable:
-    """Several click options as one decorator."""
-
-    def decorate(command: Callable) -> Callable:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-_METRICS = f"Of {', '.join(DETECTORS)}; fd_random needs no download and compares with no published number."
-_images_options = _together(
-    click.option(
-        "--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Images at once, per process."
-    ),
-    click.option("--weights-dir", metavar="DIR", help="Where detector weights lie; else the cache, else a download."),
-    click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu."),
+_file = click.Path(path_type=Path, dir_okay=False)
+_METRICS = (
+    f"Metrics, separated by commas: {', '.join(DETECTORS)} (needs no download; not comparable with published FIDs)"
 )
-_score_options = _together(
+_workers = click.option("--workers", metavar="N", type=cli.AtLeast(int, 1), default=2, help="Threads that read images")
+_speed_options = (
+    click.option("--batch", metavar="N", type=cli.AtLeast(int, 1), default=32, help="Images per batch and process"),
+    click.option("--device", metavar="NAME", default="auto", help="auto, cuda, mps or cpu"),
+)
+_weights_dir = click.option(
+    "--weights-dir", metavar="DIR", help="Folder with detector weights  [default: the cache, else a download]"
+)
+# torchrun takes --num for its own --numa-binding, unless a lone -- precedes the script
+_num = click.option(
+    "--num",
+    "--num-images",
+    metavar="N",
+    type=cli.AtLeast(int, 2),
+    default=50000,
+    help="Number of images to score; use the long form under torchrun",
+)
+_scoring_options = cli.section(
+    "Scoring",
     click.option(
-        "--ref", metavar="PATH|URL", required=True, help="Reference statistics: .npz of `ref`, or EDM2's .pkl."
+        "--ref", metavar="PATH|URL", required=True, help="Reference statistics: an .npz of `ref`, or a .pkl of EDM2"
     ),
-    click.option("--metrics", type=MetricNames(), help=f"{_METRICS} [default: all that --ref holds]"),
-    # torchrun takes --num for its own --numa-binding, unless a lone -- stands before the script
-    click.option(
-        "--num",
-        "--num-images",
-        type=click.IntRange(min=2),
-        default=50000,
-        show_default=True,
-        help="Number of images; under torchrun spelt out.",
-    ),
+    click.option("--metrics", metavar="NAMES", type=MetricNames(), help=f"{_METRICS}  [default: all in --ref]"),
     click.option(
         "--real",
         metavar="PATH",
-        help="Real images (folder, .zip or .npz), --num of which measure precision, recall, density and coverage too.",
+        help="Real images (folder, .zip or .npz); adds precision, recall, density and coverage of --num of them",
     ),
-    click.option("--record", type=click.Path(path_type=Path, dir_okay=False), help="JSON file of results and origin."),
-    _images_options,
-)
-_workers = click.option(
-    "--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads that read images."
+    click.option("--record", metavar="JSON", type=_file, help="Write results and settings to this file"),
+    _weights_dir,
 )
 
 
@@ -111,94 +102,110 @@ def main() -> None:
     \b
     python calculate_metrics.py ref --data real.zip --dest real.npz
     python calculate_metrics.py calc --images out --ref real.npz
-    python calculate_metrics.py gen --net main.safetensors --gnet weaker.safetensors --guidance 2 --ref real.npz
+    python calculate_metrics.py gen --net main.safetensors \\
+        --gnet weaker.safetensors --guidance 2 --ref real.npz
     torchrun --standalone --nproc-per-node 8 calculate_metrics.py gen --num-images 50000 ...
     """
 
 
-@main.command()
-@click.option("--images", metavar="PATH", required=True, help="Folder, .zip, or .npz of generate.py.")
-@_score_options
-@click.option(
-    "--seed",
-    "seeds",
-    type=cli.IntRanges(),
-    default="0",
-    show_default=True,
-    help="Selects --num images where there are more; several, such as 0,1,2, score several selections.",
+@main.command(sections=("Images", "Scoring", "Speed"))
+@cli.section(
+    "Images",
+    click.option(
+        "--images", metavar="PATH", required=True, help="Generated images: a folder, a .zip or an .npz of generate.py"
+    ),
+    _num,
+    click.option(
+        "--seed",
+        "seeds",
+        metavar="SEEDS",
+        type=cli.IntRanges(),
+        default="0",
+        help="Seed that selects --num of more images; with several (0,1,2), score one selection each",
+    ),
 )
-@_workers
-def calc(images: str, num: int, seeds: tuple[int, ...], workers: int, device: str, **task: Any) -> None:
-    """Score the images in a folder, zip or .npz."""
-    task = Task(num=num, **task)
+@_scoring_options
+@cli.section("Speed", _workers, *_speed_options)
+def calc(images: str, num: int, seeds: tuple[int, ...], workers: int, device: str, **scoring: Any) -> None:
+    """Score the images in a folder, a .zip or an .npz."""
+    options = ScoreOptions(num=num, **scoring)
     with dist.session(device) as where:
         source = open_images(images)
         if len(source) < num:
-            raise ValueError(f"{images} holds {len(source)} images, --num asks for {num}; add images or lower --num")
+            raise ValueError(f"{images} has {len(source)} images, but --num asks for {num}; add images or lower --num")
         if len(source) == num and len(seeds) > 1:
-            raise ValueError(f"{images} holds exactly --num images: every --seed selects the same; give one")
+            raise ValueError(f"{images} has exactly --num images, so every --seed selects the same; give one seed")
         runs = {
-            f"selection {seed}": image_batches(source, _select(len(source), num, seed), task.batch, workers)
+            f"selection {seed}": image_batches(source, _select(len(source), num, seed), options.batch, workers)
             for seed in seeds
         }
-        _score(task, _scorer(task, where), runs, {"images": images, "num_images": num, "seeds": list(seeds)})
+        origin = {"images": images, "num_images": num, "seeds": list(seeds)}
+        _score(options, _make_scorer(options, where), runs, origin)
 
 
-def _select(available: int, num: int, seed: int) -> np.ndarray:
+def _select(available: int, num: int, seed: int) -> list[int]:
     """Sorted positions of `num` of `available` images."""
-    return np.sort(np.random.default_rng(seed).permutation(available)[:num])
+    return np.sort(np.random.default_rng(seed).permutation(available)[:num]).tolist()
 
 
-@main.command()
+@main.command(sections=("Networks", "Scoring", "Seeds and output", "Guidance", "Sampler", "Speed"))
 @generation_options
-@_score_options
-@click.option(
-    "--seed",
-    "seeds",
-    type=cli.IntRanges(),
-    default="0",
-    show_default=True,
-    help="First of --num seeds; several score several ranges: 0,50000,100000 as in the papers.",
+@_scoring_options
+@cli.section(
+    "Seeds and output",
+    _num,
+    click.option(
+        "--seed",
+        "seeds",
+        metavar="SEEDS",
+        type=cli.IntRanges(),
+        default="0",
+        help="First of --num seeds; with several (0,50000,100000, as in the papers), score one range each",
+    ),
 )
-def gen(request: Request, num: int, seeds: tuple[int, ...], device: str, **task: Any) -> None:
-    """Score images as a network draws them, without writing them; takes the options of generate.py."""
+@cli.section("Speed", *_speed_options)
+def gen(request: Request, num: int, seeds: tuple[int, ...], device: str, **scoring: Any) -> None:
+    """Score the images of a network without writing them; takes the options of generate.py."""
     for first, second in itertools.pairwise(sorted(seeds)):
         if second - first < num:
             raise click.UsageError(
                 f"--seed {first} and {second} with --num {num} share images; the next range starts at {first + num}"
             )
-    task = Task(num=num, **task)
+    options = ScoreOptions(num=num, **scoring)
     with dist.session(device) as where:
-        scorer = _scorer(task, where)
+        scorer = _make_scorer(options, where)
         generation = prepare(request, where)
         dist.print0(generation.summary)
         runs = {
             f"seeds {start}-{start + num - 1}": (
-                batch.images for batch in generation.batches(range(start, start + num), task.batch)
+                batch.images for batch in generation.batches(range(start, start + num), options.batch)
             )
             for start in seeds
         }
-        _score(task, scorer, runs, {"settings": generation.settings, "num_images": num, "seeds": list(seeds)})
+        _score(options, scorer, runs, {"settings": generation.settings, "num_images": num, "seeds": list(seeds)})
 
 
-def _scorer(task: Task, device: torch.device) -> Scorer:
-    scorer = make_scorer(fetch(task.ref), device, task.metrics, task.weights_dir)
-    if task.real is None:
+def _make_scorer(options: ScoreOptions, device: torch.device) -> Scorer:
+    scorer = make_scorer(fetch(options.ref), device, options.metrics, options.weights_dir)
+    if options.real is None:
         return scorer
-    source = open_images(task.real)
-    if len(source) < task.num:
-        raise ValueError(f"--real {task.real} holds {len(source)} images, --num asks for as many as {task.num}")
-    batches = image_batches(source, _select(len(source), task.num, 0), task.batch, _REAL_WORKERS)
+    source = open_images(options.real)
+    if len(source) < options.num:
+        raise ValueError(f"--real {options.real} has {len(source)} images; --num asks for {options.num}, so add images")
+    batches = image_batches(source, _select(len(source), options.num, 0), options.batch, _REAL_WORKERS)
     return replace(scorer, real=image_features(batches, scorer.detectors, device))
 
 
-def _score(task: Task, scorer: Scorer, runs: Mapping[str, Iterable[torch.Tensor]], origin: Mapping[str, Any]) -> None:
-    """Score each run, print the table, write the record."""
+def _score(
+    options: ScoreOptions, scorer: Scorer, runs: Mapping[str, Iterable[torch.Tensor]], origin: Mapping[str, Any]
+) -> None:
+    """Score each run, print the values, and write the record."""
     started, begin_sec = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     results = {}
     for name, batches in runs.items():
         results[name] = scorer.score(batches)
-        dist.print0(f"{name}: {', '.join(f'{metric} {value:.6g}' for metric, value in results[name].items())}")
+        values = ", ".join(f"{metric} {value:.6g}" for metric, value in results[name].items())
+        dist.print0(f"{name}: {values}")
     if len(runs) > 1:
         dist.print0(table(results))
     record = {
@@ -209,32 +216,37 @@ def _score(task: Task, scorer: Scorer, runs: Mapping[str, Iterable[torch.Tensor]
         "results": summary(results),
         "detectors": {detector.name: detector.fingerprint for detector in scorer.detectors},
         "reference": {
-            "path": task.ref,
-            "sha256": sha256_of(fetch(task.ref)),
+            "path": options.ref,
+            "sha256": sha256_of(fetch(options.ref)),
             "num_images": scorer.reference.num_images,
             "source": scorer.reference.source,
         },
-        "real": task.real,
-        "batch": task.batch,
+        "real": options.real,
+        "batch": options.batch,
         "processes": dist.world_size(),
         **provenance(scorer.device),
     }
-    if task.record is not None:
-        dist.on_rank0(write_json, task.record, record)
+    if options.record is not None:
+        dist.on_rank0(write_json, options.record, record)
 
 
-@main.command()
-@click.option("--data", metavar="PATH", required=True, help="Real images: folder, .zip or .npz.")
-@click.option("--dest", metavar="NPZ", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Result.")
-@click.option("--metrics", type=MetricNames(), default="fid,fd_dinov2", show_default=True, help=_METRICS)
-@_workers
-@_images_options
+@main.command(sections=("Images", "Statistics", "Speed"))
+@cli.section(
+    "Images", click.option("--data", metavar="PATH", required=True, help="Real images: a folder, .zip or .npz")
+)
+@cli.section(
+    "Statistics",
+    click.option("--dest", metavar="NPZ", required=True, type=_file, help="File to write the statistics to"),
+    click.option("--metrics", metavar="NAMES", type=MetricNames(), default="fid,fd_dinov2", help=_METRICS),
+    _weights_dir,
+)
+@cli.section("Speed", _workers, *_speed_options)
 def ref(
     data: str, dest: Path, metrics: tuple[str, ...], workers: int, batch: int, weights_dir: str | None, device: str
 ) -> None:
-    """Measure the reference statistics of real images, all of them."""
+    """Compute the reference statistics of real images, all of them."""
     if dest.suffix != ".npz":
-        raise click.UsageError(f"--dest {dest}: reference statistics are an .npz")
+        raise click.UsageError(f"--dest {dest}: reference statistics are an .npz file; use that suffix")
     with dist.session(device) as where:
         source = open_images(data)
         detectors = [load_detector(name, where, weights_dir) for name in metrics]

@@ -14,6 +14,7 @@ from edm2kit.metrics.reference import load_reference, save_reference
 from tests.support.fakes import tiny_snapshot
 from tests.support.pictures import encoded, picture, some_files, write_folder, write_zip
 from tests.support.tiny import run as run_script
+from tests.support.tracing import files_called
 
 NUM = 30
 
@@ -82,6 +83,21 @@ def test_record_holds_everything_that_made_the_value(place):
     assert {"command", "started", "elapsed_sec", "commit", "python", "torch", "hardware", "processes"} <= set(record)
 
 
+def test_a_distance_passes_through_few_files(place):
+    line = ["calc", "--images", place / "fake", "--ref", place / "ref.npz", "--num", NUM, "--record", place / "r.json"]
+    files = files_called(lambda: run(*line))
+    assert "metrics/frechet.py" in files
+    assert len(files) <= 18, files
+
+
+@pytest.mark.parametrize("command", ["ref", "calc", "gen"])
+def test_help_comes_in_sections_of_at_most_80_lines(command):
+    shown = CliRunner().invoke(calculate_metrics.main, [command, "--help"]).output
+    assert len(shown.splitlines()) <= 80
+    assert "\nSpeed:\n" in shown
+    assert "[default: 32]" in shown
+
+
 def test_guided_images_score_the_same_drawn_and_written(place, tmp_path):
     record = score("gen", place, *network(place), "--seed", "5")
     words = [*network(place), "--seeds", f"5-{5 + NUM - 1}", "--device", "cpu"]
@@ -130,7 +146,7 @@ def test_real_images_tell_precision_and_coverage_too(place):
     drawn = score("gen", place, *network(place), "--real", place / "real")["results"]
     assert all(drawn[name]["min"] < 0.5 for name in names)
     told = score("calc", place, "--images", place / "fake", "--real", place / "three", code=1)
-    assert f"holds 3 images, --num asks for as many as {NUM}" in told
+    assert f"has 3 images; --num asks for {NUM}" in told
 
 
 def test_two_ranks_see_the_same_neighbours(place, tmp_path):
@@ -198,8 +214,8 @@ def test_grey_and_colour_images_may_be_mixed(place, tmp_path):
     [
         (["calc", "--images", "none", "--ref", "ref.npz"], 1, "none: no such file"),
         (["calc", "--images", "fake", "--ref", "none.npz", "--num", "30"], 1, "none.npz: no such file"),
-        (["calc", "--images", "fake", "--ref", "ref.npz"], 1, "holds 30 images, --num asks for 50000"),
-        (["calc", "--images", "fake", "--ref", "ref.npz", "--num", "1"], 2, "x>=2"),
+        (["calc", "--images", "fake", "--ref", "ref.npz"], 1, "has 30 images, but --num asks for 50000"),
+        (["calc", "--images", "fake", "--ref", "ref.npz", "--num", "1"], 2, "1 is not at least 2"),
         (["calc", "--images", "fake", "--ref", "ref.npz", "--num", "30", "--seed", "0,1"], 1, "selects the same"),
         (["calc", "--images", "fake", "--ref", "main", "--num", "30"], 1, "does not contain reference statistics"),
         (["calc", "--images", "fake", "--ref", "ref.npz", "--num", "30", "--metrics", "fid"], 1, "has no fid"),
