@@ -1,14 +1,16 @@
-"""Train a small classifier of noisy images, to guide with (generate.py --guidance-method classifier)."""
+"""Train a small classifier of noisy images, for generate.py --guidance-method classifier."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import torch
 
 from edm2kit.cli import click_types as cli
+from edm2kit.cli.field_options import given_options, options_from
 from edm2kit.data.batches import GlobalOrder, training_batches
 from edm2kit.data.dataset import Source
 from edm2kit.data.sources import open_source
@@ -18,42 +20,48 @@ from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.rng import StackedGenerator, derive_seed
 
 _LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)
-_JUDGED = 512  # images at each noise level
+_NUM_EVALUATED = 512  # images at each noise level
+
+
+def _setting(default: Any, option: str, metavar: str, help: str) -> Any:
+    return field(default=default, metadata={"option": option, "metavar": metavar, "help": help})
 
 
 @dataclass(frozen=True)
-class Training:
-    """How a classifier is trained; it all goes into the file's header.
+class ClassifierTraining:
+    """How a classifier is trained; the header of its file records all of it.
 
-    ln(sigma) ~ N(P_mean, P_std^2), wider than for denoisers: guidance asks at every noise level of the sampler.
+    ln(sigma) ~ N(P_mean, P_std^2), wider than for denoisers, because guidance evaluates the classifier at every noise
+    level of the sampler.
     """
 
-    duration_nimg: int
-    batch_size: int
-    lr: float
-    P_mean: float
-    P_std: float
-    seed: int
+    duration_nimg: int = _setting(2 << 20, "--duration", "NIMG", "Training duration in images")
+    batch_size: int = _setting(256, "--batch", "NIMG", "Images per step")
+    lr: float = _setting(1e-3, "--lr", "FLOAT", "Initial learning rate; falls to 0 linearly")
+    P_mean: float = _setting(0.0, "--P_mean", "FLOAT", "Mean of ln(sigma) during training")
+    P_std: float = _setting(1.5, "--P_std", "FLOAT", "Standard deviation of ln(sigma) during training")
+    seed: int = _setting(0, "--seed", "N", "Random seed of the weights, the order and the noise")
 
 
 @click.command(cls=cli.Command)
-@click.option("--data", metavar="ZIP|DIR", required=True, help="Training images with labels, from dataset_tool.py.")
-@click.option("--dest", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The .safetensors file.")
-@click.option("--duration", "duration_nimg", type=cli.Size(), default="2Mi", show_default=True, help="Images to see.")
-@click.option("--batch", "batch_size", type=cli.Size(), default="256", show_default=True, help="Images at once.")
-@click.option("--lr", type=click.FloatRange(min=0), default=1e-3, show_default=True, help="First rate; falls to 0.")
-@click.option("--width", type=int, default=32, show_default=True, help="Channels of the first level.")
-@click.option("--levels", type=click.IntRange(min=1), default=3, show_default=True, help="Levels, each half the size.")
-@click.option("--P_mean", "P_mean", type=float, default=0.0, show_default=True, help="Mean of ln(sigma).")
-@click.option("--P_std", "P_std", type=float, default=1.5, show_default=True, help="Standard deviation of ln(sigma).")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the weights, the order and the noise.")
-@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that read images.")
-@click.option("--device", default="auto", show_default=True, help="auto, cuda, mps or cpu.")
-@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+@click.option("--data", metavar="ZIP|DIR", required=True, help="Training images with labels, from dataset_tool.py")
+@click.option(
+    "--dest",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="File to write, .safetensors",
+)
+@cli.section(cli.OTHER, *options_from(ClassifierTraining))
+@click.option("--width", metavar="N", type=int, default=32, help="Channels of the first level")
+@click.option("--levels", metavar="N", type=cli.AtLeast(int, 1), default=3, help="Levels, each half as wide and high")
+@click.option("--workers", metavar="N", type=cli.AtLeast(int, 0), default=0, help="Processes that read images")
+@cli.device_option()
+@click.option("--overwrite", is_flag=True, help="Replace an existing file")
 def main(
-    data: str, dest: Path, width: int, levels: int, workers: int, device: str, overwrite: bool, **settings: float
+    data: str, dest: Path, width: int, levels: int, workers: int, device: str, overwrite: bool, **settings: Any
 ) -> None:
-    """Train p(class | noisy image; noise level), in one process.
+    """Train a classifier p(class | noisy image, noise level), in one process.
 
     \b
     python scripts/train_classifier.py --data img64.zip --dest classifier.safetensors
@@ -61,11 +69,11 @@ def main(
         --classifier-file classifier.safetensors --guidance 2 --outdir out
     """
     if dest.exists() and not overwrite:
-        raise ValueError(f"{dest} exists; choose another --dest, or --overwrite to replace it")
-    training = Training(**settings)
+        raise ValueError(f"{dest} exists; choose another --dest, or use --overwrite to replace it")
+    training = ClassifierTraining(**given_options(settings, list(settings)))
     with dist.session(device) as where:
         if dist.world_size() > 1:
-            raise ValueError("a classifier is small: train it in one process, without torchrun")
+            raise ValueError("a classifier is small; train it in one process, without torchrun")
         dataset = open_source(data)
         if dataset.condition_space.kind != "classes":
             raise ValueError(
@@ -86,7 +94,7 @@ def main(
         encoder = make_encoder({"kind": "rgb" if pixels else "vae"})
         train_(net.to(where), dataset, encoder, training, workers, where)
         for sigma, share in accuracies(net.eval(), dataset, encoder, training.seed, where):
-            print(f"sigma {sigma:<5g} {share:6.1%} of training images right")
+            print(f"sigma {sigma:<5g} {share:6.1%} of training images correct")
         header = ClassifierHeader(architecture, training.duration_nimg, dataset.label_names, asdict(training))
         save_classifier(dest, net, header)
 
@@ -95,14 +103,14 @@ def train_(
     net: NoiseClassifier,
     dataset: Source,
     encoder: Encoder,
-    training: Training,
+    training: ClassifierTraining,
     workers: int,
     device: torch.device,
 ) -> None:
-    """Train `net` in place: Adam on the cross-entropy, its rate falling to 0 in a straight line.
+    """Train `net` in place: Adam on the cross-entropy, with a learning rate that falls to 0 linearly.
 
-    The noise of an image derives from the seed and its position in the global order. Raises ValueError where the
-    loss is no longer finite.
+    The noise of an image derives from the seed and its position in the global order. Raises ValueError if the loss is
+    not finite.
     """
     optimizer = torch.optim.Adam(net.parameters(), lr=training.lr)
     order = GlobalOrder(len(dataset), training.seed)
@@ -124,7 +132,7 @@ def train_(
         right += (logits.argmax(dim=1) == classes).sum().item()
         if seen >= status_at * training.duration_nimg:
             count = seen // training.batch_size
-            print(f"{seen} images: loss {total / count:.3f}, {right / seen:.1%} right, over all noise levels so far")
+            print(f"{seen} images: loss {total / count:.3f}, {right / seen:.1%} correct, over all noise levels so far")
             status_at += 0.1
         if seen >= training.duration_nimg:
             break
@@ -135,8 +143,8 @@ def train_(
 def accuracies(
     net: NoiseClassifier, dataset: Source, encoder: Encoder, seed: int, device: torch.device
 ) -> Iterator[tuple[float, float]]:
-    """(sigma, share of images put into their class) at a few noise levels, on images spread over the data set."""
-    picked = np.linspace(0, len(dataset) - 1, min(_JUDGED, len(dataset))).astype(int)
+    """Yield (sigma, accuracy) at a few noise levels, on images spread over the data set."""
+    picked = np.linspace(0, len(dataset) - 1, min(_NUM_EVALUATED, len(dataset))).astype(int)
     raw, labels = zip(*(dataset[int(index)] for index in picked), strict=True)
     rng = StackedGenerator(device, [derive_seed(seed, "judge", int(index)) for index in picked])
     images = encoder.encode(torch.from_numpy(np.stack(raw)).to(device), rng)
