@@ -7,7 +7,7 @@ import click
 
 from edm2kit.cli.click_types import AtLeast, Command
 from edm2kit.cli.presets import summary
-from edm2kit.models import full_architecture
+from edm2kit.models import full_architecture, network_kind
 from edm2kit.models.cost import Cost, evaluation_cost
 from edm2kit.snapshots.loading import open_weights
 from edm2kit.training.config import config_from_dict, preset_names, preset_path, read_yaml
@@ -31,8 +31,8 @@ def main(networks: tuple[str, ...], resolution: int, image_channels: int, classe
     data = {"img_resolution": resolution, "img_channels": image_channels, "label_dim": classes}
     costs = {}
     for network in networks:
-        arguments = find_architecture(network, data)
-        costs[network] = evaluation_cost(arguments)
+        arguments, kind = find_architecture(network, data)
+        costs[network] = evaluation_cost(arguments, kind)
         size, labels = arguments["img_resolution"], arguments["label_dim"]
         click.echo(f"{network}: {arguments['img_channels']}x{size}x{size}, {labels} classes")
     click.echo()
@@ -43,13 +43,15 @@ def main(networks: tuple[str, ...], resolution: int, image_channels: int, classe
         print_table(("network", "parameters (M)", "multiply-adds (G)"), rows)
 
 
-def find_architecture(network: str, data: Mapping[str, int]) -> Mapping[str, Any]:
-    """The arguments of Precond for a preset or YAML file with data of shape `data`, or for a snapshot."""
+def find_architecture(network: str, data: Mapping[str, int]) -> tuple[Mapping[str, Any], str]:
+    """Architecture and kind of the network of a preset or YAML file with data of shape `data`, or of a snapshot."""
     if network.endswith((".safetensors", ".pkl")) or "://" in network:
-        return open_weights(network).header.architecture
+        header = open_weights(network).header
+        return header.architecture, header.network
     path = network if network.endswith((".yaml", ".yml")) else preset_path(network)
     config = config_from_dict(read_yaml(path), str(path))
-    return full_architecture(**data, sigma_data=config.sigma_data, network=config.network)
+    architecture = full_architecture(**data, sigma_data=config.sigma_data, network=config.network)
+    return architecture, network_kind(config.network)
 
 
 def print_layers(cost: Cost) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from edm2kit.models.networks import DEFAULT_NETWORK, build_network
@@ -47,19 +48,42 @@ def evaluation_cost(architecture: Mapping[str, Any], kind: str = DEFAULT_NETWORK
         labels = torch.empty(1, net.label_dim) if net.label_dim else None
         sigma = torch.empty(1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
+        own = _count_own_flops(net, counter)
         net(x, sigma, labels)
-    # torch begins every name with the class of the network
-    prefix = type(net).__name__
-    counted = {name: sum(operations.values()) // 2 for name, operations in counter.get_flop_counts().items()}
     layers = []
     for name, module in net.named_modules():
-        inside = sum(counted.get(f"{prefix}.{name}.{child}", 0) for child, _ in module.named_children())
-        own = counted.get(f"{prefix}.{name}", 0) - inside
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor):
-            layers.append(LayerCost(name, tuple(weight.shape), weight.numel(), own))
-        elif name and own:
-            layers.append(LayerCost(f"{name}.attention", None, 0, own))
+            layers.append(LayerCost(name, tuple(weight.shape), weight.numel(), own[name] // 2))
+        elif own[name]:
+            layers.append(LayerCost(f"{name}.attention", None, 0, own[name] // 2))
     cost = Cost(tuple(layers), sum(p.numel() for p in net.parameters()))
-    assert cost.multiply_adds == counted["Global"], "an operation was counted outside of every layer"
+    assert cost.multiply_adds == counter.get_total_flops() // 2, "an operation was counted outside of every layer"
     return cost
+
+
+def _count_own_flops(net: nn.Module, counter: FlopCounterMode) -> dict[str, int]:
+    """From now on, count the operations of each module of `net` that are not those of a module inside it."""
+    own = dict.fromkeys((name for name, _ in net.named_modules()), 0)
+    last_total = 0
+    running: list[str] = []
+
+    def credit() -> None:
+        nonlocal last_total
+        total = counter.get_total_flops()
+        if running:
+            own[running[-1]] += total - last_total
+        last_total = total
+
+    def enter(name: str) -> None:
+        credit()
+        running.append(name)
+
+    def leave() -> None:
+        credit()
+        running.pop()
+
+    for name, module in net.named_modules():
+        module.register_forward_pre_hook(lambda module, inputs, name=name: enter(name))
+        module.register_forward_hook(lambda module, inputs, output: leave())
+    return own

@@ -106,14 +106,19 @@ class DiT(RawNetwork):
         if labels is None:
             labels = c_noise.new_zeros(len(x), self.label_dim)
         self.transformer.gradient_checkpointing = self.recomputes(x, edits)
-        with torch.autocast(x.device.type, dtype=x.dtype, enabled=x.dtype != torch.float32):
-            output = self.transformer(
-                x,
-                timestep=c_noise * _TIMESTEPS_PER_C_NOISE,
-                class_labels=labels,
-                cross_attention_kwargs={"edits": edits},
-            )
-        return output.sample
+        arguments = {
+            "hidden_states": x,
+            "timestep": c_noise * _TIMESTEPS_PER_C_NOISE,
+            "class_labels": labels,
+            "cross_attention_kwargs": {"edits": edits},
+        }
+        if x.dtype == torch.float32:
+            return self.transformer(**arguments).sample
+        if x.is_meta:  # a forecast of memory; autocast does not know this device
+            weights = {name: weight.to(x.dtype) for name, weight in self.transformer.named_parameters()}
+            return torch.func.functional_call(self.transformer, weights, kwargs=arguments).sample
+        with torch.autocast(x.device.type, dtype=x.dtype):
+            return self.transformer(**arguments).sample
 
 
 class ClassEmbedding(nn.Module):
@@ -172,9 +177,7 @@ def build_dit(
     Raises ValueError if diffusers is not installed or the arguments do not fit the resolution.
     """
     raw = DiT(img_resolution, img_channels, label_dim, **{**DIT_DEFAULTS, **dit_kwargs})
-    return Preconditioner(
-        raw, img_resolution, img_channels, label_dim, sigma_data, logvar_channels, raw_name="transformer"
-    )
+    return Preconditioner(raw, img_resolution, img_channels, label_dim, sigma_data, logvar_channels, raw_name="dit")
 
 
 def freeze_dit_(net: Preconditioner) -> Preconditioner:

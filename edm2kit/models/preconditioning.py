@@ -121,7 +121,8 @@ class Preconditioner(nn.Module):
     def recompute_in_training_(self) -> None:
         """From now on, store no activations in training; raises ValueError if the network cannot do that."""
         if not self.raw.blocks:
-            raise ValueError(f"a {type(self.raw).__name__} cannot recompute activations; train without --recompute")
+            kind = type(self.raw).__name__
+            raise ValueError(f"a {kind} network cannot recompute activations; train without --recompute")
         self.raw.recompute_in_training = True
 
     def forward(

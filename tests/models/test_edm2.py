@@ -70,6 +70,13 @@ def test_half_precision_stays_near_float32_and_returns_float32(dtype):
 
 def test_attention_maps_are_returned_and_do_not_change_the_output():
     net, x, labels = conditional_net()
+    roles = {name: (role.side, role.resolution, role.depth) for name, role in net.attention_roles.items()}
+    assert roles == {
+        "enc.8x8_block0": ("encoder", 8, 0),
+        "dec.8x8_in0": ("middle", 8, 1),
+        "dec.8x8_block0": ("decoder", 8, 2),
+        "dec.8x8_block1": ("decoder", 8, 3),
+    }
     names = net.attention_blocks
     assert names == ["enc.8x8_block0", "dec.8x8_in0", "dec.8x8_block0", "dec.8x8_block1"]
     with torch.no_grad():

@@ -1,16 +1,22 @@
 """Snapshots: written, read back, corrupted, refused."""
 
 import dataclasses
+import json
 import pickle
 import stat
+import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from edm2kit.models import full_architecture
 from edm2kit.snapshots.file_format import Header, SnapshotWriter, read_header, save_snapshot, snapshot_name
 from edm2kit.snapshots.loading import is_published_pickle, load_snapshot
-from tests.support import golden
+from tests.support import DATA, golden
 
 
 @pytest.fixture
@@ -43,6 +49,39 @@ def test_round_trip_in_float32_is_exact(net, header, tmp_path):
     assert snapshot.encoder.spec() == {"kind": "rgb"}
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(snapshot.net(x, 1.0, torch.eye(4)[:2]), net(x, 1.0, torch.eye(4)[:2]))
+
+
+def test_files_of_version_1_hold_edm2_networks_and_become_version_2(tmp_path):
+    with zipfile.ZipFile(DATA / "before_the_move" / "generate.zip") as archive:
+        old = Path(archive.extract("main.safetensors", tmp_path))
+    with safe_open(old, framework="pt") as file:
+        fields = json.loads(file.metadata()["edm2_snapshot"])
+    assert fields["format_version"] == 1
+    assert "network" not in fields
+    snapshot = load_snapshot(old)
+    assert (snapshot.header.network, snapshot.header.format_version) == ("edm2", 2)
+    new = tmp_path / "new.safetensors"
+    save_snapshot(new, snapshot.net.state_dict(), snapshot.header)
+    assert read_header(new) == read_header(old)
+    with safe_open(new, framework="pt") as file:
+        assert json.loads(file.metadata()["edm2_snapshot"])["network"] == "edm2"
+
+
+def test_an_unknown_kind_and_a_missing_package_are_named(net, header, tmp_path, monkeypatch):
+    save_snapshot(tmp_path / "s", net.state_dict(), dataclasses.replace(header, network="unheard"))
+    assert read_header(tmp_path / "s").network == "unheard"  # a folder with such a file can still be listed
+    with pytest.raises(ValueError, match=r"s holds a network of kind 'unheard', .* \(it knows edm2, dit\); update"):
+        load_snapshot(tmp_path / "s")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    architecture = full_architecture(8, 3, 4, 0.5, {"kind": "dit"})
+    dit = dataclasses.replace(header, network="dit", architecture=architecture)
+    save_snapshot(tmp_path / "s", net.state_dict(), dit)
+    with pytest.raises(ValueError, match=r"s: cannot build its network: .*pip install 'diffusers"):
+        load_snapshot(tmp_path / "s")
+    endless = dataclasses.replace(dit, architecture={**architecture, "num_layers": 10**9})
+    save_snapshot(tmp_path / "s", net.state_dict(), endless)
+    with pytest.raises(ValueError, match="it asks for 1000000000 blocks; at most 1000 are allowed"):
+        load_snapshot(tmp_path / "s")
 
 
 def test_default_storage_is_half_precision_except_for_small_tensors(net, header, tmp_path):

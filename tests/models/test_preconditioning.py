@@ -1,0 +1,61 @@
+"""EDM2's preconditioning around a raw network of one's own."""
+
+import pytest
+import torch
+
+from edm2kit.conditions import FloatVectors
+from edm2kit.models import Edits, Preconditioner, RawNetwork
+
+
+class Shifted(RawNetwork):
+    """F = x plus the sum of the labels; has no attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x, c_noise, labels, edits):
+        self.seen.append((c_noise, labels))
+        return x if labels is None else x + labels.sum(dim=1)[:, None, None, None]
+
+
+def test_the_coefficients_are_those_of_edm():
+    raw = Shifted()
+    net = Preconditioner(raw, 2, 1, 0, sigma_data=0.5)
+    x = torch.randn(3, 1, 2, 2)
+    sigma = torch.tensor([0.1, 0.5, 20.0])
+    s = sigma[:, None, None, None]
+    # Karras et al. 2022, Table 1
+    expected = 0.25 / (s**2 + 0.25) * x + s * 0.5 / (s**2 + 0.25).sqrt() * (x / (s**2 + 0.25).sqrt())
+    torch.testing.assert_close(net(x, sigma), expected)
+    torch.testing.assert_close(raw.seen[0][0], sigma.log() / 4)
+    assert net.raw is raw
+    D, logvar = net(x, sigma, return_logvar=True)
+    assert (list(D.shape), list(logvar.shape)) == ([3, 1, 2, 2], [3, 1, 1, 1])
+
+
+def test_labels_may_be_a_tensor_a_condition_or_none():
+    net = Preconditioner(Shifted(), 2, 1, 3)
+    x, vectors = torch.randn(2, 1, 2, 2), torch.randn(2, 3)
+    assert torch.equal(net(x, 1.0, FloatVectors(vectors)), net(x, 1.0, vectors))
+    assert torch.equal(net(x, 1.0, None), net(x, 1.0, torch.zeros(2, 3)))
+    with pytest.raises(ValueError, match=r"labels have shape \[2, 2\]; expected \[2, 3\]"):
+        net(x, 1.0, vectors[:, :2])
+
+
+def test_a_network_without_an_interior_refuses_edits():
+    net = Preconditioner(Shifted(), 2, 1, 0)
+    assert (net.attention_blocks, net.attention_roles, net.supported_edits) == ([], {}, frozenset())
+    x = torch.randn(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="a Shifted network does not support the edit 'embedding'; it supports: none"):
+        net(x, 1.0, embedding=lambda emb: emb)
+    with pytest.raises(ValueError, match="'return_attention'"):
+        net(x, 1.0, return_attention=["block0"])
+    with pytest.raises(ValueError, match="a Shifted network cannot recompute activations; train without --recompute"):
+        net.recompute_in_training_()
+
+
+def test_edits_are_false_if_there_are_none():
+    assert not Edits()
+    assert Edits(return_attention=["a"])
+    assert Edits(embedding=lambda emb: emb)
