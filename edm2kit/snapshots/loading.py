@@ -75,7 +75,8 @@ def is_published_pickle(path: str | Path) -> bool:
     with open(path, "rb") as file:
         start = file.read(9)
     # the first byte is not enough: safetensors starts with a length, which may end in 0x80, but then has a brace
-    return start[:1] == b"\x80" and start[8:] != b"{"
+    # (unless the file is truncated there)
+    return start[:1] == b"\x80" and start[8:] not in (b"{", b"")
 
 
 def open_weights(path_or_url: str | Path) -> Weights:

@@ -208,6 +208,8 @@ def test_a_snapshot_of_any_header_length_is_not_taken_for_a_pickle(net, header, 
     for padding in range(0, 256, 8):
         save_snapshot(tmp_path / "net", net.state_dict(), dataclasses.replace(header, run_id="r" * padding))
         assert not is_published_pickle(tmp_path / "net")
+        (tmp_path / "cut").write_bytes((tmp_path / "net").read_bytes()[:8])
+        assert not is_published_pickle(tmp_path / "cut")
     for protocol in (2, 3, 4, 5):
         (tmp_path / "pickle").write_bytes(pickle.dumps({"ema": None}, protocol))
         assert is_published_pickle(tmp_path / "pickle")
