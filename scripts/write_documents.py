@@ -11,7 +11,7 @@ import click
 try:
     from edm2kit.cli import click_types as cli
     from edm2kit.experiments import documents
-    from edm2kit.experiments.compare_guidance import page as comparison
+    from edm2kit.experiments.compare_guidance import report as comparison
     from edm2kit.experiments.demo import report as demo
     from edm2kit.experiments.paper_tables import document as paper_tables
     from edm2kit.experiments.toy import report as toy

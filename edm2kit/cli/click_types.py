@@ -198,6 +198,15 @@ class Parsed(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class Names(click.ParamType):
+    """Names separated by commas, such as first,second, as a list of str."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
+
+
 class IntRanges(click.ParamType):
     """Numbers and inclusive ranges, such as 0-63 or 0,5,10-12, as a tuple of ints in the order written."""
 

@@ -20,16 +20,12 @@ _DEFAULT_OUTDIR = "runs/reproduce"
 _WAIT_MINUTES = 24 * 60  # one rank downloads while the others wait
 
 
-def _split(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:
-    return None if value is None else [part.strip() for part in value.split(",")]
-
-
 _table = click.option(
     "--table", metavar="NAME|YAML", required=True, help=f"Table: {', '.join(table_names())}, or your own file"
 )
-_rows = click.option("--rows", metavar="LIST", callback=_split, help="Rows by name, see `list`  [default: all]")
+_rows = click.option("--rows", metavar="LIST", type=cli.Names(), help="Rows by name, see `list`  [default: all]")
 _metrics = click.option(
-    "--metrics", metavar="LIST", callback=_split, help="Metrics, fid and/or fd_dinov2  [default: all]"
+    "--metrics", metavar="LIST", type=cli.Names(), help="Metrics, fid and/or fd_dinov2  [default: all]"
 )
 # torchrun of torch 2.13 reads --num as its own --numa-binding, unless a lone -- precedes the script
 _num = click.option(

@@ -65,6 +65,11 @@ def _filled(document: Path, parts: Mapping[str, str]) -> str:
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "") -> str:
     """A Markdown table. `align` has a letter per column, l (left) or r (right); the default is left for all."""
     rule = [_ALIGNMENT[letter] for letter in align or "l" * len(head)]
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
-    lines = [escaped[0], rule, *escaped[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [_table_line(head), f"| {' | '.join(rule)} |"]
+    lines += [_table_line(row) for row in rows]
+    return "\n".join(lines)
+
+
+def _table_line(cells: Sequence[str]) -> str:
+    escaped = [cell.replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"

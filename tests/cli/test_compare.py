@@ -11,7 +11,7 @@ from edm2kit.cli import compare as compare_guidance
 from edm2kit.cli import distill
 from edm2kit.cli import metrics as calculate_metrics
 from edm2kit.experiments.compare_guidance import measure
-from edm2kit.experiments.compare_guidance.page import cost_table, table
+from edm2kit.experiments.compare_guidance.report import cost_table, score_table
 from edm2kit.experiments.compare_guidance.rows import ROWS_FILE, load_rows
 from tests.support import tiny
 from tests.support.fakes import tiny_snapshot
@@ -53,7 +53,7 @@ def run(place, command, outdir, *more, code=0, main="main"):
 @pytest.fixture(scope="module")
 def measured(place):
     told = run(place, "tune", place / "out")
-    assert "sims is left out: it needs --network sims=PATH" in told
+    assert "sims is skipped: it needs --network sims=PATH" in told
     run(place, "report", place / "out", "--fresh", place / "real", "--seed", f"0,{NUM}")
     run(place, "table", place / "out")
     return place / "out"
@@ -117,7 +117,7 @@ def test_the_table_has_real_images_first_then_the_nearest(place, measured):
     record = json.loads((measured / "comparison.json").read_text())
     assert record["rows"][0]["name"] == "real"
     record["rows"][0]["points"][0]["results"]["fd_random"] = 1e6  # first all the same
-    lines = table(record).splitlines()
+    lines = score_table(record).splitlines()
     assert lines[0].startswith("| 8 images each | w | of | evaluations |")
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
     assert cells[0][0] == "other real pictures"
@@ -151,15 +151,15 @@ def test_what_a_student_costs_and_gains_is_told(place, measured, tmp_path):
     assert "The student saw 32 images" in told
     assert "guides with weight 3 in steps" in told
     elsewhere = ["--network", f"student={place / 'main'}", "--rows-file", tmp_path / "rows.yaml"]
-    assert "main is no student" in run(place, "table", tmp_path / "out", *elsewhere, code=1)
+    assert "main is not a distilled network" in run(place, "table", tmp_path / "out", *elsewhere, code=1)
 
 
 def test_other_networks_rows_and_untuned_weights_are_refused(place, measured, tmp_path):
-    assert "was measured otherwise (files.main" in run(place, "tune", measured, main="guide", code=1)
+    assert "was measured with other settings (files.main" in run(place, "tune", measured, main="guide", code=1)
     assert "pair is not tuned at weight 1.5 yet" in run(place, "report", tmp_path, code=1)
-    assert "holds no scores" in run(place, "table", tmp_path, code=1)
-    assert "no row is called 'pear'; did you mean 'pair'?" in run(place, "tune", tmp_path, "--rows", "pear", code=1)
-    assert "is not NAME=PATH" in run(place, "tune", tmp_path, "--network", "sims=nowhere", code=2)
+    assert "has no scores yet" in run(place, "table", tmp_path, code=1)
+    assert "no row has the name 'pear'; did you mean 'pair'?" in run(place, "tune", tmp_path, "--rows", "pear", code=1)
+    assert "the file nowhere does not exist" in run(place, "tune", tmp_path, "--network", "sims=nowhere", code=2)
     (measured / "report" / "icg.json").rename(tmp_path / "icg.json")
     (measured / "report" / "icg.json").write_text("{")
     assert "icg.json is damaged" in run(place, "table", measured, code=1)
@@ -190,5 +190,5 @@ def test_every_row_of_the_project_can_be_asked_for(place, tmp_path):
 
 def test_a_file_of_no_rows_is_refused(tmp_path):
     (tmp_path / "rows.yaml").write_text("rows: {a: {title: x}}")
-    with pytest.raises(ValueError, match="holds no rows to compare"):
+    with pytest.raises(ValueError, match="is not a list of rows to compare"):
         load_rows(tmp_path / "rows.yaml")

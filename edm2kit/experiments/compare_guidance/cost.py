@@ -1,4 +1,4 @@
-"""What rows cost: time and multiply-adds for an image, taken in turns."""
+"""Cost of the rows: time and multiply-adds per image; and what the training of a distilled network took."""
 
 import json
 import time
@@ -16,31 +16,30 @@ from edm2kit.training.run import RECORD_NAME
 
 
 def measure_costs(generations: Mapping[str, Generation], batch: int, rounds: int) -> dict[str, Any]:
-    """Least of `rounds` times, and multiply-adds, per image in batches of `batch`, by row; and what measured them."""
-    adds, seconds = {}, {name: float("inf") for name in generations}
+    """Minimum of `rounds` times and multiply-adds, both per image in batches of `batch`, by row; and the provenance.
+
+    The rows take turns, so that a change of the machine's pace affects all of them.
+    """
+    multiply_adds = {}
     for name, generation in generations.items():
         with FlopCounterMode(display=False) as counter:
             generation.engine.generate(range(batch))
-        adds[name] = counter.get_total_flops() / 2 / batch
+        multiply_adds[name] = counter.get_total_flops() / 2 / batch
+    seconds = dict.fromkeys(generations, float("inf"))
     for _ in range(rounds):
         for name, generation in generations.items():
-            seconds[name] = min(seconds[name], _draw_sec(generation, batch) / batch)
+            started = time.perf_counter()
+            generation.engine.generate(range(batch)).images.cpu()  # .cpu() waits for the device
+            seconds[name] = min(seconds[name], (time.perf_counter() - started) / batch)
     device = next(iter(generations.values())).engine.device
-    rows = {name: {"seconds": round(seconds[name], 5), "multiply_adds": adds[name]} for name in generations}
+    rows = {name: {"seconds": round(seconds[name], 5), "multiply_adds": multiply_adds[name]} for name in generations}
     return {"rows": rows, "batch": batch, "rounds": rounds, **provenance(device)}
 
 
-def _draw_sec(generation: Generation, batch: int) -> float:
-    started = time.perf_counter()
-    drawn = generation.engine.generate(range(batch))
-    drawn.images.cpu()  # waits for the device
-    return time.perf_counter() - started
-
-
 def describe_student(snapshot: Path) -> dict[str, Any]:
-    """Teacher and training of a student of scripts/distill.py, from its snapshot and the run folder around it.
+    """Teacher and training of a network distilled by scripts/distill.py, from its snapshot and run folder.
 
-    Raises ValueError where it is no student, or lies elsewhere.
+    Raises ValueError if the snapshot was not distilled, or is not in its run folder any more.
     """
     header = read_header(snapshot)
     try:
@@ -49,9 +48,7 @@ def describe_student(snapshot: Path) -> dict[str, Any]:
         run = json.loads((snapshot.parent / RECORD_NAME).read_text(encoding="utf-8"))
         seconds = next(line["elapsed_sec"] for line in map(json.loads, lines) if line["nimg"] == header.nimg)
     except (KeyError, OSError, ValueError, StopIteration) as error:
-        raise ValueError(f"{snapshot} is no student in the run folder that scripts/distill.py wrote") from error
+        raise ValueError(f"{snapshot} is not a distilled network in the run folder of scripts/distill.py") from error
     training = {"nimg": header.nimg, "seconds": seconds, "ema_std": header.ema_std}
-    return {
-        "teacher": teacher,
-        "training": {**training, **{key: run[key] for key in ("command", "commit", "hardware")}},
-    }
+    training |= {key: run[key] for key in ("command", "commit", "hardware")}
+    return {"teacher": teacher, "training": training}

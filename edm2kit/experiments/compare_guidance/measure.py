@@ -1,18 +1,19 @@
-"""Scores of the rows, one file each, written point by point: what is there is not measured again."""
+"""Scores of the rows: one record per row, written point by point, so that nothing is measured twice."""
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from edm2kit.cli.generation import prepare
 from edm2kit.cli.image_source import ArchiveImages, NpzImages, image_batches
-from edm2kit.experiments.compare_guidance.rows import Row
+from edm2kit.experiments.compare_guidance.rows import ComparisonRow
 from edm2kit.guidance.records import words_with_current_names
 from edm2kit.metrics.scoring import Scorer
 from edm2kit.torch_utils import dist
@@ -24,8 +25,8 @@ Point = Mapping[str, Any]  # weight, first_seed, results by metric, and what mad
 
 
 @dataclass(frozen=True)
-class Yardstick:
-    """What images are measured by; `identity` tells it in JSON's terms. `num` images for each value."""
+class Scoring:
+    """How images are scored: `num` per value, by `scorer`; `identity` describes scorer and reference as JSON."""
 
     scorer: Scorer
     identity: Mapping[str, Any]
@@ -34,100 +35,124 @@ class Yardstick:
 
 
 def measure_row(
-    path: Path, row: Row, networks: Mapping[str, str], yardstick: Yardstick, weights: Sequence[float | None], seeds
+    path: Path,
+    row: ComparisonRow,
+    networks: Mapping[str, str],
+    scoring: Scoring,
+    weights: Sequence[float | None],
+    seeds: Sequence[int],
 ) -> dict[str, Any]:
-    """The record of `row` at `path`, with a point for each of `weights` and of `seeds` (first of so many).
+    """The record of `row` at `path`, with a point per weight and first seed; existing points are kept.
 
-    Points that are there stay. Raises ValueError where the record is of other networks, options or images.
+    Raises ValueError if the record has other networks, options or images.
     """
     asked = plain_json(
         {
             "row": row.name,
             "options": row.options,
             "files": {name: sha256_of(networks[name]) for name in row.needs},
-            "num_images": yardstick.num,
-            **yardstick.identity,
+            "num_images": scoring.num,
+            **scoring.identity,
         }
     )
     record = dist.on_rank0(read_record, path, asked)
     for weight in weights:
-        left = [seed for seed in seeds if find(record, weight, seed) is None]
-        if not left:
+        missing = [seed for seed in seeds if find_point(record, weight, seed) is None]
+        if not missing:
             continue
-        generation = prepare(row.request(weight, networks), yardstick.scorer.device)
-        for seed in left:
-            images = range(seed, seed + yardstick.num)
-            batches = (batch.images for batch in generation.batches(images, yardstick.batch))
-            _add(record, path, yardstick, {"weight": weight, "first_seed": seed}, batches)
+        generation = prepare(row.request(weight, networks), scoring.scorer.device)
+        for seed in missing:
+            images = range(seed, seed + scoring.num)
+            batches = (batch.images for batch in generation.batches(images, scoring.batch))
+            _add_point(record, path, scoring, weight, seed, batches)
     return record
 
 
 def measure_real(
-    path: Path, source: ArchiveImages | NpzImages, yardstick: Yardstick, selections: Sequence[int]
+    path: Path, source: ArchiveImages | NpzImages, scoring: Scoring, selections: Sequence[int]
 ) -> dict[str, Any]:
-    """The record of real images, one point for each random selection of them, in place of seeds."""
-    record = dist.on_rank0(
-        read_record, path, plain_json({"row": "real", "num_images": yardstick.num, **yardstick.identity})
-    )
+    """The record of real images, with a point per random selection of them instead of per first seed."""
+    asked = plain_json({"row": "real", "num_images": scoring.num, **scoring.identity})
+    record = dist.on_rank0(read_record, path, asked)
     for seed in selections:
-        if find(record, None, seed) is None:
-            picked = np.sort(np.random.default_rng(seed).permutation(len(source))[: yardstick.num])
-            batches = image_batches(source, picked, yardstick.batch, 1)
-            _add(record, path, yardstick, {"weight": None, "first_seed": seed}, batches)
+        if find_point(record, None, seed) is None:
+            shuffled = np.random.default_rng(seed).permutation(len(source))
+            picked = sorted(shuffled[: scoring.num].tolist())
+            _add_point(record, path, scoring, None, seed, image_batches(source, picked, scoring.batch, 1))
     return record
 
 
-def _add(record: dict[str, Any], path: Path, yardstick: Yardstick, point: Mapping[str, Any], batches) -> None:
+def _add_point(
+    record: dict[str, Any],
+    path: Path,
+    scoring: Scoring,
+    weight: float | None,
+    first_seed: int,
+    batches: Iterable[torch.Tensor],
+) -> None:
     started = time.monotonic()
-    results = yardstick.scorer.score(batches)
+    results = scoring.scorer.score(batches)
     record["points"].append(
         {
-            **point,
+            "weight": weight,
+            "first_seed": first_seed,
             "results": results,
             "elapsed_sec": round(time.monotonic() - started, 2),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "processes": dist.world_size(),
-            **provenance(yardstick.scorer.device),
+            **provenance(scoring.scorer.device),
         }
     )
     dist.on_rank0(write_json, path, record)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in results.items())
-    dist.print0(f"{record['asked']['row']}, weight {point['weight']}, from seed {point['first_seed']}: {shown}")
+    dist.print0(f"{record['asked']['row']}, weight {weight}, from seed {first_seed}: {shown}")
 
 
 def read_record(path: Path, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The record at `path`, without points where there is none; ValueError where it is not of what is `asked`."""
+    """The record at `path`, without points if there is no file.
+
+    Raises ValueError if it is damaged, or if `asked` is given and differs from what the record was asked for.
+    """
     if not path.exists():
         return {"asked": asked, "points": []}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         found = record["asked"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to measure this row anew") from error
-    if asked is not None and (changed := differences(_with_current_words(found), _with_current_words(asked))):
-        raise ValueError(f"{path} was measured otherwise ({'; '.join(changed[:3])}); choose another --outdir")
+        raise ValueError(f"{path} is damaged ({error}). Delete it to measure this row again") from error
+    if asked is not None and (changed := differences(_with_current_names(found), _with_current_names(asked))):
+        raise ValueError(f"{path} was measured with other settings ({'; '.join(changed[:3])}). Use another --outdir")
     return record
 
 
-def _with_current_words(asked: Mapping[str, Any]) -> dict[str, Any]:
+def _with_current_names(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record was asked for, with the names that guidance methods have today."""
     words = asked.get("options")
     return dict(asked) if words is None else {**asked, "options": words_with_current_names(words)}
 
 
-def find(record: Mapping[str, Any], weight: float | None, first_seed: int) -> Point | None:
-    """The point of that weight and those images."""
-    key = (weight, first_seed)
-    return next((p for p in record["points"] if (p["weight"], p["first_seed"]) == key), None)
+def find_point(record: Mapping[str, Any], weight: float | None, first_seed: int) -> Point | None:
+    """The point of that weight and first seed, if the record has it."""
+    for point in record["points"]:
+        if (point["weight"], point["first_seed"]) == (weight, first_seed):
+            return point
+    return None
 
 
 def best_weight(
     name: str, record: Mapping[str, Any], weights: Sequence[float], seeds: Sequence[int], metric: str
 ) -> float:
-    """The weight of row `name` whose images are nearest, on average over `seeds`; ValueError for a missing point."""
+    """The weight of row `name` with the smallest distance, on average over `seeds`.
+
+    Raises ValueError if a point is missing.
+    """
     means = {}
     for weight in weights:
-        points = [find(record, weight, seed) for seed in seeds]
-        if None in points:
-            raise ValueError(f"{name} is not tuned at weight {weight:g} yet; run `tune` first")
-        means[weight] = sum(point["results"][metric] for point in points) / len(points)
+        results = []
+        for seed in seeds:
+            point = find_point(record, weight, seed)
+            if point is None:
+                raise ValueError(f"{name} is not tuned at weight {weight:g} yet. Run `tune` first")
+            results.append(point["results"][metric])
+        means[weight] = sum(results) / len(results)
     return min(means, key=means.__getitem__)

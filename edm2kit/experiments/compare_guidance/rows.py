@@ -1,10 +1,11 @@
-"""What is compared: rows of a YAML file, each a way to guide and the weights to try."""
+"""Rows of a comparison, read from YAML: each is a way to guide, with the weights to try."""
 
 import shlex
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edm2kit.cli.generation import Request
 from edm2kit.cli.generation_options import parse_request
@@ -15,8 +16,11 @@ ROWS_FILE = Path(__file__).parents[2] / "configs" / "comparison.yaml"
 
 
 @dataclass(frozen=True)
-class Row:
-    """`options` of generate.py, with names of networks in braces; `weights` to try, none where there is none to try."""
+class ComparisonRow:
+    """One way to guide: `options` of generate.py, with names of files in braces, and the `weights` to try.
+
+    A row without weights has nothing to tune, for example the network alone.
+    """
 
     name: str
     title: str
@@ -26,38 +30,40 @@ class Row:
     @property
     def needs(self) -> tuple[str, ...]:
         """The names in braces."""
-        return tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(self.options) if name))
+        names = [name for _, name, _, _ in string.Formatter().parse(self.options) if name]
+        return tuple(dict.fromkeys(names))
 
     def request(self, weight: float | None, networks: Mapping[str, str], *more: str) -> Request:
-        """What to draw at `weight`, None for a row without weights; `networks` maps names to paths."""
+        """The request at `weight` (None for a row without weights); `networks` maps names to paths."""
         words = [*(word.format(**networks) for word in shlex.split(self.options)), *more]
-        return parse_request(words if weight is None else [*words, "--guidance", f"{weight:g}"])
+        if weight is not None:
+            words += ["--guidance", f"{weight:g}"]
+        return parse_request(words)
 
     def cost(self, networks: Mapping[str, str]) -> str:
-        """Evaluations of networks in one guided evaluation, in words."""
-        names = methods_of(self.request(self.weights[0] if self.weights else None, networks).guidance)
-        return "; ".join(METHODS[name].evaluations for name in names)
+        """Network evaluations in one guided evaluation, in words."""
+        request = self.request(self.weights[0] if self.weights else None, networks)
+        return "; ".join(METHODS[name].evaluations for name in methods_of(request.guidance))
 
 
-def load_rows(path: Path) -> dict[str, Row]:
-    """The rows of a file by name; ValueError for one that lacks a part, or holds one that is not known."""
+def load_rows(path: Path) -> dict[str, ComparisonRow]:
+    """The rows of a YAML file by name. Raises ValueError if a part is missing or unknown."""
     content = read_yaml(path)
     try:
-        return {
-            name: Row(name, weights=tuple(map(float, fields.pop("weights", []))), **_row(content, fields))
-            for name, fields in content["rows"].items()
-        }
+        return {name: _row(name, content["common"], **fields) for name, fields in content["rows"].items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} holds no rows to compare: {type(error).__name__}, {error}") from error
+        raise ValueError(f"{path} is not a list of rows to compare: {type(error).__name__}, {error}") from error
 
 
-def _row(content: Mapping, fields: Mapping) -> dict[str, str]:
-    return {**fields, "options": f"{content['common']} {fields['options']}".strip()}
+def _row(name: str, common: str, title: str, options: str, weights: Sequence[Any] = ()) -> ComparisonRow:
+    return ComparisonRow(name, title, f"{common} {options}".strip(), tuple(float(weight) for weight in weights))
 
 
-def chosen(rows: Mapping[str, Row], names: list[str] | None) -> list[Row]:
-    """The rows called `names`, None for all; ValueError for a name that no row has."""
-    for name in names or []:
+def rows_named(rows: Mapping[str, ComparisonRow], names: Sequence[str] | None) -> list[ComparisonRow]:
+    """The rows of these names, None for all. Raises ValueError for an unknown name."""
+    if names is None:
+        return list(rows.values())
+    for name in names:
         if name not in rows:
-            raise ValueError(f"no row is called {name!r}{nearest(name, list(rows))}")
-    return [rows[name] for name in (rows if names is None else names)]
+            raise ValueError(f"no row has the name {name!r}{nearest(name, list(rows))}")
+    return [rows[name] for name in names]

@@ -1,13 +1,13 @@
-"""Draws the demo's dataset, ten kinds of small pictures without end: `python scripts/draw_pictures.py --help`.
+"""The demo's data set: any number of small pictures of ten kinds. See `python scripts/draw_pictures.py --help`.
 
-Each picture is one shape on a soft gradient, with an outline, shading from one light and a shadow. Kind, place, size,
-turn and colours vary; that the shape's hue is opposite its background's, that light falls from above and that
-edges are crisp does not. Simple enough that a network of half a million weights learns it in minutes, hard enough
-that it leaves something for guidance to mend.
+Each picture is one shape on a soft gradient, with an outline, shading from one light, and a shadow. Kind, position,
+size, rotation and colours vary. Three things do not: the hue of the shape is opposite to that of the background, light
+comes from above, and edges are crisp. A network of half a million weights learns this in minutes, but not perfectly, so
+guidance has something to improve.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -19,18 +19,18 @@ from edm2kit.torch_utils.dist import progress_bar
 
 SIDE = 32
 _BATCH = 256
-_PIXEL = 2 / SIDE  # pictures span [-1, 1] in x (right) and y (down); edges are ramps one pixel wide
+_PIXEL = 2 / SIDE  # coordinates are [-1, 1] in x (right) and y (down); edges are ramps one pixel wide
 _OUTLINE = 0.07
 _SHADOW = (0.09, 0.13)
-_GRAIN = 8 / 255  # full range of the even noise on every pixel, as of paper or film
-_CHOICES = 9  # random numbers that shape a picture; one per pixel and colour follows for the grain
+_GRAIN = 8 / 255  # full range of the uniform noise on every pixel, like film grain
+_CHOICES = 9  # random numbers that determine a picture; then one per pixel and channel for the grain
 _SLOTS = _CHOICES + SIDE * SIDE * 3
 
 
 def uniforms(seed: int, indices: np.ndarray) -> np.ndarray:
     """Random numbers in [0, 1) that depend on (seed, index) alone, float32 [N, 3081].
 
-    SplitMix64 (Steele et al. 2014) of a counter: no generator to set up per picture.
+    SplitMix64 (Steele et al. 2014) of a counter, so that no generator has to be set up per picture.
     """
     counter = np.asarray(indices, np.uint64)[:, None] * np.uint64(_SLOTS) + np.arange(_SLOTS, dtype=np.uint64)
     state = _mix(counter + _mix(np.array([seed], np.uint64)))
@@ -44,7 +44,7 @@ def _mix(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
-# Signed distances to shapes of about unit radius: negative inside, in the units of x and y. Arrays [N, H, W].
+# Signed distances to shapes of about unit radius, negative inside, in the units of x and y. Arrays [N, H, W].
 
 
 def _box(x: np.ndarray, y: np.ndarray, half_x: float, half_y: float) -> np.ndarray:
@@ -94,7 +94,7 @@ def _flower(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
-    """Distance to a closed polygon, corners float32 [K, 2] in order; inside by crossing count."""
+    """Signed distance to a closed polygon with corners float32 [K, 2] in order; inside by the number of crossings."""
     nearest = np.full_like(x, np.inf)
     inside = np.zeros(x.shape, bool)
     for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
@@ -106,7 +106,9 @@ def _polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
     return np.where(inside, -1, 1) * np.sqrt(nearest)
 
 
-# kind -> (distance, pattern): patterns are drawn in a second colour, positive where it shows
+# Patterns on a shape, drawn in a second colour where they are positive. Arrays [N, H, W].
+
+
 def _no_pattern(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.full_like(x, -1.0)
 
@@ -123,7 +125,9 @@ def _eye(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return 0.32 - np.hypot(x, y)
 
 
-KINDS = {
+# kind -> (signed distance, pattern)
+Field = Callable[[np.ndarray, np.ndarray], np.ndarray]
+KINDS: dict[str, tuple[Field, Field]] = {
     "disc": (_disc, _no_pattern),
     "ring": (_ring, _no_pattern),
     "triangle": (_triangle, _no_pattern),
@@ -139,10 +143,10 @@ NAMES = tuple(KINDS)
 
 
 def draw(seed: int, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures number `indices` of the endless set `seed`, and their kinds.
+    """The pictures `indices` of the data set `seed`, and their kinds.
 
-    Returns uint8 [N, 32, 32, 3] and int64 [N] (an index into NAMES). Picture k is of kind k modulo 10, and depends on
-    seed and k alone.
+    Returns uint8 [N, 32, 32, 3] and int64 [N], indices into NAMES. Picture k has kind k modulo 10 and depends on `seed`
+    and k alone.
     """
     indices = np.asarray(indices, np.int64)
     labels = indices % len(NAMES)
@@ -155,7 +159,7 @@ def draw(seed: int, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np
     return images, labels
 
 
-def _render(u: np.ndarray, distance, pattern) -> np.ndarray:
+def _render(u: np.ndarray, distance: Field, pattern: Field) -> np.ndarray:
     size, turn, cx, cy = 0.66 + 0.17 * u[:, 0], (u[:, 1] - 0.5) * 0.6, (u[:, 2] - 0.5) * 0.22, (u[:, 3] - 0.5) * 0.22
     axis = (np.arange(SIDE, dtype=np.float32) + 0.5) * _PIXEL - 1
     y, x = np.meshgrid(axis, axis, indexing="ij")
@@ -192,7 +196,7 @@ def _blend(below: np.ndarray, above: np.ndarray, amount: np.ndarray) -> np.ndarr
 
 
 def _colours(u: np.ndarray) -> dict[str, np.ndarray]:
-    """One harmony per picture: [N, 1, 1, 3] colours around a hue, its neighbour and its opposite."""
+    """Colours of each picture by use, [N, 1, 1, 3]: around a hue, its neighbour and its opposite."""
     hue, night = u[:, 5], u[:, 6] < 0.35
     wide = 0.06 * (u[:, 7] - 0.5)
     value = np.where(night, 0.30 + 0.15 * u[:, 8], 0.80 + 0.15 * u[:, 8])
@@ -214,15 +218,23 @@ def _rgb(hue: np.ndarray, saturation: float, value: np.ndarray) -> np.ndarray:
 
 
 @click.command(cls=cli.Command)
-@click.option("--dest", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write to.")
-@click.option("--num", type=cli.Size(), default=10000, show_default=True, help="Number of pictures, all kinds equally.")
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which endless set to draw from."
+    "--dest",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder to write; must not exist",
 )
+@click.option("--num", metavar="N", type=cli.Size(), default=10000, help="Number of pictures, equally many per kind")
+@click.option("--seed", metavar="N", type=click.IntRange(min=0), default=0, help="Seed of the data set")
 def main(dest: Path, num: int, seed: int) -> None:
-    """Draw pictures into one folder per kind: DEST/disc/000000.png, DEST/ring/000001.png, ..."""
+    """Draw pictures into one folder per kind: DEST/disc/000000.png, DEST/ring/000001.png, ...
+
+    \b
+    python scripts/draw_pictures.py --dest pictures --num 20000
+    """
     if dest.exists():
-        raise ValueError(f"--dest {dest} is there already; name a new folder, or remove it first")
+        raise ValueError(f"--dest {dest} already exists. Remove it, or choose another folder")
     partial = dest.with_name(f".{dest.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for name in NAMES:

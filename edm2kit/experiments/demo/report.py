@@ -107,8 +107,8 @@ def main(out: Path, columns: int, rows: int, publish: bool) -> None:
     records = read_records(out)
     unguided, autoguided = (records[name]["results"][METRIC]["mean"] for name in ("unguided", "autoguided"))
     titles = (f"unguided: {METRIC} {unguided:.3g}", f"autoguided: {METRIC} {autoguided:.3g}")
-    grids = [_first_images(out / name, columns * rows) for name in ("unguided", "autoguided")]
-    sheet = picture(*grids, titles, columns)
+    left, right = (_first_images(out / name, columns * rows) for name in ("unguided", "autoguided"))
+    sheet = picture(left, right, titles, columns)
     _save_picture(sheet, out)
     with atomic_write(out / "table.md", "w") as file:
         file.write(table(records) + "\n")

@@ -71,8 +71,8 @@ def test_folders_of_pictures_by_kind(tmp_path):
     assert files[22].parent.name == NAMES[labels[22]]
 
 
-def test_a_folder_that_is_there_is_left_alone(tmp_path):
+def test_an_existing_folder_is_left_alone(tmp_path):
     done = CliRunner().invoke(main, ["--dest", str(tmp_path)])
     assert done.exit_code == 1
-    assert "is there already" in done.output
+    assert "already exists" in done.output
     assert list(tmp_path.iterdir()) == []

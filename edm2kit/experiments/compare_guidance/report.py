@@ -1,31 +1,31 @@
-"""The comparison's record, gathered from those of its rows, and its table, made from the record alone."""
+"""The comparison's record, collected from those of its rows, and its tables, made from that record alone."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edm2kit.experiments.compare_guidance.measure import Point, read_record
-from edm2kit.experiments.compare_guidance.rows import Row
+from edm2kit.experiments.compare_guidance.rows import ComparisonRow
 from edm2kit.experiments.documents import markdown_table
 
 METRIC = "fd_random"
+SHARES = ("precision", "recall", "coverage")
 FOLDER = Path("experiments", "compare_guidance")  # in the checkout: the published record and picture
 DOCUMENT = Path("docs", "guidance.md")
 RECORD_NAME = "comparison.json"
-SHARES = ("precision", "recall", "coverage")
-REAL = Row("real", "other real pictures", "")
+REAL = ComparisonRow("real", "other real pictures", "")
 Record = Mapping[str, Any]
 
 
-def gather(rows: Sequence[Row], costs: Mapping[str, str], outdir: Path) -> Record:
-    """One record of all rows that were reported; ValueError where there are none, or their numbers do not compare."""
-    found, asked = [], []
+def collect(rows: Sequence[ComparisonRow], costs: Mapping[str, str], outdir: Path) -> dict[str, Any]:
+    """One record of all rows with scores. Raises ValueError if there are none, or if they cannot be compared."""
+    found, settings = [], []
     for row in [REAL, *rows]:
         reported = read_record(outdir / "report" / f"{row.name}.json")
         if not reported["points"]:
             continue
         tuned = read_record(outdir / "tune" / f"{row.name}.json")
-        asked.append({key: reported["asked"][key] for key in ("num_images", "reference_sha256", "real")})
+        settings.append({key: reported["asked"][key] for key in ("num_images", "reference_sha256", "real")})
         found.append(
             {
                 "name": row.name,
@@ -38,39 +38,42 @@ def gather(rows: Sequence[Row], costs: Mapping[str, str], outdir: Path) -> Recor
             }
         )
     if not found:
-        raise ValueError(f"{outdir} holds no scores; run `report` first")
-    if any(one != asked[0] for one in asked):
-        raise ValueError(f"the scores in {outdir} are of different numbers of images or references: do not compare")
-    return {"num_images": asked[0]["num_images"], "rows": found}
+        raise ValueError(f"{outdir} has no scores yet. Run `report` first")
+    if any(one != settings[0] for one in settings):
+        raise ValueError(
+            f"the scores in {outdir} are of different numbers of images or different references and cannot be "
+            "compared. Run `report` for all rows with the same options and another --outdir"
+        )
+    return {"num_images": settings[0]["num_images"], "rows": found}
 
 
 def document_parts(record: Record) -> dict[str, str]:
-    """The parts of docs/guidance.md that the record fills, by name."""
-    parts = {"comparison": table(record)}
+    """The parts of docs/guidance.md that come from the record, by name."""
+    parts = {"comparison": score_table(record)}
     if "student" in record:
         parts["distillation"] = cost_table(record)
     return parts
 
 
-def table(record: Record) -> str:
-    """Markdown: rows at their best weights, nearest first, below real images; the mean of several sets, and each."""
+def score_table(record: Record) -> str:
+    """Markdown table of the rows at their best weights: real images first, then by distance."""
     rows = sorted(record["rows"], key=lambda row: (row["name"] != REAL.name, _mean(row["points"], METRIC)))
-    heads = [f"{record['num_images']} images each", "w", "of", "evaluations", METRIC, "each", *SHARES]
-    lines = []
-    for row in rows:
-        weight, tried = row["points"][0]["weight"], dict.fromkeys(point["weight"] for point in row["tuning"])
-        each = ", ".join(f"{point['results'][METRIC]:.3f}" for point in row["points"])
-        cells = [
-            row["title"],
-            "" if weight is None else f"{weight:g}",
-            ", ".join(f"{one:g}" for one in tried if one is not None),
-            row["cost"],
-            f"{_mean(row['points'], METRIC):.3f}",
-            each,
-            *(f"{_mean(row['points'], f'{METRIC}.{share}'):.2f}" for share in SHARES),
-        ]
-        lines.append(cells)
-    return markdown_table(heads, lines, "lrllrlrrr")
+    head = [f"{record['num_images']} images each", "w", "of", "evaluations", METRIC, "each", *SHARES]
+    return markdown_table(head, [_score_cells(row) for row in rows], "lrllrlrrr")
+
+
+def _score_cells(row: Record) -> list[str]:
+    weight = row["points"][0]["weight"]
+    tried = dict.fromkeys(point["weight"] for point in row["tuning"] if point["weight"] is not None)
+    return [
+        row["title"],
+        "" if weight is None else f"{weight:g}",
+        ", ".join(f"{one:g}" for one in tried),
+        row["cost"],
+        f"{_mean(row['points'], METRIC):.3f}",
+        ", ".join(f"{point['results'][METRIC]:.3f}" for point in row["points"]),
+        *(f"{_mean(row['points'], f'{METRIC}.{share}'):.2f}" for share in SHARES),
+    ]
 
 
 def _mean(points: Sequence[Point], metric: str) -> float:
@@ -78,7 +81,7 @@ def _mean(points: Sequence[Point], metric: str) -> float:
 
 
 def cost_table(record: Record) -> str:
-    """Markdown: what the rows whose cost was measured give for it, and what the student's training took."""
+    """Markdown table of the rows with measured cost, and a sentence on the training of the distilled network."""
     costs = record["costs"]
     by_name = {row["name"]: row for row in record["rows"]}
     rows = [
