@@ -198,13 +198,9 @@ class Parsed(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-class Names(click.ParamType):
-    """Names separated by commas, such as first,second, as a list of str."""
-
-    name = "names"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
-        return [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
+def split_names(text: str) -> list[str]:
+    """Names separated by commas; for `Parsed`."""
+    return [part.strip() for part in text.split(",")]
 
 
 class IntRanges(click.ParamType):

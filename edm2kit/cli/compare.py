@@ -60,7 +60,9 @@ _row_options = cli.section(
         multiple=True,
         help="File that rows name in braces; give one per name",
     ),
-    click.option("--rows", "names", metavar="LIST", type=cli.Names(), help="Rows by name  [default: all]"),
+    click.option(
+        "--rows", "names", metavar="LIST", type=cli.Parsed(cli.split_names), help="Rows by name  [default: all]"
+    ),
     click.option(
         "--rows-file",
         metavar="YAML",

@@ -23,9 +23,11 @@ _WAIT_MINUTES = 24 * 60  # one rank downloads while the others wait
 _table = click.option(
     "--table", metavar="NAME|YAML", required=True, help=f"Table: {', '.join(table_names())}, or your own file"
 )
-_rows = click.option("--rows", metavar="LIST", type=cli.Names(), help="Rows by name, see `list`  [default: all]")
+_rows = click.option(
+    "--rows", metavar="LIST", type=cli.Parsed(cli.split_names), help="Rows by name, see `list`  [default: all]"
+)
 _metrics = click.option(
-    "--metrics", metavar="LIST", type=cli.Names(), help="Metrics, fid and/or fd_dinov2  [default: all]"
+    "--metrics", metavar="LIST", type=cli.Parsed(cli.split_names), help="Metrics, fid and/or fd_dinov2  [default: all]"
 )
 # torchrun of torch 2.13 reads --num as its own --numa-binding, unless a lone -- precedes the script
 _num = click.option(
