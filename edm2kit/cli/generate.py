@@ -17,9 +17,9 @@ import numpy as np
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.generation import Generation, Request, prepare
 from edm2kit.cli.generation_options import SECTIONS, generation_options
-from edm2kit.cli.image_folder import ImageFolder, contact_sheet, read_record, seed_ranges
+from edm2kit.cli.image_folder import ImageFolder, read_record, seed_ranges
 from edm2kit.cli.npz import write_npz
-from edm2kit.data.image_files import to_image
+from edm2kit.data.image_files import contact_sheet, to_image
 from edm2kit.data.labels import RECORD
 from edm2kit.guidance.records import settings_differences
 from edm2kit.torch_utils import dist

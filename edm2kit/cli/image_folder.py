@@ -20,15 +20,6 @@ from edm2kit.torch_utils.files import atomic_write
 from edm2kit.torch_utils.records import write_json
 
 
-def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Images of one size side by side, row by row."""
-    width, height = images[0].size
-    sheet = Image.new(images[0].mode, (columns * width, -(-len(images) // columns) * height))
-    for k, image in enumerate(images):
-        sheet.paste(image, (k % columns * width, k // columns * height))
-    return sheet
-
-
 def seed_ranges(seeds: Iterable[int]) -> str:
     """Seeds as `edm2kit.cli.click_types.IntRanges` reads them, such as 0-63,70."""
     runs: list[list[int]] = []

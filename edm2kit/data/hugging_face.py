@@ -16,6 +16,9 @@ _OPTIONS = ("split", "image", "label")
 _HINT = "resize the images with the `map` method of the data set and save it again"
 
 
+SAVED_FILES = ("dataset_dict.json", "state.json")  # one of them is in each folder that save_to_disk has written
+
+
 class HuggingFaceDataset(Source):
     """A folder written by `save_to_disk` of Hugging Face's `datasets`. The source `hf`.
 

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,6 +84,15 @@ def to_image(pixels: np.ndarray) -> Image.Image:
     if len(pixels) == 3:
         return Image.fromarray(pixels.transpose(1, 2, 0))
     raise ValueError(f"cannot make an image of {len(pixels)} channels; expected 1 (grey) or 3 (RGB)")
+
+
+def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Images of one size side by side, row by row."""
+    width, height = images[0].size
+    sheet = Image.new(images[0].mode, (columns * width, -(-len(images) // columns) * height))
+    for k, image in enumerate(images):
+        sheet.paste(image, (k % columns * width, k // columns * height))
+    return sheet
 
 
 def encode_png(image: Image.Image) -> bytes:

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from edm2kit.data.array_dataset import ArrayDataset, is_array_dataset
 from edm2kit.data.dataset import ImageDataset, Source
-from edm2kit.data.hugging_face import HuggingFaceDataset, is_saved_dataset
+from edm2kit.data.hugging_face import SAVED_FILES, HuggingFaceDataset, is_saved_dataset
 
 
 class SourceOpener(Protocol):
@@ -47,6 +47,8 @@ def split_kind(path: str | Path) -> tuple[str, str]:
     kind, _, rest = str(path).partition(":")
     if kind in SOURCES:
         return kind, rest
-    if is_saved_dataset(Path(str(path).partition("?")[0])):
+    folder = Path(str(path).partition("?")[0])
+    if any((folder / name).is_file() for name in SAVED_FILES) and is_saved_dataset(folder):
         return "hf", str(path)
-    return "arrays" if is_array_dataset(Path(path)) else "image_files", str(path)
+    has_arrays = folder.suffix == ".npy" or next(folder.glob("*.npy"), None) is not None
+    return "arrays" if has_arrays and is_array_dataset(Path(path)) else "image_files", str(path)

@@ -171,7 +171,7 @@ class Preconditioner(nn.Module):
     def _labels(self, x: torch.Tensor, condition: ConditionLike) -> torch.Tensor | None:
         if not self.label_dim:
             return None
-        labels = condition_tensor(condition)
+        labels = condition if isinstance(condition, torch.Tensor) else condition_tensor(condition)
         if labels is None:
             return torch.zeros(x.shape[0], self.label_dim, device=x.device)
         if labels.shape != (x.shape[0], self.label_dim):

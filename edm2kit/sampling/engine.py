@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from edm2kit.conditions import ClassLabels, ConditionLike, FloatVectors
+from edm2kit.conditions import ConditionLike, FloatVectors
 from edm2kit.denoiser import Denoiser, for_images
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.rng import StackedGenerator, derive_seed
@@ -89,7 +89,7 @@ class Engine:
         if picked is None:
             return None
         if self.vectors is None:
-            return ClassLabels.of(picked, self.label_dim).one_hot
+            return torch.nn.functional.one_hot(picked, self.label_dim).float()
         vectors = self.vectors.to(self.device)
         return FloatVectors(vectors[picked], vectors)
 

@@ -82,7 +82,7 @@ class Run:
         self.print_notices()
         for name, value in self.header.training_config.items():
             dist.print0(f"  {name:22s}{value}")
-        if slow := slow_precision(PRECISIONS[config.precision], device):
+        if config.precision != "fp32" and (slow := slow_precision(PRECISIONS[config.precision], device)):
             dist.warn0(f"--precision {config.precision}: {slow}")
 
     def print_notices(self) -> None:
@@ -168,7 +168,9 @@ def resolve(
             "scripts/dataset_tool.py convert, or train without labels: --cond false"
         )
     encoder = _fitting_encoder(config, dataset)
-    config = adopt_source(dataclasses.replace(config, encoder=encoder.spec()))
+    config = dataclasses.replace(config, encoder=encoder.spec())
+    if config.init_from is not None:
+        config = adopt_source(config)
     architecture = full_architecture(
         img_resolution=dataset.resolution,
         img_channels=dataset.num_channels if config.encoder["kind"] == "rgb" else dataset.num_channels // 2,
@@ -192,7 +194,9 @@ def resolve(
         label_kind="vectors" if config.cond and dataset.condition_space.kind == "vectors" else "classes",
     )
     sizes = micro_batch_sizes(config.batch_size, dist.world_size(), config.batch_gpu)
-    notices = [*reading_notices(dataset), *check_source(config, header)]
+    notices = reading_notices(dataset)
+    if config.init_from is not None:
+        notices += check_source(config, header)
     return Run(config, dataset, encoder, header, notices, identity, sizes, run_dir)
 
 
