@@ -1,6 +1,5 @@
 """Images of any origin to be scored: a folder, a zip, or the .npz that generate.py writes."""
 
-import zipfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ import torch
 from edm2kit.data.archive import open_archive
 from edm2kit.data.image_files import IMAGE_EXTENSIONS, open_image, to_8bit
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.arrays import BROKEN
+from edm2kit.torch_utils.arrays import map_npz_array
 from edm2kit.torch_utils.dist import progress_bar
 
 _BATCHES_AHEAD = 2
@@ -56,8 +55,8 @@ class NpzImages:
     def __init__(self, path: Path):
         self._path = path
         try:
-            self._images = _map_member(path, "images.npy")
-        except BROKEN as error:
+            self._images = map_npz_array(path, "images")
+        except ValueError as error:
             raise ValueError(f"{path}: holds no array of images, or is damaged: {error}") from error
         if self._images.dtype != np.uint8 or self._images.ndim != 4 or self._images.shape[3] not in (1, 3):
             raise ValueError(
@@ -75,24 +74,6 @@ class NpzImages:
         """Image `index` as uint8 [3, H, W]."""
         height, width, _ = self._images.shape[1:]
         return np.broadcast_to(self._images[index], (height, width, 3)).transpose(2, 0, 1)
-
-
-def _map_member(path: Path, name: str) -> np.ndarray:
-    with zipfile.ZipFile(path) as archive, archive.open(name) as member:
-        info = archive.getinfo(name)
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{name} is compressed; write it by np.savez")
-        version = np.lib.format.read_magic(member)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, fortran_order, dtype = read_header[version](member)
-        header_bytes = member.tell()
-        if fortran_order or dtype.hasobject:
-            raise ValueError(f"{name} is in column order, or holds objects")
-    with open(path, "rb") as file:
-        file.seek(info.header_offset + 26)
-        name_bytes, extra_bytes = np.frombuffer(file.read(4), "<u2")
-    offset = info.header_offset + 30 + int(name_bytes) + int(extra_bytes) + header_bytes
-    return np.memmap(path, dtype, mode="r", offset=offset, shape=shape)
 
 
 def open_images(path: str | Path) -> ArchiveImages | NpzImages:

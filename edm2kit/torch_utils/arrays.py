@@ -29,14 +29,43 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
             if claimed > _MAX_BYTES:
                 raise ValueError(f"its arrays have {claimed} bytes; the limit is {_MAX_BYTES}")
             file.seek(0)
+            found = {}
             with np.load(file, allow_pickle=False) as arrays:
-                return {name: _array(name, arrays[name]) for name in arrays.files}
+                for name in arrays.files:
+                    found[name] = arrays[name]
+                    if not isinstance(found[name], np.ndarray):  # numpy returns other members as bytes
+                        raise ValueError(f"its entry {name!r:.60} is not an array")
+            return found
         except BROKEN as error:
-            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}".strip()
-            raise ValueError((reason.splitlines() or ["it is damaged"])[0]) from error
+            raise ValueError(_reason(error)) from error
 
 
-def _array(name: str, value: object) -> np.ndarray:
-    if not isinstance(value, np.ndarray):  # numpy returns other members as bytes
-        raise ValueError(f"its entry {name!r:.60} is not an array")
-    return value
+def map_npz_array(path: str | Path, name: str) -> np.ndarray:
+    """The array `name` of an uncompressed .npz file, memory-mapped: its values are read when they are used.
+
+    Raises ValueError, in one line without the name of the file, if there is no such array, it is compressed, in column
+    order or of objects, or the file is damaged.
+    """
+    member_name = f"{name}.npy"
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(member_name) as member:
+            info = archive.getinfo(member_name)
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{member_name} is compressed; write it with np.savez")
+            shape, fortran_order, dtype = read_header[np.lib.format.read_magic(member)](member)
+            header_bytes = member.tell()
+        if fortran_order or dtype.hasobject:
+            raise ValueError(f"{member_name} is in column order or contains objects; expected numbers in row order")
+        with open(path, "rb") as file:
+            file.seek(info.header_offset + 26)
+            name_bytes, extra_bytes = struct.unpack("<2H", file.read(4))
+        offset = info.header_offset + 30 + name_bytes + extra_bytes + header_bytes
+        return np.memmap(path, dtype, mode="r", offset=offset, shape=shape)
+    except BROKEN as error:
+        raise ValueError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}".strip()
+    return (text.splitlines() or ["it is damaged"])[0]

@@ -191,11 +191,12 @@ def raise_together(error: Exception | None) -> None:
 
     Each rank passes its own error or None. A rank without an error raises a ValueError with the first rank's message.
     """
-    texts = [text for text in gather_objects(None if error is None else str(error)) if text is not None]
+    texts = gather_objects(None if error is None else str(error))
     if error is not None:
         raise error
-    if texts:
-        raise ValueError(texts[0])
+    for text in texts:
+        if text is not None:
+            raise ValueError(text)
 
 
 def on_rank0(function: Callable[..., Any], *args: Any) -> Any:

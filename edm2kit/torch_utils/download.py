@@ -93,7 +93,8 @@ def _attempt(url: str, partial: Path, size_bytes: int | None, patience: Patience
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
         if response.status_code == 416 and _header(response, "Content-Range") == f"bytes */{start}":
             return True  # an earlier call was stopped after the last byte and before the rename
-        if response.status_code == 416 or (response.status_code == 206 and not _continues(response, start)):
+        continues = _header(response, "Content-Range").startswith(f"bytes {start}-")
+        if response.status_code == 416 or (response.status_code == 206 and not continues):
             forget(partial)
             raise _Passing("the server sent another range than requested")
         _check_status(url, response)
@@ -148,10 +149,6 @@ def _check_status(url: str, response: requests.Response) -> None:
         raise ValueError(
             f"cannot download {url}: the server sent a web page instead of the file; open the URL in a browser"
         )
-
-
-def _continues(response: requests.Response, start: int) -> bool:
-    return _header(response, "Content-Range").startswith(f"bytes {start}-")
 
 
 def _total_bytes(response: requests.Response, start: int) -> int | None:

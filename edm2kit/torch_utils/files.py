@@ -127,7 +127,8 @@ def fetch(
     if not place.is_file():
         if remote.repo is not None and not os.environ.get("EDM2_MIRROR"):
             return _verified(_from_hub(remote, place), pin)
-        with file_lock(place.with_name(f".{place.name}.lock"), lambda owner: _report_wait(place, owner)):
+        waiting = f"Waiting for another process that downloads {place.name}"
+        with file_lock(place.with_name(f".{place.name}.lock"), lambda owner: dist.print0(f"{waiting} ({owner})")):
             # another process may have finished it while this one waited
             if not place.is_file():
                 _download_to(place, remote, pin, patience)
@@ -211,10 +212,6 @@ def _find_in(folder: Path, remote: _Remote) -> Path | None:
     return None
 
 
-def _report_wait(place: Path, owner: str) -> None:
-    dist.print0(f"Waiting for another process that downloads {place.name} ({owner})")
-
-
 def _offline() -> str | None:
     """The environment variable that forbids the network, or None."""
     for name in ("EDM2_OFFLINE", "HF_HUB_OFFLINE"):
@@ -284,20 +281,16 @@ def _verified(path: Path, pin: Pin | None, record: bool = False) -> Path:
     note = path.with_name(path.name + ".sha256")
     if pin is None and record:
         if not note.exists():
-            _record(note, path)
+            try:
+                with atomic_write(note, "w") as file:
+                    file.write(f"{sha256_of(path)}  {path.name}\n")  # the format of `sha256sum --check`
+            except OSError as error:
+                dist.warn0(f"cannot record the hash of {path.name} ({error}); it stays unverified")
             return path
         pin = Pin(note.read_text(encoding="utf-8").partition(" ")[0], None, str(note))
     if pin is not None and (found := sha256_of(path)) != pin.sha256:
         raise ValueError(_mismatch(path, found, pin) + f"; delete {path} to download it again")
     return path
-
-
-def _record(note: Path, path: Path) -> None:
-    try:
-        with atomic_write(note, "w") as file:
-            file.write(f"{sha256_of(path)}  {path.name}\n")  # the format of `sha256sum --check`
-    except OSError as error:
-        dist.warn0(f"cannot record the hash of {path.name} ({error}); it stays unverified")
 
 
 def _mismatch(what: str | Path, found: str, pin: Pin) -> str:

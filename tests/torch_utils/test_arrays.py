@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edm2kit.torch_utils import arrays
-from edm2kit.torch_utils.arrays import read_npz
+from edm2kit.torch_utils.arrays import map_npz_array, read_npz
 from tests.support.hostile_arrays import HOSTILE, described
 
 
@@ -60,3 +60,22 @@ def test_truncated_anywhere_is_refused(tmp_path):
 def test_a_missing_file_is_a_plain_error(tmp_path):
     with pytest.raises(OSError, match="No such file"):
         read_npz(tmp_path / "none.npz")
+
+
+def test_a_mapped_array_is_the_same_and_stays_on_disk(tmp_path):
+    expected = {"a": np.arange(6.0).reshape(2, 3), "images": np.arange(24, dtype=np.uint8).reshape(2, 3, 4)}
+    np.savez(tmp_path / "a.npz", **expected)
+    for name, array in expected.items():
+        mapped = map_npz_array(tmp_path / "a.npz", name)
+        assert isinstance(mapped, np.memmap)
+        np.testing.assert_array_equal(mapped, array)
+        assert mapped.dtype == array.dtype
+
+
+def test_what_cannot_be_mapped_is_refused_in_one_line(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", a=np.zeros(3))
+    np.savez(tmp_path / "b.npz", a=np.zeros((3, 4)).T)
+    for file, name, reason in (("a", "a", "is compressed"), ("b", "a", "in column order"), ("b", "x", "no item named")):
+        with pytest.raises(ValueError, match=reason) as error:
+            map_npz_array(tmp_path / f"{file}.npz", name)
+        assert "\n" not in str(error.value)
