@@ -19,7 +19,7 @@ def parse_blocks(text: str) -> Blocks:
     if text == "none":
         return ()
     names = tuple(part.strip() for part in text.split(","))
-    if not all(re.fullmatch(r"\w+([.\-]\w+)+", name) for name in names):
+    if not all(re.fullmatch(r"(?=.*\d)[\w.\-]+", name) for name in names):  # names of blocks hold a number
         raise ValueError(
             f"{text!r} is not a list of blocks; write for example dec.8x8_in0,enc.8x8_block0, auto or none"
         )
@@ -28,7 +28,7 @@ def parse_blocks(text: str) -> Blocks:
 
 def is_network(denoiser: object) -> bool:
     """Whether `denoiser` is a single network with an interior (`edm2kit.denoiser.Network`), not any callable."""
-    return hasattr(denoiser, "attention_blocks") or hasattr(denoiser, "supported_edits")
+    return hasattr(denoiser, "supported_edits")
 
 
 def require_edits(denoiser: Any, method: str, *edits: str) -> Network:
@@ -42,14 +42,12 @@ def require_edits(denoiser: Any, method: str, *edits: str) -> Network:
             "method that only changes the condition or the input (autoguidance, cfg, icg, windows, truncation, "
             "input-noise), or guide the network first and wrap it afterwards"
         )
-    # a network from before `supported_edits` supports all of them
-    supported = getattr(denoiser, "supported_edits", frozenset(edits))
-    missing = [edit for edit in edits if edit not in supported]
+    missing = [edit for edit in edits if edit not in denoiser.supported_edits]
     if missing:
-        known = ", ".join(sorted(supported)) or "none"
+        supported = ", ".join(sorted(denoiser.supported_edits)) or "none"
         raise ValueError(
-            f"{method} needs a network whose {' and '.join(missing)} can be changed; "
-            f"{type(denoiser).__name__} supports: {known}. Choose another guidance method"
+            f"{method} needs a network that supports the edit {' and '.join(missing)}; this one supports: {supported}. "
+            "Choose another guidance method"
         )
     return denoiser
 
@@ -76,20 +74,7 @@ def checked(net: Network, blocks: Sequence[str]) -> tuple[str, ...]:
 
 def roles_of(denoiser: object) -> Mapping[str, AttentionRole]:
     """The role of each attention block by name, in the order of computation; empty if there are none."""
-    roles = getattr(denoiser, "attention_roles", None)
-    if roles is not None:
-        return roles
-    return {name: _role_from_name(name, depth) for depth, name in enumerate(getattr(denoiser, "attention_blocks", ()))}
-
-
-def _role_from_name(name: str, depth: int) -> AttentionRole:
-    """The role of "dec.8x8_block0" in a network that states none."""
-    found = re.match(r"(enc|dec)\.(\d+)x", name)
-    if found is None:
-        raise ValueError(f"the network does not state the role of its block {name!r} (attention_roles)")
-    if name.endswith("_in0"):
-        return AttentionRole("middle", int(found[2]), depth)
-    return AttentionRole("encoder" if found[1] == "enc" else "decoder", int(found[2]), depth)
+    return getattr(denoiser, "attention_roles", {})
 
 
 def middle(net: Network) -> tuple[str, ...]:
@@ -99,14 +84,17 @@ def middle(net: Network) -> tuple[str, ...]:
 
 def deep_encoder(net: Network) -> tuple[str, ...]:
     """The encoder's last block at the second lowest resolution, all its blocks at the lowest, and the middle."""
-    levels: dict[int, list[str]] = {}
+    by_resolution: dict[int, list[str]] = {}
     for name, role in roles_of(net).items():
         if role.side == "encoder":
-            levels.setdefault(role.resolution, []).append(name)
-    resolutions = sorted(levels)
-    deepest = [name for resolution in resolutions[:1] for name in levels[resolution]]
-    before = [levels[resolution][-1] for resolution in resolutions[1:2]]
-    return (*before, *deepest, *middle(net))
+            by_resolution.setdefault(role.resolution, []).append(name)
+    lowest, second = [*sorted(by_resolution), None, None][:2]
+    blocks: list[str] = []
+    if second is not None:
+        blocks += by_resolution[second][-1:]
+    if lowest is not None:
+        blocks += by_resolution[lowest]
+    return (*blocks, *middle(net))
 
 
 def last_at_lowest_resolution(net: Network) -> tuple[str, ...]:

@@ -56,42 +56,42 @@ def in_one_call(net: Denoiser, calls: Sequence[NetworkCall]) -> list[torch.Tenso
     reach its own images only. Another denoiser takes one batch only if no call has edits, all conditions can be
     joined, and the denoiser does not follow the sampling run (it would expect one random generator per image).
     """
-    if not _fits_one_batch(net, calls):
+    if not is_network(net) and not _can_be_joined(net, calls):
         return [net(call.x, call.sigma, call.condition, **call.edits) for call in calls]
     x = torch.cat([call.x for call in calls])
-    sigma = torch.cat([torch.as_tensor(call.sigma, device=x.device).expand(len(call.x)) for call in calls])
+    sigmas = [torch.as_tensor(call.sigma, device=x.device).expand(len(call.x)) for call in calls]
     condition = cat_conditions([call.condition for call in calls])
-    D = net(x, sigma, condition, **_joint_edits(calls))
+    D = net(x, torch.cat(sigmas), condition, **joint_edits(calls))
     return list(D.chunk(len(calls)))
 
 
-def _fits_one_batch(net: Denoiser, calls: Sequence[NetworkCall]) -> bool:
-    if is_network(net):
-        return True
-    follows_run = any(hasattr(net, name) for name in ("for_images", "for_step", "after_step"))
-    if follows_run or any(call.edits for call in calls):
+def _can_be_joined(denoiser: Denoiser, calls: Sequence[NetworkCall]) -> bool:
+    """Whether any callable can take `calls` as one batch."""
+    if any(hasattr(denoiser, method) for method in ("for_images", "for_step", "after_step")):
         return False
-    if len({call.x.shape for call in calls}) > 1:
+    if any(call.edits for call in calls):
         return False
-    conditions = [call.condition for call in calls]
-    if len({type(condition) for condition in conditions}) > 1:
+    first = calls[0].condition
+    if not all(call.x.shape == calls[0].x.shape and type(call.condition) is type(first) for call in calls):
         return False
-    if isinstance(conditions[0], torch.Tensor):
-        return len({condition.shape for condition in conditions if isinstance(condition, torch.Tensor)}) == 1
-    return conditions[0] is None or isinstance(conditions[0], Condition)
+    if isinstance(first, torch.Tensor):
+        return all(isinstance(call.condition, torch.Tensor) and call.condition.shape == first.shape for call in calls)
+    return first is None or isinstance(first, Condition)
 
 
-def _joint_edits(calls: Sequence[NetworkCall]) -> dict[str, Any]:
-    """Edits of the whole batch, made of those of each call."""
+def joint_edits(calls: Sequence[NetworkCall]) -> dict[str, Any]:
+    """The edits of one batch made of `calls`: each call's edits, applied to its own images only."""
     edits: dict[str, Any] = {}
     attention = [call.edits.get("attention", {}) for call in calls]
     blocks = dict.fromkeys(block for edited in attention for block in edited)
     if blocks:
         edits["attention"] = {block: _PerCall([edited.get(block, attend) for edited in attention]) for block in blocks}
     if any("embedding" in call.edits for call in calls):
-        edits["embedding"] = _PerCall([call.edits.get("embedding", lambda emb: emb) for call in calls])
+        functions = [call.edits.get("embedding", lambda emb: emb) for call in calls]
+        edits["embedding"] = _PerCall(functions)
     if any("dropout" in call.edits for call in calls):
-        edits["dropout"] = _PerCall([call.edits.get("dropout", lambda block, y: y) for call in calls])
+        functions = [call.edits.get("dropout", lambda block, y: y) for call in calls]
+        edits["dropout"] = _PerCall(functions)
     return edits
 
 

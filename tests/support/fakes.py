@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from edm2kit.denoiser import Denoiser
+from edm2kit.denoiser import AttentionRole, Denoiser
 from edm2kit.models.edm2 import Precond
 from edm2kit.snapshots.file_format import Header, save_snapshot
 
@@ -176,8 +176,12 @@ class CountingNetwork:
         return self.inner.label_dim
 
     @property
-    def attention_blocks(self):
-        return self.inner.attention_blocks
+    def attention_roles(self):
+        return self.inner.attention_roles
+
+    @property
+    def supported_edits(self):
+        return self.inner.supported_edits
 
     def __call__(self, x, sigma, labels=None, **edits):
         self.images.append(len(x))
@@ -190,7 +194,15 @@ class Flat:
 
     inner: Denoiser
     label_dim: int = 0
-    attention_blocks: tuple[str, ...] = ("enc.8x8_block0", "dec.8x8_in0", "dec.8x8_block0")
+    supported_edits: frozenset[str] = frozenset({"attention", "embedding", "dropout", "return_attention"})
+
+    @property
+    def attention_roles(self):
+        return {
+            "enc.8x8_block0": AttentionRole("encoder", 8, 0),
+            "dec.8x8_in0": AttentionRole("middle", 8, 1),
+            "dec.8x8_block0": AttentionRole("decoder", 8, 2),
+        }
 
     def __call__(self, x, sigma, labels=None, *, attention=None, embedding=None, dropout=None, return_attention=()):
         D = self.inner(x, sigma, labels)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from edm2kit.denoiser import for_images
+from edm2kit.denoiser import AttentionRole, for_images
 from edm2kit.experiments.paper_tables.networks import PublishedNetwork
 from edm2kit.experiments.paper_tables.tables import Cell, ReferenceSet
 from edm2kit.guidance.registry import Parts, guide
@@ -43,7 +43,15 @@ class CallCounter:
 
     @property
     def attention_blocks(self) -> list[str]:
-        return _attention_blocks(self._architecture)
+        return list(self.attention_roles)
+
+    @property
+    def attention_roles(self) -> Mapping[str, AttentionRole]:
+        return _interior(self._architecture)[0]
+
+    @property
+    def supported_edits(self) -> frozenset[str]:
+        return _interior(self._architecture)[1]
 
     def __call__(
         self,
@@ -154,9 +162,10 @@ def _cost(architecture: str) -> Cost:
 
 
 @cache
-def _attention_blocks(architecture: str) -> list[str]:
+def _interior(architecture: str) -> tuple[Mapping[str, AttentionRole], frozenset[str]]:
     with torch.device("meta"):
-        return Precond(**json.loads(architecture)).attention_blocks
+        net = Precond(**json.loads(architecture))
+    return net.attention_roles, net.supported_edits
 
 
 @cache
