@@ -141,16 +141,21 @@ class Combination(Wrapper):
         if not active:
             return self.pos(x, sigma, condition)
         at = Evaluation(x, sigma, condition, self.i, self.sigmas)
-        D, negatives = self._evaluate([negative.source for negative in active], at)
-        dtype = _joint_dtype(D, *negatives)
+        D, results = self._evaluate([negative.source for negative in active], at)
+        dtype = _joint_dtype(D, *results)
+        D = D.to(dtype)
+        results = [result.to(dtype) for result in results]
         weights = [negative.weight for negative in active]
-        return self.rule(D.to(dtype), [negative.to(dtype) for negative in negatives], weights, at)
+        return self.rule(D, results, weights, at)
 
     def _evaluate(self, sources: Sequence[Any], at: Evaluation) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """D and the negatives. Changed calls of the positive network form one batch with its plain call."""
         x, sigma, condition = at[:3]
         plain = NetworkCall(x, sigma, condition)
-        changed = [k for k, source in enumerate(sources) if self._changes_positive(source)]
+        changed = []
+        for k, source in enumerate(sources):
+            if isinstance(source, Perturbed) and source.net is self.pos:
+                changed.append(k)
         calls = [sources[k].change(plain) for k in changed]
         reads = tuple(dict.fromkeys(block for source in sources for block in getattr(source, "reads", ())))
         maps: Mapping[str, torch.Tensor] = {}
@@ -169,9 +174,6 @@ class Combination(Wrapper):
             elif k not in results:
                 results[k] = source(x, sigma, condition)
         return D, [results[k] for k in range(len(sources))]
-
-    def _changes_positive(self, source: Any) -> bool:
-        return isinstance(source, Perturbed) and source.net is self.pos
 
     def scaled(self, share: float) -> "Combination":
         """The same with `share` of the strength: 0 is off, 1 as it is."""

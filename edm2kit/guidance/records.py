@@ -23,12 +23,15 @@ def settings_with_current_names(settings: Any) -> Any:
     if not isinstance(guidance, Mapping) or "method" not in guidance:
         return settings
     also = guidance.get("also", [])
-    names = [ALIASES.get(name, name) for name in (guidance["method"], *(name for name, _ in also))]
-    if settings.get("gnet") is not None and not any(name in METHODS and METHODS[name].needs_gnet for name in names):
+    names = [guidance["method"], *(name for name, _ in also)]
+    names = [ALIASES.get(name, name) for name in names]
+    gnet_is_claimed = any(METHODS[name].needs_gnet for name in names if name in METHODS)
+    if settings.get("gnet") is not None and not gnet_is_claimed:
         names = ["autoguidance" if name == "cfg" else name for name in names]
     renamed = {**guidance, "method": names[0]}
     if also:
-        renamed["also"] = [[name, weight] for name, (_, weight) in zip(names[1:], also, strict=True)]
+        weights = [weight for _, weight in also]
+        renamed["also"] = [list(pair) for pair in zip(names[1:], weights, strict=True)]
     options = guidance.get("options")
     if isinstance(options, Mapping):
         renamed["options"] = {OPTION_ALIASES.get(keyword, keyword): value for keyword, value in options.items()}

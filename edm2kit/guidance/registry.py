@@ -124,11 +124,11 @@ def register_rule(name: str, rule: Rule) -> None:
     RULES[name] = rule
 
 
-def _check_entry(name: str, entry: Method | Rule, known: Mapping[str, Any]) -> None:
+def _check_entry(name: str, entry: Method | Rule, registry: Mapping[str, Any]) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
         raise ValueError(f"{name!r} cannot be a name in guidance; use lower-case letters, digits and hyphens")
-    owner = METHODS.get(name) or RULES.get(name)
-    if (owner is not None or name in ALIASES) and known.get(name) is not entry:
+    taken = {**METHODS, **RULES, **dict.fromkeys(ALIASES)}
+    if name in taken and registry.get(name) is not entry:
         raise ValueError(f"the name {name!r} is taken by another guidance method or rule; choose another")
     for option in entry.options:
         if not option.name.startswith(f"{name}-"):
@@ -204,15 +204,16 @@ def with_current_names(choice: Choice) -> Choice:
 def methods_of(choice: Choice) -> dict[str, float]:
     """The methods of `choice` with their weights. Raises ValueError if they cannot be combined."""
     choice = with_current_names(choice)
-    weights = dict([(choice.method, choice.weight), *choice.also])
-    if len(weights) <= len(choice.also):
-        names = [choice.method, *(name for name, _ in choice.also)]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"guidance method {twice} is named twice; give each method one weight")
-    if len(weights) > 1:
-        for name in weights:
-            if METHODS[name].negative is None and not METHODS[name].around:
-                raise ValueError(f"guidance method {name} cannot be combined with other methods")
+    weights = {choice.method: choice.weight}
+    for name, weight in choice.also:
+        if name in weights:
+            raise ValueError(f"guidance method {name} is named twice; give each method one weight")
+        weights[name] = weight
+    if len(weights) == 1:
+        return weights
+    for name in weights:
+        if METHODS[name].negative is None and not METHODS[name].around:
+            raise ValueError(f"guidance method {name} cannot be combined with other methods")
     return weights
 
 
@@ -231,11 +232,13 @@ def name_by_networks(choice: Choice, parts: Parts) -> Choice:
 
     Both are the same formula; the name says what the images are guided by.
     """
-    conditional = getattr(parts.net, "label_dim", 0) > 0
-    if choice.method != "autoguidance" or not conditional or getattr(parts.gnet, "label_dim", None) != 0:
+    is_conditional = getattr(parts.net, "label_dim", 0) > 0
+    guide_is_unconditional = getattr(parts.gnet, "label_dim", None) == 0
+    if choice.method != "autoguidance" or not is_conditional or not guide_is_unconditional:
         return choice
-    if any(METHODS[name].needs_gnet or name == "cfg" for name, _ in choice.also):
-        return choice
+    for name, _ in choice.also:
+        if name == "cfg" or METHODS[name].needs_gnet:
+            return choice
     return replace(choice, method="cfg")
 
 
@@ -303,11 +306,14 @@ def _scheduled(guided: Any, choice: Choice) -> Denoiser:
 def _check_parts(names: Iterable[str], parts: Parts) -> None:
     asked = ", ".join(names)
     methods = [METHODS[name] for name in names]
-    if parts.gnet is None and any(method.needs_gnet for method in methods):
+    needs_gnet = any(method.needs_gnet for method in methods)
+    takes_gnet = any(method.takes_gnet for method in methods)
+    takes_uncond = any(method.takes_uncond for method in methods)
+    if needs_gnet and parts.gnet is None:
         raise ValueError(f"guidance method {asked} needs a guide network, and none was given")
-    if parts.gnet is not None and not any(method.needs_gnet or method.takes_gnet for method in methods):
+    if parts.gnet is not None and not needs_gnet and not takes_gnet:
         raise ValueError(f"guidance method {asked} takes no guide network, and one was given")
-    if parts.uncond is not None and not any(method.takes_uncond for method in methods):
+    if parts.uncond is not None and not takes_uncond:
         raise ValueError(f"guidance method {asked} takes no unconditional network in addition, and one was given")
 
 
@@ -315,8 +321,11 @@ def _options_by_owner(choice: Choice, names: Iterable[str]) -> dict[str, dict[st
     """Every option by the method that owns it, and by "rule"; one of nobody goes to the first method, which says so."""
     owners: dict[str, Method | Rule] = {"rule": RULES[choice.rule]}
     owners.update((name, METHODS[name]) for name in names)
-    values = {name: {option.keyword: option.default for option in owner.options} for name, owner in owners.items()}
-    owner_of = {keyword: name for name, defaults in values.items() for keyword in defaults}
+    values: dict[str, dict[str, Any]] = {}
+    owner_of: dict[str, str] = {}
+    for name, owner in owners.items():
+        values[name] = {option.keyword: option.default for option in owner.options}
+        owner_of.update(dict.fromkeys(values[name], name))
     for keyword, value in choice.options.items():
         values[owner_of.get(keyword, choice.method)][keyword] = value
     return values

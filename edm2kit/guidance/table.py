@@ -80,8 +80,11 @@ def table_markdown() -> str:
     header, separator = _markdown_line(COLUMNS), _markdown_line(["---"] * len(COLUMNS))
     lines = []
     for row in rows():
-        cells = [f"`{text}`" if k in _CODE_COLUMNS and text else text for k, text in enumerate(row)]
-        lines.append(_markdown_line([text.replace("|", "\\|") for text in cells]))
+        cells = [text.replace("|", "\\|") for text in row]
+        for k in _CODE_COLUMNS:
+            if cells[k]:
+                cells[k] = f"`{cells[k]}`"
+        lines.append(_markdown_line(cells))
     return "\n".join([header, separator, *lines])
 
 

@@ -52,9 +52,9 @@ class SlidingWindows(Wrapper):
                 f"crops of {size} pixels on {height}x{width}; expected a multiple of {divisor}, at least half as large "
                 "as the image and no larger (--windows-size)"
             )
-        tops = [k * (height - size) // (PER_SIDE - 1) for k in range(PER_SIDE)]
-        lefts = [k * (width - size) // (PER_SIDE - 1) for k in range(PER_SIDE)]
-        return [(top, left) for top in tops for left in lefts], size
+        starts = [k / (PER_SIDE - 1) for k in range(PER_SIDE)]
+        corners = [(int(v * (height - size)), int(h * (width - size))) for v in starts for h in starts]
+        return corners, size
 
 
 def _negative(parts: Parts, *, windows_size: int | None) -> SlidingWindows:

@@ -55,10 +55,11 @@ class AdaptiveProjection:
             pairs = zip(differences, self.before, strict=True)
             differences = [difference + self.momentum * before.to(difference) for difference, before in pairs]
         self.memory.keep(differences)
-        # the result is a sum over negatives, each projected on its own
-        return D + sum((w - 1) * self._project(d, D) for w, d in zip(weights, differences, strict=True))
+        projected = [self.project(difference, D) for difference in differences]
+        return D + sum((weight - 1) * part for weight, part in zip(weights, projected, strict=True))
 
-    def _project(self, difference: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
+    def project(self, difference: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
+        """`difference`, shortened to `norm` if it is longer, with `parallel` of its part along D."""
         pixels = tuple(range(1, D.ndim))
         length = torch.linalg.vector_norm(difference, dim=pixels, keepdim=True)
         difference = torch.where(length > self.norm, difference * (self.norm / length), difference)
