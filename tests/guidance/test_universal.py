@@ -1,33 +1,38 @@
-"""The tests that every guidance method must pass, over the whole registry (U1 to U7), and a pinned value of each."""
+"""The tests that every guidance method and every rule must pass, and a pinned value of each method."""
 
-import re
-from dataclasses import dataclass, field
+import dataclasses
 
 import pytest
 import torch
 
 from edm2kit.denoiser import for_images, for_step
+from edm2kit.guidance import METHODS, RULES, Choice, Method, Option, Parts, Rule, guide
+from edm2kit.guidance.classifier.noise_classifier import ClassifierHeader, NoiseClassifier, save_classifier
 from edm2kit.guidance.combine import DerivedNegative, Evaluation
-from edm2kit.guidance.registry import METHODS, Choice, Parts, guide
+from edm2kit.guidance.option_types import existing_file
 from edm2kit.models.edm2 import Precond
-from edm2kit.sampling.noise_levels import karras_sigmas
-from edm2kit.sampling.solvers import edm_sampler
 from edm2kit.torch_utils.rng import StackedGenerator
-from tests.support import golden
-from tests.support.fakes import Constant, CountingNetwork, Flat
+from tests.support import golden, guidance_checks
+from tests.support.fakes import Constant, Flat
+from tests.support.guidance_checks import SIGMAS, Case, Nets
 
-# methods that are no difference of two answers have tests of their own
+# methods that lead away from something; the others have closed forms in tests of their own
 NEGATIVES = [name for name, method in METHODS.items() if method.negative is not None]
-SIGMAS = torch.tensor([5.0, 1.0, 0.2, 0.0])
 
-
-@dataclass(frozen=True)
-class Nets:
-    net: Precond
-    gnet: Precond
-    uncond: Precond
-    x: torch.Tensor
-    labels: torch.Tensor
+# options of methods that cannot do without; the classifier's file is made by a fixture
+COLOUR = {"loss_kind": "colour", "loss_colour": (0.4, 0.0, -0.3)}
+EXAMPLES = {
+    "classifier": [{"classifier_file": "file"}],
+    "loss": [
+        COLOUR,
+        {**COLOUR, "loss_average": "2", "loss_augment": 0},
+        {**COLOUR, "loss_rule": "dps"},
+        {**COLOUR, "loss_rule": "freedom", "loss_augment": 2},
+        {**COLOUR, "loss_rule": "tfg"},
+        {**COLOUR, "loss_backprop": "no"},
+    ],
+}
+CASES = guidance_checks.cases(EXAMPLES)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +43,7 @@ def nets() -> Nets:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         uncond = Precond(**{**golden.architecture("cond"), "label_dim": 0}).eval()
-    uncond.unet.out_gain.data.fill_(1)
+    next(parameter for name, parameter in uncond.named_parameters() if name.endswith("out_gain")).data.fill_(1)
     return Nets(
         net.requires_grad_(False),
         gnet.requires_grad_(False),
@@ -46,6 +51,108 @@ def nets() -> Nets:
         arrays["x"],
         arrays["labels"],
     )
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    path = tmp_path_factory.mktemp("classifier") / "classifier.safetensors"
+    architecture = {"img_resolution": 16, "img_channels": 3, "num_classes": 4, "width": 8, "levels": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_classifier(path, NoiseClassifier(**architecture), ClassifierHeader(architecture, 0))
+    return existing_file(str(path))
+
+
+@pytest.mark.parametrize("check", guidance_checks.CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_method_and_rule(case, check, nets, classifier):
+    if case.options.get("classifier_file") == "file":
+        case = dataclasses.replace(case, options={"classifier_file": classifier, "classifier_class": None})
+    if case.method == "none" and check is not guidance_checks.check_off_at_weight_1:
+        with pytest.raises(ValueError, match="without a guidance method"):
+            guide(case.choice(2.0), case.parts(nets))
+        return
+    check(case, nets)
+
+
+def test_no_method_and_no_rule_is_left_out():
+    assert {case.method for case in CASES} == set(METHODS)
+    assert {case.rule for case in CASES} == set(RULES)
+
+
+# ---- the checks find what is wrong
+
+
+def always_brighter(parts, weight):
+    return lambda x, sigma, condition=None: parts.net(x, sigma, condition) * 1.001
+
+
+def batch_mean(parts):
+    return lambda x, sigma, condition=None: parts.net(x, sigma, condition).mean(dim=0, keepdim=True).expand_as(x)
+
+
+def global_noise(parts):
+    return lambda x, sigma, condition=None: torch.randn_like(x)
+
+
+def twice(parts):
+    return lambda x, sigma, condition=None: parts.net(x, sigma, condition) + parts.net(x, sigma, condition)
+
+
+def itself(parts):
+    return parts.net
+
+
+class RaisesLate:
+    """Refuses in the middle of the work."""
+
+    def __init__(self, parts):
+        self.net = parts.net
+        self.net(torch.zeros(1, 3, 16, 16), torch.tensor(1.0), torch.zeros(1, 4))
+        if not hasattr(self.net, "img_resolution"):
+            raise ValueError("not this network")
+
+
+def batch_mean_rule(D, negatives, weights, at):
+    return D - D.mean(dim=0, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("check", "method"),
+    [
+        ("off_at_weight_1", Method("changes images at weight 1", "1 main", always_brighter)),
+        ("images_do_not_depend_on_their_batch", Method("mixes images", "2 main", negative=batch_mean)),
+        ("it_is_deterministic", Method("global random numbers", "1 main", negative=global_noise)),
+        ("it_costs_what_is_stated", Method("says 2, takes 3", "2 main", negative=twice)),
+        ("it_guides_inside_its_interval_only", Method("guides nothing", "2 main", negative=itself)),
+        ("it_acts_on_any_denoiser_or_refuses", Method("a silent no-op", "2 main", negative=itself)),
+        ("it_acts_on_any_denoiser_or_refuses", Method("refuses late", "2 main", negative=RaisesLate)),
+    ],
+    ids=lambda value: getattr(value, "summary", value),
+)
+def test_a_wrong_method_fails(monkeypatch, nets, check, method):
+    monkeypatch.setitem(METHODS, "wrong", method)
+    with pytest.raises(AssertionError):
+        getattr(guidance_checks, f"check_{check}")(Case("wrong"), nets)
+
+
+def test_a_wrong_rule_fails(monkeypatch, nets):
+    monkeypatch.setitem(RULES, "wrong", Rule("mixes images", lambda: batch_mean_rule))
+    with pytest.raises(AssertionError):
+        guidance_checks.check_images_do_not_depend_on_their_batch(Case(rule="wrong", gnet="weak"), nets)
+
+
+def test_a_registered_method_is_enrolled(monkeypatch):
+    option = Option("shrink-to", float, 0.0, "Value of the constant image")
+    shrink = Method("away from a constant", "1 main", negative=lambda parts, *, shrink_to: Constant(shrink_to))
+    monkeypatch.setitem(METHODS, "shrink", dataclasses.replace(shrink, options=(option,)))
+    monkeypatch.setitem(RULES, "mine", Rule("mine", lambda: batch_mean_rule))
+    names = [str(case) for case in guidance_checks.cases(EXAMPLES)]
+    assert "shrink" in names
+    assert "rule-mine" in names
+
+
+# ---- methods that lead away from something
 
 
 def parts_of(name, nets, net=None) -> Parts:
@@ -66,9 +173,9 @@ def evaluate(name, weight, nets, parts=None, labels=None, **options):
 
 
 # what makes the negative equal to the positive
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Neutral:
-    options: dict = field(default_factory=dict)
+    options: dict = dataclasses.field(default_factory=dict)
     net: object = None
     no_labels: bool = False
 
@@ -90,16 +197,7 @@ NEUTRAL = {
 
 
 @pytest.mark.parametrize("name", NEGATIVES)
-def test_u1_weight_1_is_off_bitwise_and_calls_no_negative(name, nets):
-    counting = CountingNetwork(nets.net)
-    denoiser = for_images(guide(Choice(name, 1.0), parts_of(name, nets, counting)), StackedGenerator("cpu", range(3)))
-    sampled = edm_sampler(denoiser, nets.x, nets.labels, num_steps=3)
-    assert torch.equal(sampled, edm_sampler(nets.net, nets.x, nets.labels, num_steps=3))
-    assert counting.images == [3] * 5
-
-
-@pytest.mark.parametrize("name", NEGATIVES)
-def test_u2_an_equal_negative_makes_the_weight_irrelevant(name, nets):
+def test_an_equal_negative_makes_the_weight_irrelevant(name, nets):
     neutral = NEUTRAL[name]
     net = neutral.net or nets.net
     parts = Parts(net, net if METHODS[name].needs_gnet else None)
@@ -111,7 +209,7 @@ def test_u2_an_equal_negative_makes_the_weight_irrelevant(name, nets):
 
 
 @pytest.mark.parametrize("name", NEGATIVES)
-def test_u3_weight_0_is_the_negative(name, nets):
+def test_weight_0_is_the_negative(name, nets):
     method, parts = METHODS[name], parts_of(name, nets)
     negative = method.negative(parts, **{option.keyword: option.default for option in method.options})
     negative, sigma = in_step(negative), torch.tensor(1.0)
@@ -129,45 +227,14 @@ def test_u3_weight_0_is_the_negative(name, nets):
 
 
 @pytest.mark.parametrize("name", NEGATIVES)
-def test_u4_the_answer_is_affine_in_the_weight(name, nets):
+def test_the_answer_is_affine_in_the_weight(name, nets):
     D = [evaluate(name, weight, nets) for weight in (0.5, 2.0, 3.5)]
     torch.testing.assert_close(D[0] - 2 * D[1] + D[2], torch.zeros_like(D[0]), atol=2e-5, rtol=0)
     assert (D[1] - D[0]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("name", NEGATIVES)
-def test_u5_an_image_does_not_depend_on_its_batch(name, nets):
-    denoiser = guide(Choice(name, 2.0), parts_of(name, nets))
-
-    sigmas = karras_sigmas(3, 0.1, 80.0, 7.0)
-
-    # evaluation by evaluation: over whole trajectories a random network would magnify rounding without bound
-    def answers(rows):
-        followed = for_images(denoiser, StackedGenerator("cpu", rows))
-        return [for_step(followed, i, sigmas)(nets.x[rows] * s, s, nets.labels[rows]) for i, s in enumerate(sigmas[:3])]
-
-    whole = answers([0, 1, 2])
-    for rows in ([0], [2, 1]):
-        for D, expected in zip(answers(rows), whole, strict=True):
-            torch.testing.assert_close(D, expected[rows], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", NEGATIVES)
-def test_u6_an_evaluation_costs_what_is_stated(name, nets):
-    counting = [CountingNetwork(net) for net in (nets.net, nets.gnet, nets.uncond)]
-    method = METHODS[name]
-    parts = Parts(counting[0], counting[1] if method.needs_gnet else None, counting[2] if method.takes_uncond else None)
-    denoiser = for_images(guide(Choice(name, 2.0), parts), StackedGenerator("cpu", range(3)))
-    edm_sampler(denoiser, nets.x, nets.labels, num_steps=3)
-    costs = method.evaluations.split(" or ")
-    stated = costs[0 if method.takes_gnet else -1]  # without the guide network; with the unconditional one
-    for network, word in zip(counting, ("main", "guide", "unconditional"), strict=True):
-        (times,) = re.findall(rf"(\d+) {word}", stated) or ["0"]
-        assert sum(network.images) == int(times) * 5 * 3, word
-
-
 @pytest.mark.parametrize("name", ["pag", "seg"])
-def test_u7_no_blocks_is_unperturbed_bitwise(name, nets):
+def test_no_blocks_is_unperturbed_bitwise(name, nets):
     keyword = f"{name}_blocks"
     options = {option.keyword: option.default for option in METHODS[name].options} | {keyword: ()}
     negative = METHODS[name].negative(Parts(nets.net), **options)
