@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from edm2kit.cli import click_types as cli
 from edm2kit.cli.field_options import options_from
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.cli.generation_options import generation_options
-from edm2kit.denoiser import Denoiser, after_step, for_images, for_step
+from edm2kit.conditions import FloatVectors
+from edm2kit.denoiser import Denoiser, Wrapper, after_step, for_images, for_step
 from edm2kit.guidance.records import settings_differences
 from edm2kit.snapshots.loading import open_weights
 from edm2kit.torch_utils import dist
@@ -65,24 +67,37 @@ def main(request: Request, outdir: str, max_time: float | None, device: str, **o
     """
     check_request(request)
     with dist.session(device) as picked, StopRequest(max_time) as stop:
-        generation = prepare(request, picked)
+        generation = prepare(request, picked, labels_from_data=True)
         teacher, sigmas = generation.engine.denoiser, request.sampler.sigmas(picked)
         check_teacher(teacher, sigmas, generation.engine.shape, generation.engine.label_dim)
         config = configure(request, options, generation.settings["precision"])
         run = prepare_run(config, outdir, teacher=as_recorded(generation.settings, Path(outdir)))
         check_labels(run, generation.engine.label_dim)
+        if run.header.label_kind == "vectors" and run.dataset.labels is not None:
+            teacher = VectorTeacher(teacher, torch.from_numpy(run.dataset.labels))
         dist.print0(generation.summary)
         run.print_notices()
         loss = DistillationLoss(teacher, sigmas, run.config.P_mean, run.config.P_std, run.config.sigma_data)
         run.train(picked, loss_fn=loss, should_stop=stop)
 
 
+@dataclass(frozen=True)
+class VectorTeacher(Wrapper):
+    """A teacher whose labels are vectors; `pool` [M, D] are those of the data, for independent conditions (ICG)."""
+
+    teacher: Denoiser
+    pool: torch.Tensor = field(compare=False)
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, condition: Any = None) -> torch.Tensor:
+        return self.teacher(x, sigma, FloatVectors(condition, self.pool))
+
+
 def check_request(request: Request) -> None:
     """Raise ValueError if `request` has no guidance, or guidance that one network cannot learn."""
     if request.guidance.method == "none":
         raise ValueError("there is no guidance to distil; give --gnet and --guidance W, or a --guidance-method")
-    if request.classes is not None:
-        raise ValueError("the network learns all classes of --data; leave out --class and --balanced")
+    if request.classes is not None or request.labels is not None:
+        raise ValueError("the network learns all labels of --data; leave out --class, --balanced and --labels")
     if request.guidance.options.get("apg_momentum"):
         raise ValueError("a single network cannot learn momentum, which depends on earlier steps; add --apg-momentum 0")
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from edm2kit.data.labels import read_label_vectors
 from edm2kit.guidance.base import Parts
 from edm2kit.guidance.interval import guided_steps
 from edm2kit.guidance.registry import NO_GUIDANCE, Choice, drops_condition, guide, methods_of, name_by_networks
@@ -42,6 +43,8 @@ class Request:
     - `net`, `gnet`, `uncond`: paths or URLs of snapshots.
     - `classes`: None for a random class from each seed; ALL_CLASSES, or a text such as "3,7" or "cat,dog", to cycle
       through classes by seed (seed modulo the number of classes).
+    - `labels`: for a network trained on label vectors, a file of vectors to cycle through by seed: a .npy array [K, D]
+      or a JSON list of lists.
     - `precision`: inside the networks, a key of PRECISIONS or "auto" (fp16 on a CUDA device, fp32 elsewhere).
     - `vae`: hub name or folder that replaces the VAE named in the snapshot.
     - `compiled`: compile the networks with torch.compile.
@@ -96,6 +99,14 @@ class Request:
             "help": "torch.compile the networks; pays off for thousands of images",
         },
     )
+    labels: str | None = field(
+        default=None,
+        metadata={
+            "option": "--labels",
+            "metavar": "FILE",
+            "help": "Label vectors to cycle through by seed: .npy [K, D] or JSON, if the network takes vectors",
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -115,8 +126,11 @@ class Generation:
                 bar.update(len(batch.seeds))
 
 
-def prepare(request: Request, device: torch.device) -> Generation:
+def prepare(request: Request, device: torch.device, labels_from_data: bool = False) -> Generation:
     """Load the networks of a request and pair them.
+
+    With `labels_from_data`, only the denoiser is used, on labels from a data set: a network that takes label vectors
+    then needs no `request.labels`.
 
     Raises ValueError where a file is no snapshot, the two networks do not fit each other, a class is unknown, or the
     guidance method refuses its settings.
@@ -126,7 +140,7 @@ def prepare(request: Request, device: torch.device) -> Generation:
         dist.warn0(f"--precision {precision}: {slow}")
     main = _with_vae(_load(request, request.net, device, precision), request.vae)
     net = main.net
-    classes = parse_classes(request.classes, net.label_dim, main.header.label_names)
+    classes, vectors = (None, None) if labels_from_data else _pick_labels(request, main)
     gmain = None if request.gnet is None else _load(request, request.gnet, device, precision)
     umain = None if request.uncond is None else _load(request, request.uncond, device, precision)
     for other in (gmain, umain):
@@ -143,18 +157,20 @@ def prepare(request: Request, device: torch.device) -> Generation:
     denoiser = guide(request.guidance, parts)
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     _check_pixels(main.encoder.decode(torch.zeros([1, *shape], device=device)))
-    engine = Engine(denoiser, main.encoder.decode, request.sampler, shape, net.label_dim, device, classes)
+    engine = Engine(denoiser, main.encoder.decode, request.sampler, shape, net.label_dim, device, classes, vectors)
     settings = {
         "net": _identity(request.net, main),
         "gnet": None if gmain is None else _identity(request.gnet, gmain),
         "uncond": None if umain is None else _identity(request.uncond, umain),
         "guidance": {**_settings_of(request.guidance), "steps": plain_json(_steps(request))},
         "sampler": plain_json(dataclasses.asdict(request.sampler)),
-        "classes": None if classes is None else list(classes),
+        "classes": None if classes is None or vectors is not None else list(classes),
         "vae_sha256": vae_sha256(main.encoder.vae_name) if isinstance(main.encoder, StabilityVAEEncoder) else None,
         "precision": precision,
         "device": device.type,  # generators on another kind of device give other numbers
     }
+    if request.labels is not None:
+        settings["labels_sha256"] = sha256_of(request.labels)
     return Generation(engine, settings, _summary(request, main, gmain, classes, precision))
 
 
@@ -175,7 +191,9 @@ def check_pair(main: Snapshot, gmain: Snapshot) -> None:
         )
         if ours != theirs
     ]
-    if gmain.net.label_dim not in (0, main.net.label_dim):
+    if gmain.net.label_dim and gmain.header.label_kind != main.header.label_kind:
+        reasons.append(f"its labels are {gmain.header.label_kind}, the main network's {main.header.label_kind}")
+    elif gmain.net.label_dim not in (0, main.net.label_dim):
         reasons.append(f"it has {gmain.net.label_dim} classes, the main network {main.net.label_dim}")
     names = [main.header.label_names, gmain.header.label_names]
     if None not in names and names[0] != names[1]:
@@ -196,6 +214,31 @@ def _check_pixels(pixels: torch.Tensor) -> None:
     """A first image, before hours of work: loads the decoder, and shows whether there is a picture at all."""
     if pixels.shape[1] not in (1, 3):
         raise ValueError(f"the network draws images of {pixels.shape[1]} channels; expected 1 (grey) or 3 (RGB)")
+
+
+def _pick_labels(request: Request, main: Snapshot) -> tuple[Sequence[int] | None, torch.Tensor | None]:
+    """The classes to cycle through, None for random ones; or the vectors, float32 [K, label_dim], and their numbers.
+
+    Raises ValueError if the request does not suit the kind of labels that the network takes.
+    """
+    label_dim = main.net.label_dim
+    if main.header.label_kind != "vectors":
+        if request.labels is not None:
+            raise ValueError("--labels is for networks that take label vectors, and this one does not; use --class")
+        return parse_classes(request.classes, label_dim, main.header.label_names), None
+    if request.classes is not None:
+        raise ValueError("the network takes label vectors, not classes; use --labels FILE instead of --class")
+    if request.labels is None:
+        raise ValueError(
+            f"the network takes label vectors of {label_dim} numbers; give some with --labels FILE, a .npy array "
+            f"[K, {label_dim}] or a JSON list of lists"
+        )
+    vectors = read_label_vectors(request.labels)
+    if vectors.shape[1] != label_dim:
+        raise ValueError(
+            f"--labels {request.labels}: has vectors of {vectors.shape[1]} numbers, but the network takes {label_dim}"
+        )
+    return range(len(vectors)), torch.from_numpy(vectors)
 
 
 def parse_classes(text: str | None, label_dim: int, names: Sequence[str] | None) -> tuple[int, ...] | None:
@@ -264,7 +307,10 @@ def _summary(
         net, header = snapshot.net, snapshot.header
         size = f"{net.img_channels}x{net.img_resolution}x{net.img_resolution}"
         ema = "raw weights" if header.ema_std is None else f"EMA {header.ema_std:.3f}"
-        return f"{size}, {net.label_dim or 'no'} classes, {header.nimg / 1e6:.3g} million images, {ema}, {precision}"
+        labels = f"{net.label_dim or 'no'} classes"
+        if header.label_kind == "vectors":
+            labels = f"label vectors of {net.label_dim} numbers"
+        return f"{size}, {labels}, {header.nimg / 1e6:.3g} million images, {ema}, {precision}"
 
     choice, lines = request.guidance, [f"Network:  {request.net} ({words(main)})"]
     if gmain is not None:
@@ -275,7 +321,9 @@ def _summary(
         kind = "".join(f", {word}" for word in (choice.rule, choice.schedule) if word not in ("linear", "constant"))
         lines.append(f"Guidance: {methods}{kind}{where}")
     lines.append(f"Sampler:  {request.sampler.num_steps} steps of {request.sampler.solver}")
-    if classes is not None:
+    if request.labels is not None and classes is not None:
+        lines.append(f"Labels:   {len(classes)} vectors of {request.labels}, in turn")
+    elif classes is not None:
         names = main.header.label_names
         shown = [str(k) if names is None else f"{k} ({names[k]})" for k in classes[:8]]
         lines.append(f"Classes:  {', '.join(shown)}{', ...' if len(classes) > 8 else ''}, in turn")

@@ -104,7 +104,7 @@ def _sections() -> list[cli.Decorator]:
         ),
         cli.section(
             "Seeds and output",
-            *options_from(Request, "classes"),
+            *options_from(Request, "classes", "labels"),
             click.option("--balanced", is_flag=True, help="Cycle through all classes by seed"),
         ),
         cli.section("Guidance", *_guidance_options()),

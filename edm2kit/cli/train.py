@@ -128,9 +128,13 @@ def check_decoder(run: Run, device: torch.device) -> None:
 
 
 def write_samples(run: Run, count: int, device: torch.device, net: nn.Module, nimg: int) -> None:
-    """Write samples-KIMG.png: images of seeds 0 to count - 1, with the classes in turn."""
+    """Write samples-KIMG.png: images of seeds 0 to count - 1, cycling through classes or the first label vectors."""
     architecture = run.header.architecture
     size, label_dim = architecture["img_resolution"], architecture["label_dim"]
+    classes, vectors = range(label_dim) if label_dim else None, None
+    if run.header.label_kind == "vectors" and run.dataset.labels is not None:
+        vectors = torch.from_numpy(run.dataset.labels[:count])
+        classes = range(len(vectors))
     engine = Engine(
         net,
         run.encoder.decode,
@@ -138,7 +142,8 @@ def write_samples(run: Run, count: int, device: torch.device, net: nn.Module, ni
         (architecture["img_channels"], size, size),
         label_dim,
         device,
-        classes=range(label_dim) if label_dim else None,
+        classes=classes,
+        vectors=vectors,
     )
     mine = [(b.seeds, b.images.cpu().numpy()) for b in engine.batches(share_of_rank(range(count)), SAMPLE_BATCH)]
     parts = list(itertools.chain.from_iterable(dist.gather_objects(mine)))

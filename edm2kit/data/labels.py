@@ -3,12 +3,14 @@
 import json
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from edm2kit.data.archive import FolderArchive, ZipArchive
 from edm2kit.data.image_files import open_header
+from edm2kit.torch_utils.arrays import BROKEN
 
 RECORD = "generation.json"  # written beside generated images: how they were made
 LABELS_FILE = "dataset.json"
@@ -142,6 +144,26 @@ def read_labels_file(archive: FolderArchive | ZipArchive) -> dict[str, Any] | No
             f'{where}: contains a JSON {type(content).__name__}; expected {{"labels": [[name, label], ...]}}'
         )
     return content
+
+
+def read_label_vectors(path: str | Path) -> np.ndarray:
+    """Label vectors from a file: a .npy array [K, D], or a JSON list of K lists of D numbers. float32 [K, D].
+
+    Raises ValueError if the file is neither, and OSError if it cannot be opened.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".npy":
+            values = np.load(path, allow_pickle=False)
+        else:
+            values = np.array(json.loads(path.read_bytes()), np.float64)
+    except FileNotFoundError:
+        raise
+    except (*BROKEN, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: is neither a .npy array nor a JSON list of label vectors: {error}") from error
+    if values.ndim != 2 or not values.size or not np.issubdtype(values.dtype, np.number):
+        raise ValueError(f"{path}: is {values.dtype} {list(values.shape)}; expected label vectors [K, D]")
+    return labels_of_array(values.astype(np.float64), str(path)).values
 
 
 def folder_labels(names: list[str]) -> Labels | None:

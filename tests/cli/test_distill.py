@@ -135,7 +135,7 @@ PUSH = "--guidance-method loss --loss-kind colour --loss-colour 9,9,9 --loss-rul
     ("words", "reason"),
     [
         ([], "there is no guidance to distil"),
-        (["--guidance-method", "pag", "--guidance", "2", "--balanced"], "leave out --class and --balanced"),
+        (["--guidance-method", "pag", "--guidance", "2", "--balanced"], "leave out --class, --balanced"),
         (["--guidance-method", "pag", "--guidance", "2", "--guidance-rule", "apg"], "add --apg-momentum 0"),
         ([*PUSH.split(), "--interval", "0.1,2"], "moves images after steps"),
         (PUSH.split(), "moves images after steps"),
