@@ -1,4 +1,4 @@
-"""Label vectors from the data set to the images: training, resuming, samples, generating and scoring."""
+"""Label vectors from the data set to the images: training, resuming, samples, generating, scoring and distilling."""
 
 import json
 
@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from edm2kit.cli import generate, metrics, train
+from edm2kit.cli import distill, generate, metrics, train
 from edm2kit.snapshots.loading import load_snapshot, open_weights
 from tests.support.tiny import make_dataset, write_config
 
@@ -131,3 +131,17 @@ def test_vectors_and_classes_do_not_mix(net, labels, tmp_path):
     assert "--labels is for networks that take label vectors" in output
     pair = ("--net", net, "--gnet", other, "--labels", labels, "--guidance", 2, "--outdir", tmp_path / "out")
     assert "its labels are classes, the main network's vectors" in invoke(generate.main, *pair, code=1)
+
+
+@pytest.mark.parametrize("method", ["cfg", "icg"])
+def test_guidance_by_other_conditions(net, labels, tmp_path, method):
+    options = ("--guidance-method", method, "--guidance", 2, "--steps", 2, "--seeds", "0-1", "--labels", labels)
+    invoke(generate.main, "--net", net, *options, "--outdir", tmp_path / "guided")
+    assert len(list((tmp_path / "guided").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("method", ["cfg", "icg"])
+def test_a_guided_network_of_vectors_is_distilled(net, data, tmp_path, method):
+    options = ("--guidance-method", method, "--guidance", 2, "--steps", 4, "--duration", 32, "--batch", 16)
+    invoke(distill.main, "--net", net, *options, "--data", data, "--outdir", tmp_path / "run", "--workers", 0)
+    assert open_weights(tmp_path / "run" / SNAPSHOT.replace("0.100", "0.050")).header.label_kind == "vectors"
