@@ -16,6 +16,8 @@ import torch.utils.data
 from edm2kit.data.dataset import Source
 from edm2kit.torch_utils.rng import derive_seed
 
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class GlobalOrder:
     """The endless sequence of training images: each epoch is an independent random permutation.
@@ -127,7 +129,12 @@ def _stream(loader: torch.utils.data.DataLoader, closing: ctypes.c_bool) -> Gene
     def close() -> None:
         closing.value = True
 
-    batches = iter(loader)
+    # a worker must not see these signals before _ignore_signals has run
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     # registered after the loader's own exit handlers, so it runs before them
     atexit.register(close)
     try:
@@ -181,3 +188,4 @@ def _ignore_signals(closing: ctypes.c_bool, worker: int) -> None:
     # finish its step and save; they end when it closes them, or with it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.value else None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
