@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from edm2kit.cli import click_types as cli
-from edm2kit.cli.field_options import given_options, options_from
+from edm2kit.cli.field_options import options_from
 from edm2kit.data.batches import GlobalOrder, training_batches
 from edm2kit.data.dataset import Source
 from edm2kit.data.sources import open_source
@@ -70,7 +70,7 @@ def main(
     """
     if dest.exists() and not overwrite:
         raise ValueError(f"{dest} exists; choose another --dest, or use --overwrite to replace it")
-    training = ClassifierTraining(**given_options(settings, list(settings)))
+    training = ClassifierTraining(**cli.given_options(settings, list(settings)))
     with dist.session(device) as where:
         if dist.world_size() > 1:
             raise ValueError("a classifier is small; train it in one process, without torchrun")

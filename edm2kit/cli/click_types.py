@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -147,6 +147,12 @@ def printing_option(name: str, text: Callable[[Any], str], help: str, metavar: s
 def device_option() -> Decorator:
     """--device, the same for all commands."""
     return click.option("--device", metavar="NAME", default="auto", help="auto, cuda, mps or cpu")
+
+
+def given_options(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Take those of `names` out of `options` that were given a value on the command line."""
+    taken = {name: options.pop(name) for name in names}
+    return {name: value for name, value in taken.items() if value is not None}
 
 
 class Size(click.ParamType):

@@ -3,7 +3,7 @@
 import dataclasses
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -29,12 +29,6 @@ def options_from(config: type, *names: str, defaults: Mapping[str, Any] | None =
     for name, value in (defaults or {}).items():
         shown[name] = value_text(value, fields[name].metadata.get("metavar"))
     return [_option_of(fields[name], hints[name], shown[name]) for name in chosen]
-
-
-def given_options(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Take those of `names` out of `options` that were given a value on the command line."""
-    taken = {name: options.pop(name) for name in names}
-    return {name: value for name, value in taken.items() if value is not None}
 
 
 def _option_of(field: dataclasses.Field[Any], hint: Any, default: str) -> Decorator:

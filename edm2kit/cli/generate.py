@@ -24,7 +24,7 @@ from edm2kit.data.labels import RECORD
 from edm2kit.guidance.records import settings_differences
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write
-from edm2kit.torch_utils.provenance import provenance
+from edm2kit.torch_utils.records import provenance
 
 _MAX_GRID = 1024
 _folder = click.Path(path_type=Path, file_okay=False)

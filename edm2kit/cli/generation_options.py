@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from edm2kit.cli import click_types as cli
-from edm2kit.cli.field_options import given_options, options_from
+from edm2kit.cli.field_options import options_from
 from edm2kit.cli.generation import ALL_CLASSES, Request
 from edm2kit.cli.presets import find_preset, load_presets
 from edm2kit.guidance.base import Method, Option, Rule
@@ -230,7 +230,7 @@ def _take_request(options: dict[str, Any]) -> Request:
             raise click.UsageError("--balanced cycles through all classes, --class through a list; give one")
         options["classes"] = ALL_CLASSES
     guidance, sampler = _take_guidance(options), _take_sampler(options)
-    return Request(guidance=guidance, sampler=sampler, **given_options(options, _fields(Request)))
+    return Request(guidance=guidance, sampler=sampler, **cli.given_options(options, _fields(Request)))
 
 
 def _fill_in(options: dict[str, Any], preset_name: str) -> None:
@@ -249,9 +249,9 @@ def _fill_in(options: dict[str, Any], preset_name: str) -> None:
 
 
 def _take_sampler(options: dict[str, Any]) -> Sampler:
-    churn = Churn(**given_options(options, _fields(Churn)))
-    steps = given_options(options, _fields(Sampler))
-    travel = given_options(options, _fields(TimeTravel))
+    churn = Churn(**cli.given_options(options, _fields(Churn)))
+    steps = cli.given_options(options, _fields(Sampler))
+    travel = cli.given_options(options, _fields(TimeTravel))
     interval = options.pop("travel_interval")
     if interval is not None:
         travel["sigma_lo"], travel["sigma_hi"] = interval

@@ -1,7 +1,7 @@
 """What guidance methods and rules consist of: networks to build on, options, and a description for tables and help."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,10 +39,10 @@ class Option:
     parse: Callable[[str], Any]
     default: Any
     help: str
+    keyword: str = field(init=False, compare=False)
 
-    @property
-    def keyword(self) -> str:
-        return self.name.replace("-", "_")
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keyword", self.name.replace("-", "_"))
 
 
 @dataclass(frozen=True)

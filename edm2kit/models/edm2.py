@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -282,6 +282,11 @@ def _side(name: str) -> Literal["encoder", "middle", "decoder"]:
 
 def _resolution(name: str) -> int:
     return int(re.findall(r"\d+", name)[0])  # "dec.8x8_in0" -> 8
+
+
+def count_blocks(architecture: Mapping[str, Any]) -> int:
+    """A lower bound on the number of blocks that `Precond(**architecture)` makes."""
+    return architecture["num_blocks"] * len(architecture["channel_mult"])
 
 
 class Precond(Preconditioner):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from edm2kit.models.dit import DIT_DEFAULTS, build_dit, freeze_dit_
-from edm2kit.models.edm2 import Precond, UNet
+from edm2kit.models.edm2 import Precond, UNet, count_blocks
 from edm2kit.models.frozen import freeze_
 from edm2kit.models.layers import normalize_weights_
 from edm2kit.models.preconditioning import Preconditioner
@@ -52,7 +52,7 @@ NETWORKS: dict[str, NetworkKind] = {
         build=Precond,
         defaults=keyword_defaults(UNet),
         label_weights=".emb_label.weight",
-        count_blocks=lambda architecture: architecture["num_blocks"] * len(architecture["channel_mult"]),
+        count_blocks=count_blocks,
         normalize_weights_=normalize_weights_,
         freeze_=freeze_,
     ),

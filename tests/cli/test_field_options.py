@@ -6,8 +6,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from edm2kit.cli.click_types import Command, Size, section
-from edm2kit.cli.field_options import given_options, options_from, size_text
+from edm2kit.cli.click_types import Command, Size, given_options, section
+from edm2kit.cli.field_options import options_from, size_text
 
 
 @dataclasses.dataclass(frozen=True)

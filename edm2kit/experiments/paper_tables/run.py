@@ -22,8 +22,7 @@ from edm2kit.metrics.scoring import Scorer, image_statistics, make_scorer
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.arrays import read_npz
 from edm2kit.torch_utils.files import atomic_write, fetch
-from edm2kit.torch_utils.provenance import provenance
-from edm2kit.torch_utils.records import plain_json, write_json
+from edm2kit.torch_utils.records import plain_json, provenance, write_json
 
 
 @dataclass(frozen=True)
