@@ -139,12 +139,14 @@ def _file_lines(costs: Sequence[CellCost]) -> list[str]:
     for file in files.values():
         place = file.url.rsplit("/", 1)[0] + "/" if "/raw-snapshots/" in file.url else file.url
         by_place.setdefault(place, []).append(file)
-    for place, group in by_place.items():
-        sizes = [file.num_bytes for file in group if file.num_bytes is not None]
-        shown = f"{sum(sizes) / 1e9:.3f} GB" if len(sizes) == len(group) else "size unknown"
-        here = sum(file.is_here for file in group)
-        lines.append(f"  {here} of {len(group)} here{shown:>15s}  {place}")
-    return lines
+    return lines + [_place_line(place, group) for place, group in by_place.items()]
+
+
+def _place_line(place: str, files: Sequence[NeededFile]) -> str:
+    sizes = [file.num_bytes for file in files if file.num_bytes is not None]
+    shown = f"{sum(sizes) / 1e9:.3f} GB" if len(sizes) == len(files) else "size unknown"
+    here = sum(file.is_here for file in files)
+    return f"  {here} of {len(files)} here{shown:>15s}  {place}"
 
 
 def _rebuilding_lines(costs: Sequence[CellCost]) -> list[str]:

@@ -53,42 +53,42 @@ def _box(x: np.ndarray, y: np.ndarray, half_x: float, half_y: float) -> np.ndarr
     return outside + np.minimum(np.maximum(out_x, out_y), 0)
 
 
-def _disc(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def disc(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.hypot(x, y) - 0.9
 
 
-def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.abs(np.hypot(x, y) - 0.72) - 0.26
 
 
-def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return _box(x, y, 0.8, 0.8)
 
 
-def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.minimum(_box(x, y, 0.95, 0.32), _box(x, y, 0.32, 0.95))
 
 
-def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return _polygon(x, y, np.array([[0.0, -1.0], [0.87, 0.5], [-0.87, 0.5]], np.float32))
 
 
-def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     turn = np.arange(10) * np.pi / 5
     radius = np.where(np.arange(10) % 2 == 0, 1.05, 0.48)
     return _polygon(x, y, np.stack([radius * np.sin(turn), -radius * np.cos(turn)], axis=1).astype(np.float32))
 
 
-def _arrow(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def arrow(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     half = [[0.0, -1.0], [0.8, -0.1], [0.3, -0.1], [0.3, 0.95]]
     return _polygon(x, y, np.array([*half, *[[-px, py] for px, py in half[:0:-1]]], np.float32))
 
 
-def _moon(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def moon(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.maximum(np.hypot(x + 0.1, y) - 0.95, 0.72 - np.hypot(x - 0.38, y))
 
 
-def _flower(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def flower(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     petals = [np.hypot(x - 0.6 * np.sin(a), y + 0.6 * np.cos(a)) for a in np.arange(5) * 2 * np.pi / 5]
     return np.minimum.reduce([*petals, np.hypot(x, y)]) - 0.42
 
@@ -109,35 +109,35 @@ def _polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
 # Patterns on a shape, drawn in a second colour where they are positive. Arrays [N, H, W].
 
 
-def _no_pattern(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def no_pattern(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.full_like(x, -1.0)
 
 
-def _stripes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def stripes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.abs((x + 0.2) % 0.8 - 0.4) - 0.2
 
 
-def _checks(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def checks(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.sin(x * np.pi / 0.4) * np.sin(y * np.pi / 0.4) * (0.4 / np.pi)
 
 
-def _eye(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def eye(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return 0.32 - np.hypot(x, y)
 
 
 # kind -> (signed distance, pattern)
 Field = Callable[[np.ndarray, np.ndarray], np.ndarray]
 KINDS: dict[str, tuple[Field, Field]] = {
-    "disc": (_disc, _no_pattern),
-    "ring": (_ring, _no_pattern),
-    "triangle": (_triangle, _no_pattern),
-    "cross": (_cross, _no_pattern),
-    "star": (_star, _no_pattern),
-    "moon": (_moon, _no_pattern),
-    "arrow": (_arrow, _no_pattern),
-    "flower": (_flower, _eye),
-    "stripes": (_square, _stripes),
-    "checks": (_square, _checks),
+    "disc": (disc, no_pattern),
+    "ring": (ring, no_pattern),
+    "triangle": (triangle, no_pattern),
+    "cross": (cross, no_pattern),
+    "star": (star, no_pattern),
+    "moon": (moon, no_pattern),
+    "arrow": (arrow, no_pattern),
+    "flower": (flower, eye),
+    "stripes": (square, stripes),
+    "checks": (square, checks),
 }
 NAMES = tuple(KINDS)
 

@@ -32,13 +32,14 @@ def make_record(command: str) -> dict[str, Any]:
 
 
 def _table_record(table: Table) -> dict[str, Any]:
-    costs = [cell_cost(cell, table.sampler) for cell in table.cells()]
-    sizes = {file.url: file.num_bytes or 0 for cost in costs for file in cost.files}
-    return {
-        "bytes": sum(sizes.values()),
-        "bytes_of_raw_snapshots": sum(size for url, size in sizes.items() if "/raw-snapshots/" in url),
-        "cells": [_cell_record(cost) for cost in costs],
-    }
+    sizes: dict[str, int] = {}  # by URL: cells share files
+    cells = []
+    for cell in table.cells():
+        cost = cell_cost(cell, table.sampler)
+        cells.append(_cell_record(cost))
+        sizes |= {file.url: file.num_bytes or 0 for file in cost.files}
+    raw_sizes = [size for url, size in sizes.items() if "/raw-snapshots/" in url]
+    return {"bytes": sum(sizes.values()), "bytes_of_raw_snapshots": sum(raw_sizes), "cells": cells}
 
 
 def _cell_record(cost: CellCost) -> dict[str, Any]:

@@ -67,8 +67,10 @@ class CallCounter:
         D = torch.zeros_like(x)
         if not return_attention:
             return D
-        sides = {block: int(block.partition("x")[2].partition("_")[0]) for block in return_attention}
-        maps = {block: torch.full([len(x), 1, side**2, side**2], side**-2.0) for block, side in sides.items()}
+        maps = {}
+        for block in return_attention:
+            tokens = self.attention_roles[block].resolution ** 2
+            maps[block] = torch.full([len(x), 1, tokens, tokens], 1 / tokens)
         return D, maps
 
 

@@ -15,7 +15,7 @@ Line = Mapping[str, str]  # column -> text
 Record = Mapping[str, Any]
 
 
-def lines_of(table: Table, outdir: Path) -> list[Line]:
+def lines_of(table: Table, outdir: Path) -> Sequence[Line]:
     """One line per cell; columns that no cell uses are left out.
 
     Raises ValueError if a record is damaged or belongs to another table.
@@ -24,8 +24,11 @@ def lines_of(table: Table, outdir: Path) -> list[Line]:
     for row in table.rows:
         for cell in row.cells:
             lines.append(_line(table, row, cell, _read(table, cell, outdir)))
-    used = [column for column in lines[0] if any(line[column] for line in lines)]
-    return [{column: line[column] for column in used} for line in lines]
+    unused = [column for column in lines[0] if not any(line[column] for line in lines)]
+    for line in lines:
+        for column in unused:
+            del line[column]
+    return lines
 
 
 def notes_of(table: Table, outdir: Path) -> list[str]:
@@ -39,13 +42,14 @@ def notes_of(table: Table, outdir: Path) -> list[str]:
                 f"{network.name} is not published. It was rebuilt from {len(network.urls)} raw snapshots; relative "
                 f"error of the EMA profile: {network.fit.error:.2g}."
             )
-    if any(record["asked"]["num_images"] != PUBLISHED_NUM for record in records):
-        notes.append("Published values are of 50,000 images. Values of other numbers cannot be compared with them.")
-    if any(0 < len(record["runs"]) < PUBLISHED_SEEDS for record in records):
-        notes.append("Published values are the minimum of three. The minimum of fewer is larger on average.")
-    if any("settings" in record and record["settings"]["device"] != "cuda" for record in records):
-        notes.append("Published images used CUDA random numbers. On other devices the same seeds give other images.")
-    return notes
+    for record in records:
+        if record["asked"]["num_images"] != PUBLISHED_NUM:
+            notes.append("Published values are of 50,000 images. Values of other numbers cannot be compared with them.")
+        if 0 < len(record["runs"]) < PUBLISHED_SEEDS:
+            notes.append("Published values are the minimum of three. The minimum of fewer is larger on average.")
+        if "settings" in record and record["settings"]["device"] != "cuda":
+            notes.append("Published images used CUDA random numbers. On other devices seeds give other images.")
+    return list(dict.fromkeys(notes))
 
 
 def markdown(table: Table, lines: Sequence[Line], notes: Sequence[str]) -> str:
@@ -85,7 +89,7 @@ def _read(table: Table, cell: Cell, outdir: Path) -> Record | None:
     return read_record(path, describe(table, cell, MeasureOptions(num, seeds=0, batch=0, save_every=0)))
 
 
-def _line(table: Table, row: TableRow, cell: Cell, record: Record | None) -> Line:
+def _line(table: Table, row: TableRow, cell: Cell, record: Record | None) -> dict[str, str]:
     runs = [] if record is None else [record["runs"][first] for first in sorted(record["runs"], key=int)]
     return {
         "group": row.group,
@@ -132,14 +136,15 @@ def _setting_columns(table: Table, cell: Cell) -> Line:
 def _origin_columns(runs: Sequence[Record]) -> Line:
     if not runs:
         return {"images": "", "seeds": "", "hardware": "", "commit": ""}
-    makers = [maker for run in runs for maker in run["made_by"]]
+    seeds, hardware, commits = [], [], []
+    for run in runs:
+        seeds.append(f"{run['first_seed']}-{run['first_seed'] + run['num_images'] - 1}")
+        for maker in run["made_by"]:
+            hardware.append(f"{maker['processes']} x {maker['hardware']}")
+            commits.append(maker["commit"][:12] + maker["commit"][40:])  # short, with "+changes" if there were any
     return {
         "images": str(runs[0]["num_images"]),
-        "seeds": ", ".join(f"{run['first_seed']}-{run['first_seed'] + run['num_images'] - 1}" for run in runs),
-        "hardware": _unique(f"{maker['processes']} x {maker['hardware']}" for maker in makers),
-        "commit": _unique(maker["commit"][:12] + maker["commit"][40:] for maker in makers),
+        "seeds": ", ".join(seeds),
+        "hardware": "; ".join(dict.fromkeys(hardware)),
+        "commit": "; ".join(dict.fromkeys(commits)),
     }
-
-
-def _unique(texts: Iterable[str]) -> str:
-    return "; ".join(dict.fromkeys(texts))

@@ -1,6 +1,7 @@
 """Tables of published results: rows and cells with their networks, guidance and values, read from YAML."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,11 +81,12 @@ class Table:
             if name not in by_name:
                 raise ValueError(f"table {self.name} has no row {name!r}{nearest(name, list(by_name))}")
             picked += by_name[name].cells
-        if metrics:
-            picked = [cell for cell in picked if cell.metric in metrics]
-            if not picked:
-                raise ValueError(f"none of these rows has a value of {', '.join(metrics)}")
-        return picked
+        if not metrics:
+            return picked
+        with_metric = [cell for cell in picked if cell.metric in metrics]
+        if not with_metric:
+            raise ValueError(f"none of these rows has a value of {', '.join(metrics)}")
+        return with_metric
 
 
 def table_names() -> list[str]:
@@ -115,10 +117,9 @@ def _table(name: str, content: Mapping[str, Any]) -> Table:
     fields = {**published()["datasets"], **content.get("datasets", {})}
     datasets = {key: ReferenceSet(**value) for key, value in fields.items()}
     rows = tuple(_row(row, datasets) for row in content["rows"])
-    names = [row.name for row in rows]
-    for row_name in names:
-        if names.count(row_name) > 1:
-            raise ValueError(f"two rows have the name {row_name!r}")
+    for row_name, count in Counter(row.name for row in rows).items():
+        if count > 1:
+            raise ValueError(f"{count} rows have the name {row_name!r}")
     return Table(name, content["title"], content["source"], Sampler(**content.get("sampler", {})), rows)
 
 
@@ -181,13 +182,15 @@ def _guidance(fields: Mapping[str, Any]) -> Choice:
         raise ValueError(f"method {method} needs a gnet")
     if has_gnet and not (METHODS[method].needs_gnet or METHODS[method].takes_gnet):
         raise ValueError(f"method {method} takes no gnet")
-    interval = fields.get("interval")
-    if interval is not None:
-        if not isinstance(interval, list | tuple) or len(interval) != 2:
-            raise ValueError(f"interval is {interval!r}; expected two noise levels, such as [0.28, 2.90]")
-        interval = (float(interval[0]), float(interval[1]))
+    interval = None if fields.get("interval") is None else _interval(fields["interval"])
     options = _options(method, fields.get("options", {}))
     return Choice(method, float(fields.get("guidance", 1.0)), interval, options)
+
+
+def _interval(ends: Any) -> tuple[float, float]:
+    if not isinstance(ends, list | tuple) or len(ends) != 2:
+        raise ValueError(f"interval is {ends!r}; expected two noise levels, such as [0.28, 2.90]")
+    return float(ends[0]), float(ends[1])
 
 
 def _options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:

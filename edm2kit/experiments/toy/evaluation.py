@@ -102,6 +102,10 @@ class Spread:
     mean: float
     std: float
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+
 
 def summary(record: Mapping[str, Any], method: str, weight: float) -> dict[str, Spread]:
     """Each of MEASURES over the training seeds, for one method at one weight.
@@ -113,7 +117,5 @@ def summary(record: Mapping[str, Any], method: str, weight: float) -> dict[str, 
         raise ValueError(f"the record has no row of {method} at weight {weight:g}. Evaluate again")
     found = {}
     for name in MEASURES:
-        values = [row[name] for row in rows]
-        std = statistics.stdev(values) if len(values) > 1 else 0.0
-        found[name] = Spread(statistics.fmean(values), std)
+        found[name] = Spread.of([row[name] for row in rows])
     return found
