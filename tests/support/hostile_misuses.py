@@ -41,7 +41,7 @@ MISUSES: dict[str, tuple[str, Callable[[str], bytes]]] = {
         lambda f: whole(name("subprocess", "Popen") + tup(MARK + text("touch") + text(f) + b"l") + b"}\x92"),
     ),
     "nested zip that executes": (
-        "it does not begin like a pickle (protocol 2 or later)",
+        "it does not start like a pickle (protocol 2 or later)",
         lambda f: whole(nested(saved(f))),
     ),
     "nested old torch.save that executes": (
@@ -49,25 +49,25 @@ MISUSES: dict[str, tuple[str, Callable[[str], bytes]]] = {
         lambda f: whole(nested(saved(f, _use_new_zipfile_serialization=False))),
     ),
     "nested tar that executes": (
-        "it does not begin like a pickle (protocol 2 or later)",
+        "it does not start like a pickle (protocol 2 or later)",
         lambda f: whole(nested(old_tar(f))),
     ),
     "nested plain pickle": (
         "it names 'os.system'",
         lambda f: whole(nested(whole(call(name("os", "system"), touch(f))))),
     ),
-    "nested zip bomb": ("it does not begin like a pickle (protocol 2 or later)", lambda f: whole(nested(zip_bomb()))),
+    "nested zip bomb": ("it does not start like a pickle (protocol 2 or later)", lambda f: whole(nested(zip_bomb()))),
     "nested text": (
         "it loads a tensor from something that is not bytes",
         lambda f: whole(call(name("torch.storage", "_load_from_bytes"), text("no bytes"))),
     ),
-    "nested nothing": ("it is cut short", lambda f: whole(nested(b""))),
+    "nested nothing": ("it is truncated", lambda f: whole(nested(b""))),
     "module_src of another layout": (
-        "it holds an object in another layout than the published snapshots",
+        "it holds an object whose layout is not that of published snapshots",
         lambda f: whole(persistent(b"}", f"open({f!r}, 'w')", kind="module")),
     ),
     "a layout of the future": (
-        "it holds an object in another layout than the published snapshots",
+        "it holds an object whose layout is not that of published snapshots",
         lambda f: whole(persistent(b"}", f"open({f!r}, 'w')", version=7)),
     ),
     "torch.load": ("it names 'torch.load'", lambda f: whole(call(name("torch", "load"), text(f)))),
@@ -76,11 +76,11 @@ MISUSES: dict[str, tuple[str, Callable[[str], bytes]]] = {
         lambda f: whole(call(name("numpy.core.multiarray", "scalar"), dtype("f8"), blob(bytes(8)))),
     ),
     "ndarray called": (
-        "it calls numpy.ndarray, which is not to be called",
+        "it calls numpy.ndarray, which must not be called",
         lambda f: whole(call(name("numpy", "ndarray"), tup(long_number(1 << 40)))),
     ),
     "EasyDict with arguments": (
-        "it calls dnnlib.util.EasyDict, which is not to be called",
+        "it calls dnnlib.util.EasyDict, which must not be called",
         lambda f: whole(call(name("dnnlib.util", "EasyDict"), b"]")),
     ),
     "dotted name of an allowed one": (
@@ -107,7 +107,7 @@ MISUSES: dict[str, tuple[str, Callable[[str], bytes]]] = {
         "it has a global whose name is not a text",
         lambda f: whole(number(1) + number(2) + b"\x93"),
     ),
-    "an endless name": ("it holds an endless name", lambda f: PROTO + b"c" + b"a" * 5000),
+    "an endless name": ("it holds a name without an end", lambda f: PROTO + b"c" + b"a" * 5000),
     "BUILD of a dict": (
         "it sets the state of a dict",
         lambda f: whole(b"}" + b"}" + MARK + text("__class__") + text("x") + b"u" + BUILD),
@@ -124,7 +124,7 @@ MISUSES: dict[str, tuple[str, Callable[[str], bytes]]] = {
         "it sets the state of a Record",
         lambda f: whole(name("torch.nn.modules.container", "ModuleDict") + b")\x81" + b"N}\x86" + BUILD),
     ),
-    "persistent id": ("it refers to objects outside of the file", lambda f: whole(text("x") + b"Q")),
+    "persistent id": ("it refers to objects outside the file", lambda f: whole(text("x") + b"Q")),
     "persistent id by name": ("no snapshot uses the opcode PERSID", lambda f: PROTO + b"Px\n."),
     "extension 1": ("no snapshot uses the opcode EXT1", lambda f: whole(b"\x82\x01")),
     "extension 2": ("no snapshot uses the opcode EXT2", lambda f: whole(b"\x83\x01\x00")),
@@ -148,19 +148,19 @@ MISUSES: dict[str, tuple[str, Callable[[str], bytes]]] = {
         lambda f: whole(tensor(long_number(1 << 61), tup(number(0)), tup(number(1)))),
     ),
     "tensor of nothing, endlessly often": (
-        "a tensor's shape is not one",
+        "a tensor has an impossible shape",
         lambda f: whole(tensor(number(0), tup(long_number(1 << 61), number(0)), tup(number(1), number(1)))),
     ),
     "tensor before its storage": (
-        "a tensor's shape is not one",
+        "a tensor has an impossible shape",
         lambda f: whole(tensor(number(-1), tup(number(4)), tup(number(1)))),
     ),
     "tensor with negative sizes": (
-        "a tensor's shape is not one",
+        "a tensor has an impossible shape",
         lambda f: whole(tensor(number(0), tup(number(-4), number(-1)), tup(b"K\x01K\x01"))),
     ),
     "tensor of another rank than its strides": (
-        "a tensor has not as many strides as sizes",
+        "a tensor has different numbers of sizes and strides",
         lambda f: whole(tensor(number(0), tup(number(2)), tup())),
     ),
     "tensor on a text": (
@@ -168,12 +168,12 @@ MISUSES: dict[str, tuple[str, Callable[[str], bytes]]] = {
         lambda f: whole(tensor(number(0), tup(number(2)), tup(number(1)), text("storage"))),
     ),
     "storage of a terabyte": (
-        "a tensor claims 4398046511104 bytes and has 16",
+        "a tensor claims 4398046511104 bytes but has 16",
         lambda f: whole(nested(storage_bytes(4, 1 << 40))),
     ),
-    "storage of too little": ("a tensor claims 12 bytes and has 16", lambda f: whole(nested(storage_bytes(4, 3)))),
+    "storage of too little": ("a tensor claims 12 bytes but has 16", lambda f: whole(nested(storage_bytes(4, 3)))),
     "two storages": (
-        "a tensor claims 16 bytes and has 207",
+        "a tensor claims 16 bytes but has 207",
         lambda f: whole(nested(storage_bytes() + storage_bytes())),
     ),
     "parameter of a dict": (
@@ -215,7 +215,7 @@ MISUSES: dict[str, tuple[str, Callable[[str], bytes]]] = {
         ),
     ),
     "array of a terabyte": (
-        "an array claims 8796093022208 bytes and has 8",
+        "an array claims 8796093022208 bytes but has 8",
         lambda f: whole(array(tup(long_number(1 << 40)), dtype("f8"), blob(bytes(8)))),
     ),
     "array of nothing, endlessly often": (
@@ -262,7 +262,7 @@ MISUSES: dict[str, tuple[str, Callable[[str], bytes]]] = {
         ),
     ),
     "array in a tuple": (
-        "it has an array where none belongs",
+        "it has an array in an unexpected place",
         lambda f: whole(array(tup(number(1)), dtype("f8"), blob(bytes(8))) + b"\x85"),
     ),
     "array with a shape of booleans": (
@@ -282,19 +282,19 @@ MISUSES: dict[str, tuple[str, Callable[[str], bytes]]] = {
         lambda f: whole(nested(storage_bytes().replace(b"storage", b"module_"))),
     ),
     "memo never stored": ("it recalls memo entry 7, which was never stored", lambda f: whole(b"h\x07")),
-    "memo of nothing": ("it takes a value where there is none", lambda f: PROTO + b"\x94."),
-    "taking from an empty stack": ("it takes a value where there is none", lambda f: PROTO + b"R."),
-    "taking across a mark": ("it takes a value where there is none", lambda f: PROTO + b"N(\x85."),
-    "a mark too few": ("it ends a list that never began", lambda f: PROTO + b"Nt."),
+    "memo of nothing": ("it pops a value from an empty stack", lambda f: PROTO + b"\x94."),
+    "taking from an empty stack": ("it pops a value from an empty stack", lambda f: PROTO + b"R."),
+    "taking across a mark": ("it pops a value from an empty stack", lambda f: PROTO + b"N(\x85."),
+    "a mark too few": ("it ends a list that never started", lambda f: PROTO + b"Nt."),
     "values left behind": ("it leaves values behind", lambda f: PROTO + b"NN."),
     "list that contains itself": ("it contains itself", lambda f: whole(b"]q\x00h\x00a")),
     "record that contains itself": (
         "it contains itself",
         lambda f: whole(b"}q\x00" + text("me") + persistent(b"h\x00") + b"s"),
     ),
-    "a billion laughs": ("it repeats its parts without bounds", lambda f: whole(doubled_lists(60))),
+    "a billion laughs": ("it repeats its parts endlessly", lambda f: whole(doubled_lists(60))),
     "one long list, as often as it is long": (
-        "it repeats its parts without bounds",
+        "it repeats its parts endlessly",
         lambda f: whole(MARK, b"]q\x00(" + b"N" * 3000 + b"e", b"](" + b"h\x00" * 3000 + b"e", b"t"),
     ),
     "deep lists": ("it is nested more than 200 levels deep", lambda f: whole(b"]" * 20_000 + b"a" * 19_999)),
@@ -304,20 +304,20 @@ MISUSES: dict[str, tuple[str, Callable[[str], bytes]]] = {
         lambda f: whole(b"}", doubled_tuples(60), b"Ns"),
     ),
     "deep tuples in a set": (
-        "it has a set of something else than texts",
+        "it has a set that holds something other than texts",
         lambda f: whole(b"\x8f(", doubled_tuples(60), b"\x90"),
     ),
     "keys that are numbers": ("it has a dictionary key that is not a text", lambda f: whole(b"}(K\x01Nu")),
     "a key without a value": ("it has a dictionary key that is not a text", lambda f: whole(b"}(", text("key"), b"u")),
     "text that is not UTF-8": ("it holds a text that is not UTF-8", lambda f: PROTO + b"\x8c\x01\xff."),
     "protocol of the future": ("it claims pickle protocol 9; 2 to 5 are known", lambda f: b"\x80\x09N."),
-    "empty": ("it is cut short", lambda f: b""),
+    "empty": ("it is truncated", lambda f: b""),
     "a text file": (
-        "it does not begin like a pickle (protocol 2 or later)",
+        "it does not start like a pickle (protocol 2 or later)",
         lambda f: b"import os\nos.system('touch x')\n",
     ),
-    "a web page": ("it does not begin like a pickle (protocol 2 or later)", lambda f: b"<!DOCTYPE html><html></html>"),
-    "a zip archive": ("it does not begin like a pickle (protocol 2 or later)", lambda f: zip_bomb()),
-    "a torch checkpoint": ("it does not begin like a pickle (protocol 2 or later)", saved),
-    "zeros": ("it does not begin like a pickle (protocol 2 or later)", lambda f: bytes(1000)),
+    "a web page": ("it does not start like a pickle (protocol 2 or later)", lambda f: b"<!DOCTYPE html><html></html>"),
+    "a zip archive": ("it does not start like a pickle (protocol 2 or later)", lambda f: zip_bomb()),
+    "a torch checkpoint": ("it does not start like a pickle (protocol 2 or later)", saved),
+    "zeros": ("it does not start like a pickle (protocol 2 or later)", lambda f: bytes(1000)),
 }

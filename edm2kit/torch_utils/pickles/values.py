@@ -1,21 +1,95 @@
-"""The inert values that stand for objects, tensors and arrays of a pickle."""
+"""What a pickle is read from, and the inert values that represent its names, objects, tensors and arrays."""
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-
-from edm2kit.torch_utils.pickles.source import Span, UnsafePickleError
 
 _MAX_DEPTH = 200  # an nn.Module inside another takes three levels
 _MAX_VALUES = 4_000_000
 
 
+class UnsafePickleError(ValueError):
+    """A pickle that is damaged, or that asks for something that snapshots and statistics never need."""
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """The name of a global, such as `collections.OrderedDict`; nothing is imported."""
+
+    name: str
+
+
+class Source:
+    """The bytes [start, end) of a file, read from front to back; raises UnsafePickleError beyond the end."""
+
+    def __init__(self, file: BinaryIO, start: int, end: int):
+        self.file, self.position, self.end = file, start, end
+
+    def take(self, count: int) -> bytes:
+        self.require(count)
+        self.file.seek(self.position)
+        self.position += count
+        data = self.file.read(count)
+        if len(data) != count:
+            raise UnsafePickleError("the file was truncated while it was being read")
+        return data
+
+    def skip(self, count: int) -> int:
+        """Skip `count` bytes; returns the position of the first."""
+        self.require(count)
+        self.position += count
+        return self.position - count
+
+    def require(self, count: int) -> None:
+        left = self.end - self.position
+        if count > left:
+            raise UnsafePickleError(f"it is truncated: it needs {count} more bytes, but only {left} are left")
+
+
+@dataclass(frozen=True, slots=True)
+class BytesInFile:
+    """A byte string of the pickle that is still in the file."""
+
+    file: BinaryIO
+    offset: int
+    length: int
+
+    def source(self) -> Source:
+        return Source(self.file, self.offset, self.offset + self.length)
+
+    def read(self) -> bytes:
+        return self.source().take(self.length)
+
+
+class Budget:
+    """Limits on reading one file: opcodes, nested pickles included, and bytes copied into arrays."""
+
+    def __init__(self, opcodes: int, array_bytes: int):
+        self.opcodes, self.array_bytes = opcodes, array_bytes
+
+    def spend_opcode(self) -> None:
+        self.opcodes -= 1
+        if self.opcodes < 0:
+            raise UnsafePickleError("it has far more parts than any snapshot")
+
+    def spend_bytes(self, count: int) -> None:
+        self.array_bytes -= count
+        if self.array_bytes < 0:
+            raise UnsafePickleError("its arrays claim more bytes than the file has")
+
+
+def require(condition: bool, reason: str) -> None:
+    """Raise UnsafePickleError with the reason unless the condition holds."""
+    if not condition:
+        raise UnsafePickleError(reason)
+
+
 @dataclass(slots=True, eq=False)
 class Record:
-    """An object of a pickle: its class as the file calls it, and its attributes."""
+    """An object of a pickle: the name of its class according to the file, and its attributes."""
 
     class_name: str
     state: dict[str, Any] | None
@@ -23,10 +97,10 @@ class Record:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Storage:
-    """Numbers of one dtype, one after another, at `span` of the file."""
+    """Numbers of one dtype, contiguous in the file at `span`."""
 
     dtype: torch.dtype
-    span: Span
+    span: BytesInFile
 
     @property
     def count(self) -> int:
@@ -35,7 +109,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
-    """A tensor that is still in the file; `read()` brings it. Offset and stride count elements."""
+    """A tensor that is still in the file; `read()` reads it. Offset and stride count elements."""
 
     storage: Storage
     offset: int
@@ -52,16 +126,16 @@ class StoredTensor:
 
     @property
     def position(self) -> int | None:
-        """Where in the file its values begin, one after another in order; None where strides scatter them."""
+        """Position of its first value in the file if its values are contiguous; None if strides scatter them."""
         dense = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
         if any(size != 1 and have != want for size, have, want in zip(self.shape, self.stride, dense, strict=True)):
             return None
         return self.storage.span.offset + self.offset * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
-        """A fresh contiguous tensor on the CPU; not for several threads of one file at a time.
+        """A new contiguous tensor on the CPU. Not thread-safe: all tensors of a file share its position.
 
-        Raises UnsafePickleError where the file has been cut short since.
+        Raises UnsafePickleError if the file has been truncated since.
         """
         if self.position is None:
             flat = self._read_flat(self.storage.span.offset, self.storage.count)
@@ -69,12 +143,13 @@ class StoredTensor:
         return self._read_flat(self.position, math.prod(self.shape)).reshape(self.shape)
 
     def _read_flat(self, position: int, count: int) -> torch.Tensor:
-        # straight into the tensor's own memory: a bytes object in between would double the peak
+        # directly into the tensor's memory: a bytes object in between would double the peak
         result = torch.empty(count, dtype=self.dtype)
-        memory = memoryview(result.view(torch.uint8).numpy())
-        self.storage.span.file.seek(position)
-        if self.storage.span.file.readinto(memory) != len(memory):
-            raise UnsafePickleError("the file was cut short after it was opened")
+        memory = memoryview(result.view(torch.uint8).numpy().data)
+        file = self.storage.span.file
+        file.seek(position)
+        if file.readinto(memory) != len(memory):  # type: ignore[attr-defined]  # every buffered file has it
+            raise UnsafePickleError("the file was truncated after it was opened")
         return result
 
 
@@ -94,32 +169,33 @@ class ArrayBox:
 
 
 def settle(root: Any, size_bytes: int) -> Any:
-    """`root` with arrays in place of their boxes, once it is known to be safe to walk.
+    """`root` with arrays instead of their boxes; checks that it is safe to walk through.
 
-    Refused are values that contain themselves, great depth, sharing that would grow beyond all bounds when every
-    branch is followed, and tensors that are together larger than the file of `size_bytes`.
+    Raises UnsafePickleError for values that contain themselves, for great depth, for shared parts whose repetitions
+    would be endless, and for tensors that are larger in total than the file of `size_bytes`.
     """
     holder = [root]
-    extents: dict[int, tuple[int, int]] = {}  # of finished nodes: levels and values at and below
+    extents: dict[int, tuple[int, int]] = {}  # of finished nodes: levels and values, including those below
     entered: set[int] = set()
     path: list[Any] = [holder]
     tensor_bytes = 0
     while path:
         node = path[-1]
         if id(node) in extents:
-            # before its children are looked at: what is shared ten thousand times is walked once
+            # a part that is shared ten thousand times is walked once
             path.pop()
             continue
         nested = [child for child in _children(node) if type(child) in _NODES]
         if id(node) in entered:
             extents[id(node)] = _extent([extents[id(child)] for child in nested], len(_children(node)))
-            tensor_bytes += node.num_bytes if type(node) is StoredTensor else 0
+            if type(node) is StoredTensor:
+                tensor_bytes += node.num_bytes
             _unbox(node)
         else:
             entered.add(id(node))
-            _require(all(id(child) in extents or id(child) not in entered for child in nested), "it contains itself")
+            require(all(id(child) in extents or id(child) not in entered for child in nested), "it contains itself")
             path.extend(child for child in nested if id(child) not in extents)
-    _require(tensor_bytes <= size_bytes, f"its tensors claim {tensor_bytes} bytes, more than the file has")
+    require(tensor_bytes <= size_bytes, f"its tensors claim {tensor_bytes} bytes, more than the file has")
     return holder[0]
 
 
@@ -137,22 +213,22 @@ def _children(node: Any) -> list[Any]:
 def _extent(nested: list[tuple[int, int]], children: int) -> tuple[int, int]:
     levels = 1 + max((below for below, _ in nested), default=0)
     values = 1 + children + sum(count for _, count in nested)
-    _require(levels <= _MAX_DEPTH, f"it is nested more than {_MAX_DEPTH} levels deep")
-    _require(values <= _MAX_VALUES, "it repeats its parts without bounds")
+    require(levels <= _MAX_DEPTH, f"it is nested more than {_MAX_DEPTH} levels deep")
+    require(values <= _MAX_VALUES, "it repeats its parts endlessly")
     return levels, values
 
 
 def _unbox(node: Any) -> None:
-    boxed = [child for child in _children(node) if type(child) is ArrayBox]
-    _require(all(box.array is not None for box in boxed), "it has an array without contents")
-    if type(node) in (dict, list):
-        for key, value in list(node.items() if type(node) is dict else enumerate(node)):
-            if type(value) is ArrayBox:
-                node[key] = value.array
-    else:
-        _require(not boxed, "it has an array where none belongs")
+    """Replace the array boxes directly inside `node` by their arrays."""
+    for key, value in _items(node):
+        if type(value) is not ArrayBox:
+            continue
+        require(value.array is not None, "it has an array without contents")
+        require(type(node) in (dict, list), "it has an array in an unexpected place")
+        node[key] = value.array
 
 
-def _require(condition: bool, reason: str) -> None:
-    if not condition:
-        raise UnsafePickleError(reason)
+def _items(node: Any) -> list[tuple[Any, Any]]:
+    if type(node) is dict:
+        return list(node.items())
+    return list(enumerate(_children(node)))
