@@ -11,6 +11,7 @@ import numpy as np
 from edm2kit.data.archive import FolderArchive, ZipArchive
 from edm2kit.data.image_files import open_header
 from edm2kit.torch_utils.arrays import BROKEN
+from edm2kit.torch_utils.records import short_json
 
 RECORD = "generation.json"  # written beside generated images: how they were made
 LABELS_FILE = "dataset.json"
@@ -214,7 +215,7 @@ def _check_entries(entries: object, where: str) -> dict[str, Any]:
         raise ValueError(f'{where}: "labels" is a {type(entries).__name__}; expected a list of [name, label] or null')
     for entry in entries:
         if not isinstance(entry, list) or len(entry) != 2 or type(entry[0]) is not str:
-            raise ValueError(f"{where}: the entry {_short(entry)} is not [name, label]")
+            raise ValueError(f"{where}: the entry {short_json(entry, 60)} is not [name, label]")
     length = len(entries[0][1]) if entries and isinstance(entries[0][1], list) else None
     for name, label in entries:
         if length is None:
@@ -222,7 +223,7 @@ def _check_entries(entries: object, where: str) -> dict[str, Any]:
         else:
             problem = None if _is_vector(label, length) else f"expected {length or 'one or more'} finite numbers"
         if problem:
-            raise ValueError(f"{where}: {name} has the label {_short(label)}; {problem}")
+            raise ValueError(f"{where}: {name} has the label {short_json(label, 60)}; {problem}")
     by_name: dict[str, Any] = dict(entries)
     if len(by_name) < len(entries):
         twice = [name for name, count in Counter(name for name, _ in entries).items() if count > 1]
@@ -248,11 +249,6 @@ def _check_class_names(names: object, needed: int, where: str) -> tuple[str, ...
     if len(names) < needed:
         raise ValueError(f'{where}: "label_names" names {len(names)} classes, but the labels go up to {needed - 1}')
     return tuple(names)
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _some(names: list[str]) -> str:

@@ -1,7 +1,6 @@
 """Write a data set: it stays in `<dest>.partial` until it is complete, so that a killed command can resume."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -12,7 +11,8 @@ from pathlib import Path
 from edm2kit.data.archive import open_archive
 from edm2kit.data.dataset import FILE_EXTENSIONS
 from edm2kit.data.labels import LABELS_FILE, read_labels_file
-from edm2kit.torch_utils.files import atomic_write
+from edm2kit.torch_utils.locks import file_lock
+from edm2kit.torch_utils.records import differences, plain_json, write_json
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
@@ -34,9 +34,9 @@ def is_finished(dest: Path, settings: dict) -> bool:
     found = content.get("settings")
     if not isinstance(found, dict):
         raise ValueError(f"{dest} exists and was not made by this command; delete it or choose another --dest")
-    difference = _difference(found, settings)
-    if difference:
-        raise ValueError(f"{dest} is a data set with {difference}; delete it or choose another --dest")
+    changed = differences(found, plain_json(settings))
+    if changed:
+        raise ValueError(f"{dest} is a data set with {'; '.join(changed[:3])}; delete it or choose another --dest")
     return True
 
 
@@ -51,31 +51,26 @@ class PartialDataset:
     def __init__(self, dest: Path, settings: dict):
         self.dest, self.settings = dest, settings
         self.folder = dest.with_name(dest.name + ".partial")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 (held until __exit__)
-        try:
+        with contextlib.ExitStack() as held:
+            held.enter_context(file_lock(self.folder / "lock", self._refuse))
             self._writer = self._open_writer()
-        except BaseException:
-            self._lock.close()
-            raise
+            self._lock = held.pop_all()  # held until __exit__
         self.names = self._writer.names
         self._num_files = len(self.names)
 
+    def _refuse(self, owner: str) -> None:
+        raise ValueError(f"{self.folder}: another process is writing there ({owner})")
+
     def _open_writer(self) -> "_FolderWriter | _ZipWriter":
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{self.folder}: another process is writing there") from None
         settings_file = self.folder / "settings.json"
         if settings_file.exists() and (self.folder / "data").exists():
-            difference = _difference(json.loads(settings_file.read_bytes()), self.settings)
-            if difference:
+            changed = differences(json.loads(settings_file.read_bytes()), plain_json(self.settings))
+            if changed:
                 raise ValueError(
-                    f"{self.folder} contains an unfinished data set with {difference}; run with its settings to finish "
-                    "it, or delete it"
+                    f"{self.folder} contains an unfinished data set with {'; '.join(changed[:3])}; run with its "
+                    "settings to finish it, or delete it"
                 )
-        with atomic_write(settings_file, "w") as file:
-            json.dump(self.settings, file, indent=1)
+        write_json(settings_file, self.settings)
         writer = _ZipWriter if self.dest.suffix == ".zip" else _FolderWriter
         return writer(self.folder / "data")
 
@@ -186,12 +181,3 @@ class _ZipWriter:
         # whatever a full disk kept from being written is cut off on resuming
         with contextlib.suppress(OSError):
             self._file.close()
-
-
-def _difference(found: dict, wanted: dict) -> str | None:
-    """The first setting that differs, in words, or None."""
-    wanted = json.loads(json.dumps(wanted))
-    for key in sorted(found.keys() | wanted.keys()):
-        if found.get(key) != wanted.get(key):
-            return f"{key} {json.dumps(found.get(key))}, not {json.dumps(wanted.get(key))}"
-    return None

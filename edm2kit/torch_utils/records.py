@@ -43,7 +43,7 @@ def short_json(value: Any, max_chars: int = 24) -> str:
 
 
 def differences(recorded: Any, current: Any, name: str = "") -> list[str]:
-    """Each setting in which two JSON values differ, such as "solver.num_steps 32 there, 16 now"; [] if equal.
+    """Each setting in which two JSON values differ, such as "solver.num_steps 32, now 16"; [] if equal.
 
     Mappings are compared key by key at any depth. `name` is the name of the value itself.
     """
@@ -54,7 +54,7 @@ def differences(recorded: Any, current: Any, name: str = "") -> list[str]:
         return found
     if recorded == current:
         return []
-    return [f"{name} {short_json(recorded)} there, {short_json(current)} now"]
+    return [f"{name} {short_json(recorded)}, now {short_json(current)}"]
 
 
 @cache

@@ -153,4 +153,4 @@ def test_what_no_network_can_learn_is_refused(place, tmp_path, words, reason):
 
 def test_another_teacher_does_not_go_on_where_this_one_stopped(place, whole):
     told = run(place, whole, guidance=("--guidance", 3), code=1)
-    assert "holds a run with another teacher (teacher.guidance.weight 2.5 there, 3.0 now)" in told
+    assert "holds a run with another teacher (teacher.guidance.weight 2.5, now 3.0)" in told

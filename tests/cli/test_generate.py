@@ -162,7 +162,7 @@ def test_other_settings_are_refused_until_overwritten(nets, tmp_path):
     changed = ("--seeds", "0-1", "--outdir", tmp_path, "--gnet", nets / "guide", "--guidance", "3")
     code, output = run(*changed, net=nets / "main")
     assert code == 1
-    assert "guidance.weight 2.1 there, 3.0 now" in output
+    assert "guidance.weight 2.1, now 3.0" in output
     assert contents(tmp_path) == first
     assert run(*changed, "--overwrite", net=nets / "main")[0] == 0
     assert sorted(contents(tmp_path)) == ["000000.png", "000001.png", "generation.json"]
@@ -174,7 +174,7 @@ def test_an_npz_of_other_settings_or_seeds_is_refused(nets, tmp_path):
     assert run("--seeds", "0-1", "--npz", file, net=nets / "main")[0] == 0
     for arguments, wrong in (
         (("--seeds", "0-2"), "holds other seeds"),
-        (("--seeds", "0-1", "--steps", "4"), "sampler.num_steps 3 there, 4 now"),
+        (("--seeds", "0-1", "--steps", "4"), "sampler.num_steps 3, now 4"),
     ):
         code, output = run(*arguments, "--npz", file, net=nets / "main")
         assert code == 1

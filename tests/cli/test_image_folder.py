@@ -73,10 +73,10 @@ def test_the_same_settings_may_add_images_and_every_run_is_recorded(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "subdirs", "wrong"),
     [
-        ({"net": {"sha256": "abc"}, "guidance": {"weight": 2.5}}, False, "guidance.weight 2.0 there, 2.5 now"),
-        ({"net": {"sha256": "abd"}, "guidance": {"weight": 2.0}}, False, 'net.sha256 "abc" there, "abd" now'),
-        ({"net": {"sha256": "abc"}, "guidance": None}, False, "guidance .* there, null now"),
-        (SETTINGS, True, "subdirs false there, true now"),
+        ({"net": {"sha256": "abc"}, "guidance": {"weight": 2.5}}, False, "guidance.weight 2.0, now 2.5"),
+        ({"net": {"sha256": "abd"}, "guidance": {"weight": 2.0}}, False, 'net.sha256 "abc", now "abd"'),
+        ({"net": {"sha256": "abc"}, "guidance": None}, False, "guidance .*, now null"),
+        (SETTINGS, True, "subdirs false, now true"),
     ],
 )
 def test_other_settings_are_refused_with_what_differs(tmp_path, settings, subdirs, wrong):

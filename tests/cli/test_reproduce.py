@@ -281,7 +281,7 @@ def test_a_stopped_cell_goes_on_to_the_same_bits(table, tmp_path, monkeypatch):
 def test_work_of_other_settings_is_refused(table, tmp_path):
     line = options(table, tmp_path / "out", "--rows", "plain", "--seeds", 1)
     assert invoke(*line).exit_code == 0
-    assert "num_images 24 there, 12 now" in invoke(*line, "--num", 12).output
+    assert "num_images 24, now 12" in invoke(*line, "--num", 12).output
     assert "precision" in invoke(*line, "--seeds", 2, "--precision", "bf16").output
     content = yaml.safe_load(table.read_text())
     content["rows"][0]["fd_random"] |= {"gnet": GUIDE, "guidance": 1.5}

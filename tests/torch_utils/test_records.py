@@ -16,8 +16,8 @@ def test_equal_settings_have_no_differences():
 def test_every_difference_is_named_with_both_values():
     recorded = {"solver": {"num_steps": 32, "rho": 7.0}, "net": "a"}
     current = {"solver": {"num_steps": 16, "rho": 7.0}, "net": "a", "vae": None, "batch": 4}
-    assert differences(recorded, current) == ["solver.num_steps 32 there, 16 now", "batch null there, 4 now"]
-    assert differences(None, {"net": "a"}, "teacher") == ['teacher null there, {"net": "a"} now']
+    assert differences(recorded, current) == ["solver.num_steps 32, now 16", "batch null, now 4"]
+    assert differences(None, {"net": "a"}, "teacher") == ['teacher null, now {"net": "a"}']
 
 
 def test_long_values_are_cut():
