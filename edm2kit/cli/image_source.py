@@ -1,63 +1,98 @@
-"""Images of any origin to be scored: a folder, a zip, or the .npz that generate.py writes."""
+"""Images to score: a folder or zip of any images, a data set, or the .npz written by generate.py."""
 
+import zipfile
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from edm2kit.data.archive import open_archive
 from edm2kit.data.image_files import IMAGE_EXTENSIONS, open_image, to_8bit
+from edm2kit.data.sources import open_source, split_kind
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.arrays import map_npz_array
+from edm2kit.torch_utils.arrays import BROKEN
 from edm2kit.torch_utils.dist import progress_bar
 
 _BATCHES_AHEAD = 2
+_SCORES_NEED_PIXELS = "metrics compare images, not latents: use the images that the latents were encoded from"
+
+
+class ScoredImages(Protocol):
+    """Images that are read by number."""
+
+    def __len__(self) -> int: ...
+
+    def where(self, index: int) -> str:
+        """The name of image `index` for messages."""
+        ...
+
+    def read(self, index: int) -> np.ndarray:
+        """Image `index` as uint8 [3, H, W]; raises ValueError, naming the image, if it cannot be read."""
+        ...
 
 
 class ArchiveImages:
-    """The images in a folder (and those below it) or a zip, in the order of their sorted names.
+    """The images in a folder and its subfolders, or in a zip, sorted by name.
 
-    Opening looks at no image; raises ValueError where there are none.
+    Opening reads no image. Raises ValueError if there are none.
     """
 
     def __init__(self, path: Path):
         self._archive = open_archive(path, (*IMAGE_EXTENSIONS, ".npy"))
-        latents = next((name for name in self._archive.names if name.endswith(".npy")), None)
-        if latents is not None:
-            raise ValueError(
-                f"{path}: holds {latents}, which is no image; metrics are of images, not of latents: give the folder "
-                "or zip that the latents were encoded from"
-            )
+        for name in self._archive.names:
+            if name.endswith(".npy"):
+                raise ValueError(f"{path}: contains {name}, which is not an image; {_SCORES_NEED_PIXELS}")
 
     def __len__(self) -> int:
         return len(self._archive.names)
 
     def where(self, index: int) -> str:
-        """Image `index` as named in messages."""
         return self._archive.where(index)
 
     def read(self, index: int) -> np.ndarray:
-        """Image `index` as uint8 [3, H, W]; raises ValueError, naming the file, where it cannot be read."""
         where = self.where(index)
         image = to_8bit(open_image(self._archive.read(index), where), 3, where)
         return np.asarray(image).transpose(2, 0, 1)
 
 
-class NpzImages:
-    """The array `images`, uint8 [N, H, W, 1 or 3], of an uncompressed .npz, mapped and not loaded.
+class SourceImages:
+    """The pixels of a training set that is not made of image files (see `edm2kit.data.sources`).
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is no data set, or if it contains latents.
+    """
+
+    def __init__(self, path: str):
+        self._source = open_source(path, use_labels=False)
+        if self._source.item_dtype != np.uint8:
+            raise ValueError(f"{path}: contains latents; {_SCORES_NEED_PIXELS}")
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def where(self, index: int) -> str:
+        return f"{self._source.path}[{index}]"
+
+    def read(self, index: int) -> np.ndarray:
+        _, height, width = self._source.item_shape
+        return np.broadcast_to(self._source.read(np.array([index]))[0], (3, height, width))
+
+
+class NpzImages:
+    """The array `images`, uint8 [N, H, W, 1 or 3], of an uncompressed .npz, memory-mapped.
+
+    Raises ValueError if there is no such array.
     """
 
     def __init__(self, path: Path):
         self._path = path
         try:
-            self._images = map_npz_array(path, "images")
-        except ValueError as error:
-            raise ValueError(f"{path}: holds no array of images, or is damaged: {error}") from error
+            self._images = _map_member(path, "images.npy")
+        except BROKEN as error:
+            raise ValueError(f"{path}: contains no array of images, or is damaged: {error}") from error
         if self._images.dtype != np.uint8 or self._images.ndim != 4 or self._images.shape[3] not in (1, 3):
             raise ValueError(
                 f"{path}: `images` is {self._images.dtype} {list(self._images.shape)}; expected uint8 [N, H, W, 1 or 3]"
@@ -67,33 +102,54 @@ class NpzImages:
         return len(self._images)
 
     def where(self, index: int) -> str:
-        """Image `index` as named in messages."""
         return f"{self._path}[{index}]"
 
     def read(self, index: int) -> np.ndarray:
-        """Image `index` as uint8 [3, H, W]."""
         height, width, _ = self._images.shape[1:]
         return np.broadcast_to(self._images[index], (height, width, 3)).transpose(2, 0, 1)
 
 
-def open_images(path: str | Path) -> ArchiveImages | NpzImages:
-    """The images at `path`, a folder, a .zip or an .npz. Raises ValueError where there are none."""
-    path = Path(path)
-    return NpzImages(path) if path.suffix == ".npz" and path.is_file() else ArchiveImages(path)
+def _map_member(path: Path, name: str) -> np.ndarray:
+    """Map an array of an .npz without loading it, which numpy cannot."""
+    with zipfile.ZipFile(path) as archive, archive.open(name) as member:
+        info = archive.getinfo(name)
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{name} is compressed; write it with np.savez")
+        version = np.lib.format.read_magic(member)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, fortran_order, dtype = read_header[version](member)
+        header_bytes = member.tell()
+        if fortran_order or dtype.hasobject:
+            raise ValueError(f"{name} is in column order, or contains objects")
+    with open(path, "rb") as file:
+        file.seek(info.header_offset + 26)
+        name_bytes, extra_bytes = np.frombuffer(file.read(4), "<u2")
+    offset = info.header_offset + 30 + int(name_bytes) + int(extra_bytes) + header_bytes
+    return np.memmap(path, dtype, mode="r", offset=offset, shape=shape)
+
+
+def open_images(path: str | Path) -> ScoredImages:
+    """The images at `path`: a folder or .zip, an .npz of generate.py, or another data set such as .npy arrays.
+
+    Raises ValueError if there are none.
+    """
+    if Path(path).suffix == ".npz" and Path(path).is_file():
+        return NpzImages(Path(path))
+    kind, rest = split_kind(path)
+    return ArchiveImages(Path(rest)) if kind == "image_files" else SourceImages(str(path))
 
 
 def image_batches(
-    images: ArchiveImages | NpzImages, indices: Sequence[int], batch_size: int, workers: int
+    images: ScoredImages, indices: Sequence[int] | np.ndarray, batch_size: int, workers: int
 ) -> Iterator[torch.Tensor]:
     """This rank's batches of the images `indices`, uint8 [N, 3, H, W], with a progress bar on rank 0.
 
-    Batch k belongs to rank k modulo the number of ranks, so that the batches are the same for any number of them.
-    `workers` threads read ahead. Raises ValueError, naming the file, for an image that is damaged or has another
-    size than the first of all.
+    Batch k belongs to rank k modulo the number of ranks, so the batches do not depend on that number. `workers` threads
+    read ahead. Raises ValueError, naming the image, if one is damaged or differs in size from the first one.
     """
     starts = range(0, len(indices), batch_size)[dist.rank() :: dist.world_size()]
     expected = images.read(indices[0]).shape
-    ahead: deque = deque()
+    ahead: deque[list[Future[np.ndarray]]] = deque()
     with (
         ThreadPoolExecutor(workers) as pool,
         progress_bar(len(starts), "batch") as bar,
@@ -108,15 +164,16 @@ def image_batches(
             bar.update()
 
 
-def _stack(reading: list) -> torch.Tensor:
-    return torch.from_numpy(np.stack([job.result() for job in reading]))
+def _stack(reading: list[Future[np.ndarray]]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([future.result() for future in reading]))
 
 
-def _read(images: ArchiveImages | NpzImages, index: int, expected: tuple[int, ...]) -> np.ndarray:
+def _read(images: ScoredImages, index: int, expected: tuple[int, ...]) -> np.ndarray:
     pixels = images.read(index)
     if pixels.shape != expected:
         raise ValueError(
-            f"{images.where(index)}: is {pixels.shape[2]}x{pixels.shape[1]} pixels, the first image "
-            f"{expected[2]}x{expected[1]}; metrics need images of one size (scripts/dataset_tool.py convert makes them)"
+            f"{images.where(index)}: is {pixels.shape[2]}x{pixels.shape[1]} pixels, but the first image is "
+            f"{expected[2]}x{expected[1]}; metrics need images of one size (make them with "
+            "scripts/dataset_tool.py convert)"
         )
     return pixels

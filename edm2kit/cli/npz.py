@@ -1,9 +1,8 @@
-"""One .npz of many images, written without holding them all."""
+"""Write many images to one .npz file without holding all of them in memory."""
 
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -11,9 +10,9 @@ from edm2kit.torch_utils.files import atomic_write
 
 
 def write_npz(path: Path, seeds: Sequence[int], images: Iterable[tuple[np.ndarray, int | None]]) -> None:
-    """Write images [N,H,W,C] uint8, seeds [N] int64 and, where images have classes, labels [N] int64.
+    """Write `images` [N, H, W, C] uint8, `seeds` [N] int64 and, if the images have classes, `labels` [N] int64.
 
-    `images` yields one (pixels uint8 [C,H,W], class or None) per seed, all of one size.
+    `images` yields (pixels uint8 [C, H, W], class or None) for each seed, all of one size.
     """
     labels = []
     with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
@@ -21,15 +20,12 @@ def write_npz(path: Path, seeds: Sequence[int], images: Iterable[tuple[np.ndarra
             for k, (pixels, label) in enumerate(images):
                 pixels = pixels.transpose(1, 2, 0)
                 if k == 0:
-                    _header(member, (len(seeds), *pixels.shape), np.uint8)
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(seeds), *pixels.shape)}
+                    np.lib.format.write_array_header_1_0(member, header)
                 member.write(pixels.tobytes())
-                labels += [] if label is None else [label]
+                if label is not None:
+                    labels.append(label)
         for name, values in (("seeds", list(seeds)), ("labels", labels)):
             if values:
                 with archive.open(f"{name}.npy", "w") as member:
                     np.save(member, np.array(values, dtype=np.int64))
-
-
-def _header(member: IO[bytes], shape: tuple[int, ...], dtype: type) -> None:
-    description = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(member, description)

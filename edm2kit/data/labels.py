@@ -155,7 +155,7 @@ def read_label_vectors(path: str | Path) -> np.ndarray:
     path = Path(path)
     try:
         if path.suffix == ".npy":
-            values = np.load(path, allow_pickle=False)
+            values = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
         else:
             values = np.array(json.loads(path.read_bytes()), np.float64)
     except FileNotFoundError:

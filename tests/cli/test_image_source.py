@@ -122,7 +122,7 @@ def test_a_bad_image_is_named(tmp_path, write, name, reason):
 
 def test_latents_are_refused(tmp_path):
     path = write_folder(tmp_path / "latents", {"0.npy": npy(np.zeros((8, 4, 4), np.float32))})
-    with pytest.raises(ValueError, match=r"0\.npy, which is no image"):
+    with pytest.raises(ValueError, match=r"0\.npy, which is not an image"):
         open_images(path)
 
 
@@ -164,6 +164,18 @@ def test_no_more_than_a_few_batches_are_read_ahead(tmp_path):
 def test_a_hostile_npz_is_refused_in_one_line(tmp_path, case):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("images.npy", HOSTILE[case][0])
-    with pytest.raises(ValueError, match=r"a\.npz: holds no array of images, or is damaged") as error:
+    with pytest.raises(ValueError, match=r"a\.npz: contains no array of images, or is damaged") as error:
         open_images(tmp_path / "a.npz")
     assert "\n" not in str(error.value)
+
+
+def test_arrays_are_scored_like_image_files(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 1, 8, 8), np.uint8)
+    np.save(tmp_path / "x.npy", pixels)
+    images = open_images(tmp_path / "x.npy")
+    (batch,) = image_batches(images, range(5), 8, workers=2)
+    np.testing.assert_array_equal(batch.numpy(), pixels.repeat(3, axis=1))
+    assert images.where(3) == f"{tmp_path / 'x.npy'}[3]"
+    np.save(tmp_path / "y.npy", np.zeros((2, 8, 4, 4), np.float32))
+    with pytest.raises(ValueError, match=r"y\.npy: contains latents; metrics compare images, not latents"):
+        open_images(tmp_path / "y.npy")

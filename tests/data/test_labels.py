@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from edm2kit.data.archive import open_archive
-from edm2kit.data.labels import ConditionSpace, folder_labels, noted_labels, read_labels
+from edm2kit.data.labels import ConditionSpace, folder_labels, noted_labels, read_label_vectors, read_labels
+from tests.support.hostile_arrays import HOSTILE
 from tests.support.pictures import with_labels, write_folder
 
 FILES = {"a.png": b"1", "b/c.png": b"2", "b/d.png": b"3"}
@@ -156,3 +157,10 @@ def test_wrong_vectors_are_refused(tmp_path, vectors, reason):
 def test_vectors_have_no_class_names(tmp_path):
     with pytest.raises(ValueError, match='"label_names" names classes, but the labels are vectors'):
         labels_of(tmp_path, with_labels(FILES, VECTORS, label_names=["x", "y"]))
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_file_of_vectors_is_refused(tmp_path, case):
+    (tmp_path / "x.npy").write_bytes(HOSTILE[case][0])
+    with pytest.raises(ValueError, match=r"x\.npy: is neither a \.npy array nor a JSON list"):
+        read_label_vectors(tmp_path / "x.npy")

@@ -17,6 +17,7 @@ from edm2kit.data.dataset import ImageDataset
 from edm2kit.data.hugging_face import HuggingFaceDataset
 from edm2kit.data.labels import ConditionSpace
 from edm2kit.data.sources import SOURCES, open_source
+from tests.support.hostile_arrays import HOSTILE
 from tests.support.pictures import encoded, npy, picture, some_files, with_labels, write_folder
 from tests.support.tiny import make_dataset
 
@@ -192,6 +193,14 @@ def test_arrays_that_cannot_be_trained_on_are_refused(tmp_path):
         open_source(tmp_path / "x.npy")
     with pytest.raises(ValueError, match=r"contains no \.npy array"):
         open_source(f"arrays:{tmp_path / 'none'}")
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_array_is_refused(tmp_path, case):
+    folder = write_arrays(tmp_path / "d")
+    (folder / "x.npy").write_bytes(HOSTILE[case][0])
+    with pytest.raises(ValueError, match=r"x\.npy: the \.npy file is damaged or cut short"):
+        open_source(folder)
 
 
 # Hugging Face

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from edm2kit.cli.generation import prepare
-from edm2kit.cli.image_source import ArchiveImages, NpzImages, image_batches
+from edm2kit.cli.image_source import ScoredImages, image_batches
 from edm2kit.experiments.compare_guidance.rows import ComparisonRow
 from edm2kit.guidance.records import words_with_current_names
 from edm2kit.metrics.scoring import Scorer
@@ -67,9 +67,7 @@ def measure_row(
     return record
 
 
-def measure_real(
-    path: Path, source: ArchiveImages | NpzImages, scoring: Scoring, selections: Sequence[int]
-) -> dict[str, Any]:
+def measure_real(path: Path, source: ScoredImages, scoring: Scoring, selections: Sequence[int]) -> dict[str, Any]:
     """The record of real images, with a point per random selection of them instead of per first seed."""
     asked = plain_json({"row": "real", "num_images": scoring.num, **scoring.identity})
     record = dist.on_rank0(read_record, path, asked)
