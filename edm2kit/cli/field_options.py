@@ -14,10 +14,12 @@ from edm2kit.cli.click_types import AtLeast, Decorator, Parsed, Size
 def options_from(config: type, *names: str, defaults: Mapping[str, Any] | None = None) -> list[Decorator]:
     """Click options for fields of a dataclass: those in `names`, or all that have one.
 
-    A field describes its option in its metadata: `option`, its name on the command line (without it the field has
-    none); `help`; `metavar`; and, if the type alone does not say how to read a value, `choices`, `min` or `parse`, a
-    function from text that raises ValueError. The metavar NIMG stands for a number of images such as 128Ki or 8Mi. A
-    bool without a metavar is a flag.
+    A field describes its option in its metadata:
+
+    - `option`: its name on the command line; without it the field has none. `help`: its help text.
+    - `metavar`: NIMG stands for a number of images such as 128Ki or 8Mi. A bool without a metavar is a flag.
+    - `choices`, `min`, or `parse` (a function from text that raises ValueError), if the type does not say enough.
+    - `default_shown`, if the default itself does not tell the reader what happens.
 
     An option has the value None unless it is given, so that a default stays in the dataclass alone; --help shows it, or
     the one in `defaults` if the command uses another.
@@ -58,8 +60,8 @@ def _value_type(metadata: Mapping[str, Any], hint: Any) -> click.ParamType | typ
 
 def default_text(field: dataclasses.Field[Any]) -> str:
     """The default of a field as it would be written on the command line; "" if there is none."""
-    if "default" in field.metadata:
-        return field.metadata["default"]
+    if "default_shown" in field.metadata:
+        return field.metadata["default_shown"]
     if field.default in (None, "", dataclasses.MISSING):
         return ""
     return value_text(field.default, field.metadata.get("metavar"))

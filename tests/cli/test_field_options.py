@@ -14,7 +14,7 @@ from edm2kit.cli.field_options import options_from, size_text
 class Kitchen:
     chefs: int = dataclasses.field(default=2, metadata={"option": "--chefs", "help": "People who cook", "min": 1})
     salt: float | None = dataclasses.field(
-        default=None, metadata={"option": "--salt", "help": "Salt", "default": "some"}
+        default=None, metadata={"option": "--salt", "help": "Salt", "default_shown": "some"}
     )
     crumbs_nimg: int = dataclasses.field(
         default=8 << 20, metadata={"option": "--crumbs", "help": "Crumbs", "metavar": "NIMG"}

@@ -67,7 +67,7 @@ def test_an_interval_gates_the_pair(snapshots):
 
 def test_an_interval_without_steps_is_warned_of(snapshots, capsys):
     prepare(request(snapshots, "guide", interval=(20.0, 20.1)), CPU)
-    assert "holds no step" in capsys.readouterr().err
+    assert "contains no step" in capsys.readouterr().err
 
 
 def test_the_settings_are_json_and_tell_requests_apart(snapshots):
@@ -120,7 +120,7 @@ def test_a_precision_that_makes_this_machine_slower_is_warned_of(snapshots, caps
         ("grey", "number of channels is 1, the main network's 3"),
         ("large", "resolution is 16, the main network's 8"),
         ("more-classes", "has 5 classes, the main network 4"),
-        ("shuffled", "other names, or stand in another order"),
+        ("shuffled", "other names or another order"),
         ("other-scale", "encoder is"),
     ],
 )
@@ -177,7 +177,7 @@ def test_classes_by_number_and_name(text, expected):
         ("4", 4, NAMES, "class 4 is out of range; the network has classes 0 to 3"),
         ("2-1", 4, NAMES, "class 2-1 is out of range"),
         ("dgo", 4, NAMES, "class 'dgo' is unknown; did you mean 'dog'"),
-        ("xylophone", 4, NAMES, "there are cat, dog"),
+        ("xylophone", 4, NAMES, "available: cat, dog"),
         ("dog", 4, None, "names no classes; use numbers from 0 to 3"),
         ("-1", 4, NAMES, "class '-1' is unknown"),
         ("1,", 4, NAMES, "class '' is unknown"),
