@@ -104,3 +104,32 @@ def test_cfg_by_a_network_that_never_went_without_labels_is_warned_of(nets, tmp_
     assert (
         "was not trained without labels" in draw(tmp_path / "out", nets, "--guidance-method", "cfg", "--guidance", 2)[1]
     )
+
+
+def test_a_folder_recorded_under_an_old_name_continues(nets, tmp_path):
+    arguments = ["--gnet", nets / "weak", "--guidance", 2]
+    draw(tmp_path, nets, *arguments, seeds="0-1")
+    (record_file,) = tmp_path.glob("*.json")
+    record = json.loads(record_file.read_text())
+    assert record["settings"]["guidance"]["method"] == "autoguidance"
+    record["settings"]["guidance"]["method"] = "pair"
+    record_file.write_text(json.dumps(record))
+    assert len(draw(tmp_path, nets, *arguments, seeds="0-2")[0]) == 3
+
+
+def test_old_names_work_on_the_command_line_with_a_note(nets, tmp_path):
+    new = ["--guidance-method", "cfg-plus-autoguidance", "--cfg-plus-autoguidance-share", 0.25]
+    old = ["--guidance-method", "mixed", "--mixed-share", 0.25]
+    networks = ["--gnet", nets / "weak", "--uncond", nets / "uncond", "--guidance", 2]
+    draw(tmp_path, nets, *networks, *new, seeds="0-1")
+    found, output = draw(tmp_path, nets, *networks, *old, seeds="0-2")  # the same settings, so the folder continues
+    assert len(found) == 3
+    assert output.count("guidance method 'mixed' is now called 'cfg-plus-autoguidance'") == 1
+
+
+def test_an_unconditional_guide_network_is_recorded_as_cfg(nets, tmp_path):
+    _, output = draw(tmp_path, nets, "--gnet", nets / "uncond", "--guidance", 2)
+    assert "Guidance: cfg, weight 2" in output
+    record = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert record["settings"]["guidance"]["method"] == "cfg"
+    draw(tmp_path, nets, "--gnet", nets / "uncond", "--guidance", 2, "--guidance-method", "cfg", seeds="0-5")

@@ -1,12 +1,21 @@
 import math
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
-from edm2kit.guidance.base import Method, Parts
+from edm2kit.denoiser import after_step, for_images, for_step
+from edm2kit.guidance.base import Method, Parts, Rule
 from edm2kit.guidance.combine import Combination, Guided, Negative
 from edm2kit.guidance.interval import GuidanceInterval
-from edm2kit.guidance.registry import METHODS, Choice, guide
+from edm2kit.guidance.losses.score import LossGuided
+from edm2kit.guidance.network_call import Perturbed
+from edm2kit.guidance.own_network.dropout_and_noise import InputNoise
+from edm2kit.guidance.own_network.sag import SelfAttentionBlur
+from edm2kit.guidance.own_network.sliding_window import SlidingWindows
+from edm2kit.guidance.registry import METHODS, RULES, Choice, guide
+from edm2kit.guidance.second_network.cfg_plus_autoguidance import Interpolation
+from edm2kit.guidance.weight_schedule import WeightSchedule
 from edm2kit.sampling.solvers import edm_sampler
 from edm2kit.torch_utils.rng import StackedGenerator
 from tests.support.fakes import ByLabel, Constant, Counting, Following, Gaussian, Jittered, Mixture
@@ -15,8 +24,6 @@ GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn([4, 2, 3, 3], generator=GENERATOR)
 SIGMA = torch.tensor([0.1, 0.5, 2.0, 30.0])
 MIXTURE = Mixture(torch.randn([3, 2, 3, 3], generator=GENERATOR), 0.2)
-
-
 LABELS = torch.tensor([[0.7, 0.2, 0.1]] * 4)
 
 
@@ -63,6 +70,125 @@ def test_all_parts_that_are_on_follow_the_run():
     edm_sampler(combined.for_images(StackedGenerator("cpu", range(4))), X, num_steps=1)
     run = [("for_images", 4), ("for_step", 0), ("call", 0), ("after_step", 0)]
     assert [part.heard for part in parts] == [run, run, []]
+
+
+# ---- parts that move x after a step
+
+
+@dataclass(frozen=True)
+class Moving:
+    """A network that adds `shift` to x at the end of every step."""
+
+    inner: object
+    shift: float
+    attention_roles: dict = field(default_factory=dict)
+    supported_edits: frozenset = frozenset({"return_attention"})
+
+    def __call__(self, x, sigma, condition=None, /, **edits):
+        return self.inner(x, sigma, condition, **edits)
+
+    def for_step(self, i, sigmas):
+        return replace(self)  # as real ones do: another object in each step
+
+    def after_step(self, x, i, sigmas):
+        return x + self.shift
+
+
+def moved_by(denoiser):
+    sigmas = torch.tensor([2.0, 1.0, 0.0])
+    step = for_step(for_images(denoiser, StackedGenerator("cpu", range(4))), 0, sigmas)
+    return after_step(step, torch.zeros(1, 1, 1, 1), 0, sigmas).item()
+
+
+NESTED = {
+    "perturbed": lambda moving: Perturbed(moving, InputNoise(0.2)),
+    "sag": lambda moving: SelfAttentionBlur(moving, "dec.8x8_in0", 1.0),
+    "windows": lambda moving: SlidingWindows(moving),
+    "interpolation": lambda moving: Interpolation(moving, Constant(0.0), 0.5),
+    "guided": lambda moving: Guided(moving, Constant(0.0), 2.0),
+    "combination": lambda moving: Combination(Constant(0.0), (Negative(moving, 2.0),)),
+    "loss": lambda moving: LossGuided(moving, lambda D: D.sum(dim=(1, 2, 3)), 0.0),
+    "interval": lambda moving: GuidanceInterval(moving, Constant(0.0), 1.0, 3.0),
+    "schedule": lambda moving: WeightSchedule(Guided(moving, Constant(0.0), 2.0), lambda u: 0.5),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_an_inner_part_that_moves_x_after_a_step_is_asked(name):
+    nested = NESTED[name](Moving(MIXTURE, 0.25))
+    assert moved_by(nested) == 0.25
+    assert moved_by(Combination(MIXTURE, (Negative(nested, 2.0),))) == 0.25
+    assert moved_by(Combination(MIXTURE, (Negative(nested, 1.0),))) == 0.0  # off
+
+
+@pytest.mark.parametrize("name", ["perturbed", "sag", "windows"])
+def test_a_negative_built_on_the_positive_denoiser_moves_x_once(name):
+    moving = Moving(MIXTURE, 0.25)
+    assert moved_by(Combination(moving, (Negative(NESTED[name](moving), 2.0),))) == 0.25
+    # another one is another matter
+    assert moved_by(Combination(Moving(MIXTURE, 0.5), (Negative(NESTED[name](moving), 2.0),))) == 0.75
+
+
+# ---- rules
+
+
+@dataclass(frozen=True)
+class CFGZeroStar:
+    """CFG-Zero* (Fan et al. 2025, arXiv 2503.18886) in its own coordinates: velocities u = n - y of a rectified flow.
+
+    With sigma = t / (1 - t) and x = y + sigma n, D = x / (1 + sigma) - u / (1 + 1 / sigma).
+    """
+
+    zero_steps: int
+
+    def __call__(self, D, negatives, weights, at):
+        (negative,), (weight,) = negatives, weights
+        u = self.velocity(D, at)
+        u_neg = self.velocity(negative, at)
+        if at.i is not None and at.i < self.zero_steps:
+            return self.clean(torch.zeros_like(u), at)
+        scale = (u * u_neg).flatten(1).sum(1) / u_neg.square().flatten(1).sum(1)
+        u_neg = scale.reshape(-1, 1, 1, 1) * u_neg
+        return self.clean(u_neg + weight * (u - u_neg), at)
+
+    @staticmethod
+    def velocity(D, at):
+        sigma = torch.as_tensor(at.sigma).reshape(-1, 1, 1, 1)
+        return (at.x - D) / sigma - D
+
+    @staticmethod
+    def clean(u, at):
+        sigma = torch.as_tensor(at.sigma).reshape(-1, 1, 1, 1)
+        return (at.x / sigma - u) / (1 + 1 / sigma)
+
+
+def test_a_rule_knows_x_and_sigma_and_the_step(monkeypatch):
+    monkeypatch.setitem(RULES, "cfg-zero-star", Rule("CFG-Zero*", lambda: CFGZeroStar(zero_steps=1)))
+    negative = Gaussian(0.2, 0.3)
+    guided = guide(Choice("cfg", 2.0, rule="cfg-zero-star"), Parts(MIXTURE, negative))
+    sigmas = torch.tensor([3.0, 1.0, 0.5, 0.0])
+    for i, sigma in enumerate(sigmas[:3]):
+        D = for_step(guided, i, sigmas)(X, sigma, None)
+        # the authors' formula on x_t = (1 - t) y + t n
+        t = sigma / (1 + sigma)
+        x_t = (1 - t) * X
+        noise = [(X - clean(X, sigma)) / sigma for clean in (MIXTURE, negative)]
+        u, u_neg = (n - clean(X, sigma) for n, clean in zip(noise, (MIXTURE, negative), strict=True))
+        s = (u * u_neg).sum(dim=(1, 2, 3), keepdim=True) / (u_neg**2).sum(dim=(1, 2, 3), keepdim=True)
+        u_guided = torch.zeros_like(u) if i == 0 else s * u_neg + 2.0 * (u - s * u_neg)
+        torch.testing.assert_close(D, x_t - t * u_guided, atol=1e-5, rtol=1e-5)
+    assert torch.isfinite(edm_sampler(guided, X, num_steps=4)).all()
+    # outside a run there is no step
+    assert not torch.equal(guided(X, sigmas[0], None), for_step(guided, 0, sigmas)(X, sigmas[0], None))
+
+
+def test_a_rule_hears_of_no_evaluation_at_weight_1(monkeypatch):
+    def refusing(D, negatives, weights, at):
+        raise AssertionError("called")
+
+    monkeypatch.setitem(RULES, "refusing", Rule("never", lambda: refusing))
+    off = guide(Choice("autoguidance", 1.0, rule="refusing"), Parts(MIXTURE, Constant(0.0)))
+    assert torch.equal(off(X, SIGMA), MIXTURE(X, SIGMA))
 
 
 # ---- by name
