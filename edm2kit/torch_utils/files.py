@@ -185,7 +185,7 @@ def _parse(name: str) -> _Remote:
 
 def _safe_path(path: str, query: str) -> Path:
     """A relative path that stays below the folder it is appended to, and differs between URLs."""
-    parts = [part for part in path.split("/") if part]
+    parts = re.findall("[^/]+", path)
     safe = [re.sub(r'[\\/:*?"<>|\x00-\x1f]|^\.+', "_", unquote(part)) for part in parts]
     if query or safe != parts:
         safe[-1] = f"{hashlib.sha256(f'{path}?{query}'.encode()).hexdigest()[:16]}-{safe[-1]}"

@@ -27,7 +27,8 @@ def slow_precision(dtype: torch.dtype, device: torch.device | str = "cpu") -> st
         return None
     if dtype not in _FAST_IF:
         return None
-    if any(getattr(torch.cpu, name, lambda: False)() for name in _FAST_IF[dtype]):
-        return None
+    for function in _FAST_IF[dtype]:
+        if getattr(torch.cpu, function, lambda: False)():
+            return None
     name = str(dtype).removeprefix("torch.")
     return f"this CPU has no instructions for {name}, which makes it many times slower than float32; use fp32"

@@ -25,15 +25,17 @@ def write_json(path: str | Path, content: Any) -> None:
 
 def plain_json(value: Any) -> Any:
     """`value` as JSON can hold it: tuples become lists, keys strings, infinities and other objects their text."""
-    if isinstance(value, Mapping):
-        return {str(key): plain_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | range):
-        return [plain_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return str(value)
+    match value:
+        case Mapping():
+            return {str(key): plain_json(item) for key, item in value.items()}
+        case list() | tuple() | range():
+            return [plain_json(item) for item in value]
+        case float() if not math.isfinite(value):
+            return str(value)
+        case None | bool() | int() | float() | str():
+            return value
+        case _:
+            return str(value)
 
 
 def short_json(value: Any, max_chars: int = 24) -> str:

@@ -1,3 +1,5 @@
+"""Images belong to their seeds: the same noise, class and result in any batch and on any rank."""
+
 from dataclasses import replace
 from typing import ClassVar
 

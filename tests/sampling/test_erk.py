@@ -1,3 +1,5 @@
+"""ERK-Guid against Heun, closed forms and a pinned value."""
+
 import itertools
 
 import pytest

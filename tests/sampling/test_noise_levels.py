@@ -1,3 +1,5 @@
+"""Noise levels against Equation 5 of EDM."""
+
 import math
 
 import pytest

@@ -1,3 +1,5 @@
+"""Heun and Euler against golden values and closed forms, and the interface between solver and denoiser."""
+
 import itertools
 import math
 

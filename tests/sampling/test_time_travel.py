@@ -1,3 +1,5 @@
+"""Time travel: what repeated steps cost, and that they leave an exact distribution unchanged."""
+
 import math
 
 import pytest

@@ -158,10 +158,12 @@ def _read_weights(
 
 
 def _misfits(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> list[str]:
+    found = {key: list(value.shape) for key, value in state.items()}
     problems = []
     for key, value in expected.items():
-        if key not in state:
+        shape, expected_shape = found.pop(key, None), list(value.shape)
+        if shape is None:
             problems.append(f"{key} is missing")
-        elif state[key].shape != value.shape:
-            problems.append(f"{key} has shape {list(state[key].shape)}, expected {list(value.shape)}")
-    return problems + [f"{key} is unexpected" for key in state if key not in expected]
+        elif shape != expected_shape:
+            problems.append(f"{key} has shape {shape}, expected {expected_shape}")
+    return [*problems, *(f"{key} is unexpected" for key in found)]
