@@ -105,16 +105,18 @@ def compose_config(preset: str | None, config_file: str | None, options: dict[st
     path = preset_path(preset) if preset else config_file
     values = read_yaml(path) if path else {}
     given = {name: value for name, value in options.items() if value is not None}
-    if (fp16 := given.pop("fp16", None)) is not None:
+    if "fp16" in given:
         if "precision" in given:
             raise ValueError("--fp16 and --precision both set the precision; give one")
-        given["precision"] = "fp16" if fp16 else "fp32"
-    if (vae := given.pop("vae", None)) is not None:
-        values["encoder"] = {**(values.get("encoder") or {}), "kind": "vae", "vae_name": vae}
+        given["precision"] = "fp16" if given.pop("fp16") else "fp32"
+    if "vae" in given:
+        encoder = values.get("encoder") or {}
+        values["encoder"] = {**encoder, "kind": "vae", "vae_name": given.pop("vae")}
     network = dict(values.get("network") or {})
-    for option, argument in (("channels", "model_channels"), ("dropout", "dropout")):
-        if option in given:
-            network[argument] = given.pop(option)
+    if "channels" in given:
+        network["model_channels"] = given.pop("channels")
+    if "dropout" in given:
+        network["dropout"] = given.pop("dropout")
     return config_from_dict({**values, **given, "network": network}, str(path or "options"))
 
 

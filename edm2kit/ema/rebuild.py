@@ -6,7 +6,7 @@ Karras et al. 2023, Section 3.2 and Algorithm 3.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,13 +62,19 @@ def reconstruct(
 
     Example: `state, header = reconstruct(sorted(Path("runs/main").glob("network-snapshot-*")), out_std=0.07)`
     """
-    inputs = [source if isinstance(source, Weights) else open_weights(source) for source in sources]
-    [output] = plan_outputs(inputs, [out_std], None if out_nimg is None else [out_nimg], dtype="float32")
+    inputs = []
+    for source in sources:
+        inputs.append(source if isinstance(source, Weights) else open_weights(source))
+    times = None if out_nimg is None else [out_nimg]
+    [output] = plan_outputs(inputs, [out_std], times, dtype="float32")
     tensors = network_tensors(inputs[0])
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in tensors}
     for name, values in weighted_sums(inputs, output.coefficients[None]):
         parts[name].append(values[0].clone())
-    return {name: torch.cat(parts.pop(name)).reshape(tensors[name].shape) for name in tensors}, output.header
+    state = {}
+    for name, tensor in tensors.items():
+        state[name] = torch.cat(parts.pop(name)).reshape(tensor.shape)
+    return state, output.header
 
 
 def plan_outputs(
@@ -163,13 +169,13 @@ def _check_same_network(weights: Weights, first: Weights) -> None:
     for field in ("network", "architecture", "encoder", "run_id"):
         # a header made in memory may hold tuples where one from a file has lists
         theirs, ours = (json.loads(json.dumps(getattr(w.header, field))) for w in (weights, first))
-        if theirs == ours:
-            continue
-        difference = f"{theirs!r}, not {ours!r}"
-        if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
-            key = next(key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key))
-            difference = f"{key} is {theirs.get(key)}, not {ours.get(key)}"
-        raise ValueError(f"{weights.name} and {first.name} differ in {field}: {difference}")
+        where = f"{weights.name} and {first.name} differ in {field}"
+        if isinstance(ours, dict):
+            for key in {**theirs, **ours}:
+                if theirs.get(key) != ours.get(key):
+                    raise ValueError(f"{where}: {key} is {theirs.get(key)}, not {ours.get(key)}")
+        elif theirs != ours:
+            raise ValueError(f"{where}: {theirs!r}, not {ours!r}")
 
 
 def _output_header(inputs: Sequence[Weights], coefficients: np.ndarray, nimg: int, std: float, dtype: str) -> Header:

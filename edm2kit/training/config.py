@@ -19,6 +19,7 @@ from edm2kit.torch_utils.precision import PRECISIONS
 
 PRESET_FOLDER = Path(__file__).parents[1] / "configs" / "train"
 SNAPSHOT_DTYPES = ("float16", "bfloat16", "float32")
+_COUNT_UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 _SIZES = ("xxs", "xs", "s", "m", "l", "xl", "xxl")
 
 
@@ -169,14 +170,6 @@ def nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; available: {', '.join(known)}"
 
 
-def _parse_count(value: Any) -> Any:
-    """An integer for a string such as 128Ki; any other value unchanged."""
-    match = re.fullmatch(r"(\d+)(Ki|Mi|Gi)", value) if isinstance(value, str) else None
-    if match is None:
-        return value
-    return int(match[1]) * {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}[match[2]]
-
-
 def config_from_dict(values: Mapping[str, Any], source: str) -> TrainConfig:
     """A checked configuration from plain values.
 
@@ -189,10 +182,15 @@ def config_from_dict(values: Mapping[str, Any], source: str) -> TrainConfig:
             raise ValueError(f"{source}: unknown key {key!r}{nearest(str(key), list(fields))}")
         if key in ("network", "encoder") and not isinstance(value, Mapping):
             raise ValueError(f"{source}: {key} must be a mapping; got {value!r}")
-        if key == "network" and value.get("kind") == DEFAULT_NETWORK:
-            # the same run as one that does not name it
-            value = {name: argument for name, argument in value.items() if name != "kind"}
-        parsed[key] = tuple(value) if isinstance(value, list) else _parse_count(value)
+        if isinstance(value, list):
+            value = tuple(value)
+        if isinstance(value, str) and (count := re.fullmatch(r"(\d+)(Ki|Mi|Gi)", value)):
+            value = int(count[1]) * _COUNT_UNITS[count[2]]
+        parsed[key] = value
+    network = dict(parsed.get("network", {}))
+    if network.get("kind") == DEFAULT_NETWORK:
+        del network["kind"]  # the same run as one that does not name the default
+        parsed["network"] = network
     try:
         return TrainConfig(**parsed)
     except ValueError as error:
@@ -258,11 +256,12 @@ def run_id(config: TrainConfig, data_identity: Mapping[str, Any]) -> str:
 
 def refuse_changes(old: Mapping[str, Any], new: TrainConfig, run_dir: str | Path) -> None:
     """Raise ValueError if `new` differs from the configuration `old` of `run_dir` in a field that must not change."""
-    values = config_to_dict(new)
-    changed = [name for name in _decisive_fields() if name in old and old[name] != values[name]]
-    if changed:
-        differences = "; ".join(f"{option_of(name)} was {old[name]}, is now {values[name]}" for name in changed)
+    values, differences = config_to_dict(new), []
+    for name in _decisive_fields():
+        if name in old and old[name] != values[name]:
+            differences.append(f"{option_of(name)} was {old[name]}, is now {values[name]}")
+    if differences:
         raise ValueError(
-            f"{run_dir} holds a run with other settings: {differences}. Resume it with its own settings, or use "
-            "another --outdir"
+            f"{run_dir} holds a run with other settings: {'; '.join(differences)}. Resume it with its own settings, or "
+            "use another --outdir"
         )

@@ -70,7 +70,7 @@ def check_source(config: TrainConfig, run_header: Header) -> list[str]:
         notices.append(f"it has {old} classes, this run {new}: the label embedding starts at random")
     elif new and header.label_kind != run_header.label_kind:
         notices.append(f"its labels are {header.label_kind}, this run's {run_header.label_kind}; its embedding is kept")
-    elif _names_differ(header, run_header):
+    elif header.label_names and run_header.label_names and header.label_names != run_header.label_names:
         notices.append("its classes have other names; their embeddings are kept, in the same order")
     return notices
 
@@ -96,10 +96,6 @@ def _check_shapes(where: str, source: Weights, wanted: Mapping[str, torch.Tensor
                 f"{where} does not fit: its {name} is {theirs}, this run's {ours}; leave out network arguments such "
                 "as --channels and --preset to use those of the snapshot"
             )
-
-
-def _names_differ(a: Header, b: Header) -> bool:
-    return a.label_names is not None and b.label_names is not None and tuple(a.label_names) != tuple(b.label_names)
 
 
 def _latent_space(encoder: Mapping[str, Any]) -> dict[str, Any]:

@@ -92,26 +92,28 @@ def make_forecast(config: TrainConfig, architecture: dict[str, Any], micro_batch
         sampling = parameters * 4 if shard and world_size > 1 else 0
         return Memory(parameters * 8, kept * 8, kept * 4 * num_averages, activations[recompute], sampling)
 
-    half = 2 if config.snapshot_dtype != "float32" else 4
+    choices = {}
+    for recompute, shard in itertools.product((False, True), (False, True)):
+        options = f"--recompute {str(recompute).lower()}"
+        if world_size > 1:
+            options += f" --shard {str(shard).lower()}"
+        elif shard != config.shard:
+            continue  # a single process has nothing to shard
+        if (recompute, shard) != (config.recompute, config.shard):
+            choices[options] = memory(recompute, shard)
+    value_bytes = 4 if config.snapshot_dtype == "float32" else 2
     snapshots = -(-config.duration_nimg // config.snapshot_every_nimg)
     checkpoints = -(-config.duration_nimg // config.checkpoint_every_nimg)
     return Forecast(
         parameters=parameters,
         steps=-(-config.duration_nimg // config.batch_size),
         memory=memory(config.recompute, config.shard),
-        choices={name: memory(*given) for name, given in _choices(config, world_size)},
-        snapshot_bytes=parameters * half,
+        choices=choices,
+        snapshot_bytes=parameters * value_bytes,
         num_snapshots=snapshots * num_averages,
         checkpoint_bytes=parameters * 4 * (3 + num_averages),
         num_checkpoints=min(checkpoints, config.keep_checkpoints or checkpoints),
     )
-
-
-def _choices(config: TrainConfig, world_size: int) -> Iterable[tuple[str, tuple[bool, bool]]]:
-    for recompute, shard in itertools.product((False, True), (False, True) if world_size > 1 else (config.shard,)):
-        if (recompute, shard) != (config.recompute, config.shard):
-            sharing = f" --shard {str(shard).lower()}" if world_size > 1 else ""
-            yield f"--recompute {str(recompute).lower()}{sharing}", (recompute, shard)
 
 
 def shares(sizes: Sequence[int], world_size: int) -> list[int]:

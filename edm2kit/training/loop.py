@@ -59,7 +59,8 @@ class Trainer:
         self.config, self.encoder, self.device = config, encoder, device
         # channels last is 1.2 times as fast on a CPU, and the layout that tensor cores need
         self.kind = NETWORKS[header.network]
-        self.net = self.kind.build(**header.architecture).to(device, memory_format=torch.channels_last).train()
+        self.net = self.kind.build(**header.architecture).train()
+        self.net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stubs lack it
         learned = dict(self.net.named_parameters())
         self.header = dataclasses.replace(header, buffers=tuple(n for n in self.net.state_dict() if n not in learned))
         self.net.compute_dtype = PRECISIONS[config.precision]
@@ -78,9 +79,10 @@ class Trainer:
         self.kind.normalize_weights_(self.net)
         self.optimizer.zero_grad(set_to_none=True)
         for k in range(rounds):
-            # DDP exchanges gradients in the last backward pass of the step only
-            waiting = isinstance(self.ddp, DistributedDataParallel) and k < rounds - 1
-            with self.ddp.no_sync() if waiting else contextlib.nullcontext():
+            exchange: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if isinstance(self.ddp, DistributedDataParallel) and k < rounds - 1:
+                exchange = self.ddp.no_sync()  # ranks exchange gradients in the last backward pass of the step only
+            with exchange:
                 self._accumulate(next(micro_batches))
         lr = learning_rate(
             self.nimg, self.config.batch_size, self.config.ref_lr, self.config.ref_batches, self.config.rampup_nimg

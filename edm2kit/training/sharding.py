@@ -32,15 +32,17 @@ class ShardedAdam(ZeroRedundancyOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Adam's complete state on rank 0, in host memory; no moments on other ranks. Every rank must call it."""
-        scalars, state = {}, {}
+        own_scalars = {}
         for number in sorted(self.numbers()):
-            scalars[number] = {k: v.cpu() for k, v in self._own(number).items() if v.ndim == 0}
-        scalars = {number: found for part in dist.gather_on_rank0(scalars) for number, found in part.items()}
+            own_scalars[number] = {key: value.cpu() for key, value in self._own(number).items() if value.ndim == 0}
+        scalars: dict[int, dict[str, torch.Tensor]] = {}
+        for part in dist.gather_on_rank0(own_scalars):
+            scalars.update(part)
+        state: dict[int, dict[str, Any]] = {}
         for number, parameter in enumerate(self.parameters):
-            moments = {}
+            state[number] = dict(scalars.get(number, {}))
             for key in ("exp_avg", "exp_avg_sq"):
-                moments[key] = dist.send_to_rank0(self._own(number).get(key), self.owners[number], parameter)
-            state[number] = {**scalars.get(number, {}), **moments}
+                state[number][key] = dist.send_to_rank0(self._own(number).get(key), self.owners[number], parameter)
         groups = torch.optim.Optimizer.state_dict(self)["param_groups"]
         return {"state": state if dist.rank() == 0 else {}, "param_groups": groups}
 
