@@ -17,8 +17,9 @@ def page(name: str) -> str:
 
 
 def code_blocks(text: str, language: str = "") -> list[str]:
-    """The fenced blocks of one language, without their fences."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    """The fenced blocks of one language (a regular expression), without their fences."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [code for found, code in blocks if re.fullmatch(language, found)]
 
 
 def sections(text: str) -> dict[str, str]:
@@ -35,7 +36,7 @@ def broken_links(file: Path) -> list[str]:
 
 
 def run_commands(block: str, folder: Path) -> str:
-    """Run the `python FILE ...` lines of a shell block in `folder`, all in one process; returns their output.
+    """Run the `python FILE ...` lines of a shell block in `folder`; returns their output.
 
     A FILE that `folder` lacks is taken from the checkout. Raises AssertionError, with the output, if one fails.
     """
@@ -53,17 +54,36 @@ def run_commands(block: str, folder: Path) -> str:
     return done.stdout + done.stderr
 
 
+# each command in a process of its own, forked from one that has already loaded what takes long
 _RUNNER = """
 import json, os, runpy, sys
+import click, numpy, PIL.Image, scipy.linalg, torch, yaml
 commands, root = json.loads(sys.argv[1]), sys.argv[2]
 sys.path.append(root)
 for program, file, *arguments in commands:
-    assert program == "python", program
+    if program != "python":
+        sys.exit(f"not a Python command: {program}")
     print("$", program, file, *arguments, flush=True)
-    sys.argv = [file if os.path.exists(file) else os.path.join(root, file), *arguments]
-    try:
+    child = os.fork()
+    if child == 0:
+        sys.argv = [file if os.path.exists(file) else os.path.join(root, file), *arguments]
         runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as stop:
-        if stop.code:
-            raise
+        sys.exit()
+    if os.waitpid(child, 0)[1] != 0:
+        sys.exit(1)
 """
+
+
+def run_tests(folder: Path, *modules: str) -> str:
+    """Import `modules` in `folder`, then run its test files; returns what pytest printed."""
+    code = f"import {', '.join(modules)}, pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**environment(), "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
