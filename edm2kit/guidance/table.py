@@ -112,5 +112,8 @@ def _defaults(options: Sequence[Option], weight: float | None = None) -> str:
 
 def _tests(make: Callable[..., Any] | None) -> str:
     """The tests of the module that a build function lives in; empty outside this package."""
-    package, *folders, name = getattr(make, "__module__", ".").split(".")
-    return "/".join(["tests", *folders, f"test_{name}.py"]) if package == "edm2kit" else ""
+    package, *parts = getattr(make, "__module__", "").split(".")
+    if package != "edm2kit":
+        return ""
+    *folders, name = parts
+    return "/".join(["tests", *folders, f"test_{name}.py"])

@@ -51,13 +51,13 @@ def run_commands(block: str, folder: Path) -> str:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return done.stdout
 
 
 # each command in a process of its own, forked from one that has already loaded what takes long
 _RUNNER = """
 import json, os, runpy, sys
-import click, numpy, PIL.Image, scipy.linalg, torch, yaml
+import click, numpy, PIL.Image, scipy.linalg, torch, torch._dynamo, yaml
 commands, root = json.loads(sys.argv[1]), sys.argv[2]
 sys.path.append(root)
 for program, file, *arguments in commands:

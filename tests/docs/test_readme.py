@@ -21,9 +21,9 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples")
 SMALL = {
     "--resolution 64": "--resolution 8",
     "--preset edm2-img64-xs": "--config tiny.yaml --samples 0 --device cpu",
-    "16Mi": "2Ki",
+    "16Mi": "1Ki",
     "4Mi": "1Ki",
-    snapshot_name(16 << 20, 0.050): snapshot_name(2 << 10, 0.050),
+    snapshot_name(16 << 20, 0.050): snapshot_name(1 << 10, 0.050),
     snapshot_name(4 << 20, 0.100): snapshot_name(1 << 10, 0.100),
     "--channels 64": "--channels 8",
     "--seeds 0-9999": "--seeds 0-9 --steps 2 --device cpu",
