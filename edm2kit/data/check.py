@@ -11,7 +11,7 @@ import numpy as np
 from edm2kit.data.archive import FolderArchive, ZipArchive, open_archive
 from edm2kit.data.dataset import CONVERT_HINT, FILE_EXTENSIONS, ImageDataset, Source, check_item
 from edm2kit.data.image_files import decode_array
-from edm2kit.data.labels import Labels, read_labels
+from edm2kit.data.labels import ConditionSpace, Labels, read_labels
 from edm2kit.data.sources import open_source, split_kind
 from edm2kit.data.workers import run_in_order
 from edm2kit.torch_utils.dist import progress_bar
@@ -112,23 +112,21 @@ def _report(path: Path, count: int, kinds: Counter[str], labels: Labels | None, 
         click.echo(f"  {kind}: {number}")
     if len(kinds) > _MAX_KINDS:
         click.echo(f"  ... and {len(kinds) - _MAX_KINDS} other shapes")
-    for line in _label_lines(labels):
-        click.echo(line)
+    if labels is None:
+        click.echo("No labels")
+    elif labels.space.kind == "vectors":
+        low, high = labels.values.min(), labels.values.max()
+        click.echo(f"Labels: vectors of {labels.space.dimension} numbers from {low:g} to {high:g}")
+    else:
+        _report_classes(labels.values, labels.space)
     for problem in problems:
         click.echo(f"Problem: {problem}")
     if problems:
         click.echo("1 problem" if len(problems) == 1 else f"{len(problems)} problems")
 
 
-def _label_lines(labels: Labels | None) -> list[str]:
-    if labels is None:
-        return ["No labels"]
-    space = labels.space
-    if space.kind == "vectors":
-        low, high = labels.values.min(), labels.values.max()
-        return [f"Labels: vectors of {space.dimension} numbers from {low:g} to {high:g}"]
-    lines = [f"{space.dimension} classes:"]
-    for k, count in enumerate(np.bincount(labels.values, minlength=space.dimension)):
+def _report_classes(classes: np.ndarray, space: ConditionSpace) -> None:
+    click.echo(f"{space.dimension} classes:")
+    for k, count in enumerate(np.bincount(classes, minlength=space.dimension)):
         name = f"{k} {space.class_names[k]}" if space.class_names else str(k)
-        lines.append(f"  {name}: {count}")
-    return lines
+        click.echo(f"  {name}: {count}")

@@ -126,19 +126,23 @@ def find_labels(archive: Archive, label_source: str) -> Labels | None:
     else the classes that generate.py noted in its own images, else top-level folders. Raises ValueError if labels are
     requested that are not there.
     """
+    has_file = archive.read_extra(LABELS_FILE) is not None
     if label_source == "none":
         return None
-    has_file = archive.read_extra(LABELS_FILE) is not None
-    if label_source == "json" and not has_file:
-        raise ValueError(f"{archive.path}: contains no {LABELS_FILE}; use --labels folders or --labels none")
-    if label_source != "folders" and has_file:
+    if label_source == "json":
+        if not has_file:
+            raise ValueError(f"{archive.path}: contains no {LABELS_FILE}; use --labels folders or --labels none")
         return read_labels(archive)
-    if label_source == "auto" and archive.read_extra(RECORD) is not None:
+    if label_source == "folders":
+        labels = folder_labels(archive.names)
+        if labels is None:
+            raise ValueError(f"{archive.path}: the images are not in two or more class folders; use --labels none")
+        return labels
+    if has_file:
+        return read_labels(archive)
+    if archive.read_extra(RECORD) is not None:
         return noted_labels(archive)
-    labels = folder_labels(archive.names)
-    if labels is None and label_source == "folders":
-        raise ValueError(f"{archive.path}: the images are not in two or more class folders; use --labels none")
-    return labels
+    return folder_labels(archive.names)
 
 
 def pick_balanced(num_images: int, classes: np.ndarray | None, max_images: int | None) -> np.ndarray:

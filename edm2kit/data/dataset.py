@@ -22,7 +22,8 @@ CONVERT_HINT = (
 
 
 class Source(Protocol):
-    """A data set for training. Subclass it for a new kind of data and add the class to `sources.SOURCES`.
+    """A data set for training. Subclass it for a new kind of data and register it with
+    `edm2kit.data.sources.register_source`.
 
     `item_shape` is (C, H, W) and `item_dtype` uint8 for pixels 0 ... 255, or float32 for raw latents (the means of the
     encoder, then its standard deviations). `labels` are classes, int64 [N], vectors, float32 [N, D], or None;
@@ -220,7 +221,7 @@ def check_item(raw: np.ndarray, where: str, hint: str) -> None:
             )
     elif height != width or channels % 2:
         raise ValueError(
-            f"{where}: holds {list(raw.shape)} numbers; raw latents are square and have an even number of channels "
+            f"{where}: contains {list(raw.shape)} numbers; raw latents are square and have an even number of channels "
             "(means, then standard deviations)"
         )
 

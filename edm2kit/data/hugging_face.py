@@ -43,18 +43,17 @@ class HuggingFaceDataset(Source):
             raise ValueError(f"{path}: unknown option {unknown[0]!r}; available options: {', '.join(_OPTIONS)}")
         self.path = Path(folder)
         table = _load(self.path, options.get("split"))
-        image_column = options.get("image") or _find_image_column(table, self.path)
-        label_column = options.get("label") or _find_label_column(table)
-        for column in (image_column, label_column):
+        for column in (options.get("image"), options.get("label")):
             if column is not None and column not in table.column_names:
                 raise ValueError(f"{path}: has no column {column!r}; available: {', '.join(table.column_names)}")
+        self._column = options.get("image") or _find_image_column(table, self.path)
+        self._images = _undecoded(table, self._column)
         self._fingerprint = table._fingerprint
-        self._images = _undecoded(table, image_column)
-        self._column = image_column
         self._picked = spread_evenly(len(table), max_images)
         first = self._decode(0)
         check_item(first, self._where(0), _HINT)
         self.item_shape, self.item_dtype = first.shape, first.dtype
+        label_column = options.get("label") or _find_label_column(table)
         found = _read_labels(table, label_column, self.path) if use_labels and label_column else None
         self.labels, self.condition_space = pick_labels(found, self._picked)
 
@@ -145,9 +144,10 @@ def _find_label_column(table: Any) -> str | None:
     import datasets
 
     found = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
+    usual = [name for name in _LABEL_COLUMNS if name in table.column_names]
     if len(found) == 1:
         return found[0]
-    return next((name for name in _LABEL_COLUMNS if name in table.column_names), None)
+    return usual[0] if usual else None
 
 
 def _undecoded(table: Any, column: str) -> Any:

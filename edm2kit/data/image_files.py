@@ -70,8 +70,9 @@ def to_8bit(image: Image.Image, channels: int, where: str) -> Image.Image:
     """
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError(f"{where}: holds numbers beyond 16 bits; scale them to 8 or 16 bits first")
+        sixteen_bits = image.mode != "F" and values.min() >= 0 and values.max() <= 0xFFFF
+        if not sixteen_bits:
+            raise ValueError(f"{where}: contains numbers beyond 16 bits; scale them to 8 or 16 bits first")
         image = Image.fromarray((values >> 8).astype(np.uint8))
     mode = "L" if channels == 1 else "RGB"
     return image if image.mode == mode else image.convert(mode)
@@ -140,7 +141,16 @@ def decode_array(data: bytes, where: str) -> np.ndarray:
     with `where`, for a damaged file and for pixels other than 8-bit grey and RGB.
     """
     if data.startswith(np.lib.format.MAGIC_PREFIX):
-        return _decode_npy(data, where)
+        try:
+            values = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        except BROKEN as error:
+            raise ValueError(f"{where}: the .npy file is damaged or cut short: {error}") from error
+        if values.ndim != 3 or values.dtype not in (np.uint8, np.float16, np.float32):
+            raise ValueError(
+                f"{where}: contains {values.dtype} {list(values.shape)}; expected pixels uint8 [C, H, W] or raw "
+                "latents float16 or float32 [C, H, W]"
+            )
+        return values if values.dtype == np.uint8 else values.astype(np.float32, copy=False)
     image = open_image(data, where)
     if image.mode == "L":
         return np.array(image)[np.newaxis]
@@ -150,19 +160,6 @@ def decode_array(data: bytes, where: str) -> np.ndarray:
             "convert the images with scripts/dataset_tool.py convert"
         )
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-
-
-def _decode_npy(data: bytes, where: str) -> np.ndarray:
-    try:
-        values = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except BROKEN as error:
-        raise ValueError(f"{where}: the .npy file is damaged or cut short: {error}") from error
-    if values.ndim != 3 or values.dtype not in (np.uint8, np.float16, np.float32):
-        raise ValueError(
-            f"{where}: holds {values.dtype} {list(values.shape)}; expected pixels uint8 [C, H, W] or raw latents "
-            "float16 or float32 [C, H, W]"
-        )
-    return values if values.dtype == np.uint8 else values.astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Image labels: classes or float vectors, from dataset.json, class folders, or notes inside generated images."""
 
+import itertools
 import json
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -124,7 +124,14 @@ def read_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
             raise ValueError(f'{where}: "label_names" names classes, but the labels are vectors; remove the names')
         return labels_of_array(np.array(values, np.float64), where)
     classes = np.array(values, np.int64)
-    return Labels(classes, _check_class_names(class_names, int(classes.max()) + 1, where))
+    if class_names is None:
+        return Labels(classes)
+    if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+        raise ValueError(f'{where}: "label_names" is not a list of names')
+    last = int(classes.max())
+    if len(class_names) <= last:
+        raise ValueError(f'{where}: "label_names" names {len(class_names)} classes, but the labels go up to {last}')
+    return Labels(classes, tuple(class_names))
 
 
 def read_labels_file(archive: FolderArchive | ZipArchive) -> dict[str, Any] | None:
@@ -174,19 +181,16 @@ def folder_labels(names: list[str]) -> Labels | None:
     ValueError if some images are in class folders and others are not.
     """
     folders = [name.split("/")[:-1] for name in names]
-    shared = 0  # depth of the folders that all images share
-    for first, last in zip(min(folders), max(folders), strict=False):
-        if first != last:
-            break
-        shared += 1
-    if all(len(folder) == shared for folder in folders):
+    first, last = min(folders), max(folders)
+    common = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    shared = len(list(common))  # depth of the folders that all images share
+    outside = [name for name, folder in zip(names, folders, strict=True) if len(folder) == shared]
+    if len(outside) == len(names):
         return None
-    for name, folder in zip(names, folders, strict=True):
-        if len(folder) == shared:
-            raise ValueError(f"{name} is outside the class folders; move it, or use --labels none")
-    class_names = sorted({folder[shared] for folder in folders})
-    number = {name: k for k, name in enumerate(class_names)}
-    return Labels(np.array([number[folder[shared]] for folder in folders], np.int64), tuple(class_names))
+    if outside:
+        raise ValueError(f"{outside[0]} is outside the class folders; move it, or use --labels none")
+    class_names, classes = np.unique([folder[shared] for folder in folders], return_inverse=True)
+    return Labels(classes.astype(np.int64), tuple(class_names.tolist()))
 
 
 def noted_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
@@ -213,21 +217,21 @@ def _check_entries(entries: object, where: str) -> dict[str, Any]:
     """The label of each file name: all of them classes, or all of them vectors of one length."""
     if not isinstance(entries, list):
         raise ValueError(f'{where}: "labels" is a {type(entries).__name__}; expected a list of [name, label] or null')
+    by_name: dict[str, Any] = {}
+    length = None  # of the vectors; None if the labels are classes
     for entry in entries:
         if not isinstance(entry, list) or len(entry) != 2 or type(entry[0]) is not str:
             raise ValueError(f"{where}: the entry {short_json(entry, 60)} is not [name, label]")
-    length = len(entries[0][1]) if entries and isinstance(entries[0][1], list) else None
-    for name, label in entries:
-        if length is None:
-            problem = None if _is_class(label) else "expected a class, an integer from 0 up"
-        else:
-            problem = None if _is_vector(label, length) else f"expected {length or 'one or more'} finite numbers"
-        if problem:
-            raise ValueError(f"{where}: {name} has the label {short_json(label, 60)}; {problem}")
-    by_name: dict[str, Any] = dict(entries)
-    if len(by_name) < len(entries):
-        twice = [name for name, count in Counter(name for name, _ in entries).items() if count > 1]
-        raise ValueError(f"{where}: labels {_some(twice)} more than once")
+        name, label = entry
+        if not by_name and isinstance(label, list):
+            length = max(len(label), 1)
+        fits = _is_class(label) if length is None else _is_vector(label, length)
+        if not fits:
+            expected = "a class, an integer from 0 up" if length is None else f"a vector, {length} finite numbers"
+            raise ValueError(f"{where}: {name} has the label {short_json(label, 60)}; expected {expected}")
+        if name in by_name:
+            raise ValueError(f"{where}: labels {name} more than once")
+        by_name[name] = label
     return by_name
 
 
@@ -236,19 +240,9 @@ def _is_class(label: object) -> bool:
 
 
 def _is_vector(label: object, length: int) -> bool:
-    if not isinstance(label, list) or len(label) != length or length == 0:
+    if not isinstance(label, list) or len(label) != length:
         return False
     return all(type(value) in (int, float) and abs(value) <= _MAX_FLOAT32 for value in label)
-
-
-def _check_class_names(names: object, needed: int, where: str) -> tuple[str, ...] | None:
-    if names is None:
-        return None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f'{where}: "label_names" is not a list of names')
-    if len(names) < needed:
-        raise ValueError(f'{where}: "label_names" names {len(names)} classes, but the labels go up to {needed - 1}')
-    return tuple(names)
 
 
 def _some(names: list[str]) -> str:

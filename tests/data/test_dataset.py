@@ -102,7 +102,7 @@ def test_other_processes_read_the_same(tmp_path, write, method):
         (encoded(picture(0))[:100], "damaged or cut short"),
         (b"text", "is not an image"),
         (npy(np.zeros((4, 8, 8), np.uint8)), "is 8x8 pixels of 4 channels"),
-        (npy(np.zeros((8, 8, 6), np.float32)), r"holds \[8, 8, 6\] numbers; raw latents are square"),
+        (npy(np.zeros((8, 8, 6), np.float32)), r"contains \[8, 8, 6\] numbers; raw latents are square"),
         (npy(np.zeros((7, 8, 8), np.float32)), "even number of channels"),
     ],
 )

@@ -34,7 +34,7 @@ def test_npy_holds_pixels_or_latents():
 
 @pytest.mark.parametrize("array", [np.zeros((4, 4), np.uint8), np.zeros((3, 4, 4)), np.zeros((3, 4, 4), np.int64)])
 def test_other_arrays_are_refused(array):
-    with pytest.raises(ValueError, match=rf"^some/x\.npy: holds {array.dtype} .*expected pixels uint8"):
+    with pytest.raises(ValueError, match=rf"^some/x\.npy: contains {array.dtype} .*expected pixels uint8"):
         decode_array(npy(array), "some/x.npy")
 
 
@@ -97,7 +97,7 @@ def test_to_8bit_of_cmyk_and_transparent_colours():
 def test_numbers_beyond_16_bits_are_refused():
     for values in (np.full((2, 2), 70000, np.int32), np.zeros((2, 2), np.float32)):
         image = open_image(encoded(Image.fromarray(values), "tiff"), "x")
-        with pytest.raises(ValueError, match=r"^x: holds numbers beyond 16 bits"):
+        with pytest.raises(ValueError, match=r"^x: contains numbers beyond 16 bits"):
             to_8bit(image, 1, "x")
 
 

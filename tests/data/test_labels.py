@@ -139,14 +139,14 @@ def test_lists_of_floats_are_vectors(tmp_path):
 @pytest.mark.parametrize(
     ("vectors", "reason"),
     [
-        ([[0.5], [1.0, 2.0], [3.0]], r"b/c\.png has the label \[1\.0, 2\.0\]; expected 1 finite numbers"),
-        ([[0.5], 3, [3.0]], r"b/c\.png has the label 3; expected 1 finite numbers"),
+        ([[0.5], [1.0, 2.0], [3.0]], r"b/c\.png has the label \[1\.0, 2\.0\]; expected a vector, 1 finite numbers"),
+        ([[0.5], 3, [3.0]], r"b/c\.png has the label 3; expected a vector, 1 finite numbers"),
         ([3, [0.5], 3], r"b/c\.png has the label \[0\.5\]; expected a class"),
-        ([[0.5], ["x"], [3.0]], r'b/c\.png has the label \["x"\]; expected 1 finite'),
-        ([[0.5], [float("nan")], [3.0]], r"b/c\.png has the label \[NaN\]; expected 1 finite"),
+        ([[0.5], ["x"], [3.0]], r'b/c\.png has the label \["x"\]; expected a vector, 1 finite'),
+        ([[0.5], [float("nan")], [3.0]], r"b/c\.png has the label \[NaN\]; expected a vector, 1 finite"),
         ([[0.5], [10**400], [3.0]], r"b/c\.png has the label \[10+"),
         ([[0.5], [1e300], [3.0]], r"b/c\.png has the label \[1e\+300\]"),
-        ([[], [], []], r"a\.png has the label \[\]; expected one or more finite numbers"),
+        ([[], [], []], r"a\.png has the label \[\]; expected a vector, 1 finite numbers"),
     ],
 )
 def test_wrong_vectors_are_refused(tmp_path, vectors, reason):
