@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from benchmarks import harness
-from benchmarks.harness import Job, Work
+from benchmarks.harness import Comparison, Work
 from benchmarks.plain_io import PlainDataset
 from edm2kit.cli import click_types as cli
 from edm2kit.data.batches import GlobalOrder, training_batches
@@ -21,24 +21,24 @@ from edm2kit.data.dataset import ImageDataset
 from edm2kit.data.image_files import encode_png
 
 BATCH = 64
-_BATCHES = 30  # of one run; a run after another reads on in the same endless order
+_BATCHES = 30  # per run; the next run continues in the same endless order
 
 
 @click.command(cls=cli.Command)
-@click.option("--runs", default=harness.RUNS, show_default=True, help="Times that the contenders take turns.")
-@click.option("--only", type=click.Choice(["rgb", "latents", "latents_fp16"]), multiple=True, help="These jobs.")
-@click.option("--num", default=6144, show_default=True, help="Images; a tenth as many latents.")
-@click.option("--out", type=click.Path(path_type=Path), default=harness.RECORDS, help="Folder of the records.")
+@harness.runs_option()
+@harness.only_option(["rgb", "latents", "latents_fp16"])
+@click.option("--num", default=6144, show_default=True, help="Images; a tenth of that in latents")
+@harness.out_option
 def main(runs: int, only: tuple[str, ...], num: int, out: Path) -> None:
-    """Compare with files decoded one by one, and write data_*.json."""
+    """Compare reading batches with decoding files one by one; writes data_*.json."""
     for name in only or ("rgb", "latents", "latents_fp16"):
         with tempfile.TemporaryDirectory() as folder:
             job = pixels(Path(folder), num) if name == "rgb" else latents(Path(folder), num // 10, "fp16" in name)
             harness.save(harness.measure(job, runs), out)
 
 
-def pixels(folder: Path, num: int) -> Job:
-    """Smooth pictures: as Pillow stores them uncompressed, for the plain way, and as dataset_tool.py does."""
+def pixels(folder: Path, num: int) -> Comparison:
+    """Smooth pictures, stored by Pillow without compression (plain) and as dataset_tool.py stores them."""
     pictures = [_picture(k) for k in range(num)]
     write_zip(folder / "pillow.zip", [_pillow_png(picture) for picture in pictures], "png")
     write_zip(folder / "ours.zip", [encode_png(picture) for picture in pictures], "png")
@@ -52,8 +52,8 @@ def pixels(folder: Path, num: int) -> Job:
     return job("data_rgb64", contenders, 20, folder / "pillow.zip", folder / "ours.zip", size)
 
 
-def latents(folder: Path, num: int, half: bool) -> Job:
-    """Latents as `dataset_tool.py encode` stores them, the same files for both."""
+def latents(folder: Path, num: int, half: bool) -> Comparison:
+    """Latents as `dataset_tool.py encode` stores them; both ways read the same files."""
     rng = np.random.default_rng(0)
     dtype = np.float16 if half else np.float32
     files = [_npy(rng.standard_normal((8, 64, 64)).astype(dtype)) for _ in range(num)]
@@ -63,8 +63,10 @@ def latents(folder: Path, num: int, half: bool) -> Job:
     return job(name, contenders, None if half else 8, path, path, len(files[0]))
 
 
-def job(name: str, contenders: dict[str, Callable], goal: float | None, plain_path: Path, path: Path, size: int) -> Job:
-    return Job(
+def job(
+    name: str, contenders: dict[str, Callable], goal: float | None, plain_path: Path, path: Path, size: int
+) -> Comparison:
+    return Comparison(
         name,
         contenders,
         work=Work(_BATCHES * BATCH * size, "bytes", "file_read"),
@@ -83,7 +85,7 @@ def write_zip(path: Path, files: list[bytes], suffix: str) -> Path:
 
 
 def plain(path: Path) -> Callable[[], None]:
-    """Reads the next images of a random order, one at a time."""
+    """Read the next images of a random order, one at a time."""
     dataset = PlainDataset(path)
     order, position = GlobalOrder(len(dataset), 0), itertools.count(0, BATCH)
 
@@ -95,7 +97,7 @@ def plain(path: Path) -> Callable[[], None]:
 
 
 def batches(path: Path) -> Callable[[], None]:
-    """Takes the next batches as training does, without workers."""
+    """Take the next batches as training does, without workers."""
     dataset = ImageDataset(path)
     stream = training_batches(dataset, GlobalOrder(len(dataset), 0), 0, BATCH, rank=0, world_size=1)
 
@@ -107,7 +109,7 @@ def batches(path: Path) -> Callable[[], None]:
 
 
 def difference(plain_path: Path, path: Path) -> float:
-    """Of every image; 0 where both ways read the same."""
+    """Largest difference of a value over all images; 0 if both ways read the same."""
     slow, fast = PlainDataset(plain_path), ImageDataset(path)
     indices = np.random.default_rng(0).permutation(len(fast))
     worst = 0.0

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import harness, plain_io
-from benchmarks.harness import Job, Work
-from benchmarks.snapshots import architecture, empty, not_flushed, peak_rss
+from benchmarks.harness import Comparison, Work
+from benchmarks.snapshots import architecture, empty, not_flushed
 from edm2kit.cli import click_types as cli
 from edm2kit.ema.rebuild import plan_outputs, write_outputs
 from edm2kit.models.edm2 import Precond
@@ -25,19 +25,19 @@ from edm2kit.snapshots.loading import open_sources
 
 OUTPUTS = (1, 2, 4, 8, 16, 31)
 GOALS = {8: 8.0, 31: 11.0}
-UNFLUSHED = "one pass, not flushed to disk"  # where the plain way stops
+UNFLUSHED = "one pass, not flushed to disk"  # as the plain way
 _TIMES = 24  # snapshots of each of two lengths
 _EVERY_NIMG = 1 << 23
 
 
 @click.command(cls=cli.Command)
-@click.option("--runs", default=harness.RUNS, show_default=True, help="Times that the contenders take turns.")
-@click.option("--only", type=click.Choice([str(k) for k in OUTPUTS]), multiple=True, help="These numbers of outputs.")
-@click.option("--preset", default="edm2-img512-xxs", show_default=True, help="Whose architecture.")
-@click.option("--out", type=click.Path(path_type=Path), default=harness.RECORDS, help="Folder of the records.")
-@click.option("--worker", nargs=3, hidden=True, help="Be a process whose memory is measured: WAY FOLDER OUTPUTS.")
+@harness.runs_option()
+@harness.only_option([str(k) for k in OUTPUTS])
+@click.option("--preset", default="edm2-img512-xxs", show_default=True, help="Preset with the architecture")
+@harness.out_option
+@click.option("--worker", nargs=3, hidden=True, help="Measure memory in this process: WAY FOLDER OUTPUTS")
 def main(runs: int, only: tuple[str, ...], preset: str, out: Path, worker: tuple[str, str, str] | None) -> None:
-    """Rebuild averages one by one and in one pass, and write posthoc_ema_*.json."""
+    """Compare rebuilding averages one by one and in one pass; writes posthoc_ema_*.json."""
     if worker:
         print(json.dumps(added_memory(worker[0], Path(worker[1]), int(worker[2]))))
         return
@@ -57,12 +57,12 @@ def main(runs: int, only: tuple[str, ...], preset: str, out: Path, worker: tuple
 
 
 def describe(count: int, seconds: dict[str, list[float]], folder: Path, error: float, memory: dict[str, int]) -> dict:
-    """The record of `count` outputs. The plain way does one after another: each takes as long as the first."""
+    """The record of `count` outputs. The plain way makes one after another, so only the first is timed."""
     labels = {"plain": "plain", f"{count}": "one pass", f"{count}, not flushed": UNFLUSHED}
     chosen = {labels[label]: found for label, found in seconds.items() if label in labels}
     read = sum(path.stat().st_size for path in folder.glob("network*"))
     written = read // (2 * _TIMES)
-    job = Job(
+    job = Comparison(
         f"posthoc_ema_{count:02d}",
         dict.fromkeys(chosen),
         work=Work(read + count * written, "bytes", "file_read"),
@@ -76,7 +76,7 @@ def describe(count: int, seconds: dict[str, list[float]], folder: Path, error: f
 
 
 def write_snapshots(folder: Path, preset: str) -> None:
-    """Snapshots of a run, random weights that change from one to the next."""
+    """Write snapshots of a run: random weights that differ between snapshots."""
     arguments = architecture(preset)
     torch.manual_seed(0)
     state = Precond(**arguments).state_dict()
@@ -94,19 +94,19 @@ def plan(folder: Path, count: int) -> tuple[list, list]:
 
 
 def one_pass(folder: Path, count: int) -> None:
-    """What reconstruct_phema.py does."""
+    """Rebuild `count` averages as reconstruct_phema.py does."""
     inputs, outputs = plan(folder, count)
     write_outputs(inputs, outputs, [folder / "out" / f"{k}.safetensors" for k in range(count)])
 
 
 def empty_outputs(folder: Path) -> None:
-    """Remove what either way has written."""
+    """Remove the files that either way has written."""
     empty(folder / "out")
     empty(folder / "plain")
 
 
 def one_by_one(folder: Path, count: int) -> None:
-    """All files for the first output, all files for the second, ..."""
+    """Read all files for the first output, then all files for the second, ..."""
     inputs, outputs = plan(folder, count)
     (folder / "plain").mkdir(exist_ok=True)
     for k, output in enumerate(outputs):
@@ -115,7 +115,7 @@ def one_by_one(folder: Path, count: int) -> None:
 
 
 def compare(folder: Path) -> float:
-    """Difference of the two ways' files."""
+    """Relative difference of the two ways' files."""
     one_pass(folder, 2)
     one_by_one(folder, 2)
     ours, plain = (load_file(folder / way / "1.safetensors") for way in ("out", "plain"))
@@ -124,7 +124,7 @@ def compare(folder: Path) -> float:
 
 
 def memory_of(way: str, folder: Path, count: int) -> int:
-    """Bytes that the work adds to the peak of a process of its own."""
+    """Bytes that the work adds to the peak memory of a separate process."""
     command = [sys.executable, "-m", "benchmarks.ema", "--worker", way, str(folder), str(count)]
     return json.loads(
         subprocess.run(command, check=True, cwd=harness.ROOT, capture_output=True, text=True).stdout.splitlines()[-1]
@@ -132,14 +132,14 @@ def memory_of(way: str, folder: Path, count: int) -> int:
 
 
 def added_memory(way: str, folder: Path, count: int) -> int:
-    """Bytes that the work adds to this process's peak."""
+    """Bytes that the work adds to the peak memory of this process."""
     plan(folder, count)
     with tempfile.TemporaryDirectory() as name:
         for path in folder.glob("network*"):
             os.symlink(path, Path(name) / path.name)
-        before = peak_rss()
+        before = harness.peak_rss()
         one_pass(Path(name), count) if way == "one pass" else one_by_one(Path(name), count)
-    return peak_rss() - before
+    return harness.peak_rss() - before
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, measured in one go, within a time limit, taken up again where it stopped."""
+"""All measurements that need a GPU, in one command with a time limit, which can be resumed."""
 
 import json
 import subprocess
@@ -18,23 +18,29 @@ from edm2kit.torch_utils.records import provenance
 
 
 @click.command(cls=cli.Command)
-@click.option("--out", type=click.Path(path_type=Path), default=harness.RECORDS / "gpu.json", help="The one JSON.")
-@click.option("--minutes", default=24.0, show_default=True, help="What all items together may take.")
-@click.option("--only", multiple=True, metavar="ITEM", help="Just this item (may be given several times).")
-@click.option("--again", is_flag=True, help="Measure also what the file already holds.")
-@click.option("--toy", is_flag=True, help="Tiny networks on the CPU, to see that it runs; says nothing of speed.")
-@click.option("--item", hidden=True, help="Be the process that measures this item, into --out.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=harness.RECORDS / "gpu.json",
+    show_default="benchmarks/records/gpu.json",
+    help="Record to write",
+)
+@click.option("--minutes", default=24.0, help="Time limit for all items together")
+@click.option("--only", multiple=True, metavar="ITEM", help="Only this item; may be repeated")
+@click.option("--again", is_flag=True, help="Measure again what the record already has")
+@click.option("--toy", is_flag=True, help="Use tiny networks on the CPU, to test the script")
+@click.option("--item", hidden=True, help="Measure this item in this process")
 def main(out: Path, minutes: float, only: tuple[str, ...], again: bool, toy: bool, item: str | None) -> None:
-    """Measure training, evaluation, guided sampling and memory on this machine's GPU, into one JSON.
+    """Measure training, evaluation, guided sampling and memory on the GPU of this machine; writes gpu.json.
 
-    Each item runs in a process of its own with its own time limit: one that fails or takes too long costs the others
-    nothing, and what it had found by then stays. The file is written after each item; the same command again goes on
-    with those that have no complete result.
+    Each item runs in a separate process with a time limit. If one fails or takes too long, its results so far are kept
+    and the others still run. The record is written after each item. Run the same command again for items without a
+    complete result.
     """
     if not toy and not torch.cuda.is_available():
         raise ValueError(
-            "this measures an NVIDIA GPU, and PyTorch sees none here; see nvidia-smi and torch.version.cuda, or "
-            "try the script itself on the CPU with --toy"
+            "this benchmark needs an NVIDIA GPU, and PyTorch finds none. Check nvidia-smi and torch.version.cuda, or "
+            "test the script on the CPU with --toy"
         )
     listed = items(toy_setting() if toy else gpu_setting())
     if item:
@@ -42,17 +48,18 @@ def main(out: Path, minutes: float, only: tuple[str, ...], again: bool, toy: boo
         return
     for name in only:
         if name not in listed:
-            raise ValueError(f"there is no item {name!r}; there is: {', '.join(listed)}")
+            raise ValueError(f"unknown item {name!r}; available: {', '.join(listed)}")
     record = read(out, toy)
     until = time.monotonic() + minutes * 60
     for name in only or listed:
         if not again and record["items"].get(name, {}).get("complete"):
-            click.echo(f"{name}: already there")
+            click.echo(f"{name}: complete, skipped")
             continue
         limit_sec = min(listed[name][0], until - time.monotonic())
         record["items"][name] = run_item(name, out, limit_sec, toy)
         save(record, out)
-    click.echo(f"{sum(bool(i.get('complete')) for i in record['items'].values())} of {len(listed)} items, in {out}")
+    complete = [found for found in record["items"].values() if found.get("complete")]
+    click.echo(f"{len(complete)} of {len(listed)} items are complete, in {out}")
 
 
 def read(out: Path, toy: bool) -> dict[str, Any]:
@@ -69,14 +76,14 @@ def read(out: Path, toy: bool) -> dict[str, Any]:
         return fresh
     kept = json.loads(out.read_text(encoding="utf-8"))
     if kept["toy"] != toy or kept["provenance"]["hardware"] != fresh["provenance"]["hardware"]:
-        raise ValueError(f"{out} is of {kept['provenance']['hardware']}; move it away, or give another --out")
+        raise ValueError(f"{out} was measured on {kept['provenance']['hardware']}. Move it, or use another --out")
     return kept
 
 
 def run_item(name: str, out: Path, limit_sec: float, toy: bool) -> dict[str, Any]:
-    """Measure one item in a process of its own."""
+    """Measure one item in a separate process."""
     if limit_sec < 5:
-        return {"error": "no time was left for it; run the same command again"}
+        return {"error": "no time was left; run the same command again"}
     part = out.with_name(f"{out.stem}-{name}.part")
     part.unlink(missing_ok=True)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +101,7 @@ def run_item(name: str, out: Path, limit_sec: float, toy: bool) -> dict[str, Any
 
 
 def measure(run: Any, part: Path) -> None:
-    """Write each stage of an item's result as soon as it is there."""
+    """Write each stage of an item's result as soon as it is available."""
     for result in run():
         save(result, part)
 

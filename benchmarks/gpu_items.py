@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py measures, one item after the other; each is a function that yields ever more of its result."""
+"""The items that benchmarks/gpu.py measures: functions that yield more and more of their result."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Shape:
-    """A network on a GPU: a preset on 64x64 with `channels` (4: latents), `batch` images at a time."""
+    """A preset at 64x64 with `channels` (4: latents), in batches of `batch` images."""
 
     preset: str
     channels: int
@@ -41,7 +41,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where to measure, and how large."""
+    """Device, networks and sizes of the measurements."""
 
     device: torch.device
     shapes: Mapping[str, Shape]
@@ -49,14 +49,14 @@ class Setting:
     runs: int
     warmup: int
     num_steps: int
-    network: Mapping[str, Any] | None = None  # instead of each preset's own
+    network: Mapping[str, Any] | None = None  # replaces the preset's own
     resolution: int = 64
     classes: int = 1000
     backend: str = "inductor"
     has_ceilings: bool = True
 
     def ceiling(self, precision: str) -> str | None:
-        """The name of the limit that multiply-adds are held against."""
+        """Name of the machine's limit to compare multiply-adds with."""
         return f"matmul_{precision}" if self.has_ceilings else None
 
     def config(self, shape: str, precision: str, **changes: Any) -> TrainConfig:
@@ -83,12 +83,12 @@ SHAPES = {
 
 
 def gpu_setting() -> Setting:
-    """The published networks on this process's GPU."""
+    """The published networks on the GPU."""
     return Setting(torch.device("cuda"), SHAPES, ("fp16", "bf16"), runs=10, warmup=3, num_steps=32)
 
 
 def toy_setting() -> Setting:
-    """Tiny networks on the CPU, to see that everything runs."""
+    """Tiny networks on the CPU, to test the script."""
     network = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
     shapes = {name: dataclasses.replace(shape, batch=2) for name, shape in SHAPES.items()}
     small = Setting(torch.device("cpu"), shapes, ("bf16",), runs=1, warmup=0, num_steps=2)
@@ -97,7 +97,7 @@ def toy_setting() -> Setting:
 
 
 def items(setting: Setting) -> dict[str, tuple[int, Callable[[], Iterator[Result]]]]:
-    """Name -> (seconds it may take, what to run), the most wanted first."""
+    """Name -> (time limit in seconds, what to run), the most important first."""
     found: dict[str, tuple[int, Callable[[], Iterator[Result]]]] = {"ceilings": (30, partial(ceilings, setting))}
     named = [name for name in setting.shapes if name != "img512-xxl"]
     first, *others = setting.precisions
@@ -112,13 +112,13 @@ def items(setting: Setting) -> dict[str, tuple[int, Callable[[], Iterator[Result
 
 
 def ceilings(setting: Setting) -> Iterator[Result]:
-    """The machine's limits: multiply-adds and bytes a second."""
+    """The machine's limits: multiply-adds and bytes per second."""
     names = ["memory_copy"] + [name for precision in setting.precisions if (name := setting.ceiling(precision))]
     yield {"numbers": {name: harness.ceiling(name, setting.device) for name in names}}
 
 
 def training(setting: Setting, shape: str, precision: str) -> Iterator[Result]:
-    """A training step: plain, as train.py does it, and compiled."""
+    """A training step: plain, as in train.py, and compiled."""
     config, batch = setting.config(shape, precision), setting.shapes[shape].batch
     net, yardstick = networks(setting, shape, precision)
     x, _, labels = inputs(net, batch, setting)
@@ -149,7 +149,7 @@ def training(setting: Setting, shape: str, precision: str) -> Iterator[Result]:
 
 
 def evaluation(setting: Setting, shape: str, precision: str) -> Iterator[Result]:
-    """One evaluation of the network, as sampling needs 63 of: plain, default, as a CUDA graph, compiled."""
+    """One evaluation of the network (sampling needs 63): plain, default, as a CUDA graph, compiled."""
     batch = setting.shapes[shape].batch
     net, plain = networks(setting, shape, precision)
     x, sigma, labels = inputs(net, batch, setting)
@@ -176,7 +176,7 @@ def evaluation(setting: Setting, shape: str, precision: str) -> Iterator[Result]
 
 
 def guided(setting: Setting, precision: str) -> Iterator[Result]:
-    """Whole sampling, img512-s guided by img512-xs: plain, default, fast; and unguided, for what guidance costs."""
+    """Complete sampling, img512-s guided by img512-xs: plain, default, fast; and unguided, for the cost of guidance."""
     shape, batch = "img512-s", setting.shapes["img512-s"].batch
     (net, plain), (guide, plain_guide) = (networks(setting, name, precision) for name in (shape, "img512-xs"))
     x, sigma, labels = inputs(net, batch, setting)
@@ -210,7 +210,7 @@ def guided(setting: Setting, precision: str) -> Iterator[Result]:
 
 
 def xxl_memory(setting: Setting) -> Iterator[Result]:
-    """Peak memory of training edm2-img512-xxl at one image a pass, against the forecast."""
+    """Peak memory of training edm2-img512-xxl at one image per pass, against the forecast."""
     shape, numbers = "img512-xxl", {}
     for recompute in (True, False):
         config = setting.config(shape, setting.precisions[0], recompute=recompute, batch_gpu=1, batch_size=1)
@@ -261,9 +261,9 @@ def compare(
     goals: dict[str, float],
     errors: dict[str, float] | None = None,
 ) -> Result:
-    """Time contenders in turns."""
+    """Time contenders, which take turns."""
     kind = "norm of the difference from fp32 over its norm" if errors else ""
-    job = harness.Job(name, dict(contenders), work, goals, errors or {}, kind)
+    job = harness.Comparison(name, dict(contenders), work, goals, errors or {}, kind)
     return harness.measure(job, setting.runs, setting.warmup, setting.device)
 
 
@@ -272,7 +272,7 @@ def rates(found: Result, batch: int) -> dict[str, float]:
 
 
 def with_peak(setting: Setting, make: Callable[[], Callable[[], object]]) -> tuple[Callable[[], object], float]:
-    """What `make` makes, called once, and the GB that it took on the GPU at most (0 on a CPU)."""
+    """The function that `make` returns, after one call, and the peak GB of both on the GPU (0 on a CPU)."""
     if setting.device.type != "cuda":
         run = make()
         run()
@@ -301,7 +301,7 @@ def graphed(net: Precond, *example: torch.Tensor) -> Callable[..., torch.Tensor]
 
     def run(x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         for target, source in zip(held, (x, torch.as_tensor(sigma, device=x.device), labels), strict=True):
-            target.copy_(source)  # a scalar sigma spreads over the batch
+            target.copy_(source)  # a scalar sigma is broadcast over the batch
         graph.replay()
         return answer.clone()
 

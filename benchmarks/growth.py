@@ -1,4 +1,4 @@
-"""How cost grows: images a second against batch, resolution and width of the network."""
+"""How cost grows: images per second against batch, resolution and width of the network."""
 
 import statistics
 from collections.abc import Callable, Mapping
@@ -23,17 +23,17 @@ AXES = {"batch": (1, 2, 4, 8, 16, 32), "resolution": (8, 16, 32, 64), "channels"
 TOY_AXES = {"batch": (1, 2), "resolution": (8, 16), "channels": (8, 16)}
 UNITS = {
     "batch": "batch: images",
-    "resolution": "resolution: pixels a side",
+    "resolution": "resolution: pixels per side",
     "channels": "size: channels of the first level",
 }
 
 
 @click.command(cls=cli.Command)
-@click.option("--runs", default=5, show_default=True, help="Times that the points of an axis take turns.")
-@click.option("--toy", is_flag=True, help="Tiny shapes, to see that it runs.")
-@click.option("--out", type=click.Path(path_type=Path), default=harness.RECORDS, help="Folder of the record.")
+@harness.runs_option(5)
+@click.option("--toy", is_flag=True, help="Use tiny shapes, to test the script")
+@harness.out_option
 def main(runs: int, toy: bool, out: Path) -> None:
-    """Measure one axis after the other around batch 8, 32x32 pixels, 32 channels, and write growth.json."""
+    """Measure speed along each axis around batch 8, 32x32 pixels, 32 channels; writes growth.json."""
     base = {"batch": 2, "resolution": 8, "channels": 8} if toy else BASE
     axes = {axis: measure_axis(axis, values, base, runs) for axis, values in (TOY_AXES if toy else AXES).items()}
     record = {
@@ -49,7 +49,7 @@ def main(runs: int, toy: bool, out: Path) -> None:
 
 
 def measure_axis(axis: str, values: tuple[int, ...], base: Mapping[str, int], runs: int) -> list[dict[str, Any]]:
-    """Images a second of evaluations and of training steps, at each value of one axis, the others at `base`."""
+    """Images per second of evaluations and training steps at each value of one axis, the others at `base`."""
     points = [{**base, axis: value} for value in values]
     ways = {"evaluation": evaluation, "training": training_step}
     contenders = {f"{way} {k}": make(**point) for way, make in ways.items() for k, point in enumerate(points)}
@@ -73,7 +73,7 @@ def architecture(batch: int, resolution: int, channels: int) -> dict[str, Any]:
 
 
 def evaluation(batch: int, resolution: int, channels: int) -> Callable[[], object]:
-    """One evaluation of `batch` images, as sampling makes them."""
+    """One evaluation of `batch` images, as in sampling."""
     net = freeze_(Precond(**architecture(batch, resolution, channels)))
     x, sigma = torch.randn(batch, 3, resolution, resolution), torch.ones(batch)
     labels = torch.eye(10)[torch.arange(batch) % 10]
@@ -81,7 +81,7 @@ def evaluation(batch: int, resolution: int, channels: int) -> Callable[[], objec
 
 
 def training_step(batch: int, resolution: int, channels: int) -> Callable[[], object]:
-    """One whole training step on `batch` images."""
+    """One complete training step on `batch` images."""
     trainer = make_trainer(TrainConfig(network=network(channels), batch_size=batch, rampup_nimg=0), resolution)
     return partial(trainer.step, images_for(trainer, batch), 1)
 

@@ -1,4 +1,4 @@
-"""The plain path on any device and in half precision, as published code has it: the U-Net in half, else float32."""
+"""The plain way on any device and in half precision: the U-Net in half, everything else in float32."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -42,7 +42,7 @@ class HalfPlainTraining(PlainTraining):
         self.net = HalfPlainNetwork(architecture, self.state, dtype, training=True)
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        # as in PlainTraining, drawn where the images are: to switch torch's default device would slow every call down
+        # as in PlainTraining, but on the device of the images; switching torch's default device would slow every call
         sd = self.net.settings["sigma_data"]
         sigma = (torch.randn(len(images), 1, 1, 1, device=images.device) * self.P_std + self.P_mean).exp()
         noisy = images + torch.randn_like(images) * sigma

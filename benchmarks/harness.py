@@ -1,18 +1,20 @@
-"""Honest timing: the contenders of a job take turns in one process, and the median of their ratios counts."""
+"""Fair timing: contenders take turns in one process, and the median of their ratios counts."""
 
 import contextlib
 import ctypes
 import json
+import resource
 import shlex
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
 from benchmarks.tables import comparison_table
@@ -23,12 +25,31 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "records"
 RUNS, WARMUP = 7, 2
 
+out_option = click.option(
+    "--out",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=RECORDS,
+    show_default="benchmarks/records",
+    help="Folder of the records",
+)
+
+
+def runs_option(default: int = RUNS) -> Callable[[Callable], Callable]:
+    """The option --runs."""
+    return click.option("--runs", metavar="N", type=click.IntRange(1), default=default, help="Rounds that are counted")
+
+
+def only_option(names: Iterable[str]) -> Callable[[Callable], Callable]:
+    """The option --only, for some of `names`."""
+    return click.option("--only", type=click.Choice(list(names)), multiple=True, help="Only this one; may be repeated")
+
 
 @dataclass(frozen=True)
 class Work:
-    """What one run of a job amounts to: `amount` of `unit` ("multiply-adds", "bytes", "images", ...).
+    """How much one run does: `amount` of `unit` ("multiply-adds", "bytes", "images", ...).
 
-    `ceiling` names the machine's limit that it is held against, a key of `CEILINGS`, where there is one.
+    `ceiling` is the machine's limit to compare with, a key of `CEILINGS`, or None.
     """
 
     amount: float
@@ -37,13 +58,13 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One comparison: the first contender is A, the plain way; the others are ways to do the same faster.
+class Comparison:
+    """Ways to do the same work: the first contender is A, the plain way; the others are faster ways.
 
-    A contender is called without arguments and does the whole job once; one that does a part of it, and would take
-    as long for every other, counts `times` as long. `goals` are the ratios to A to reach, `errors` the numerical
-    differences from A, `error_kind` says how they were measured; `notes` go into the record. `prepare` is called
-    before every run, outside its time.
+    A contender is called without arguments and does all of the work once. If it only does a part, and each part would
+    take the same time, `times` is the number of parts. `goals` are ratios to A to reach, `errors` numerical differences
+    from A, and `error_kind` says how they were measured; `notes` go into the record. `prepare` is called before every
+    run and not timed.
     """
 
     name: str
@@ -66,10 +87,10 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each run of each contender, A B C A B C ...; the first `warmup` rounds are not counted.
 
-    `prepare` is called before every run, outside its time.
+    `prepare` is called before every run and not timed.
 
-    From here on the process keeps the memory that it frees. A virtual machine takes ten times as long as a real one to
-    hand out a page, which would tell more of the machine than of the contenders.
+    From here on the process keeps memory that it frees. On some virtual machines a fresh page takes ten times as long
+    as on a real one, so the result would depend on the machine more than on the contenders.
     """
     keep_memory()
     seconds: dict[str, list[float]] = {label: [] for label in contenders}
@@ -87,34 +108,36 @@ def interleave(
 
 
 def keep_memory() -> None:
-    """Let this process keep the memory that it frees."""
-    # glibc: blocks below 32 MB (more it does not allow) are not mapped one by one, and the heap never shrinks
+    """Make this process keep memory that it frees."""
+    # glibc: do not map blocks below 32 MB (its maximum) one by one, and never shrink the heap
     with contextlib.suppress(OSError, AttributeError):
         for option, value in ((-3, 1 << 25), (-1, (1 << 31) - 1), (-2, 1 << 28)):
             ctypes.CDLL(None).mallopt(option, value)
 
 
-def measure(job: Job, runs: int = RUNS, warmup: int = WARMUP, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Time a job and describe it as a JSON record; prints its table."""
+def measure(
+    comparison: Comparison, runs: int = RUNS, warmup: int = WARMUP, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """Time a comparison and return its JSON record; prints its table."""
     cuda = torch.device(device).type == "cuda"
     synchronize = torch.cuda.synchronize if cuda else lambda: None
-    seconds = interleave(job.contenders, runs, warmup, synchronize, job.prepare)
-    return describe(job, seconds, warmup, device)
+    seconds = interleave(comparison.contenders, runs, warmup, synchronize, comparison.prepare)
+    return describe(comparison, seconds, warmup, device)
 
 
 def describe(
-    job: Job, seconds: Mapping[str, list[float]], warmup: int = WARMUP, device: torch.device | str = "cpu"
+    comparison: Comparison, seconds: Mapping[str, list[float]], warmup: int = WARMUP, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """The record of a job whose contenders, as `interleave` tells, took `seconds`; prints its table."""
+    """The record of a comparison with the `seconds` that `interleave` returned; prints its table."""
     record = {
-        "job": job.name,
+        "job": comparison.name,
         "runs": len(next(iter(seconds.values()))),
         "warmup": warmup,
-        "contenders": _rows(job, seconds, device),
-        "error_kind": job.error_kind,
-        "work": None if job.work is None else vars(job.work),
-        "times": dict(job.times),
-        "notes": dict(job.notes),
+        "contenders": _rows(comparison, seconds, device),
+        "error_kind": comparison.error_kind,
+        "work": None if comparison.work is None else vars(comparison.work),
+        "times": dict(comparison.times),
+        "notes": dict(comparison.notes),
         "command": command(),
         "provenance": provenance(device),
     }
@@ -122,25 +145,25 @@ def describe(
     return record
 
 
-def _rows(job: Job, seconds: Mapping[str, list[float]], device: torch.device | str) -> dict[str, Any]:
-    seconds = {label: [job.times.get(label, 1) * s for s in found] for label, found in seconds.items()}
+def _rows(comparison: Comparison, seconds: Mapping[str, list[float]], device: torch.device | str) -> dict[str, Any]:
+    seconds = {label: [comparison.times.get(label, 1) * s for s in found] for label, found in seconds.items()}
     plain = next(iter(seconds.values()))
     rows = {}
     for label, times in seconds.items():
-        ratios = [a / b for a, b in zip(plain, times, strict=True)]  # round by round: the machine's pace may drift
+        ratios = [a / b for a, b in zip(plain, times, strict=True)]  # per round: the machine's pace may drift
         row: dict[str, Any] = {
             "median_sec": statistics.median(times),
             "min_sec": min(times),
             "max_sec": max(times),
             "ratio": statistics.median(ratios),
             "ratio_range": [min(ratios), max(ratios)],
-            "goal": job.goals.get(label),
-            "error": job.errors.get(label),
+            "goal": comparison.goals.get(label),
+            "error": comparison.errors.get(label),
         }
-        if job.work is not None:
-            row["per_sec"] = job.work.amount / row["median_sec"]
-            if job.work.ceiling is not None:
-                row["share_of_ceiling"] = row["per_sec"] / ceiling(job.work.ceiling, device)
+        if comparison.work is not None:
+            row["per_sec"] = comparison.work.amount / row["median_sec"]
+            if comparison.work.ceiling is not None:
+                row["share_of_ceiling"] = row["per_sec"] / ceiling(comparison.work.ceiling, device)
         rows[label] = row
     return rows
 
@@ -154,25 +177,33 @@ def command() -> str:
 
 
 def save(record: Mapping[str, Any], folder: Path = RECORDS) -> None:
-    """Write a record under its job's name."""
+    """Write a record to FOLDER/JOB.json."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / f"{record['job']}.json", "w") as file:
         file.write(json.dumps(record, indent=1) + "\n")
 
 
 def load(folder: Path = RECORDS) -> list[dict[str, Any]]:
-    """All records, by name."""
+    """All records, sorted by file name."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
+def peak_rss() -> int:
+    """The largest number of bytes that this process has held so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would include what the parent held when it started this process
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
-    """Norm of the difference over the norm, in float64."""
+    """Norm of the difference divided by the norm, in float64."""
     value, exact = value.double().flatten(), exact.double().flatten()
     return float((value - exact).norm() / exact.norm())
 
 
 def ceiling(name: str, device: torch.device | str = "cpu") -> float:
-    """What the machine can do at best, measured once in a process: multiply-adds or bytes a second."""
+    """The machine's limit, multiply-adds or bytes per second, measured once per process."""
     key = (name, str(device))
     if key not in _measured:
         run, amount = CEILINGS[name](torch.device(device))
@@ -209,7 +240,7 @@ def _read(device: torch.device) -> tuple[Callable[[], object], float]:
     return run, size
 
 
-# name -> device -> (what to run, how much one run does); a matmul's amount counts multiply-adds
+# name -> function from a device to (what to run, multiply-adds or bytes of one run)
 CEILINGS: dict[str, Callable[[torch.device], tuple[Callable[[], object], float]]] = {
     "matmul_fp32": lambda device: _matmul(torch.float32, 2048 if device.type == "cpu" else 8192, device),
     "matmul_fp64": lambda device: _matmul(torch.float64, 2048, device),

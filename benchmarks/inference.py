@@ -1,4 +1,4 @@
-"""One evaluation of a network: plain, as a user gets it (frozen), and compiled."""
+"""One evaluation of a network: plain, frozen (as users get it), and compiled."""
 
 import copy
 from pathlib import Path
@@ -7,7 +7,7 @@ import click
 import torch
 
 from benchmarks import harness, networks
-from benchmarks.harness import Job, Work, relative_error
+from benchmarks.harness import Comparison, Work, relative_error
 from benchmarks.plain import PlainNetwork
 from edm2kit.cli import click_types as cli
 from edm2kit.models.cost import evaluation_cost
@@ -24,20 +24,20 @@ _HALF = torch.bfloat16
 
 
 @click.command(cls=cli.Command)
-@click.option("--runs", default=harness.RUNS, show_default=True, help="Times that the contenders take turns.")
-@click.option("--only", type=click.Choice(list(JOBS)), multiple=True, help="These jobs.")
-@click.option("--half", is_flag=True, help="Time bf16 also where the CPU has no instructions for it.")
-@click.option("--compiled", is_flag=True, help="Also compile the networks, which takes minutes.")
-@click.option("--out", type=click.Path(path_type=Path), default=harness.RECORDS, help="Folder of the records.")
+@harness.runs_option()
+@harness.only_option(JOBS)
+@click.option("--half", is_flag=True, help="Time bf16 even if the CPU has no instructions for it")
+@click.option("--compiled", is_flag=True, help="Also compile the networks; takes minutes")
+@harness.out_option
 def main(runs: int, only: tuple[str, ...], half: bool, compiled: bool, out: Path) -> None:
-    """Compare ways to evaluate D(x; sigma, labels), and write inference_*.json."""
+    """Compare ways to evaluate D(x; sigma, labels); writes inference_*.json."""
     for name in only or JOBS:
         with torch.no_grad():
             harness.save(harness.measure(make_job(name, half, compiled), runs), out)
 
 
-def make_job(name: str, half: bool, compiled: bool) -> Job:
-    """Build the networks of one job, and say how their answers differ."""
+def make_job(name: str, half: bool, compiled: bool) -> Comparison:
+    """The networks of one comparison, with the errors of their answers."""
     architecture, size, goals = JOBS[name]
     live, batch = networks.random_network(architecture).eval(), networks.random_batch(architecture, size)
     x = batch.x * batch.sigma.reshape(-1, 1, 1, 1)
@@ -51,7 +51,7 @@ def make_job(name: str, half: bool, compiled: bool) -> Job:
     if compiled:
         nets["frozen and compiled"] = compile_(freeze_(copy.deepcopy(live)))
     exact = plain(x, batch.sigma, batch.labels)
-    return Job(
+    return Comparison(
         name,
         {way: (lambda net=net: net(x, batch.sigma, batch.labels)) for way, net in nets.items()},
         work=Work(evaluation_cost(architecture).multiply_adds * size, "multiply-adds", "matmul_fp32"),
@@ -63,7 +63,7 @@ def make_job(name: str, half: bool, compiled: bool) -> Job:
 
 
 def half_errors() -> dict[str, float]:
-    """How far one evaluation in bf16 is from float32: of a frozen small network, and of a plain one under autocast."""
+    """Relative errors of one evaluation in bf16: of a small frozen network, and of a plain one under autocast."""
     architecture = networks.GUIDE
     live, batch = networks.random_network(architecture).eval(), networks.random_batch(architecture, 2)
     x = batch.x * batch.sigma.reshape(-1, 1, 1, 1)

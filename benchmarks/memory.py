@@ -1,8 +1,7 @@
-"""Peak memory of training against its forecast, each setting in a process of its own."""
+"""Peak memory of training against its forecast, each setting in a separate process."""
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -32,13 +31,13 @@ SETTINGS = {
 
 
 @click.command(cls=cli.Command)
-@click.option("--channels", default=128, show_default=True, help="Width of the network.")
-@click.option("--batch", default=4, show_default=True, help="Images of a rank and step.")
-@click.option("--resolution", default=32, show_default=True, help="Side of the images.")
-@click.option("--out", type=click.Path(path_type=Path), default=harness.RECORDS, help="Folder of the record.")
-@click.option("--worker", type=click.Choice(list(SETTINGS)), hidden=True, help="Be a process that is measured.")
+@click.option("--channels", default=128, show_default=True, help="Channels of the first level")
+@click.option("--batch", default=4, show_default=True, help="Images per rank and step")
+@click.option("--resolution", default=32, show_default=True, help="Side of the images in pixels")
+@harness.out_option
+@click.option("--worker", type=click.Choice(list(SETTINGS)), hidden=True, help="Measure this setting in this process")
 def main(channels: int, batch: int, resolution: int, out: Path, worker: str | None) -> None:
-    """Train two steps in every setting, and write memory.json."""
+    """Train two steps in every setting; writes memory.json."""
     if worker:
         work(worker, channels, batch, resolution, out)
         return
@@ -79,7 +78,7 @@ def _run(name: str, channels: int, batch: int, resolution: int) -> dict[str, Any
 
 
 def xxl_forecast() -> dict[str, dict[str, int]]:
-    """Forecast bytes a GPU of edm2-img512-xxl at one image a pass: number of GPUs -> options -> bytes."""
+    """Forecast bytes per GPU of edm2-img512-xxl at one image per pass: number of GPUs -> options -> bytes."""
     config = preset_config("edm2-img512-xxl", batch_gpu=1)
     architecture = full_architecture(64, 4, 1000, config.sigma_data, config.network)
     found: dict[str, dict[str, int]] = {}
@@ -91,7 +90,7 @@ def xxl_forecast() -> dict[str, dict[str, int]]:
 
 
 def work(name: str, channels: int, batch: int, resolution: int, out: Path) -> None:
-    """Train in one setting and write what it took."""
+    """Train in one setting and write the result."""
     torch.set_num_threads(1)
     with dist.session("cpu"):
         found = peak_memory(SETTINGS[name][1], channels, batch, resolution)
@@ -102,7 +101,7 @@ def peak_memory(options: dict[str, Any], channels: int, batch: int, resolution: 
     """Bytes that two steps add to a process that has trained a tiny network, and their forecast."""
     tiny = TrainConfig(network={**SMALL, "model_channels": 8, "channels_per_head": 8}, batch_size=dist.world_size())
     _train(tiny, 8, 1)
-    before = _peak_rss()
+    before = harness.peak_rss()
     network = {**SMALL, "model_channels": channels, "channels_per_head": 32}
     config = TrainConfig(network=network, batch_size=batch * dist.world_size(), **options)
     architecture = _train(config, resolution, batch)
@@ -111,8 +110,8 @@ def peak_memory(options: dict[str, Any], channels: int, batch: int, resolution: 
         "parameters": forecast.parameters,
         "state_bytes": forecast.memory.state,
         "activation_bytes": forecast.memory.activations,
-        "forecast_bytes": forecast.memory.state + forecast.memory.activations,  # nothing is drawn here
-        "measured_bytes": _peak_rss() - before,
+        "forecast_bytes": forecast.memory.state + forecast.memory.activations,  # no images are generated here
+        "measured_bytes": harness.peak_rss() - before,
     }
 
 
@@ -121,10 +120,6 @@ def _train(config: TrainConfig, resolution: int, batch: int) -> dict[str, Any]:
     for _ in range(2):
         trainer.step(images_for(trainer, batch), 1)
     return dict(trainer.header.architecture)
-
-
-def _peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The networks that are measured, and data for them."""
+"""The networks that are measured, and inputs for them."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ class Batch(NamedTuple):
 
 
 def random_network(architecture: Mapping[str, Any], seed: int = 0) -> Precond:
-    """A network of random weights, gains 1: with those that training starts from it would compute next to nothing."""
+    """A network with random weights and gains of 1 (training starts with gains of 0, which skip most of the work)."""
     torch.manual_seed(seed)
     net = Precond(**architecture)
     for name, parameter in net.named_parameters():
@@ -33,7 +33,7 @@ def random_network(architecture: Mapping[str, Any], seed: int = 0) -> Precond:
 
 
 def random_batch(architecture: Mapping[str, Any], size: int, seed: int = 0) -> Batch:
-    """Data of the right shapes."""
+    """Random inputs for a network of this architecture."""
     rng = torch.Generator().manual_seed(seed)
     side, classes = architecture["img_resolution"], architecture["label_dim"]
     sigma = torch.logspace(-2.7, 1.9, size) if size > 1 else torch.ones(1)

@@ -1,7 +1,7 @@
-"""The plain way: the published formulas as they are stated, nothing arranged for speed.
+"""The plain way: the published formulas as they are stated, without optimisation.
 
-The yardstick that the benchmarks hold the project against, and the oracle of its tests. Eager, NCHW, float32, weights
-normalised on every call, attention by einsum and softmax, one parameter at a time. Shares no code with the rooms.
+The baseline of the benchmarks and the oracle of their tests. Eager, NCHW, float32, weights normalised on every call,
+attention by einsum and softmax, one parameter at a time. Shares no code with edm2kit.
 """
 
 import math
@@ -16,7 +16,7 @@ Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tens
 
 
 def normalize(x: torch.Tensor, dims: list[int] | None = None, eps: float = 1e-4) -> torch.Tensor:
-    """Unit RMS over `dims`, all but the first where not given."""
+    """Normalise to unit RMS over `dims`, by default all but the first."""
     dims = list(range(1, x.ndim)) if dims is None else dims
     norm = torch.linalg.vector_norm(x.float(), dim=dims, keepdim=True)
     return (x / (eps + norm * math.sqrt(norm.numel() / x.numel()))).to(x.dtype)
@@ -43,9 +43,9 @@ def mp_conv(x: torch.Tensor, weight: torch.Tensor, gain: torch.Tensor | float = 
 
 
 class PlainNetwork:
-    """D(x; sigma, labels) from a `Precond`'s architecture and state dict, whose tensors it reads as they are.
+    """D(x; sigma, labels) from the architecture and state dict of a `Precond`; uses the tensors without copying.
 
-    `training` switches dropout on. `logvar(sigma)` is the uncertainty u, [N, 1, 1, 1].
+    `training` enables dropout. `logvar(sigma)` is the uncertainty u, [N, 1, 1, 1].
     """
 
     def __init__(self, architecture: Mapping[str, Any], state: State, training: bool = False):
@@ -54,7 +54,7 @@ class PlainNetwork:
         defaults = {"sigma_data": 0.5, "label_balance": 0.5, "concat_balance": 0.5, "res_balance": 0.3}
         defaults |= {"attn_balance": 0.3, "channels_per_head": 64, "clip_act": 256.0, "dropout": 0.0}
         self.settings = {name: architecture.get(name, value) for name, value in defaults.items()}
-        # state dicts keep the order in which blocks are computed
+        # state dicts list the blocks in the order of computation
         self.blocks = {
             side: list(dict.fromkeys(key.split(".")[2] for key in state if key.startswith(f"unet.{side}.")))
             for side in ("enc", "dec")
@@ -140,10 +140,10 @@ class PlainNetwork:
 
 
 class PlainTraining:
-    """A training run one step at a time: loss, backward, Adam, averages, each weight by itself.
+    """A training run, one step at a time: loss, backward, Adam, averages, each weight separately.
 
-    `weights` are the network's parameters, `state` all of it, `averages` one state per length in `ema_exponents`
-    (gamma of the power function).
+    `weights` are the network's parameters, `state` all of its tensors, `averages` one state per EMA length in
+    `ema_exponents` (gamma of the power function).
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class PlainTraining:
         self.nimg = 0
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        """Unreduced, [N, C, H, W]; noise levels, then noise, from torch's global generator."""
+        """Loss per element, [N, C, H, W]; noise levels, then noise, from torch's global generator."""
         sd = self.net.settings["sigma_data"]
         sigma = (torch.randn(len(images), 1, 1, 1) * self.P_std + self.P_mean).exp()
         noisy = images + torch.randn_like(images) * sigma
@@ -175,7 +175,7 @@ class PlainTraining:
         return weight / u.exp() * (self.net(noisy, sigma, labels) - images) ** 2 + u
 
     def step(self, images: torch.Tensor, labels: torch.Tensor | None, lr: float) -> torch.Tensor:
-        """One optimizer step on one batch; returns its loss of every element."""
+        """One optimizer step on one batch; returns the loss per element."""
         with torch.no_grad():
             for weight in self.weights.values():
                 if weight.ndim > 1:
@@ -193,7 +193,7 @@ class PlainTraining:
 
     @torch.no_grad()
     def average(self, batch_size: int) -> None:
-        """Take the weights into every average."""
+        """Add the weights to every average."""
         for average, exponent in zip(self.averages, self.ema_exponents, strict=True):
             beta = (1 - batch_size / self.nimg) ** (exponent + 1)
             for name, value in self.state.items():
@@ -215,7 +215,7 @@ def guided_heun(
     sigma_max: float = 80.0,
     rho: float = 7.0,
 ) -> torch.Tensor:
-    """`num_steps` Heun steps of D_guide + weight * (D - D_guide), both networks at every evaluation."""
+    """`num_steps` Heun steps of D_guide + weight * (D - D_guide); both networks in every evaluation."""
     ramp = torch.arange(num_steps, dtype=torch.float64) / (num_steps - 1)
     sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     sigmas = torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)]).float()

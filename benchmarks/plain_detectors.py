@@ -1,4 +1,4 @@
-"""The detectors as straightforward code has them: NCHW, normalisation after each convolution, attention spelt out."""
+"""The detectors in straightforward code: NCHW, normalisation after each convolution, attention written out."""
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ class _Conv(ConvNormRelu):
 
 
 class PlainInception(InceptionV3):
-    """Inception-v3, NCHW, convolution, batch normalisation and ReLU one after another."""
+    """Inception-v3 in NCHW with separate convolution, batch normalisation and ReLU."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class _Attention(SelfAttention):
 
 
 class PlainDINOv2(DINOv2ViT):
-    """DINOv2 with attention by two products and a softmax."""
+    """DINOv2 with attention as two products and a softmax."""
 
     def __init__(self, *sizes: int):
         super().__init__(*sizes)

@@ -1,6 +1,6 @@
-"""The plain path beside the network: files, averages, statistics and the toy's score as straightforward code has them.
+"""The plain way for files, averages, statistics and the toy's score: straightforward code.
 
-The yardstick of the benchmarks and an oracle of the tests: one file, one output, one batch at a time, eager.
+The baseline of the benchmarks and an oracle of the tests: one file, one output, one batch at a time, eager.
 """
 
 import copy
@@ -44,26 +44,26 @@ class PlainDataset:
         return raw, label
 
     def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Items put together."""
+        """The items `indices` as one batch."""
         raws, labels = zip(*[self[int(k)] for k in indices], strict=True)
         return torch.from_numpy(np.stack(raws)), torch.from_numpy(np.stack(labels))
 
 
 def save_network(path: Path, net: Precond) -> None:
-    """A copy of the network in half precision, written as a state dict by torch."""
+    """Copy the network in half precision and write its state dict with torch.save."""
     half = copy.deepcopy(net).cpu().to(torch.float16)
     torch.save(half.state_dict(), path)
 
 
 def load_network(path: Path, **architecture: object) -> Precond:
-    """A network made anew, its weights replaced by those in the file."""
+    """Create a network and replace its weights by those in the file."""
     net = Precond(**architecture)
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return net.eval().requires_grad_(False)
 
 
 def posthoc_ema(paths: Sequence[Path], coefficients: np.ndarray, out: Path) -> None:
-    """One weighted sum of stored state dicts, file after file, written in half precision."""
+    """Sum stored state dicts with weights, file after file, and write the result in half precision."""
     total: dict[str, torch.Tensor] = {}
     for path, coefficient in zip(paths, coefficients.tolist(), strict=True):
         for name, value in load_file(path).items():
@@ -73,13 +73,13 @@ def posthoc_ema(paths: Sequence[Path], coefficients: np.ndarray, out: Path) -> N
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """The formula as it stands, by scipy's matrix square root."""
+    """The formula as it is stated, with scipy's matrix square root."""
     root = scipy.linalg.sqrtm(sigma1 @ sigma2)
     return float(np.sum((mu1 - mu2) ** 2) + np.trace(sigma1 + sigma2 - 2 * np.real(root)))
 
 
 class PlainMoments:
-    """Mean and covariance from float64 sums, an outer sum for each batch."""
+    """Mean and covariance from float64 sums, with an outer product for each batch."""
 
     def __init__(self, num_features: int):
         self.count = 0
@@ -87,27 +87,27 @@ class PlainMoments:
         self.outer = torch.zeros(num_features, num_features, dtype=torch.float64)
 
     def add(self, features: torch.Tensor) -> None:
-        """Take in rows [N, F]."""
+        """Add rows [N, F]."""
         rows = features.to(torch.float64)
         self.count += len(rows)
         self.sum += rows.sum(dim=0)
         self.outer += rows.T @ rows
 
     def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean [F], covariance [F, F] by n - 1."""
+        """Mean [F] and covariance [F, F] (divided by n - 1)."""
         mean = self.sum / self.count
         covariance = (self.outer - torch.outer(self.sum, mean)) / (self.count - 1)
         return mean.numpy(), covariance.numpy()
 
 
 class EigenMixture:
-    """The toy's mixture of Gaussians; each point's smoothed covariances are inverted by batched eigenvectors."""
+    """The toy's mixture of Gaussians; inverts the smoothed covariances of each point by batched eigenvectors."""
 
     def __init__(self, phi: np.ndarray, mu: np.ndarray, Sigma: np.ndarray):
         self.phi, self.mu, self.Sigma = (torch.from_numpy(part).float() for part in (phi, mu, Sigma))
 
     def score(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """Gradient [N,2] of the log-density at the points `x` [N,2] behind noise `sigma` [N]."""
+        """Gradient [N,2] of the log-density at the noisy points `x` [N,2] with noise levels `sigma` [N]."""
         values, vectors = torch.linalg.eigh(self.Sigma + sigma[:, None, None, None] ** 2 * torch.eye(2))  # [N,K,2,2]
         along = torch.einsum("nkij,nki->nkj", vectors, x[:, None] - self.mu)
         log_parts = self.phi.log() - (along**2 / values).sum(2) / 2 - values.log().sum(2) / 2

@@ -1,4 +1,4 @@
-"""Pictures of records: how cost grows, how steps scale."""
+"""Plots of records: how cost grows, how steps scale."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ _WAYS = {"evaluation": ("one evaluation", "C0", "o"), "training": ("a training s
 
 
 def growth_plot(records: dict[str, dict[str, Any]], path: Path) -> None:
-    """Images a second along every axis that `records`, by job, hold; a panel without a record says so."""
+    """Plot images per second along every axis in `records` (by job); a panel without a record says so."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6.6), layout="constrained")
@@ -91,7 +91,7 @@ def _memory_panel(panel: Any, record: dict[str, Any] | None) -> None:
 
 
 def _output_panel(panel: Any, records: dict[str, dict[str, Any]]) -> None:
-    """Seconds against outputs, from whatever record of EMA reconstruction names its contenders' outputs."""
+    """Seconds against the number of outputs, from all records of EMA reconstruction."""
     panel.set_title("EMA outputs of one reconstruction", fontsize=10)
     points = ema_points(records)
     if not points:
@@ -108,7 +108,7 @@ def _output_panel(panel: Any, records: dict[str, dict[str, Any]]) -> None:
 
 
 def ema_points(records: dict[str, dict[str, Any]]) -> list[tuple[str, int, float]]:
-    """(way, outputs, median seconds) of every record whose notes tell a number of `outputs`."""
+    """(way, outputs, median seconds) of every record with a number of `outputs` in its notes."""
     return [
         (way, int(record["notes"]["outputs"]), row["median_sec"])
         for record in records.values()

@@ -54,6 +54,7 @@ def main(folder: Path, docs: Path, check: bool) -> None:
         write_parts(docs / name, {PART: text})
     if "growth" in records:
         growth_plot(records, folder / PLOT_NAME)
+    click.echo(f"Wrote {', '.join(texts)}")
 
 
 def read_records(folder: Path) -> dict[str, dict[str, Any]]:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Every benchmark that this machine can run, one after the other, then the documents. Nothing else should run meanwhile.
+# Every benchmark that needs no GPU, one after the other, then the documents. Nothing else should run at the same time.
 #   bash benchmarks/run_all.sh              bash benchmarks/run_all.sh memory growth
-# A benchmark that fails does not stop the others; it is named at the end, and the exit code is 1. Needs an environment
-# with this project's packages (scripts/test.sh makes one). What needs a GPU is benchmarks/gpu.sh.
+# If a benchmark fails, the others still run; it is listed at the end, and the exit code is 1. Needs an environment with
+# this project's packages (scripts/test.sh makes one). For a GPU there is benchmarks/gpu.sh.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-python}"

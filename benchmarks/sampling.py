@@ -1,4 +1,4 @@
-"""Whole guided images: two networks, 32 Heun steps, plain and as a user gets them."""
+"""Guided images from start to end: two networks, 32 Heun steps, plain and as users get them."""
 
 import copy
 from functools import partial
@@ -8,7 +8,7 @@ import click
 import torch
 
 from benchmarks import harness, networks
-from benchmarks.harness import Job, Work, relative_error
+from benchmarks.harness import Comparison, Work, relative_error
 from benchmarks.plain import PlainNetwork, guided_heun
 from edm2kit.cli import click_types as cli
 from edm2kit.guidance.combine import Guided
@@ -25,12 +25,12 @@ _EVALUATIONS = 2 * _STEPS - 1
 
 
 @click.command(cls=cli.Command)
-@click.option("--runs", default=3, show_default=True, help="Times that the contenders take turns.")
-@click.option("--only", type=click.Choice(["pair", "batched"]), multiple=True, help="These jobs.")
-@click.option("--out", type=click.Path(path_type=Path), default=harness.RECORDS, help="Folder of the records.")
+@harness.runs_option(3)
+@harness.only_option(["pair", "batched"])
+@harness.out_option
 @torch.no_grad()
 def main(runs: int, only: tuple[str, ...], out: Path) -> None:
-    """Compare guided sampling, and two guided calls as one, and write sampling_*.json."""
+    """Compare guided sampling, and two guided calls with one of twice the batch; writes sampling_*.json."""
     net, guide_net = (networks.random_network(a, k).eval() for k, a in enumerate((networks.SMALL, networks.GUIDE)))
     if "pair" in only or not only:
         harness.save(harness.measure(pair_job(net, guide_net), runs, warmup=0), out)
@@ -38,15 +38,15 @@ def main(runs: int, only: tuple[str, ...], out: Path) -> None:
         harness.save(harness.measure(batched_job(freeze_(copy.deepcopy(net))), harness.RUNS), out)
 
 
-def pair_job(net: Precond, guide_net: Precond) -> Job:
-    """The main network led away from a narrower one, all steps."""
+def pair_job(net: Precond, guide_net: Precond) -> Comparison:
+    """The main network guided by a narrower one, in all steps."""
     plain = [PlainNetwork(a, n.state_dict()) for a, n in ((networks.SMALL, net), (networks.GUIDE, guide_net))]
     frozen = Guided(*(freeze_(copy.deepcopy(n)) for n in (net, guide_net)), _WEIGHT)
     noise, _, labels = networks.random_batch(networks.SMALL, _BATCH)
     ways = {"plain": partial(guided_heun, *plain, _WEIGHT), "frozen": partial(edm_sampler, frozen)}
     work = sum(evaluation_cost(a).multiply_adds for a in (networks.SMALL, networks.GUIDE)) * _BATCH * _EVALUATIONS
     images = {way: run(noise, labels, num_steps=_STEPS) for way, run in ways.items()}
-    return Job(
+    return Comparison(
         "sampling_guided_pair",
         {way: partial(run, noise, labels, num_steps=_STEPS) for way, run in ways.items()},
         work=Work(work, "multiply-adds", "matmul_fp32"),
@@ -57,15 +57,15 @@ def pair_job(net: Precond, guide_net: Precond) -> Job:
     )
 
 
-def batched_job(net: Precond) -> Job:
-    """The main network and itself with attention perturbed (PAG): two calls, or one of twice the batch."""
+def batched_job(net: Precond) -> Comparison:
+    """The main network and itself with perturbed attention (PAG): two calls, or one of twice the batch."""
     batch = networks.random_batch(networks.SMALL, 4)
     x = batch.x * batch.sigma.reshape(-1, 1, 1, 1)
     perturbed = PAG.negative(Parts(net), **{option.keyword: option.default for option in PAG.options})
     assert isinstance(perturbed, Perturbed)
     ways = {"two calls": Guided(net, perturbed, 2.0), "one call": guide(Choice("pag", 2.0), Parts(net))}
     D = {way: way_to(x, batch.sigma, batch.labels) for way, way_to in ways.items()}
-    return Job(
+    return Comparison(
         "sampling_batched_calls",
         {way: partial(way_to, x, batch.sigma, batch.labels) for way, way_to in ways.items()},
         work=Work(2 * len(x) * evaluation_cost(networks.SMALL).multiply_adds, "multiply-adds", "matmul_fp32"),

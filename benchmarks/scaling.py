@@ -1,4 +1,4 @@
-"""Weak scaling on one machine: two ranks of one thread against the same two when they do nothing together."""
+"""Weak scaling on one machine: two ranks of one thread each against two independent processes."""
 
 import dataclasses
 import io
@@ -21,7 +21,7 @@ from PIL import Image
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from benchmarks import harness
-from benchmarks.step_model import BACKWARD_COST, Job, Links, Machine, all_reduce_sec, step_time
+from benchmarks.step_model import BACKWARD_COST, Links, Machine, TrainingJob, all_reduce_sec, step_time
 from benchmarks.trainers import SMALL, Clock, images_for, make_trainer, preset_config
 from edm2kit.cli import click_types as cli
 from edm2kit.data.batches import MicroBatch
@@ -40,16 +40,16 @@ _ALL_REDUCE_BYTES = 32 << 20
 
 
 @click.command(cls=cli.Command)
-@click.option("--rounds", default=2, show_default=True, help="Times that the ways take turns.")
-@click.option("--steps", default=4, show_default=True, help="Steps measured in each.")
-@click.option("--batch", default=8, show_default=True, help="Images of a rank and step.")
-@click.option("--channels", default=64, show_default=True, help="Width of the network.")
-@click.option("--out", type=click.Path(path_type=Path), default=harness.RECORDS, help="Folder of the record.")
-@click.option("--worker", is_flag=True, hidden=True, help="Be one of the processes that are measured.")
+@click.option("--rounds", default=2, show_default=True, help="Rounds in which the ways take turns")
+@click.option("--steps", default=4, show_default=True, help="Steps per measurement")
+@click.option("--batch", default=8, show_default=True, help="Images per rank and step")
+@click.option("--channels", default=64, show_default=True, help="Channels of the first level")
+@harness.out_option
+@click.option("--worker", is_flag=True, hidden=True, help="Measure in this process")
 def main(rounds: int, steps: int, batch: int, channels: int, out: Path, worker: bool) -> None:
-    """Time one process alone, and two with and without each other in turns, and write scaling.json.
+    """Time one process, two independent ones and two ranks, in turns; writes scaling.json.
 
-    One process with a quarter and with half of the batch gives the step model its speeds, so that the others test it.
+    One process with a quarter and a half of the batch gives the step model its speeds; the others test the model.
     """
     if worker:
         work(steps, batch, channels, out)
@@ -59,14 +59,14 @@ def main(rounds: int, steps: int, batch: int, channels: int, out: Path, worker: 
         for _ in range(rounds):
             for way, found in ways.items():
                 found.append(_run(way, Path(folder), steps, batch, channels))
-                click.echo(f"{way:12s} {found[-1][0]['step_sec']:.3f} s a step")
+                click.echo(f"{way:12s} {found[-1][0]['step_sec']:.3f} s per step")
     record = summary(ways, batch, channels) | {"presets": preset_costs(), "png_decodes_per_sec": decoding_speed()}
     harness.save(record, out)
     click.echo(json.dumps({key: record[key] for key in ("step_sec", "efficiency", "overlap", "model")}, indent=1))
 
 
 def _run(way: str, folder: Path, steps: int, batch: int, channels: int) -> list[dict[str, Any]]:
-    """What each process of one way found."""
+    """The results of the processes of one way."""
     processes, share = WAYS[way]
     options = {"--steps": steps, "--batch": round(batch * share), "--channels": channels, "--out": folder}
     worker = ["-m", "benchmarks.scaling", "--worker", *(str(part) for option in options.items() for part in option)]
@@ -77,7 +77,7 @@ def _run(way: str, folder: Path, steps: int, batch: int, channels: int) -> list[
 
 
 def summary(ways: dict[str, list[list[dict[str, Any]]]], batch: int, channels: int) -> dict[str, Any]:
-    """The record: medians over rounds; of two processes the slower one counts."""
+    """The record: medians over rounds; the slower of two processes counts."""
     seconds = {way: [found[0]["step_sec"] for found in rounds] for way, rounds in ways.items()}
     step_sec = {way: statistics.median(found) for way, found in seconds.items()}
     middle = {way: found.index(statistics.median_low(found)) for way, found in seconds.items()}
@@ -109,20 +109,20 @@ def summary(ways: dict[str, list[list[dict[str, Any]]]], batch: int, channels: i
 
 
 def check_model(step_sec: dict[str, float], found: dict[str, dict[str, Any]], batch: int) -> dict[str, Any]:
-    """The step model against measurements; its speeds are those of smaller batches and of an all-reduce by itself."""
+    """The step model against measurements; its speeds come from smaller batches and a separate all-reduce."""
     half, bandwidth = found["half"], found["pair"]["all_reduce_bytes_per_sec"]
     links = Links(group=2, inside=bandwidth, between=bandwidth, latency_sec=0)
-    job = Job(half["parameters"], half["multiply_adds"], batch // 2)
+    job = TrainingJob(half["parameters"], half["multiply_adds"], batch // 2)
     passes = {way: found[way]["phases_sec"]["compute and communication"] for way in ("quarter", "half")}
     speed = BACKWARD_COST + 1
     speed *= job.multiply_adds * (batch // 2 - batch // 4) / (passes["half"] - passes["quarter"])
     memory = step_time(job, Machine(1, 1, links, 0), 1).update / (half["step_sec"] - passes["half"])
-    # the processor that computes moves the bytes: nothing hides
+    # the processor that computes also moves the bytes, so nothing is hidden
     machine = Machine(speed, memory, links, overlap=0)
     machine = dataclasses.replace(machine, pass_sec=passes["half"] - step_time(job, machine, 1).compute)
     answers = {}
     for way, ranks in (("alone", 1), ("ranks", 2)):
-        forecast = step_time(Job(job.parameters, job.multiply_adds, batch * ranks), machine, ranks)
+        forecast = step_time(TrainingJob(job.parameters, job.multiply_adds, batch * ranks), machine, ranks)
         answers[way] = {
             "forecast_sec": forecast.total,
             "communication_sec": forecast.communication,
@@ -133,7 +133,7 @@ def check_model(step_sec: dict[str, float], found: dict[str, dict[str, Any]], ba
 
 
 def preset_costs() -> dict[str, dict[str, float]]:
-    """Weights and multiply-adds of the published configurations, for the forecast on machines that are not here."""
+    """Weights and multiply-adds of the published configurations, for the forecasts of other machines."""
     costs = {}
     for preset in (name for name in preset_names() if name.startswith("edm2-")):
         config = preset_config(preset)
@@ -144,7 +144,7 @@ def preset_costs() -> dict[str, dict[str, float]]:
 
 
 def decoding_speed(count: int = 200) -> float:
-    """64x64 RGB PNGs of smooth pictures that one core decodes in a second."""
+    """Number of 64x64 RGB PNGs of smooth pictures that one core decodes per second."""
     ramp = np.linspace(0, 255, 64)[:, None, None] * np.linspace(0.5, 1, 64)[:, None] * np.array([1, 0.7, 0.4])
     noise = np.random.default_rng(0).integers(0, 16, ramp.shape)
     file = io.BytesIO()
@@ -159,7 +159,7 @@ def _decode(data: bytes, count: int) -> None:
 
 
 def work(steps: int, batch: int, channels: int, out: Path) -> None:
-    """Train for some steps on one core and write what they took."""
+    """Train for some steps on one core and write the times."""
     core = int(os.environ["LOCAL_RANK"])
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[core]})
@@ -171,7 +171,7 @@ def work(steps: int, batch: int, channels: int, out: Path) -> None:
 
 
 def time_steps(steps: int, batch: int, channels: int) -> dict[str, Any]:
-    """Seconds of a step and of its phases, on this rank; with two ranks also what their communication does."""
+    """Seconds of a step and its phases on this rank; with two ranks also the overlap of communication."""
     network = {**SMALL, "model_channels": channels, "channels_per_head": min(channels, 64)}
     config = TrainConfig(network=network, batch_size=batch * dist.world_size(), rampup_nimg=0)
     trainer = make_trainer(config)
@@ -186,7 +186,7 @@ def time_steps(steps: int, batch: int, channels: int) -> dict[str, Any]:
         dist.barrier()
         began = time.perf_counter()
         trainer.step(stream, 1)
-        dist.any_rank(False)  # as the training loop asks after each step
+        dist.any_rank(False)  # as the training loop does after each step
         seconds.append(time.perf_counter() - began)
     phases = {name: total / steps for name, total in clock.seconds.items()}
     phases["normalising"] = max(sum(seconds) / steps - sum(phases.values()), 0)
@@ -204,10 +204,10 @@ def time_steps(steps: int, batch: int, channels: int) -> dict[str, Any]:
 
 
 def apart_and_together(trainer: Trainer, stream: Iterator[MicroBatch], blocks: int) -> dict[str, list[float]]:
-    """Seconds a step in blocks of two, in turns: as if each process were alone, and with what ranks do together.
+    """Seconds per step in blocks of two steps: independently, and as ranks that communicate.
 
-    In turns within the same processes, since the pace of a machine differs more from minute to minute than what is
-    looked for.
+    The two take turns within the same processes, since a machine's pace changes from minute to minute by more than the
+    difference to be measured.
     """
     together, seconds = trainer.ddp, {"independent": [], "ranks": []}
     for _ in range(blocks):
@@ -218,13 +218,13 @@ def apart_and_together(trainer: Trainer, stream: Iterator[MicroBatch], blocks: i
             for _ in range(2):
                 trainer.step(stream, 1)
                 if way == "ranks":
-                    dist.any_rank(False)  # as the training loop asks after each step
+                    dist.any_rank(False)  # as the training loop does after each step
             found.append((time.perf_counter() - began) / 2)
     return seconds
 
 
 def all_reduce_speed() -> float:
-    """Bytes a second in the sense of `Links`: of a sum that all ranks wait for, nothing else going on."""
+    """Bytes per second in the sense of `Links`, of an all-reduce with nothing else going on."""
     tensor, seconds = torch.ones(_ALL_REDUCE_BYTES // 4), []
     for _ in range(7):
         dist.barrier()
@@ -236,7 +236,7 @@ def all_reduce_speed() -> float:
 
 
 def watch_overlap(trainer: Trainer, stream: Iterator[MicroBatch]) -> dict[str, Any]:
-    """How much of the gradients is on its way before the last of them is computed, and how long is waited then."""
+    """How much of the gradients is sent before the last one is computed, and how long the step waits after it."""
     sent: list[tuple[float, int]] = []
 
     def hook(state: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -1,8 +1,7 @@
-"""Writing and reading snapshots of edm2-img512-xxs: time, and memory that writing adds."""
+"""Writing and reading snapshots of edm2-img512-xxs: time, and peak memory of writing."""
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import click
 import torch
 
 from benchmarks import harness, plain_io
-from benchmarks.harness import Job, Work
+from benchmarks.harness import Comparison, Work
 from edm2kit.cli import click_types as cli
 from edm2kit.models import Precond, full_architecture
 from edm2kit.snapshots.file_format import Header, save_snapshot
@@ -26,13 +25,13 @@ from edm2kit.training.config import config_from_dict, preset_path, read_yaml
 
 
 @click.command(cls=cli.Command)
-@click.option("--runs", default=harness.RUNS, show_default=True, help="Times that the contenders take turns.")
-@click.option("--only", type=click.Choice(["save", "save_to_disk", "load"]), multiple=True, help="These jobs.")
-@click.option("--preset", default="edm2-img512-xxs", show_default=True, help="Whose architecture.")
-@click.option("--out", type=click.Path(path_type=Path), default=harness.RECORDS, help="Folder of the records.")
-@click.option("--worker", nargs=2, hidden=True, help="Be a process whose memory is measured: WAY PRESET.")
+@harness.runs_option()
+@harness.only_option(["save", "save_to_disk", "load"])
+@click.option("--preset", default="edm2-img512-xxs", show_default=True, help="Preset with the architecture")
+@harness.out_option
+@click.option("--worker", nargs=2, hidden=True, help="Measure memory in this process: WAY PRESET")
 def main(runs: int, only: tuple[str, ...], preset: str, out: Path, worker: tuple[str, str] | None) -> None:
-    """Compare with a copied network in torch's own file, and write snapshot_*.json."""
+    """Compare snapshots with torch.save of a copied network; writes snapshot_*.json."""
     if worker:
         print(json.dumps(added_memory(*worker)))
         return
@@ -42,8 +41,8 @@ def main(runs: int, only: tuple[str, ...], preset: str, out: Path, worker: tuple
                 harness.save(harness.measure(job, runs), out)
 
 
-def jobs(folder: Path, preset: str) -> list[Job]:
-    """Saving as far as the operating system's cache, saving to disk, and loading as float32."""
+def jobs(folder: Path, preset: str) -> list[Comparison]:
+    """Saving to the operating system's cache, saving to disk, and loading as float32."""
     net, arguments = make_network(preset), architecture(preset)
     header = Header(arguments, {"kind": "rgb"}, 1 << 23, 0.05)
     save(net, header, folder / "ours")
@@ -59,7 +58,7 @@ def jobs(folder: Path, preset: str) -> list[Job]:
         "load_snapshot": lambda: load_snapshot(folder / "ours").net,
     }
     return [
-        Job(
+        Comparison(
             "snapshot_save",
             {"plain": plain, "tensor by tensor": partial(not_flushed, ours)},
             work=work("memory_copy"),
@@ -67,14 +66,14 @@ def jobs(folder: Path, preset: str) -> list[Job]:
             notes={**notes, "added_memory_bytes": memory, "flushed": False},
             prepare=remove,
         ),
-        Job(
+        Comparison(
             "snapshot_save_to_disk",
             {"plain": partial(flushed, plain, folder / "saved" / "plain"), "tensor by tensor": ours},
             work=work(None),
             notes={**notes, "flushed": True},
             prepare=remove,
         ),
-        Job(
+        Comparison(
             "snapshot_load",
             load,
             work=work("file_read"),
@@ -99,24 +98,24 @@ def make_network(preset: str) -> Precond:
 
 
 def save(net: Precond, header: Header, path: Path) -> None:
-    """What training does."""
+    """Save as training does."""
     save_snapshot(path, net.state_dict(), header)
 
 
 def empty(folder: Path) -> None:
-    """Make the folder new: file systems may flush a file at once that takes the place of another."""
+    """Remove and recreate the folder: file systems may flush a file at once if it replaces another."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
 
 
 def not_flushed(run: Callable[[], None]) -> None:
-    """As far as the operating system's cache, where the plain way stops."""
+    """Run without flushing to disk: the plain way does not flush either."""
     with mock.patch("os.fsync"):
         run()
 
 
 def flushed(run: Callable[[], None], path: Path) -> None:
-    """To the disk, as snapshots always are."""
+    """Run, and flush the file to disk, as snapshots always are."""
     run()
     with open(path, "rb") as file:
         os.fsync(file.fileno())
@@ -128,7 +127,7 @@ def difference(net: Precond, plain: Precond) -> float:
 
 
 def memory_of(way: str, preset: str) -> int:
-    """Bytes that saving adds to the peak of a process of its own."""
+    """Bytes that saving adds to the peak memory of a separate process."""
     command = [sys.executable, "-m", "benchmarks.snapshots", "--worker", way, preset]
     return json.loads(
         subprocess.run(command, check=True, cwd=harness.ROOT, capture_output=True, text=True).stdout.splitlines()[-1]
@@ -136,25 +135,17 @@ def memory_of(way: str, preset: str) -> int:
 
 
 def added_memory(way: str, preset: str) -> int:
-    """Bytes that saving adds to this process, which holds the network already and has saved a tiny one."""
+    """Bytes that saving adds to this process, which already holds the network and has saved a tiny one."""
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "network"
         tiny = Precond(8, 3, 0, model_channels=8, channel_mult=[1], attn_resolutions=[], channels_per_head=8)
         for net in (tiny, make_network(preset)):
-            before = peak_rss()
+            before = harness.peak_rss()
             if way == "plain":
                 plain_io.save_network(path, net)
             else:
                 save(net, Header(architecture(preset), {"kind": "rgb"}, 1 << 23, 0.05), path)
-    return peak_rss() - before
-
-
-def peak_rss() -> int:
-    """The most bytes that this process has held so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the parent held when it started this process
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return harness.peak_rss() - before
 
 
 if __name__ == "__main__":

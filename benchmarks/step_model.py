@@ -1,4 +1,4 @@
-"""How long a training step takes on many ranks: compute, gradients on the wire, optimizer and averages, data."""
+"""A model of training steps on many ranks: compute, communication of gradients, optimizer and averages, data."""
 
 import math
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Links:
-    """What gradients travel over: ranks in groups (the GPUs of a node) of `group`, fast within, slower between.
+    """Connections between ranks: fast within groups of `group` (the GPUs of a node), slower between groups.
 
-    Bandwidths in bytes a second and rank, each way; `latency_sec` of one message.
+    Bandwidths in bytes per second, rank and direction; `latency_sec` per message.
     """
 
     group: int
@@ -19,10 +19,10 @@ class Links:
 
 @dataclass(frozen=True)
 class Machine:
-    """One rank's speed: `multiply_adds` and `memory_bytes` a second as training reaches them, and the links.
+    """One rank's speed: `multiply_adds` and `memory_bytes` per second as reached in training, and its links.
 
-    `overlap` is the share of the backward pass behind which communication can hide: 0 where the processor that
-    computes also has to move the bytes. `pass_sec` is what a forward and backward pass takes however few its images.
+    `overlap` is the share of the backward pass that can hide communication: 0 if the processor that computes also moves
+    the bytes. `pass_sec` is the constant part of a forward and backward pass, independent of the number of images.
     """
 
     multiply_adds: float
@@ -33,8 +33,8 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A network and how it is trained: per image and per weight."""
+class TrainingJob:
+    """A network and the settings of its training."""
 
     parameters: int
     multiply_adds: float  # of one evaluation of one image
@@ -46,7 +46,7 @@ class Job:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step; `communication` is what is left to wait for, `hidden` what compute hides."""
+    """Seconds of one step; `communication` is the part that the step waits for, `hidden` the part behind compute."""
 
     compute: float
     communication: float
@@ -58,21 +58,23 @@ class StepTime:
         return self.compute + self.communication + self.update
 
 
-BACKWARD_COST = 2  # multiply-adds of the backward pass, in forward passes: by inputs and by weights
+BACKWARD_COST = 2  # multiply-adds of the backward pass in forward passes: gradients of inputs and of weights
 _BUCKET_BYTES = 25 << 20  # of DistributedDataParallel
-# Bytes of memory traffic per weight. A pass: its norm, its scaling twice, the convolution, and the way back. Adam reads
-# weight, gradient and moments and writes all but the gradient; gradients are checked and cleaned; weights are
-# normalised in place; an average is read and written, and the weight read for it.
+# Bytes of memory traffic per weight. A pass: norm, scaling twice, convolution, and their backward pass. Adam reads
+# weight, gradient and moments, and writes all but the gradient. Gradients are checked and cleaned. Weights are
+# normalised in place. An average is read and written, and the weight is read for it.
 _PASS_BYTES, _ADAM_BYTES, _GRADIENT_BYTES, _NORMALISE_BYTES, _AVERAGE_BYTES = 76, 28, 16, 12, 12
 
 
-def step_time(job: Job, machine: Machine, ranks: int) -> StepTime:
-    """Forecast a step of `job.batch_size` images, shared evenly by `ranks`."""
+def step_time(job: TrainingJob, machine: Machine, ranks: int) -> StepTime:
+    """Forecast a step of `job.batch_size` images, divided evenly among `ranks`."""
     images = job.batch_size / ranks
     forward = images * job.multiply_adds / machine.multiply_adds
     backward = forward * (BACKWARD_COST + job.recompute)
     wire = all_reduce_sec(4 * job.parameters, machine.links, ranks)
-    last = all_reduce_sec(min(4 * job.parameters, _BUCKET_BYTES), machine.links, ranks)  # its gradients come at the end
+    last = all_reduce_sec(
+        min(4 * job.parameters, _BUCKET_BYTES), machine.links, ranks
+    )  # its gradients are computed last
     hidden = min(wire - last, machine.overlap * backward)
     kept = ranks if job.shard else 1
     traffic = _ADAM_BYTES / kept + _GRADIENT_BYTES + _NORMALISE_BYTES + _AVERAGE_BYTES * job.ema_outputs / kept
@@ -84,7 +86,7 @@ def step_time(job: Job, machine: Machine, ranks: int) -> StepTime:
 
 
 def all_reduce_sec(count: float, links: Links, ranks: int) -> float:
-    """Seconds to sum `count` bytes over ranks: within each group, then each rank its part between the groups."""
+    """Seconds to sum `count` bytes over all ranks: first within groups, then each rank's part between groups."""
     inside = min(ranks, links.group)
     groups = math.ceil(ranks / links.group)
     seconds = 2 * (inside - 1) / inside * count / links.inside
@@ -94,18 +96,18 @@ def all_reduce_sec(count: float, links: Links, ranks: int) -> float:
 
 
 def broadcast_sec(count: float, links: Links, ranks: int) -> float:
-    """Seconds until every rank has all ranks' shares of `count` bytes: half of an all-reduce."""
+    """Seconds until every rank has the shares of all ranks, `count` bytes together: half of an all-reduce."""
     return all_reduce_sec(count, links, ranks) / 2
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a run asks of shared storage."""
+    """Load of a run on shared storage."""
 
     bytes_per_sec: float
     reads_per_sec: float
 
 
 def reading(images_per_sec: float, bytes_per_image: float) -> Reading:
-    """Training reads each image by itself, at random: one read an image, whatever the number of ranks."""
+    """The load of training, which reads each image separately at a random position, on any number of ranks."""
     return Reading(images_per_sec * bytes_per_image, images_per_sec)

@@ -1,4 +1,4 @@
-"""One training iteration of the toy's main network, by two ways to the exact score."""
+"""One training iteration of the toy's main network, with two ways to compute the exact score."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import click
 import torch
 
 from benchmarks import harness
-from benchmarks.harness import Job, Work
+from benchmarks.harness import Comparison, Work
 from benchmarks.plain_io import EigenMixture
 from edm2kit.cli import click_types as cli
 from edm2kit.ema.tracking import PowerFunctionEMA
@@ -20,10 +20,10 @@ from edm2kit.models.layers import normalize_weights_
 
 
 @click.command(cls=cli.Command)
-@click.option("--runs", default=harness.RUNS, show_default=True, help="Times that the contenders take turns.")
-@click.option("--out", type=click.Path(path_type=Path), default=harness.RECORDS, help="Folder of the record.")
+@harness.runs_option()
+@harness.out_option
 def main(runs: int, out: Path) -> None:
-    """Compare with batched eigenvectors, and write toy_iteration.json."""
+    """Compare the closed form with batched eigenvectors; writes toy_iteration.json."""
     parts = components(RECIPES["main"].classes)
     exact = Mixture(parts)
     plain = SimpleNamespace(sample=exact.sample, score=EigenMixture(parts.phi, parts.mu, parts.Sigma).score)
@@ -34,7 +34,7 @@ def main(runs: int, out: Path) -> None:
     x, sigma = noisy_batch(exact, torch.Generator().manual_seed(0))
     truth = exact.score(x.double(), sigma.double())
     ours, eigen = (harness.relative_error(way.score(x, sigma), truth) for way in (exact, plain))
-    job = Job(
+    job = Comparison(
         "toy_iteration",
         contenders,
         work=Work(BATCH_SIZE, "points"),
@@ -47,7 +47,7 @@ def main(runs: int, out: Path) -> None:
 
 
 def iteration(truth: Mixture | SimpleNamespace, compiled: Callable = lambda function: function) -> Callable[[], None]:
-    """What edm2kit.experiments.toy.training.train repeats."""
+    """One iteration of edm2kit.experiments.toy.training.train."""
     net = ToyNet(RECIPES["main"].width)
     optimizer = torch.optim.Adam(net.parameters(), lr=REF_LR, betas=(0.9, 0.99))
     ema, loss_of = PowerFunctionEMA(net, [EMA_STD]), compiled(score_matching_loss)

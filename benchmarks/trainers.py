@@ -1,4 +1,4 @@
-"""Trainers to measure: the real training step on made-up images, without a data set or a run folder."""
+"""Trainers to measure: the real training step on random images, without data set and run folder."""
 
 import itertools
 import time
@@ -26,14 +26,14 @@ def preset_config(preset: str, **changes: Any) -> TrainConfig:
 def make_trainer(
     config: TrainConfig, resolution: int = 32, channels: int = 3, classes: int = 10, device: torch.device | str = "cpu"
 ) -> Trainer:
-    """A trainer as train.py makes it; images are its latents."""
+    """A trainer like that of train.py; its latents are the images themselves."""
     architecture = full_architecture(resolution, channels, classes, config.sigma_data, config.network)
     header = Header(architecture, {"kind": "rgb"}, 0, None)
     return Trainer(config, header, RGBEncoder(), torch.device(device))
 
 
 def images_for(trainer: Trainer, batch: int) -> Iterator[MicroBatch]:
-    """The same `batch` random images over and over, under new positions in the order."""
+    """The same `batch` random images again and again, at new positions in the global order."""
     net = trainer.net
     shape = (batch, net.img_channels, net.img_resolution, net.img_resolution)
     raw = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(dist.rank()))
@@ -43,13 +43,13 @@ def images_for(trainer: Trainer, batch: int) -> Iterator[MicroBatch]:
 
 
 class Clock:
-    """Seconds spent in functions, by name; each call to `watch` puts a stopwatch around one."""
+    """Seconds spent in functions, by name; `watch` adds a function."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     def watch(self, owner: object, method: str, name: str) -> None:
-        """Time every call of `owner.method` from now on under `name`."""
+        """Add the time of every future call of `owner.method` to `name`."""
         setattr(owner, method, self.timed(getattr(owner, method), name))
 
     def timed(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""One training step with Adam and both averages: plain, and as the training loop takes it."""
+"""One training step with Adam and both averages: plain, and by the training loop."""
 
 import statistics
 from pathlib import Path
@@ -7,7 +7,7 @@ import click
 import torch
 
 from benchmarks import harness, networks
-from benchmarks.harness import Job, Work
+from benchmarks.harness import Comparison, Work
 from benchmarks.plain import PlainTraining
 from edm2kit.cli import click_types as cli
 from edm2kit.data.batches import MicroBatch
@@ -24,11 +24,11 @@ CPU = torch.device("cpu")
 
 
 @click.command(cls=cli.Command)
-@click.option("--runs", default=harness.RUNS, show_default=True, help="Times that the contenders take turns.")
-@click.option("--only", type=click.Choice(list(JOBS)), multiple=True, help="These jobs.")
-@click.option("--out", type=click.Path(path_type=Path), default=harness.RECORDS, help="Folder of the records.")
+@harness.runs_option()
+@harness.only_option(JOBS)
+@harness.out_option
 def main(runs: int, only: tuple[str, ...], out: Path) -> None:
-    """Compare training steps, and what of them the averages cost, and write training_*.json."""
+    """Compare training steps, and the share of the averages; writes training_*.json."""
     for name in only or JOBS:
         record = harness.measure(make_job(name), runs, warmup=1)
         notes, step_sec = record["notes"], record["contenders"]["training loop"]["median_sec"]
@@ -37,8 +37,8 @@ def main(runs: int, only: tuple[str, ...], out: Path) -> None:
         harness.save(record, out)
 
 
-def make_job(name: str) -> Job:
-    """Build both ways to train one network from the same weights, on images of noise."""
+def make_job(name: str) -> Comparison:
+    """Both ways to train one network from the same weights, on random images."""
     architecture, size = JOBS[name]
     state = networks.random_network(architecture).state_dict()
     config = TrainConfig(batch_size=size, ref_lr=_LR, ref_batches=0, rampup_nimg=0)
@@ -51,13 +51,13 @@ def make_job(name: str) -> Job:
     batch = MicroBatch(raw, labels, torch.arange(size))
     errors = compare(plain, trainer, images, labels)
     averages = harness.interleave({"both": lambda: trainer.ema.update(size, size)})["both"]
-    return Job(
+    return Comparison(
         name,
         {
             "plain": lambda: plain.step(images, labels, _LR),
             "training loop": lambda: trainer.step(iter([batch]), rounds=1),
         },
-        # backward is two of forward's products for each
+        # the backward pass is twice the forward pass
         work=Work(3 * size * evaluation_cost(architecture).multiply_adds, "multiply-adds", "matmul_fp32"),
         goals={"training loop": 1.3},
         errors={"training loop": errors["gradient"]},
@@ -67,7 +67,7 @@ def make_job(name: str) -> Job:
 
 
 def compare(plain: PlainTraining, trainer: Trainer, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Relative errors of the loss and of its gradient by all weights, at the same draws."""
+    """Relative errors of the loss and of its gradient with respect to all weights, with the same random numbers."""
     torch.manual_seed(0)
     expected = plain.loss(images, labels)
     expected.sum().backward()

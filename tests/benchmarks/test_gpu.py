@@ -22,7 +22,7 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path, monkeypatch):
     refused = invoke("--out", tmp_path / "gpu.json")
     assert refused.exit_code == 1
     assert len(refused.output.strip().splitlines()) == 1
-    assert "PyTorch sees none here" in refused.output
+    assert "PyTorch finds none" in refused.output
     assert not list(tmp_path.iterdir())
 
 
@@ -48,7 +48,7 @@ def test_items_run_in_processes_and_a_second_run_goes_on(tmp_path):
     measured = json.loads(out.read_text())["items"]["ceilings"]
     assert measured["numbers"]["memory_copy"] > 0
     second = invoke("--toy", "--only", "ceilings", "--out", out)
-    assert "ceilings: already there" in second.output
+    assert "ceilings: complete, skipped" in second.output
     assert json.loads(out.read_text())["items"]["ceilings"] == measured
     assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
 
@@ -58,7 +58,7 @@ def test_records_of_toys_and_of_machines_are_not_mixed(tmp_path):
     out.write_text(json.dumps({"toy": False, "items": {}, "provenance": {"hardware": "a card"}}))
     refused = invoke("--toy", "--out", out)
     assert refused.exit_code == 1
-    assert "is of a card; move it away" in refused.output
+    assert "was measured on a card. Move it" in refused.output
 
 
 def test_what_was_found_before_the_time_was_up_stays(tmp_path, monkeypatch):

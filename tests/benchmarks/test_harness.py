@@ -1,4 +1,4 @@
-"""The measuring itself: contenders take turns, ratios pair what ran together, records come back as written."""
+"""The harness: contenders take turns, ratios pair runs of the same round, records are read back as written."""
 
 import importlib.machinery
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import harness
-from benchmarks.harness import Job, Work
+from benchmarks.harness import Comparison, Work
 from benchmarks.tables import comparison_table
 
 
@@ -34,7 +34,7 @@ def test_contenders_take_turns_and_warm_up_is_not_counted():
 def test_what_prepares_a_run_comes_before_each_and_outside_its_time(clock):
     order = []
     ways = {way: (lambda way=way: (order.append(way), clock(1.0))) for way in ("plain", "fast")}
-    job = Job("prepared", ways, prepare=lambda: (order.append("prepare"), clock(100.0)))
+    job = Comparison("prepared", ways, prepare=lambda: (order.append("prepare"), clock(100.0)))
     record = harness.measure(job, runs=1, warmup=0)
     assert order == ["prepare", "plain", "prepare", "fast"]
     assert [row["median_sec"] for row in record["contenders"].values()] == [1, 1]
@@ -42,14 +42,14 @@ def test_what_prepares_a_run_comes_before_each_and_outside_its_time(clock):
 
 def test_ratios_are_taken_round_by_round_so_that_a_drifting_machine_does_not_count(clock):
     pace = iter([1, 1, 10, 10, 3, 3])
-    job = Job("drift", {"plain": lambda: clock(4 * next(pace)), "fast": lambda: clock(2 * next(pace))})
+    job = Comparison("drift", {"plain": lambda: clock(4 * next(pace)), "fast": lambda: clock(2 * next(pace))})
     row = harness.measure(job, runs=3, warmup=0)["contenders"]["fast"]
     assert (row["ratio"], row["ratio_range"]) == (2, [2, 2])
     assert row["median_sec"] == 6
 
 
 def test_a_contender_that_does_a_part_counts_as_often_as_there_are_parts(clock):
-    job = Job("parts", {"plain": lambda: clock(3.0), "whole": lambda: clock(6.0)}, times={"plain": 8})
+    job = Comparison("parts", {"plain": lambda: clock(3.0), "whole": lambda: clock(6.0)}, times={"plain": 8})
     record = harness.measure(job, runs=2, warmup=0)
     assert record["contenders"]["plain"]["median_sec"] == 24
     assert record["contenders"]["whole"]["ratio"] == 4
@@ -58,13 +58,15 @@ def test_a_contender_that_does_a_part_counts_as_often_as_there_are_parts(clock):
 
 def test_work_is_told_per_second_and_as_a_share_of_the_ceiling(clock, monkeypatch):
     monkeypatch.setattr(harness, "ceiling", lambda name, device: 100.0)
-    job = Job("work", {"plain": lambda: clock(2.0)}, work=Work(50, "bytes", "memory_copy"))
+    job = Comparison("work", {"plain": lambda: clock(2.0)}, work=Work(50, "bytes", "memory_copy"))
     row = harness.measure(job, runs=1, warmup=0)["contenders"]["plain"]
     assert (row["per_sec"], row["share_of_ceiling"]) == (25, 0.25)
 
 
 def test_a_record_is_read_back_as_it_was_written(clock, tmp_path):
-    job = Job("kept", {"plain": lambda: clock(1.0)}, goals={"plain": 1.0}, errors={"plain": 1e-6}, error_kind="norm")
+    job = Comparison(
+        "kept", {"plain": lambda: clock(1.0)}, goals={"plain": 1.0}, errors={"plain": 1e-6}, error_kind="norm"
+    )
     record = harness.measure(job, runs=1, warmup=0)
     harness.save(record, tmp_path)
     assert harness.load(tmp_path) == [record]

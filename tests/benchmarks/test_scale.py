@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import growth, memory, scaling
-from benchmarks.step_model import Job, Links, Machine, step_time
+from benchmarks.step_model import Links, Machine, TrainingJob, step_time
 from benchmarks.trainers import Clock
 
 
@@ -34,8 +34,8 @@ def test_one_process_times_its_steps_and_their_phases():
 def test_the_model_is_checked_against_what_it_has_not_seen():
     # a machine that is just what the model thinks
     machine = Machine(1e9, 1e9, Links(2, 1e8, 1e8, 0), overlap=0, pass_sec=0.3)
-    quarter, half, whole = (step_time(Job(10**6, 1e6, n), machine, 1) for n in (2, 4, 8))
-    both = step_time(Job(10**6, 1e6, 16), machine, 2)
+    quarter, half, whole = (step_time(TrainingJob(10**6, 1e6, n), machine, 1) for n in (2, 4, 8))
+    both = step_time(TrainingJob(10**6, 1e6, 16), machine, 2)
     found = {"pair": {"all_reduce_bytes_per_sec": 1e8}}
     for way, time in (("quarter", quarter), ("half", half)):
         found[way] = {"step_sec": time.total, "phases_sec": {"compute and communication": time.compute}}

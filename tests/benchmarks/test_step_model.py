@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
-from benchmarks.step_model import Job, Links, Machine, all_reduce_sec, reading, step_time
+from benchmarks.step_model import Links, Machine, TrainingJob, all_reduce_sec, reading, step_time
 
 MIB = 1 << 20
 LINKS = Links(group=8, inside=100e9, between=10e9, latency_sec=0)
 MACHINE = Machine(multiply_adds=1e12, memory_bytes=1e12, links=LINKS, overlap=1)
-JOB = Job(parameters=100 * MIB, multiply_adds=1e9, batch_size=1024)
+JOB = TrainingJob(parameters=100 * MIB, multiply_adds=1e9, batch_size=1024)
 
 
 def test_one_rank_computes_three_forward_passes_and_waits_for_nobody():
