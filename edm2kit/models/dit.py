@@ -3,8 +3,7 @@
 The transformer is diffusers' DiTTransformer2DModel. diffusers is an optional package: `pip install 'diffusers>=0.27'`.
 """
 
-import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -63,7 +62,7 @@ class DiT(RawNetwork):
             )
         self.label_dim = label_dim
         self.grid_size = img_resolution // patch_size
-        self.transformer = _transformer_class()(
+        self.transformer = _new_transformer(
             num_attention_heads=num_attention_heads,
             attention_head_dim=attention_head_dim,
             in_channels=img_channels,
@@ -87,12 +86,12 @@ class DiT(RawNetwork):
 
     @property
     def attention_roles(self) -> dict[str, AttentionRole]:
-        count = len(self.blocks)
+        middle = len(self.blocks) // 2
         roles = {}
-        for index in range(count):
-            side = "middle"
-            if index != count // 2:
-                side = "encoder" if index < count // 2 else "decoder"
+        for index in range(len(self.blocks)):
+            side: Literal["encoder", "middle", "decoder"] = "encoder" if index < middle else "decoder"
+            if index == middle:
+                side = "middle"
             roles[f"block{index}"] = AttentionRole(side, self.grid_size, index)
         return roles
 
@@ -153,15 +152,9 @@ class _AttentionProcessor:
         projections = (attention.to_q, attention.to_k, attention.to_v)
         # each [N, heads, tokens, C/heads]
         q, k, v = (p(hidden_states).reshape(n, tokens, attention.heads, -1).transpose(1, 2) for p in projections)
-        if self.name in edits.attention:
-            y = edits.attention[self.name](q, k, v)
-        elif self.name in edits.return_attention:
-            edits.maps[self.name] = (q.float() @ k.float().transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3)
-            y = edits.maps[self.name].to(v.dtype) @ v
-        else:
-            y = nn.functional.scaled_dot_product_attention(q, k, v)
+        y = edits.attend(self.name, q, k, v).transpose(1, 2).reshape(n, tokens, -1)
         project, dropout = attention.to_out
-        return dropout(project(y.transpose(1, 2).reshape(n, tokens, -1)))
+        return dropout(project(y))
 
 
 def build_dit(
@@ -186,12 +179,12 @@ def freeze_dit_(net: Preconditioner) -> Preconditioner:
     return net.eval().requires_grad_(False)
 
 
-def _transformer_class() -> Any:
+def _new_transformer(**arguments: Any) -> Any:
     try:
         from diffusers import DiTTransformer2DModel
     except ImportError as error:
         raise ValueError("a network of kind 'dit' needs diffusers: pip install 'diffusers>=0.27'") from error
-    return DiTTransformer2DModel
+    return DiTTransformer2DModel(**arguments)
 
 
 def _zero_(linear: nn.Linear) -> None:

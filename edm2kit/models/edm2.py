@@ -45,8 +45,13 @@ class Block(nn.Module):
         clip_act: float | None = 256.0,
     ):
         super().__init__()
-        self.decoder, self.resample = decoder, {"keep": nn.Identity(), "down": downsample, "up": upsample}[resample]
-        self.dropout, self.clip_act = dropout, clip_act
+        self.decoder, self.dropout, self.clip_act = decoder, dropout, clip_act
+        resamplers: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+            "keep": nn.Identity(),
+            "down": downsample,
+            "up": upsample,
+        }
+        self.resample = resamplers[resample]
         # the constants of sums and SiLUs are folded into the weights of the convolutions around them
         self.res_keep, res_add = balance(res_balance)
         self.attn_keep, attn_add = balance(attn_balance)
@@ -72,8 +77,11 @@ class Block(nn.Module):
         if not self.decoder:
             x = normalize(x if self.conv_skip is None else self.conv_skip(x), dims=[1])
         y = self.conv_res0(nn.functional.silu(x))
-        scale = self.emb_linear(emb, gain=self.emb_gain) + 1
-        y = _silu(_times(y, scale[:, :, None, None].to(y.dtype)))
+        scale = (self.emb_linear(emb, gain=self.emb_gain) + 1)[:, :, None, None].to(y.dtype)
+        # y is a temporary result: without gradients it is overwritten, which saves memory
+        overwrite = not torch.is_grad_enabled()
+        y = y.mul_(scale) if overwrite else y * scale
+        y = nn.functional.silu(y, inplace=overwrite)
         if edits.dropout is not None:
             y = edits.dropout(name, y)
         elif self.training and self.dropout:
@@ -83,42 +91,21 @@ class Block(nn.Module):
             x = _plus(y, self.conv_skip(x))
         else:
             x = _plus(y, x, self.res_keep)
-        if self.num_heads:
-            x = _plus(self.attn_proj(self._attend(x, name, edits)), x, self.attn_keep)
-        return x if self.clip_act is None else _clamp(x, self.clip_act)
-
-    def _attend(self, x: torch.Tensor, name: str, edits: Edits) -> torch.Tensor:
-        n, c, h, w = x.shape
-        qkv = self.attn_qkv(x).permute(0, 2, 3, 1).contiguous()  # free if channels are last
-        qkv = qkv.reshape(n, h * w, 3, self.num_heads, c // self.num_heads)
-        q, k, v = normalize(qkv, dims=[4]).permute(2, 0, 3, 1, 4)  # each [N, heads, H*W, C/heads]
-        if name in edits.attention:
-            y = edits.attention[name](q, k, v)
-        elif name in edits.return_attention:
-            edits.maps[name] = (q.float() @ k.float().transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3)
-            y = edits.maps[name].to(v.dtype) @ v
-        else:
-            y = nn.functional.scaled_dot_product_attention(q, k, v)
-        return y.transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
-
-
-# y is a temporary result: without gradients it is overwritten, which saves memory
-
-
-def _times(y: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return y * factor if torch.is_grad_enabled() else y.mul_(factor)
+        if self.attn_qkv is not None and self.attn_proj is not None:
+            n, c, h, w = x.shape
+            qkv = self.attn_qkv(x).permute(0, 2, 3, 1).contiguous()  # free if channels are last
+            qkv = qkv.reshape(n, h * w, 3, self.num_heads, c // self.num_heads)
+            q, k, v = normalize(qkv, dims=[4]).permute(2, 0, 3, 1, 4)  # each [N, heads, H*W, C/heads]
+            y = edits.attend(name, q, k, v).transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
+            x = _plus(self.attn_proj(y), x, self.attn_keep)
+        if self.clip_act is None:
+            return x
+        return x.clamp_(-self.clip_act, self.clip_act) if overwrite else x.clamp(-self.clip_act, self.clip_act)
 
 
 def _plus(y: torch.Tensor, x: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+    """y + weight * x; overwrites y, a temporary result, unless a gradient may need it."""
     return torch.add(y, x, alpha=weight) if torch.is_grad_enabled() else y.add_(x, alpha=weight)
-
-
-def _silu(y: torch.Tensor) -> torch.Tensor:
-    return nn.functional.silu(y, inplace=not torch.is_grad_enabled())
-
-
-def _clamp(y: torch.Tensor, limit: float) -> torch.Tensor:
-    return y.clamp(-limit, limit) if torch.is_grad_enabled() else y.clamp_(-limit, limit)
 
 
 class QKV(MPConv):
@@ -141,7 +128,7 @@ class QKV(MPConv):
 class UNet(RawNetwork):
     """EDM2's raw network F: x [N, C, H, W], c_noise [N], labels [N, label_dim] -> [N, C, H, W], all unit magnitude.
 
-    Half-precision `x` computes in half precision; the embedding path stays float32. `model_channels` is the width of
+    With a half-precision `x`, it computes in half precision, except for the embedding. `model_channels` is the width of
     the first level, `channel_mult` the widths of all levels in units of it, `num_blocks` the encoder blocks per level;
     `channel_mult_noise` and `channel_mult_emb` are the widths of the noise features and the embedding, in the same
     unit (defaults: the narrowest and the widest level). Levels in `attn_resolutions` have attention.
@@ -233,7 +220,14 @@ class UNet(RawNetwork):
     def attention_roles(self) -> dict[str, AttentionRole]:
         """Role of each block that has attention, by names such as "enc.8x8_block0", in the order of computation."""
         names = [name for name, block in self._named_blocks() if block.num_heads]
-        return {name: AttentionRole(_side(name), _resolution(name), depth) for depth, name in enumerate(names)}
+        roles = {}
+        for depth, name in enumerate(names):
+            side: Literal["encoder", "middle", "decoder"] = "encoder" if name.startswith("enc.") else "decoder"
+            if name.endswith("_in0"):
+                side = "middle"
+            resolution = int(re.findall(r"\d+", name)[0])  # "dec.8x8_in0" -> 8
+            roles[name] = AttentionRole(side, resolution, depth)
+        return roles
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -245,7 +239,7 @@ class UNet(RawNetwork):
         return [(name, module) for name, module in modules if isinstance(module, Block)]
 
     def embed(self, c_noise: torch.Tensor, labels: torch.Tensor | None, edits: Edits) -> torch.Tensor:
-        """The embedding that modulates every block: c_noise [N], labels [N, label_dim] -> [N, emb_width]."""
+        """The embedding that modulates every block: c_noise [N], labels [N, label_dim] -> float32 [N, emb_width]."""
         emb = self.emb_noise(self.emb_fourier(c_noise))
         if edits.embedding is not None:
             emb = edits.embedding(emb)
@@ -272,16 +266,6 @@ class UNet(RawNetwork):
                 x = mp_cat(x, skips.pop(), self.concat_balance)
             x = run(module, x, emb, f"dec.{name}", edits)
         return self.out_conv(x, gain=self.out_gain)
-
-
-def _side(name: str) -> Literal["encoder", "middle", "decoder"]:
-    if name.startswith("enc."):
-        return "encoder"
-    return "middle" if name.endswith("_in0") else "decoder"
-
-
-def _resolution(name: str) -> int:
-    return int(re.findall(r"\d+", name)[0])  # "dec.8x8_in0" -> 8
 
 
 def count_blocks(architecture: Mapping[str, Any]) -> int:

@@ -1,6 +1,6 @@
-"""From what a dataset stores to what a network sees, and from there to pixels."""
+"""Encoders: from the items of a dataset to what a network sees (pixels or latents), and from there to pixels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,29 +14,33 @@ class Encoder(Protocol):
     """Raw dataset items <-> network latents (float32, std about 0.5) -> uint8 pixels."""
 
     def encode(self, raw: torch.Tensor, rng: RandomSource | None = None) -> torch.Tensor:
-        """Latents [N, C, H, W] of raw items; `rng` serves encoders that draw (None: torch's global generator)."""
+        """Latents [N, C, H, W] of raw items; `rng` is for encoders that sample (None: torch's global generator)."""
+        ...
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """uint8 pixels [N, 3 or 1, H', W'] of latents."""
+        ...
 
     def pixels(self, latents: torch.Tensor) -> torch.Tensor:
         """The same as float32 from -1 to 1, neither clipped nor rounded, and differentiable."""
+        ...
 
     def spec(self) -> dict[str, Any]:
-        """What `make_encoder` needs to build the same encoder again."""
+        """The arguments with which `make_encoder` builds the same encoder."""
+        ...
 
 
 class RGBEncoder:
-    """Pixels themselves: uint8 0..255 <-> -1..1."""
+    """For networks that see pixels: uint8 0..255 <-> float32 -1..1."""
 
     def encode(self, raw: torch.Tensor, rng: RandomSource | None = None) -> torch.Tensor:
         """uint8 [N, C, H, W] -> float32, x / 127.5 - 1. Raises ValueError for anything but uint8."""
         if raw.dtype != torch.uint8:
-            raise ValueError(f"pixels must be uint8; got {raw.dtype}. Latents of a VAE need the vae encoder")
+            raise ValueError(f"pixels must be uint8; got {raw.dtype}. For the latents of a VAE, use the encoder 'vae'")
         return raw.float() / 127.5 - 1
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """float32 [N, C, H, W] -> uint8, truncating as the published code does."""
+        """float32 [N, C, H, W] -> uint8, truncating as EDM2 does."""
         return (latents.float() * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
     def pixels(self, latents: torch.Tensor) -> torch.Tensor:
@@ -48,10 +52,10 @@ class RGBEncoder:
 
 
 class StabilityVAEEncoder:
-    """Latents of the Stable Diffusion VAE, brought to mean 0 and std 0.5 per channel (EDM2, Section A.1).
+    """Latents of the Stable Diffusion VAE, normalised to mean 0 and std 0.5 per channel (EDM2, Section A.1).
 
     Raw items are [N, 8, H/8, W/8] float32: posterior mean, then posterior std. The VAE itself (diffusers'
-    AutoencoderKL) is loaded only to go from or to pixels. `vae_name` is a hub name or a local folder.
+    AutoencoderKL) is only loaded to decode. `vae_name` is a name on the Hugging Face hub or a local folder.
     """
 
     def __init__(
@@ -64,16 +68,17 @@ class StabilityVAEEncoder:
     ):
         self.vae_name, self.raw_mean, self.raw_std = vae_name, tuple(raw_mean), tuple(raw_std)
         self.final_mean, self.final_std = final_mean, final_std
-        scale = np.float32(final_std) / np.float32(raw_std)
+        scale = np.float32(final_std) / np.asarray(raw_std, dtype=np.float32)
+        bias = np.float32(final_mean) - np.asarray(raw_mean, dtype=np.float32) * scale
         self.scale = torch.from_numpy(scale).reshape(1, -1, 1, 1)
-        self.bias = torch.from_numpy(np.float32(final_mean) - np.float32(raw_mean) * scale).reshape(1, -1, 1, 1)
+        self.bias = torch.from_numpy(bias).reshape(1, -1, 1, 1)
 
     def encode(self, raw: torch.Tensor, rng: RandomSource | None = None) -> torch.Tensor:
-        """Draw from the stored posterior and normalise: [N, 8, h, w] -> float32 [N, 4, h, w]."""
+        """Sample from the stored posterior and normalise: [N, 8, h, w] -> float32 [N, 4, h, w]."""
         if not raw.is_floating_point() or raw.ndim != 4 or raw.shape[1] != 2 * self.scale.shape[1]:
             raise ValueError(
                 f"raw latents must be floats [N, {2 * self.scale.shape[1]}, h, w] (posterior mean and std); got "
-                f"{raw.dtype} {list(raw.shape)}. Make them with scripts/dataset_tool.py encode"
+                f"{raw.dtype} {list(raw.shape)}. Make them with: scripts/dataset_tool.py encode"
             )
         mean, std = raw.float().chunk(2, dim=1)
         noise = torch.randn_like(mean) if rng is None else rng.randn_like(mean)
@@ -101,15 +106,18 @@ class StabilityVAEEncoder:
         }
 
 
-ENCODERS = {"rgb": RGBEncoder, "vae": StabilityVAEEncoder}
+ENCODERS: dict[str, Callable[..., Encoder]] = {"rgb": RGBEncoder, "vae": StabilityVAEEncoder}
 
 
 def make_encoder(spec: Mapping[str, Any]) -> Encoder:
-    """The encoder that `spec` (an encoder's own `spec()`) describes; ValueError for an unknown kind or argument."""
+    """The encoder that `spec` (as from `Encoder.spec`) describes.
+
+    Raises ValueError for an unknown kind or argument. Example: `make_encoder({"kind": "rgb"})`.
+    """
     arguments = dict(spec)
     kind = arguments.pop("kind", None)
     if kind not in ENCODERS:
-        raise ValueError(f"unknown encoder {kind!r}; there is: {', '.join(ENCODERS)}")
+        raise ValueError(f"unknown encoder {kind!r}; available: {', '.join(ENCODERS)}")
     try:
         return ENCODERS[kind](**arguments)
     except TypeError as error:

@@ -18,6 +18,8 @@ _GAINS = {"emb_linear": "emb_gain", "out_conv": "out_gain"}
 class FrozenConv(nn.Module):
     """An `MPConv` that holds its effective weight, gain included, and no parameter."""
 
+    effective: torch.Tensor
+
     def __init__(self, weight: torch.Tensor):
         super().__init__()
         # not persistent: it must not be saved as a weight, nor normalised again
@@ -51,14 +53,17 @@ def freeze_(net: Precond) -> Precond:
     if isinstance(net.raw.emb_shared, FrozenConv):
         raise ValueError("the network is already frozen: its weights and its precision cannot change any more")
     _join_embeddings_(net)
-    # names and not layers, so that each layer can be freed when it is replaced
-    found = [(parent, name) for parent in net.modules() for name, child in parent.named_children() if _is_conv(child)]
-    for parent, name in found:
-        gain = getattr(parent, _GAINS[name]) if name in _GAINS else None
-        weight = parent.get_submodule(name).effective_weight(gain)
-        if weight.ndim == 4:
-            weight = weight.to(net.compute_dtype).contiguous(memory_format=torch.channels_last)
-        parent.add_module(name, FrozenConv(weight))
+    # a list of the layers themselves would keep them all in memory
+    parents = [module for module in net.modules() if not isinstance(module, MPConv)]
+    for parent in parents:
+        for name, layer in list(parent.named_children()):
+            if not isinstance(layer, MPConv):
+                continue
+            gain = getattr(parent, _GAINS[name]) if name in _GAINS else None
+            weight = layer.effective_weight(gain)
+            if weight.ndim == 4:
+                weight = weight.to(net.compute_dtype).contiguous(memory_format=torch.channels_last)
+            parent.add_module(name, FrozenConv(weight))
     return net.eval().requires_grad_(False)
 
 
@@ -81,7 +86,3 @@ def _join_embeddings_(net: Precond) -> None:
         block.emb_linear = Columns(start, start + len(weights[-1]))
         start += len(weights[-1])
     net.raw.emb_shared = FrozenConv(torch.cat(weights))
-
-
-def _is_conv(module: nn.Module) -> bool:
-    return isinstance(module, MPConv)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 SILU_GAIN = 1 / 0.596  # Eq. 81: the RMS of silu(N(0,1))
 _LARGE_PIXELS = 64 * 64
@@ -17,7 +18,7 @@ def normalize(
 ) -> torch.Tensor:
     """Scale `x` to an RMS of `magnitude` over `dims` (default: all but the first), in float32; returns x's dtype.
 
-    A tensor of unit-variance entries keeps its scale: x / (eps + ||x|| * sqrt(#norms / #entries)). Eq. 30.
+    x / (eps + ||x|| * sqrt(#norms / #entries)): a tensor of unit-variance entries keeps its scale. Eq. 30.
     """
     dims = list(range(1, x.ndim)) if dims is None else list(dims)
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
@@ -31,25 +32,25 @@ def mp_silu(x: torch.Tensor) -> torch.Tensor:
 
 
 def balance(t: float) -> tuple[float, float]:
-    """The factors of a and b in a magnitude-preserving sum with weight `t` for b. Eq. 88."""
+    """The factors of a and b in a magnitude-preserving sum with weight `t` of b. Eq. 88."""
     size = math.sqrt((1 - t) ** 2 + t**2)
     return (1 - t) / size, t / size
 
 
 def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float = 0.5) -> torch.Tensor:
-    """Blend `a` and `b` with weight `t` for `b`, keeping the magnitude of independent inputs. Eq. 88."""
+    """Blend `a` and `b` with weight `t` of `b`, preserving the magnitude of independent inputs. Eq. 88."""
     return a.lerp(b, t) / math.sqrt((1 - t) ** 2 + t**2)
 
 
 def mp_cat(a: torch.Tensor, b: torch.Tensor, t: float = 0.5) -> torch.Tensor:
-    """Concatenate channels so that `b` contributes a share `t` of the magnitude whatever its width. Eq. 103."""
+    """Concatenate channels; `b` contributes a fraction `t` of the magnitude, independent of its width. Eq. 103."""
     n_a, n_b = a.shape[1], b.shape[1]
     scale = math.sqrt((n_a + n_b) / ((1 - t) ** 2 + t**2))
     return torch.cat([a * (scale / math.sqrt(n_a) * (1 - t)), b * (scale / math.sqrt(n_b) * t)], dim=1)
 
 
 def downsample(x: torch.Tensor) -> torch.Tensor:
-    """Halve height and width by 2x2 means (the separable filter [1, 1])."""
+    """Halve height and width by averaging 2x2 pixels (the separable filter [1, 1])."""
     return nn.functional.avg_pool2d(x, 2)
 
 
@@ -60,6 +61,9 @@ def upsample(x: torch.Tensor) -> torch.Tensor:
 
 class MPFourier(nn.Module):
     """Random Fourier features of a scalar: [N] -> [N, num_channels], unit magnitude, in x's dtype. Eq. 75."""
+
+    freqs: torch.Tensor
+    phases: torch.Tensor
 
     def __init__(self, num_channels: int, bandwidth: float = 1.0):
         super().__init__()
@@ -72,7 +76,7 @@ class MPFourier(nn.Module):
 
 
 def convolve(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """A linear layer, or a convolution that keeps height and width, by the shape of its weight [out, in, *kernel]."""
+    """Apply `weight` [out, in, *kernel]: a linear layer if the kernel is empty, else a size-preserving convolution."""
     if weight.ndim == 2:
         return nn.functional.linear(x, weight)
     if (
@@ -86,10 +90,10 @@ def convolve(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class _TrainedConvolution(torch.autograd.Function):
-    """A convolution whose weight's gradient is computed with channels first.
+    """A convolution that computes the gradient of its weight with channels first.
 
-    On a CPU, the pass over large images with channels last takes up to twice as long; over small ones, to change the
-    order would cost more than it saves.
+    On a CPU and large images, computing it with channels last takes up to twice as long. On small images, changing the
+    memory layout would cost more than it saves.
     """
 
     @staticmethod
@@ -102,31 +106,31 @@ class _TrainedConvolution(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         x, weight = ctx.saved_tensors
         padding = weight.shape[-1] // 2
-        of_x = of_weight = None
+        x_grad = weight_grad = None
         if ctx.needs_input_grad[0]:
-            of_x = nn.grad.conv2d_input(x.shape, weight, grad, padding=padding)
+            x_grad = conv2d_input(x.shape, weight, grad, padding=padding)
         if ctx.needs_input_grad[1]:
-            of_weight = nn.grad.conv2d_weight(x.contiguous(), weight.shape, grad.contiguous(), padding=padding)
-            of_weight = of_weight.contiguous(memory_format=torch.channels_last)
-        return of_x, of_weight
+            weight_grad = conv2d_weight(x.contiguous(), weight.shape, grad.contiguous(), padding=padding)
+            weight_grad = weight_grad.contiguous(memory_format=torch.channels_last)
+        return x_grad, weight_grad
 
 
 class MPConv(nn.Module):
     """Bias-free convolution (kernel [k, k]) or linear layer (kernel []) whose weight is normalised on use. Eq. 47.
 
-    The effective weight has unit-norm filters times `gain`, so activations keep their magnitude. `factor` are the
-    constants of what comes before or after the layer: on the weight they cost nothing, on activations a pass each.
+    The effective weight has unit-norm filters times `gain`, so activations keep their magnitude. `factor` holds
+    constants that would otherwise scale the activations before or after the layer; scaling the weight is cheaper.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int], factor: float = 1.0):
         super().__init__()
         weight = torch.empty(out_channels, in_channels, *kernel)
-        # on the meta device there is nothing to draw, and torch takes most of the time to build a network for it
+        # on the meta device, initializing would take most of the time of building a network
         self.weight = nn.Parameter(weight if weight.is_meta else weight.normal_())
         self.factor = factor
 
     def effective_weight(self, gain: torch.Tensor | None = None) -> torch.Tensor:
-        """The weight as it is used, float32 [out, in, *kernel]."""
+        """The normalised and scaled weight, float32 [out, in, *kernel]."""
         weight = normalize(self.weight.float(), magnitude=self.factor / math.sqrt(self.weight[0].numel()))
         return weight if gain is None else weight * gain
 
@@ -136,10 +140,10 @@ class MPConv(nn.Module):
 
 @torch.no_grad()
 def normalize_weights_(net: nn.Module) -> None:
-    """Replace the weight of every MPConv in `net` by its normalised version, in place.
+    """Replace the weight of every `MPConv` in `net` by its normalised version, in place.
 
-    Forced weight normalisation (Eq. 66): the training loop calls this before each step, so that the learning
-    rate keeps its meaning while weights would otherwise grow. `forward` never writes parameters.
+    This is forced weight normalisation (Eq. 66). Training calls it before each step: weights would otherwise grow, and
+    the effective learning rate would decay with them. `forward` never writes parameters. Other layers stay as they are.
     """
     for module in net.modules():
         if isinstance(module, MPConv):

@@ -15,7 +15,6 @@ from edm2kit.models.layers import normalize_weights_
 from edm2kit.models.preconditioning import Preconditioner
 
 DEFAULT_NETWORK = "edm2"
-_SHAPE = ("img_resolution", "img_channels", "label_dim")
 _LOGVAR_CHANNELS = 128
 
 

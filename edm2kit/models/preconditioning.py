@@ -1,5 +1,6 @@
 """EDM2's preconditioning: a denoiser D(x; sigma, labels) around any raw network F (Karras et al. 2022, Table 1)."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,15 @@ class Edits:
     def __bool__(self) -> bool:
         return bool(self.attention or self.embedding or self.dropout or self.return_attention)
 
+    def attend(self, block: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The attention of `block`, edited if it is named; all [N, heads, H*W, C/heads]."""
+        if block in self.attention:
+            return self.attention[block](q, k, v)
+        if block in self.return_attention:
+            self.maps[block] = (q.float() @ k.float().transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3)
+            return self.maps[block].to(v.dtype) @ v
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
 
 class RawNetwork(nn.Module):
     """Base class of the raw network F, which `Preconditioner` turns into a denoiser.
@@ -62,10 +72,12 @@ class RawNetwork(nn.Module):
 
     def recomputes(self, x: torch.Tensor, edits: Edits) -> bool:
         """Whether a forward pass with input `x` should store no activations of its blocks."""
-        # an edit that draws random numbers or collects maps must run once only
-        if not torch.is_grad_enabled() or edits.dropout or edits.return_attention:
+        runs_once = bool(edits.dropout or edits.return_attention)  # draws random numbers, or collects maps
+        if runs_once or not torch.is_grad_enabled():
             return False
-        return self.recompute_in_training if self.training else self.recompute and x.requires_grad
+        if self.training:
+            return self.recompute_in_training
+        return self.recompute and x.requires_grad
 
 
 class Preconditioner(nn.Module):
@@ -180,11 +192,13 @@ class Preconditioner(nn.Module):
 
     def _check(self, edits: Edits) -> None:
         for name in ("attention", "embedding", "dropout", "return_attention"):
-            if getattr(edits, name) and name not in self.supported_edits:
-                kind = type(self.raw).__name__
-                takes = ", ".join(sorted(self.supported_edits)) or "none"
-                raise ValueError(f"a {kind} network does not support the edit {name!r}; it supports: {takes}")
+            if not getattr(edits, name) or name in self.supported_edits:
+                continue
+            kind = type(self.raw).__name__
+            supported = ", ".join(sorted(self.supported_edits)) or "none"
+            raise ValueError(f"a {kind} network does not support the edit {name!r}; it supports: {supported}")
         roles = self.attention_roles
         for block in (*edits.attention, *edits.return_attention):
-            if block not in roles:
-                raise ValueError(f"no attention in a block called {block!r}; blocks with attention: {', '.join(roles)}")
+            if block in roles:
+                continue
+            raise ValueError(f"no attention in a block called {block!r}; blocks with attention: {', '.join(roles)}")

@@ -149,7 +149,7 @@ class SnapshotWriter:
             raise ValueError(
                 f"{name} is not finite as {stored.dtype}: training has diverged, or the weights need dtype float32"
             )
-        self._file.write(memoryview(stored.view(torch.uint8).numpy()))
+        self._file.write(stored.view(torch.uint8).numpy().data)
         self._left[name] -= len(values)
         if not self._left[name]:
             del self._left[name]

@@ -108,9 +108,7 @@ def open_sources(sources: Sequence[str | Path], prefix: str = "", stds: Iterable
     found: list[Weights] = []
     for source in sources:
         if "://" not in str(source) and Path(source).is_dir():
-            files = (path for path in Path(source).iterdir() if path.suffix in _SUFFIXES and path.is_file())
-            opened = [open_weights(path) for path in sorted(files) if path.name.startswith(prefix)]
-            found += [weights for weights in opened if weights.header.recipe is None]
+            found += _training_snapshots(Path(source), prefix)
         else:
             weights = open_weights(source)
             if weights.name.startswith(prefix):
@@ -119,13 +117,28 @@ def open_sources(sources: Sequence[str | Path], prefix: str = "", stds: Iterable
         condition = f" with names that start with {prefix!r}" if prefix else ""
         raise ValueError(f"found no training snapshots{condition} in {where}")
     if stds is not None:
-        wanted = set(stds)
-        available = {weights.header.ema_std for weights in found}
-        if missing := wanted - available:
-            lengths = ", ".join(str(std) for std in sorted(std for std in available if std is not None))
-            raise ValueError(f"no snapshot in {where} has the EMA length {min(missing)}; available: {lengths}")
-        found = [weights for weights in found if weights.header.ema_std in wanted]
+        found = _with_stds(found, set(stds), where)
     return sorted(found, key=lambda weights: (weights.header.nimg, weights.header.ema_std or 0))
+
+
+def _training_snapshots(folder: Path, prefix: str) -> list[Weights]:
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in _SUFFIXES or not path.name.startswith(prefix) or not path.is_file():
+            continue
+        weights = open_weights(path)
+        if weights.header.recipe is None:
+            found.append(weights)
+    return found
+
+
+def _with_stds(found: list[Weights], stds: set[float], where: str) -> list[Weights]:
+    available = {weights.header.ema_std for weights in found}
+    missing = stds - available
+    if missing:
+        lengths = ", ".join(str(std) for std in sorted(std for std in available if std is not None))
+        raise ValueError(f"no snapshot in {where} has the EMA length {min(missing)}; available: {lengths}")
+    return [weights for weights in found if weights.header.ema_std in stds]
 
 
 class WeightReader:
@@ -158,7 +171,7 @@ class WeightReader:
         if isinstance(tensor, torch.Tensor):
             return tensor.detach().reshape(-1)[start:stop]
         values = torch.empty(stop - start, dtype=tensor.dtype)
-        self.read_bytes(name, start, memoryview(values.view(torch.uint8).numpy()))
+        self.read_bytes(name, start, values.view(torch.uint8).numpy().data)
         return values
 
     def read_bytes(self, name: str, start: int, out: memoryview) -> None:

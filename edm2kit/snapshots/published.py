@@ -69,14 +69,19 @@ def published_time(name: str) -> tuple[str, int, float] | None:
 
 def _header(path: Path, contents: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Header:
     run, nimg, ema_std = published_time(path.name) or ("", 0, None)
+    if run == "network-snapshot":  # the file name of training, which names no run
+        run = ""
     loss = contents.get("loss_fn")
+    # the dtype that stores every weight exactly
+    dtypes = {tensor.dtype for tensor in tensors.values() if len(tensor.shape) > 1}
+    names = [name for name, (_, dtype) in DTYPES.items() if dtypes == {dtype}]
     return Header(
         architecture=_architecture(contents["ema"], len(tensors)),
         encoder=_encoder(contents["encoder"]),
         nimg=nimg,
         ema_std=ema_std,
-        dtype=_dtype(tensors),
-        run_id="" if run == "network-snapshot" else run,
+        dtype=names[0] if names else "float32",
+        run_id=run,
         training_config={
             "published_file": path.name,
             "loss": _scalars(loss.state) if type(loss) is Record else {},
@@ -85,15 +90,10 @@ def _header(path: Path, contents: Mapping[str, Any], tensors: Mapping[str, Store
     )
 
 
-def _dtype(tensors: Mapping[str, StoredTensor]) -> str:
-    """The dtype that stores every weight exactly."""
-    found = {tensor.dtype for tensor in tensors.values() if len(tensor.shape) > 1}
-    return next((name for name, (_, dtype) in DTYPES.items() if found == {dtype}), "float32")
-
-
 def _scalars(values: Any) -> dict[str, Any]:
-    there = values if type(values) is dict else {}
-    return {key: value for key, value in there.items() if type(value) in (bool, int, float, str)}
+    if type(values) is not dict:
+        return {}
+    return {key: value for key, value in values.items() if type(value) in (bool, int, float, str)}
 
 
 # the network
@@ -101,20 +101,22 @@ def _scalars(values: Any) -> dict[str, Any]:
 
 def _named_tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, StoredTensor]]:
     """Parameters and buffers under the names of `Module.state_dict()`."""
-    if type(module) is not Record:
+    if type(module) is not Record or module.state is None:
         raise ValueError(f"{prefix or 'ema'!r:.100} is not a module")
-    transient = module.state.get("_non_persistent_buffers_set", ())
-    for name, tensor in [*_entries(module, "_parameters", prefix), *_entries(module, "_buffers", prefix)]:
-        if name not in transient and type(tensor) is not StoredTensor:
-            raise ValueError(f"{prefix + name!r:.100} is not a tensor")
-        if name not in transient:
+    not_saved = module.state.get("_non_persistent_buffers_set", ())
+    for kind in ("_parameters", "_buffers"):
+        for name, tensor in _entries(module.state, kind, prefix):
+            if name in not_saved:
+                continue
+            if type(tensor) is not StoredTensor:
+                raise ValueError(f"{prefix + name!r:.100} is not a tensor")
             yield prefix + name, tensor
-    for name, child in _entries(module, "_modules", prefix):
+    for name, child in _entries(module.state, "_modules", prefix):
         yield from _named_tensors(child, f"{prefix}{name}.")
 
 
-def _entries(module: Record, kind: str, prefix: str) -> list[tuple[str, Any]]:
-    entries = module.state.get(kind) if module.state else None
+def _entries(state: Mapping[str, Any], kind: str, prefix: str) -> list[tuple[str, Any]]:
+    entries = state.get(kind)
     if type(entries) is not dict:
         raise ValueError(f"{prefix or 'ema'!r:.100} has no {kind}")
     return [(name, value) for name, value in entries.items() if value is not None]
@@ -124,20 +126,21 @@ def _architecture(ema: Record, num_tensors: int) -> dict[str, Any]:
     arguments = _arguments(ema)
     arguments.pop("use_fp16", None)  # the caller chooses the precision of computation
     for name, value in arguments.items():
-        numbers = value if type(value) in (list, tuple) else [value]
         # every block has weights of its own, so there are never more blocks than tensors
         limit = max(num_tensors, 1) if name == "num_blocks" else _MAX_SIZE
-        if len(numbers) > 100 or not all(_is_size(number, limit) for number in numbers):
+        numbers = value if type(value) in (list, tuple) else [value]
+        if len(numbers) > 100:
             raise ValueError(f"the network's {name!r:.60} is {value!r:.60}")
+        for number in numbers:
+            if number is None:
+                continue
+            if type(number) not in (bool, int, float) or not 0 <= number <= limit:
+                raise ValueError(f"the network's {name!r:.60} is {value!r:.60}")
     try:
-        given = [arguments.pop(name) for name in ("img_resolution", "img_channels", "label_dim")]
+        shape = {name: arguments.pop(name) for name in ("img_resolution", "img_channels", "label_dim")}
     except KeyError as error:
         raise ValueError(f"the network has no argument {error}") from error
-    return full_architecture(*given, arguments.pop("sigma_data", 0.5), arguments)
-
-
-def _is_size(value: Any, limit: int) -> bool:
-    return value is None or (type(value) in (bool, int, float) and 0 <= value <= limit)
+    return full_architecture(**shape, sigma_data=arguments.pop("sigma_data", 0.5), network=arguments)
 
 
 def _arguments(record: Any) -> dict[str, Any]:
@@ -161,10 +164,10 @@ def _encoder(record: Any) -> dict[str, Any]:
         return {"kind": "rgb"}
     if record.class_name != "StabilityVAEEncoder":
         raise ValueError(f"unknown encoder {record.class_name!r:.60}; known: StandardRGBEncoder, StabilityVAEEncoder")
-    return _vae_spec(record, arguments)
+    return _vae_spec(arguments, record.state)
 
 
-def _vae_spec(record: Record, arguments: dict[str, Any]) -> dict[str, Any]:
+def _vae_spec(arguments: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
     arguments.pop("batch_size", None)  # how many images are encoded at once
     if arguments.get("vae_name", STABILITY_VAE) != STABILITY_VAE:
         raise ValueError(f"its VAE is {arguments['vae_name']!r:.60}; published networks use {STABILITY_VAE}")
@@ -176,7 +179,7 @@ def _vae_spec(record: Record, arguments: dict[str, Any]) -> dict[str, Any]:
     if any(one.numel() != 4 or not one.isfinite().all() for one in (encoder.scale, encoder.bias)):
         raise ValueError("scale and bias of the VAE encoder are not four finite numbers")
     for name in ("scale", "bias"):
-        stored, ours = record.state.get(name), getattr(encoder, name).flatten().numpy()
+        stored, ours = state.get(name), getattr(encoder, name).flatten().numpy()
         if stored is None:
             continue
         if type(stored) is not np.ndarray or stored.shape != ours.shape or not np.allclose(stored, ours, rtol=1e-4):

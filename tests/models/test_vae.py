@@ -105,12 +105,12 @@ def test_offline_the_error_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("EDM2_OFFLINE", "1")
-    with pytest.raises(ValueError, match=r"(?s)forbids downloads.*put it at.*in a folder, and name that folder with"):
+    with pytest.raises(ValueError, match=r"(?s)forbids downloads.*put it at.*in a folder and pass that as --vae"):
         load_vae(STABILITY_VAE, CPU)
 
 
 def test_what_is_not_a_vae_is_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match="no VAE folder at"):
+    with pytest.raises(ValueError, match="there is no VAE folder"):
         load_vae(str(tmp_path / "missing"), CPU)
     with pytest.raises(ValueError, match=r"has no config\.json"):
         load_vae(str(tmp_path), CPU)

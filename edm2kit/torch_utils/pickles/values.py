@@ -145,7 +145,7 @@ class StoredTensor:
     def _read_flat(self, position: int, count: int) -> torch.Tensor:
         # directly into the tensor's memory: a bytes object in between would double the peak
         result = torch.empty(count, dtype=self.dtype)
-        memory = memoryview(result.view(torch.uint8).numpy().data)
+        memory = result.view(torch.uint8).numpy().data
         file = self.storage.span.file
         file.seek(position)
         if file.readinto(memory) != len(memory):  # type: ignore[attr-defined]  # every buffered file has it
