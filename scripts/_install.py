@@ -23,7 +23,7 @@ _REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(?:\[(?P<extras>[a-z,]+)\])
 def requirements(pyproject: dict, extra: str = EXTRA) -> list[str]:
     """The core requirements and those of `extra`, extras that it names in turn included, e.g. ["torch>=2.5", ...].
 
-    Raises ValueError where one is not of the form name>=version, the only one that `missing` understands.
+    Raises ValueError if one is not of the form name>=version, the only one that `missing` understands.
     """
     project = pyproject["project"]
     found = list(project["dependencies"])
@@ -89,7 +89,7 @@ def _normal(name: str) -> str:
 def pip_install(wanted: list[str], constraints: str) -> None:
     """Install `wanted` under `constraints` (the text of a constraints file) with this Python's pip.
 
-    Raises ValueError where pip is missing or fails.
+    Raises ValueError if pip is missing or fails.
     """
     names = " ".join(wanted)
     print(f"Installing into {sys.prefix}: {names}", flush=True)

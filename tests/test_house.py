@@ -35,6 +35,57 @@ print(json.dumps(answers))
 """
 
 
+# what a newcomer looks for -> the file of edm2kit that has it
+LOOK_UPS = {
+    "autoguidance": "guidance/second_network/autoguidance.py",
+    "cfg": "guidance/second_network/cfg.py",
+    "pag": "guidance/own_network/pag.py",
+    "seg": "guidance/own_network/seg.py",
+    "sag": "guidance/own_network/sag.py",
+    "icg": "guidance/own_network/icg.py",
+    "tsg": "guidance/own_network/tsg.py",
+    "sliding window": "guidance/own_network/sliding_window.py",
+    "truncation": "guidance/own_network/truncation.py",
+    "classifier guidance": "guidance/classifier/classifier_guidance.py",
+    "dps": "guidance/losses/dps.py",
+    "freedom": "guidance/losses/freedom.py",
+    "tfg": "guidance/losses/tfg.py",
+    "lgd": "guidance/losses/lgd.py",
+    "apg": "guidance/rules/apg.py",
+    "rescale": "guidance/rules/rescale.py",
+    "interval": "guidance/interval.py",
+    "weight schedule": "guidance/weight_schedule.py",
+    "heun": "sampling/solvers.py",
+    "noise levels": "sampling/noise_levels.py",
+    "edm2": "models/edm2.py",
+    "dit": "models/dit.py",
+    "preconditioning": "models/preconditioning.py",
+    "vae": "models/vae.py",
+    "ema": "ema/tracking.py",
+    "power function": "ema/power_function.py",
+    "phema": "cli/phema.py",
+    "snapshot": "snapshots/file_format.py",
+    "checkpoint": "training/checkpoint.py",
+    "dataset": "data/dataset.py",
+    "labels": "data/labels.py",
+    "batches": "data/batches.py",
+    "fid": "metrics/frechet.py",
+    "frechet": "metrics/frechet.py",
+    "inception": "metrics/detectors/inception.py",
+    "dinov2": "metrics/detectors/dinov2.py",
+    "precision recall": "metrics/precision_recall.py",
+    "learning rate": "training/learning_rate.py",
+    "loss": "training/loss.py",
+    "config": "training/config.py",
+    "train": "cli/train.py",
+    "generate": "cli/generate.py",
+    "distillation": "training/distillation.py",
+    "sharding": "training/sharding.py",
+    "rng": "torch_utils/rng.py",
+    "pickle": "torch_utils/pickles/reader.py",
+}
+
+
 @pytest.fixture(scope="module")
 def help_answers(tmp_path_factory):
     files = [str(file) for file in house.command_lines(ROOT)]
@@ -69,6 +120,14 @@ def test_no_file_names_the_place_it_was_written_or_a_package_address():
 
 def test_files_stay_readable_in_one_sitting():
     assert house.length_problems(ROOT) == []
+
+
+def test_a_newcomer_finds_things_by_their_name():
+    missing = {path for path in LOOK_UPS.values() if not (ROOT / "edm2kit" / path).exists()}
+    assert missing == set()
+    found = [term for term, path in LOOK_UPS.items() if term.replace(" ", "_") in path]
+    assert len(LOOK_UPS) == 46
+    assert len(found) >= 44
 
 
 def test_every_dependency_is_named_once_and_used():
