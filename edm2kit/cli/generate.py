@@ -104,21 +104,20 @@ def _generate(
     generation: Generation, folder: ImageFolder, seeds: tuple[int, ...], batch_size: int, overwrite: bool
 ) -> None:
     """Generate the images that are missing in the folder."""
-    folder.claim(seeds, overwrite)
+    dist.on_rank0(folder.claim, seeds, overwrite)
     missing = folder.missing(seeds)
     if len(missing) < len(seeds):
         dist.print0(f"Skipping {len(seeds) - len(missing)} of {len(seeds)} images that already exist")
     if missing:
-        folder.note_run(
-            {
-                "seeds": seed_ranges(missing),
-                "command": shlex.join(sys.argv),
-                "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                "batch": batch_size,
-                "processes": dist.world_size(),
-                **provenance(generation.engine.device),
-            }
-        )
+        run = {
+            "seeds": seed_ranges(missing),
+            "command": shlex.join(sys.argv),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "batch": batch_size,
+            "processes": dist.world_size(),
+            **provenance(generation.engine.device),
+        }
+        dist.on_rank0(folder.note_run, run)
         # closing ends the progress bar before an error is printed, so that the error is the last line
         with contextlib.closing(generation.batches(missing, batch_size)) as batches:
             folder.save(batches)

@@ -14,6 +14,7 @@ from edm2kit.cli.generation import ALL_CLASSES, Request
 from edm2kit.cli.presets import find_preset, load_presets
 from edm2kit.guidance.base import Method, Option, Rule
 from edm2kit.guidance.registry import (
+    ALIASES,
     METHODS,
     OPTION_ALIASES,
     RULES,
@@ -173,10 +174,6 @@ def _guidance_options() -> list[cli.Decorator]:
     ]
 
 
-def _owners() -> dict[str, Method | Rule]:
-    return {**all_methods(), **all_rules()}
-
-
 def _method_option(owner: str, option: Option) -> cli.Decorator:
     old_names = [f"--{old.replace('_', '-')}" for old, new in OPTION_ALIASES.items() if new == option.keyword]
     return click.option(
@@ -201,9 +198,12 @@ def method_help(name: str) -> str:
     """
     if name == "list":
         return "\n".join(method_lines())
-    if name not in _owners():
-        raise click.UsageError(f"--help-guidance {name}: expected one of list, {', '.join(_owners())}")
-    owner = _owners()[name]
+    owners: dict[str, Method | Rule] = {**all_methods(), **all_rules()}
+    if name in ALIASES:
+        name = method_name(name)
+    if name not in owners:
+        raise click.UsageError(f"--help-guidance {name}: expected one of list, {', '.join(owners)}")
+    owner = owners[name]
     formatter = click.HelpFormatter()
     formatter.write_text(f"{name}: {owner.summary}.")
     facts = [("pick it when", owner.pick_when), ("formula", owner.formula), ("source", owner.source)]
@@ -243,9 +243,7 @@ def _fill_in(options: dict[str, Any], preset_name: str) -> None:
     # a method without a guide network has a weight of its own
     if options["method"] is None or METHODS[options["method"]].needs_gnet:
         values |= {"gnet": preset.gnet, "weight": preset.guidance, "interval": preset.interval}
-    for name, value in values.items():
-        if options[name] is None:
-            options[name] = value
+    options |= {name: value for name, value in values.items() if options[name] is None}
 
 
 def _take_sampler(options: dict[str, Any]) -> Sampler:
@@ -310,12 +308,15 @@ def _take_method_options(options: dict[str, Any], chosen: dict[str, Method | Rul
 
 
 def _check_networks(names: Sequence[str], gnet: str | None, uncond: str | None) -> None:
-    needing = [name for name in names if METHODS[name].needs_gnet]
-    if needing and gnet is None:
-        raise click.UsageError(f"--guidance-method {needing[0]} needs --gnet")
-    if gnet is not None and not needing and not any(METHODS[name].takes_gnet for name in names):
+    """Refuse a network that is missing or would not be used."""
+    methods = [METHODS[name] for name in names]
+    if gnet is None:
+        for name, method in zip(names, methods, strict=True):
+            if method.needs_gnet:
+                raise click.UsageError(f"--guidance-method {name} needs --gnet")
+    elif not any(method.needs_gnet or method.takes_gnet for method in methods):
         raise click.UsageError(f"--guidance-method {names[0]} takes no --gnet")
-    if uncond is not None and not any(METHODS[name].takes_uncond for name in names):
+    if uncond is not None and not any(method.takes_uncond for method in methods):
         raise click.UsageError(f"--guidance-method {names[0]} takes no --uncond")
 
 

@@ -1,7 +1,11 @@
-"""Train a diffusion network, main or guide, in one process or many (torchrun)."""
+"""Train a diffusion network, main or guide, in one process or in many.
+
+`torchrun train.py ...`, `torchrun -m edm2kit.cli.train ...` and `torchrun --no-python edm2kit-train ...` are the same.
+"""
 
 import itertools
 import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,8 +102,8 @@ def main(
         )
 
 
-def compose_config(preset: str | None, config_file: str | None, options: dict[str, Any]) -> TrainConfig:
-    """A YAML file's values, overridden by the options that were given."""
+def compose_config(preset: str | None, config_file: str | None, options: Mapping[str, Any]) -> TrainConfig:
+    """The values of a preset or YAML file, overridden by the options that were given (those that are not None)."""
     if preset and config_file:
         raise ValueError("--preset and --config both name a configuration; give one")
     path = preset_path(preset) if preset else config_file

@@ -194,3 +194,10 @@ def test_words_make_a_request_without_a_command_around_them():
     assert request.guidance == Choice("autoguidance", 2.0, (0.2, 5.0))
     with pytest.raises(ValueError, match=r"'--net a --guidance 2' asks for no images: --guidance 2 needs a guide"):
         parse_request(["--net", "a", "--guidance", "2"])
+
+
+def test_help_for_an_old_name_is_that_of_the_new_name(capsys):
+    result = CliRunner().invoke(click.command()(generation_options(lambda request: None)), ["--help-guidance", "pair"])
+    assert result.exit_code == 0
+    assert result.stdout.startswith("autoguidance: away from a weaker second network")
+    assert "'pair' is now called 'autoguidance'" in result.stderr

@@ -12,7 +12,7 @@ def guide_network(parts: Parts) -> Denoiser:
 
 
 METHOD = Method(
-    "autoguidance: away from a weaker second network",
+    "away from a weaker second network",
     "1 main + 1 guide",
     negative=guide_network,
     needs_gnet=True,
