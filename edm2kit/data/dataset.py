@@ -89,7 +89,7 @@ class Source(Protocol):
 
     @property
     def needs_decoding(self) -> bool:
-        """Whether reading has to decode or decompress; `dataset_tool.py convert` makes a faster copy."""
+        """Whether the items are decoded one by one and `dataset_tool.py convert` can make a copy that is not."""
         return False
 
     @property

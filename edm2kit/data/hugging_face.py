@@ -94,11 +94,6 @@ class HuggingFaceDataset(Source):
             **labels_identity(self, digest),
         }
 
-    @property
-    def needs_decoding(self) -> bool:
-        """True: the images are PNG or JPEG files in a table."""
-        return True
-
 
 def is_saved_dataset(path: Path) -> bool:
     """Whether `path` is a folder that `save_to_disk` has written."""

@@ -133,6 +133,17 @@ def test_decode_reads_what_encode_wrote(vae, encoded, tmp_path):
     assert (raw(tmp_path / "pixels").int() - expected.int()).abs().max() <= 1
 
 
+def test_arrays_are_encoded_like_image_files(vae, pixels, encoded, tmp_path):
+    source = ImageDataset(pixels)
+    np.save(tmp_path / "x.npy", source.read(np.arange(NUM_IMAGES)))
+    np.save(tmp_path / "labels.npy", source.labels)
+    assert invoke("encode", vae, tmp_path / "x.npy", tmp_path / "out").exit_code == 0
+    found = ImageDataset(tmp_path / "out")
+    assert found.item_name(20) == "00000/img00000020.npy"
+    assert np.array_equal(found.labels, source.labels)
+    torch.testing.assert_close(raw(tmp_path / "out"), raw(encoded), atol=0, rtol=0)
+
+
 def test_another_vae_is_refused(encoded, tmp_path):
     other = tiny_vae(tmp_path / "other", seed=1)
     result = invoke("decode", other, encoded, tmp_path / "pixels")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from edm2kit.conditions import ConditionLike, condition_tensor
+from edm2kit.conditions import ConditionLike, FloatVectors, condition_tensor
 from edm2kit.denoiser import Denoiser, Wrapper
 from edm2kit.guidance.base import Method, Option, Parts
 from edm2kit.guidance.classifier.noise_classifier import load_classifier
@@ -55,6 +55,10 @@ class ClassifierGuided(Wrapper):
                     f"class {self.target} is out of range; the classifier has classes 0 to {num_classes - 1}"
                 )
             return torch.full([num_images], self.target, device=log_p.device)
+        if isinstance(condition, FloatVectors):
+            raise ValueError(
+                "the labels are vectors, not classes; choose a class to guide towards (--classifier-class)"
+            )
         labels = condition_tensor(condition)
         if labels is None or labels.shape[1] == 0:
             raise ValueError("the network has no classes; choose one to guide towards (--classifier-class)")
