@@ -81,6 +81,9 @@ def test_run_leaves_snapshots_records_and_samples(uninterrupted, data):
     assert (header.nimg, header.ema_std) == (160, 0.05)
     assert header.architecture["num_blocks"] == 1
     assert header.architecture["res_balance"] == 0.3  # defaults are written out
+    assert header.buffers == tuple(
+        name for name in load_snapshot(uninterrupted / names[1]).net.state_dict() if "fourier" in name
+    )
     lines = [json.loads(line) for line in (uninterrupted / "stats.jsonl").read_text().splitlines()]
     assert [line["nimg"] for line in lines] == [80, 160]
     assert lines[0]["loss"] > 0

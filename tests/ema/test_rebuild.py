@@ -68,6 +68,16 @@ def test_stored_profile_comes_out_as_it_is(walk, std):
     assert header.recipe["fit"] == {"error": 0, "width": pytest.approx(std), "rounding": pytest.approx(2.3e-8, rel=0.1)}
 
 
+def test_snapshots_that_list_their_buffers_need_no_network(walk):
+    buffers = tuple(name for name in walk.last if "fourier" in name)
+    inputs = [changed(weights, network="from elsewhere", buffers=buffers) for weights in walk.snapshots]
+    state, header = reconstruct(inputs, 0.07)
+    expected, _ = reconstruct(walk.snapshots, 0.07)
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert header.buffers == buffers
+
+
 def profile(t: np.ndarray, end: float, std: float) -> np.ndarray:
     exp = std_to_exp(std)
     return (exp + 1) * t**exp / end ** (exp + 1) * (t <= end)

@@ -1,4 +1,4 @@
-"""Label dropout: the stated share of images, whatever the batch, and nothing else changed."""
+"""The training loop: label dropout hits the stated fraction of images, whatever the batch, and changes nothing else."""
 
 import math
 
