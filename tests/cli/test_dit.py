@@ -96,6 +96,27 @@ def test_averages_are_rebuilt_and_networks_generate_and_are_scored(place):
     assert json.loads((place / "record.json").read_text())["results"]["fd_random"]["min"] > 0
 
 
+def generated(place, name: str, *guidance, code: int = 0) -> str | list[bytes]:
+    out = place / f"guided {name}"
+    line = ("--net", snapshots(place)[-1], "--outdir", out, "--seeds", "0-1", "--steps", 2, "--device", "cpu")
+    output = run(generate, *line, *guidance, code=code)
+    return [path.read_bytes() for path in sorted(out.rglob("*.png"))] if code == 0 else output
+
+
+@pytest.mark.parametrize("method", ["pag", "seg", "sag", "icg", "windows", "input-noise"])
+def test_guidance_by_the_network_s_own_interior_works(place, method):
+    guided = generated(place, method, "--guidance-method", method, "--guidance", 40)
+    assert len(guided) == 2
+    assert guided != generated(place, "off")
+
+
+@pytest.mark.parametrize(("method", "edit"), [("dropout", "dropout"), ("tsg", "embedding")])
+def test_guidance_that_needs_another_interior_refuses_in_one_line(place, method, edit):
+    output = generated(place, method, "--guidance-method", method, "--guidance", 2, code=1)
+    assert f"needs a network that supports the edit {edit}; this one supports: attention, return_attention" in output
+    assert "Traceback" not in output
+
+
 def test_training_goes_on_from_a_snapshot_with_other_classes(place):
     tiny.make_dataset(place / "six", num_classes=6)
     line = ("--data", place / "six", "--init-from", snapshots(place)[-1], "--outdir", place / "tuned", "--samples", 0)

@@ -1,0 +1,32 @@
+"""The magnitude-preserving layers."""
+
+import pytest
+import torch
+
+from edm2kit.models.layers import convolve, mp_cat, mp_silu, mp_sum, normalize
+
+
+def test_primitives_preserve_magnitude():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(64, n, 16, 16, generator=generator) for n in (32, 96))
+    for y in (mp_silu(a), mp_sum(a, b[:, :32], 0.3), mp_cat(a, b, 0.3), normalize(a * 7)):
+        assert y.square().mean().sqrt().item() == pytest.approx(1, abs=0.01)
+    # both inputs of a concatenation contribute by their balance, whatever their width
+    y = mp_cat(a, b, 0.5)
+    assert (y[:, :32].square().sum() / y[:, 32:].square().sum()).item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("side", [8, 64])
+def test_convolutions_have_the_gradients_of_torch_whatever_the_size(side):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 5, side, side, requires_grad=True), torch.randn(4, 5, 3, 3, requires_grad=True)
+    factor = torch.randn(2, 4, side, side)
+    last = [part.detach().to(memory_format=torch.channels_last).requires_grad_() for part in (x, weight)]
+    (torch.nn.functional.conv2d(x, weight, padding=1) * factor).sum().backward()
+    (convolve(*last) * factor).sum().backward()
+    for found, expected in zip(last, (x, weight), strict=True):
+        assert torch.allclose(found.grad, expected.grad, rtol=1e-4, atol=1e-4 * float(expected.grad.abs().max()))
+    assert convolve(last[0][:0], last[1]).shape == (0, 4, side, side)
+    frozen = last[0].detach().requires_grad_()
+    (convolve(frozen, weight.detach()) * factor).sum().backward()  # a loss that guides asks for this
+    assert torch.allclose(frozen.grad, x.grad, rtol=1e-4, atol=1e-4)
