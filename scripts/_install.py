@@ -1,8 +1,8 @@
-"""Installs what pyproject.toml asks for into the environment of the Python that runs this (used by _setup.sh).
+"""Install the requirements of pyproject.toml into the environment of the Python that runs this (used by _setup.sh).
 
-`sync` is for the checkout's own .venv: the versions of constraints.txt, and no pip call at all when nothing has
-changed since the last time. `add` is for an environment of the user's: only what is missing, and nothing that is
-there is replaced, so a torch built for the user's GPU stays.
+`sync` is for the checkout's own .venv: it installs the versions of constraints.txt, and does not call pip if nothing
+has changed since the last time. `add` is for the user's own environment: it installs what is missing and replaces
+nothing, so a torch built for the user's GPU stays.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ _REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(?:\[(?P<extras>[a-z,]+)\])
 
 
 def requirements(pyproject: dict, extra: str = EXTRA) -> list[str]:
-    """The core requirements and those of `extra`, extras that it names in turn included, e.g. ["torch>=2.5", ...].
+    """The core requirements and those of `extra`, including the extras that it names, such as ["torch>=2.5", ...].
 
     Raises ValueError if one is not of the form name>=version, the only one that `missing` understands.
     """
@@ -53,7 +53,7 @@ def installed_version(name: str) -> str | None:
 def missing(wanted: list[str]) -> list[str]:
     """Those of `wanted` that this environment lacks.
 
-    Raises ValueError for one that is there but too old: replacing it could break what the user has it for.
+    Raises ValueError for one that is too old, because replacing it could break the user's other work.
     """
     lacking = []
     for line in wanted:
@@ -64,7 +64,7 @@ def missing(wanted: list[str]) -> list[str]:
         elif _release(version) < _release(least):
             raise ValueError(
                 f"this environment ({sys.prefix}) has {name} {version}, but {line} is needed; update it yourself, "
-                "or deactivate the environment to have a .venv made beside the code"
+                "or deactivate the environment to get a .venv beside the code"
             )
     return lacking
 
@@ -74,7 +74,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def kept_constraints(tested: str) -> str:
-    """Constraints under which pip replaces nothing: what is installed as it is, the `tested` versions for the rest."""
+    """Constraints under which pip replaces nothing: installed versions as they are, `tested` versions for the rest."""
     here = {_normal(dist.name): f"{dist.name}=={dist.version}" for dist in metadata.distributions() if dist.version}
     # torch needs a newer setuptools than a fresh environment has, and nobody chooses that version with care
     here.pop("setuptools", None)
@@ -99,7 +99,7 @@ def pip_install(wanted: list[str], constraints: str) -> None:
         pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
         done = subprocess.run([*pip, "--constraint", str(path), *wanted], stdin=subprocess.DEVNULL)
     if done.returncode != 0:
-        raise ValueError(f"pip could not install what is needed (its reason stands above): {names}")
+        raise ValueError(f"pip could not install the requirements, for the reason above: {names}")
 
 
 def install_package() -> None:
@@ -111,7 +111,7 @@ def install_package() -> None:
     pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--quiet"]
     done = subprocess.run([*pip, "--no-deps", "--editable", str(ROOT)], stdin=subprocess.DEVNULL)
     if done.returncode != 0:
-        raise ValueError(f"pip could not install the checkout {ROOT} (its reason stands above)")
+        raise ValueError(f"pip could not install the checkout {ROOT}, for the reason above")
 
 
 def sync() -> None:
@@ -130,7 +130,7 @@ def sync() -> None:
 
 
 def add() -> None:
-    """Add what the active environment lacks."""
+    """Install what is missing in the active environment."""
     lacking = missing(requirements(tomllib.loads((ROOT / "pyproject.toml").read_text())))
     if lacking:
         pip_install(lacking, kept_constraints((ROOT / "constraints.txt").read_text()))

@@ -1,6 +1,6 @@
-# Sourced by test.sh and demo.sh: goes to the checkout's root and sets `python` to an interpreter that has everything.
-# An active virtual or conda environment (other than conda's base) is used as it is, and only what it lacks is added;
-# otherwise .venv is made here. scripts/_install.py does the installing.
+# Sourced by test.sh and demo.sh: changes to the root of the checkout and sets `python` to an interpreter with all
+# requirements. Uses an active virtual or conda environment (except conda's base) and adds what is missing there;
+# otherwise creates .venv here. scripts/_install.py does the installing.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -25,8 +25,8 @@ make_venv() {
     local candidate
     for candidate in python3 python3.13 python3.12 python3.11 python; do
         if is_recent "$candidate"; then
-            echo "Making the virtual environment .venv with $("$candidate" --version)"
-            "$candidate" -m venv --clear .venv || fail "'$candidate -m venv .venv' did not work (see above);" \
+            echo "Creating the virtual environment .venv with $("$candidate" --version)"
+            "$candidate" -m venv --clear .venv || fail "'$candidate -m venv .venv' failed (see above);" \
                 "install your system's venv package for Python, or activate an environment of your own"
             return
         fi
@@ -41,11 +41,11 @@ set_up() {
         python=$environment/bin/python
         [[ -x $python ]] || fail "the active environment $environment has no bin/python; deactivate it and try again"
         is_recent "$python" || fail "the active environment $environment has $("$python" --version 2>&1)," \
-            "but 3.11 or newer is needed; deactivate it and a fitting .venv is made here"
+            "but 3.11 or newer is needed; deactivate it to get a suitable .venv here"
         "$python" scripts/_install.py add
     else
         python=$PWD/.venv/bin/python
-        # an interpreter upgraded by the system leaves a .venv whose packages, pip first, are gone
+        # after a system upgrade of Python, the packages of an old .venv, pip among them, are missing
         "$python" -c 'import pip' >/dev/null 2>&1 || make_venv
         "$python" scripts/_install.py sync
     fi

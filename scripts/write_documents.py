@@ -10,12 +10,14 @@ import click
 
 try:
     from edm2kit.cli import click_types as cli
+    from edm2kit.cli.field_options import settings_table
     from edm2kit.experiments import documents
     from edm2kit.experiments.compare_guidance import report as comparison
     from edm2kit.experiments.demo import report as demo
     from edm2kit.experiments.paper_tables import document as paper_tables
     from edm2kit.experiments.toy import report as toy
     from edm2kit.guidance import table as guidance
+    from edm2kit.training.config import TrainConfig
 except ModuleNotFoundError as error:
     if error.name != "edm2kit":
         raise
@@ -39,6 +41,7 @@ DOCUMENTS: dict[str, Callable[[], Parts]] = {
     "docs/guidance.md": _guidance_parts,
     "docs/reproduction.md": lambda: paper_tables.document_parts(_record(paper_tables.RECORD)),
     "docs/toy.md": lambda: toy.document_parts(_record(toy.FOLDER / toy.RECORD_NAME)),
+    "docs/train-config.md": lambda: {"settings": settings_table(TrainConfig)},
 }
 
 

@@ -1,4 +1,5 @@
-"""What several command lines compose from the rooms: options -> loaded networks -> guided denoiser -> images.
+"""The commands, one module each, and what they share: options, requests for images, and folders of images.
 
-Imports from every room; only the command lines and scripts import it.
+Nothing imports a command. `click_types` and `field_options` are about options; `generation_options` turns options into
+a `Request`, and `generation` turns a `Request` into an engine that generates images.
 """

@@ -80,6 +80,22 @@ def value_text(value: Any, metavar: str | None = None) -> str:
     return str(value)
 
 
+def settings_table(config: type) -> str:
+    """The fields of a configuration as a table in Markdown, for the documents."""
+    lines = ["| setting | option | default | may change on resume | meaning |", "| --- | --- | --- | --- | --- |"]
+    for field in dataclasses.fields(config):
+        option, default = field.metadata.get("option"), default_text(field)
+        cells = (
+            f"`{field.name}`",
+            f"`{option}`" if option else "",
+            f"`{default}`" if default else "",
+            "yes" if field.metadata.get("free") else "",
+            field.metadata["help"],
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def size_text(count: int) -> str:
     """A count as `Size` reads it, such as 128Ki, if that is shorter to read than its digits."""
     for suffix, unit in (("Gi", 1 << 30), ("Mi", 1 << 20), ("Ki", 1 << 10)):

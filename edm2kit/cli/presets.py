@@ -1,4 +1,4 @@
-"""Generation presets: published networks, how they are guided, and the value that was published."""
+"""Presets for generating images: published networks, their guidance, and the published result."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,9 +17,11 @@ PRESETS_FILE = Path(__file__).parents[1] / "configs" / "generate.yaml"
 
 @dataclass(frozen=True)
 class Preset:
-    """`net` and `gnet` are URLs; `guidance` and `interval` as the options of the same names, None without a guide.
+    """Published networks with the settings of a published result.
 
-    `metric` of 50,000 images, the least over three seed ranges, was published as `value`.
+    - `net`, `gnet`: URLs.
+    - `guidance`, `interval`: as the options of these names; None without a guide network.
+    - `metric`, `value`: the published result, the minimum over three seed ranges of 50,000 images each.
     """
 
     net: str
@@ -38,7 +40,7 @@ def load_presets() -> Mapping[str, Preset]:
 
 
 def find_preset(name: str) -> Preset:
-    """The preset called `name`; ValueError with the nearest name where there is none."""
+    """The preset called `name`. Raises ValueError with the nearest name if there is none."""
     presets = load_presets()
     if name not in presets:
         raise ValueError(f"unknown preset {name!r}{nearest(name, list(presets))}")
@@ -46,7 +48,7 @@ def find_preset(name: str) -> Preset:
 
 
 def summary(names: Iterable[str]) -> str:
-    """Preset names as a list, shortened where they differ in size alone: "edm2-img64-{xs,s,m}, pictures32"."""
+    """Preset names as a list, shortened if they only differ in size: "edm2-img64-{xs,s,m}, pictures32"."""
     sizes: dict[str, list[str]] = {}
     for name in names:
         size = next((word for word in name.split("-") if word in SIZES), "")

@@ -14,13 +14,14 @@ import yaml
 from click.testing import CliRunner, Result
 
 from edm2kit.cli import train
+from edm2kit.cli.field_options import settings_table
+from edm2kit.experiments import documents
 from edm2kit.snapshots.file_format import read_header
 from edm2kit.snapshots.loading import load_snapshot
 from edm2kit.training import run as training_run
 from edm2kit.training.checkpoint import list_checkpoints
 from edm2kit.training.config import TrainConfig
-from scripts import config_table
-from tests.support import tiny
+from tests.support import ROOT, tiny
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,8 @@ def test_run_leaves_snapshots_records_and_samples(uninterrupted, data):
 SIGNALLED = """
 import os, signal, sys
 from edm2kit.cli import train
+from edm2kit.cli.field_options import settings_table
+from edm2kit.experiments import documents
 from edm2kit.training.loop import Trainer
 step = Trainer.step
 def step_then_signal(self, *arguments):
@@ -332,12 +335,12 @@ def test_a_setting_is_described_once_for_help_and_documents(field):
     if "option" in field.metadata:
         assert f"{field.metadata['option']} " in shown
         assert text in shown
-    row = next(line for line in config_table.document().splitlines() if line.startswith(f"| `{field.name}` |"))
+    row = next(line for line in settings_table(TrainConfig).splitlines() if line.startswith(f"| `{field.name}` |"))
     assert row.endswith(f"| {text} |")
 
 
 def test_the_page_of_settings_is_current():
-    assert config_table.DOCUMENT.read_text() == config_table.document()
+    assert documents.is_current(ROOT / "docs" / "train-config.md", {"settings": settings_table(TrainConfig)})
 
 
 def test_help_lists_presets_in_order_of_size():
