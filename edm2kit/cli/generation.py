@@ -217,7 +217,7 @@ def _pick_labels(request: Request, main: Snapshot) -> tuple[Sequence[int] | None
         return parse_classes(request.classes, label_dim, main.header.label_names), None
     if request.classes is not None:
         raise ValueError(
-            "the network takes label vectors, not classes; use --labels FILE instead of --class and --balanced"
+            "the network takes label vectors; use --labels FILE instead of --class and --balanced"
         )
     if request.labels is None:
         raise ValueError(

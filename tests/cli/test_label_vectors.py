@@ -122,7 +122,7 @@ def test_wrong_vectors_are_refused_in_one_line(net, tmp_path, content, reason):
 
 def test_vectors_and_classes_do_not_mix(net, labels, tmp_path):
     output = invoke(generate.main, "--net", net, "--class", 1, "--outdir", tmp_path / "out", code=1)
-    assert "takes label vectors, not classes; use --labels FILE instead of --class" in output
+    assert "takes label vectors; use --labels FILE instead of --class" in output
     classes = make_dataset(tmp_path / "classes", num_classes=DIMENSION)
     config = write_config(tmp_path / "tiny.yaml", duration_nimg=16)
     invoke(train.main, "--data", classes, "--config", config, "--outdir", tmp_path / "run", "--samples", 0)

@@ -57,7 +57,7 @@ class ClassifierGuided(Wrapper):
             return torch.full([num_images], self.target, device=log_p.device)
         if isinstance(condition, FloatVectors):
             raise ValueError(
-                "the labels are vectors, not classes; choose a class to guide towards (--classifier-class)"
+                "the labels are vectors; choose a class to guide towards (--classifier-class)"
             )
         labels = condition_tensor(condition)
         if labels is None or labels.shape[1] == 0:

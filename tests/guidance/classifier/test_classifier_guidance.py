@@ -82,7 +82,7 @@ def test_all_images_can_be_led_to_one_class():
     [
         (None, None, "choose one to guide towards"),
         (torch.zeros(4, 0), None, "choose one to guide towards"),
-        (FloatVectors(LABELS), None, "the labels are vectors, not classes; choose a class to guide towards"),
+        (FloatVectors(LABELS), None, "the labels are vectors; choose a class to guide towards"),
         (torch.eye(4), None, "the network has 4 classes, the classifier 3"),
         (LABELS, 3, "class 3 is out of range; the classifier has classes 0 to 2"),
     ],
