@@ -216,9 +216,7 @@ def _pick_labels(request: Request, main: Snapshot) -> tuple[Sequence[int] | None
             raise ValueError("--labels is for networks that take label vectors, and this one does not; use --class")
         return parse_classes(request.classes, label_dim, main.header.label_names), None
     if request.classes is not None:
-        raise ValueError(
-            "the network takes label vectors; use --labels FILE instead of --class and --balanced"
-        )
+        raise ValueError("the network takes label vectors; use --labels FILE instead of --class and --balanced")
     if request.labels is None:
         raise ValueError(
             f"the network takes label vectors of {label_dim} numbers; give some with --labels FILE, a .npy array "

@@ -56,9 +56,7 @@ class ClassifierGuided(Wrapper):
                 )
             return torch.full([num_images], self.target, device=log_p.device)
         if isinstance(condition, FloatVectors):
-            raise ValueError(
-                "the labels are vectors; choose a class to guide towards (--classifier-class)"
-            )
+            raise ValueError("the labels are vectors; choose a class to guide towards (--classifier-class)")
         labels = condition_tensor(condition)
         if labels is None or labels.shape[1] == 0:
             raise ValueError("the network has no classes; choose one to guide towards (--classifier-class)")
