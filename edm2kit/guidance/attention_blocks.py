@@ -39,7 +39,7 @@ def require_edits(denoiser: Any, method: str, *edits: str) -> Network:
     if not is_network(denoiser):
         raise ValueError(
             f"{method} changes the interior of a network, and a {type(denoiser).__name__} is not a network. Use a "
-            "method that only changes the condition or the input (autoguidance, cfg, icg, windows, truncation, "
+            "method that only changes the condition or the input (autoguidance, cfg, icg, sliding-window, truncation, "
             "input-noise), or guide the network first and wrap it afterwards"
         )
     missing = [edit for edit in edits if edit not in denoiser.supported_edits]

@@ -69,7 +69,7 @@ METHODS: dict[str, Method] = {
     "sag": sag.METHOD,
     "icg": icg.METHOD,
     "tsg": tsg.METHOD,
-    "windows": sliding_window.METHOD,
+    "sliding-window": sliding_window.METHOD,
     "classifier": classifier_guidance.METHOD,
     "loss": loss_guidance.METHOD,
     "dropout": dropout_and_noise.DROPOUT,
@@ -92,8 +92,12 @@ ALIASES: dict[str, str] = {
     "pair": "autoguidance",
     "joint": "cfg",
     "mixed": "cfg-plus-autoguidance",
+    "windows": "sliding-window",
 }
-OPTION_ALIASES: dict[str, str] = {"mixed_share": "cfg_plus_autoguidance_share"}  # by keyword
+OPTION_ALIASES: dict[str, str] = {  # by keyword
+    "mixed_share": "cfg_plus_autoguidance_share",
+    "windows_size": "sliding_window_size",
+}
 
 _plugins_loaded = False
 

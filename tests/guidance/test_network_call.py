@@ -140,7 +140,12 @@ X, SIGMA, PROMPTS = torch.zeros(2, 3, 8, 8), torch.tensor(1.0), Prompts(("cat", 
 
 @pytest.mark.parametrize(
     ("name", "negative", "sizes"),
-    [("cfg", [0.0, 0.0], [4]), ("icg", None, [4]), ("windows", [3.0, 5.0], [2, 8]), ("input-noise", [3.0, 5.0], [4])],
+    [
+        ("cfg", [0.0, 0.0], [4]),
+        ("icg", None, [4]),
+        ("sliding-window", [3.0, 5.0], [2, 8]),
+        ("input-noise", [3.0, 5.0], [4]),
+    ],
 )
 def test_methods_of_condition_and_input_work_on_any_denoiser_and_condition(name, negative, sizes):
     foreign = ByLength()

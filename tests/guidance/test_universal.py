@@ -190,7 +190,7 @@ NEUTRAL = {
     "sag": Neutral(net=Flat(Constant(0.3))),
     "icg": Neutral({"icg_kind": "class"}, net=Flat(Constant(0.3), label_dim=4)),
     "tsg": Neutral({"tsg_scale": 0.0}),
-    "windows": Neutral({"windows_size": 16}),
+    "sliding-window": Neutral({"sliding_window_size": 16}),
     "dropout": Neutral({"dropout_rate": 0.0}),
     "input-noise": Neutral({"input_noise_delta": 0.0}),
 }
@@ -255,7 +255,7 @@ PINNED = {
     "sag": [-0.01007668, 0.573779, 0.6104353],
     "icg": [-0.0136283, 0.5382223, 0.667915],
     "tsg": [-0.004440649, 0.5164438, 0.7146304],
-    "windows": [-0.008547747, 0.5383838, 0.6685704],
+    "sliding-window": [-0.008547747, 0.5383838, 0.6685704],
     "dropout": [-0.009078891, 0.5238252, 0.6123187],
     "input-noise": [-0.002641278, 0.6394369, 0.7536359],
 }

@@ -50,15 +50,15 @@ class SlidingWindows(Wrapper):
         if not covers or not fits or size % divisor:
             raise ValueError(
                 f"crops of {size} pixels on {height}x{width}; expected a multiple of {divisor}, at least half as large "
-                "as the image and no larger (--windows-size)"
+                "as the image and no larger (--sliding-window-size)"
             )
         starts = [k / (PER_SIDE - 1) for k in range(PER_SIDE)]
         corners = [(int(v * (height - size)), int(h * (width - size))) for v in starts for h in starts]
         return corners, size
 
 
-def _negative(parts: Parts, *, windows_size: int | None) -> SlidingWindows:
-    return SlidingWindows(parts.net, windows_size)
+def _negative(parts: Parts, *, sliding_window_size: int | None) -> SlidingWindows:
+    return SlidingWindows(parts.net, sliding_window_size)
 
 
 METHOD = Method(
@@ -66,7 +66,9 @@ METHOD = Method(
     "5 main (4 of them crops: 2.56 times the area at 64x64)",
     negative=_negative,
     weight=1.2,  # EDM2-S, FID; 2.1 for FD-DINOv2
-    options=(Option("windows-size", count(), None, "Height and width of a crop, in pixels; unset: 5/8 of the image"),),
+    options=(
+        Option("sliding-window-size", count(), None, "Height and width of a crop, in pixels; unset: 5/8 of the image"),
+    ),
     term="mean of D over 2x2 crops, where they overlap; else D",
     source="Kaiser et al. 2024, 'The Unreasonable Effectiveness of Guidance for Diffusion Models' (arXiv 2411.10257)",
     pick_when="you have a single convolutional network and want better global structure; works unconditionally",

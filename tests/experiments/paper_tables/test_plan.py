@@ -46,14 +46,22 @@ def test_evaluations_are_counted(row, evaluations):
 
 @pytest.mark.parametrize(
     ("method", "evaluations"),
-    [("pag", 126), ("sag", 126), ("icg", 126), ("tsg", 126), ("dropout", 126), ("cfg", 126), ("windows", 63 * 3.25)],
+    [
+        ("pag", 126),
+        ("sag", 126),
+        ("icg", 126),
+        ("tsg", 126),
+        ("dropout", 126),
+        ("cfg", 126),
+        ("sliding-window", 63 * 3.25),
+    ],
 )
 def test_evaluations_of_one_network_are_counted_by_area(method, evaluations):
     """Several calls in one batch count each, and crops as much as their area: four of 48x48 in 64x64 are 2.25."""
     options = {option.keyword: option.default for option in METHODS[method].options}
     cell = dataclasses.replace(cell_of("img512-s"), guidance=Choice(method, 2.0, None, options))
-    if method == "windows":
-        cell = dataclasses.replace(cell, guidance=Choice(method, 2.0, None, {"windows_size": 48}))
+    if method == "sliding-window":
+        cell = dataclasses.replace(cell, guidance=Choice(method, 2.0, None, {"sliding_window_size": 48}))
     assert count_evaluations(cell, Sampler()) == (evaluations, 0)
 
 

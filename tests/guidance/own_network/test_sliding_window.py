@@ -33,7 +33,7 @@ def test_overlaps_hold_the_mean_of_the_crops():
 
 def test_a_denoiser_of_single_pixels_is_left_alone():
     net = Flat(Gaussian(0.2, 0.25))
-    guided = guide(Choice("windows", 3.0), Parts(net))
+    guided = guide(Choice("sliding-window", 3.0), Parts(net))
     torch.testing.assert_close(guided(X, SIGMA), net(X, SIGMA))
 
 
