@@ -116,8 +116,37 @@ class TrainConfig:
     snapshot_dtype: str = _setting("float16", "Data type of the weights in snapshots", choices=SNAPSHOT_DTYPES)
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_ranges(self)
+        expected_types: dict[object, type | tuple[type, ...]] = {int: int, float: (int, float), bool: bool, str: str}
+        for f in dataclasses.fields(self):
+            expected = expected_types.get(f.type)
+            if expected is None:
+                continue
+            value = getattr(self, f.name)
+            unwanted_bool = isinstance(value, bool) and f.type is not bool
+            if unwanted_bool or not isinstance(value, expected):
+                name = getattr(f.type, "__name__", f.type)
+                raise ValueError(f"{option_of(f.name)} must be {name}; got {value!r}")
+        intervals = ("status_every_nimg", "snapshot_every_nimg", "checkpoint_every_nimg")
+        for name in ("batch_size", "duration_nimg", *intervals, "P_std", "ref_lr", "sigma_data", "loss_scaling"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{option_of(name)} must be above 0; got {getattr(self, name)}")
+        for name in ("workers", "ref_batches", "rampup_nimg", "keep_checkpoints"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{option_of(name)} must not be negative; got {getattr(self, name)}")
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"{option_of('label_dropout')} must be between 0 and 1; got {self.label_dropout}")
+        for f in dataclasses.fields(self):
+            choices, value = f.metadata.get("choices"), getattr(self, f.name)
+            if choices and value not in choices:
+                raise ValueError(f"{option_of(f.name)} must be one of {', '.join(choices)}; got {value!r}")
+        if self.snapshot_every_nimg < 1000:
+            raise ValueError(
+                "--snapshot must be at least 1000 images: the file names of snapshots count thousands; "
+                f"got {self.snapshot_every_nimg}"
+            )
+        if not self.ema_stds or len({f"{std:.3f}" for std in self.ema_stds}) < len(self.ema_stds):
+            raise ValueError(f"ema_stds must be lengths that differ in three decimals; got {list(self.ema_stds)}")
+        std_to_exp(self.ema_stds)
         check_network_arguments(self.network)
 
 
@@ -125,43 +154,6 @@ def option_of(name: str) -> str:
     """What users call the field `name`: its option, or its YAML key."""
     metadata = {f.name: f.metadata for f in dataclasses.fields(TrainConfig)}[name]
     return metadata.get("option") or metadata.get("named") or f"{name} (in the YAML file)"
-
-
-def _check_types(config: TrainConfig) -> None:
-    expected_types: dict[object, type | tuple[type, ...]] = {int: int, float: (int, float), bool: bool, str: str}
-    for f in dataclasses.fields(config):
-        expected = expected_types.get(f.type)
-        if expected is None:
-            continue
-        value = getattr(config, f.name)
-        unwanted_bool = isinstance(value, bool) and f.type is not bool
-        if unwanted_bool or not isinstance(value, expected):
-            name = getattr(f.type, "__name__", f.type)
-            raise ValueError(f"{option_of(f.name)} must be {name}; got {value!r}")
-
-
-def _check_ranges(config: TrainConfig) -> None:
-    intervals = ("status_every_nimg", "snapshot_every_nimg", "checkpoint_every_nimg")
-    for name in ("batch_size", "duration_nimg", *intervals, "P_std", "ref_lr", "sigma_data", "loss_scaling"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{option_of(name)} must be above 0; got {getattr(config, name)}")
-    for name in ("workers", "ref_batches", "rampup_nimg", "keep_checkpoints"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{option_of(name)} must not be negative; got {getattr(config, name)}")
-    if not 0 <= config.label_dropout <= 1:
-        raise ValueError(f"{option_of('label_dropout')} must be between 0 and 1; got {config.label_dropout}")
-    for f in dataclasses.fields(config):
-        choices, value = f.metadata.get("choices"), getattr(config, f.name)
-        if choices and value not in choices:
-            raise ValueError(f"{option_of(f.name)} must be one of {', '.join(choices)}; got {value!r}")
-    if config.snapshot_every_nimg < 1000:
-        raise ValueError(
-            "--snapshot must be at least 1000 images: the file names of snapshots count thousands; "
-            f"got {config.snapshot_every_nimg}"
-        )
-    if not config.ema_stds or len({f"{std:.3f}" for std in config.ema_stds}) < len(config.ema_stds):
-        raise ValueError(f"ema_stds must be lengths that differ in three decimals; got {list(config.ema_stds)}")
-    std_to_exp(config.ema_stds)
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -10,7 +10,7 @@ from edm2kit.models.encoders import make_encoder
 from edm2kit.models.networks import DEFAULT_NETWORK, NETWORKS, network_kind
 from edm2kit.models.preconditioning import Preconditioner
 from edm2kit.snapshots.file_format import Header, network_on_meta
-from edm2kit.snapshots.loading import Weights, load_snapshot, open_weights
+from edm2kit.snapshots.loading import load_snapshot, open_weights
 from edm2kit.torch_utils.files import fetch, sha256_of
 from edm2kit.training.config import TrainConfig
 
@@ -61,7 +61,15 @@ def check_source(config: TrainConfig, run_header: Header) -> list[str]:
     ):
         if ours != theirs:
             raise ValueError(f"{where} does not fit: its {what} is {theirs}, this run's {ours}")
-    _check_shapes(where, source, net.state_dict())
+    wanted, label_weights = net.state_dict(), NETWORKS[header.network].label_weights
+    for name in {**wanted, **source.tensors}:
+        shape = tuple(wanted[name].shape) if name in wanted else "missing"
+        their_shape = tuple(source.tensors[name].shape) if name in source.tensors else "missing"
+        if shape != their_shape and not name.endswith(label_weights):
+            raise ValueError(
+                f"{where} does not fit: its {name} is {their_shape}, this run's {shape}; leave out network arguments "
+                "such as --channels and --preset to use those of the snapshot"
+            )
     notices = [
         f"starting from {source.name}: {header.nimg} images, EMA length {header.ema_std}; counting restarts at 0"
     ]
@@ -83,19 +91,6 @@ def start_from_(net: Preconditioner, source: str) -> None:
     for name, tensor in net.state_dict().items():
         if not name.endswith(label_weights) or (name in state and state[name].shape == tensor.shape):
             tensor.copy_(state[name])
-
-
-def _check_shapes(where: str, source: Weights, wanted: Mapping[str, torch.Tensor]) -> None:
-    for name in {**wanted, **source.tensors}:
-        if name.endswith(NETWORKS[source.header.network].label_weights):
-            continue
-        ours = tuple(wanted[name].shape) if name in wanted else "missing"
-        theirs = tuple(source.tensors[name].shape) if name in source.tensors else "missing"
-        if ours != theirs:
-            raise ValueError(
-                f"{where} does not fit: its {name} is {theirs}, this run's {ours}; leave out network arguments such "
-                "as --channels and --preset to use those of the snapshot"
-            )
 
 
 def _latent_space(encoder: Mapping[str, Any]) -> dict[str, Any]:
