@@ -36,7 +36,7 @@ def growth_plot(records: dict[str, dict[str, Any]], path: Path) -> None:
                 label="as multiply-adds",
             )
         panel.set_xticks([row[axis] for row in rows], [str(row[axis]) for row in rows])
-        _label_log_axis(panel, "images a second")
+        _label_log_axis(panel, "images per second")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     _rank_panel(panels[3], records.get("scaling"))
@@ -67,11 +67,11 @@ def _rank_panel(panel: Any, record: dict[str, Any] | None) -> None:
         _absent(panel, "scaling")
         return
     batch, seconds = record["batch"], record["step_sec"]
-    bars = {"one process": batch / seconds["alone"], "two, each alone": 2 * batch / seconds["independent"]}
+    bars = {"one process": batch / seconds["alone"], "two independent": 2 * batch / seconds["independent"]}
     bars["two ranks"] = 2 * batch / seconds["ranks"]
     drawn = panel.bar(list(bars), list(bars.values()), color=["C7", "C0", "C1"], width=0.6)
     panel.bar_label(drawn, fmt="%.2f", fontsize=9)
-    panel.set_ylabel("images a second")
+    panel.set_ylabel("images per second")
     panel.margins(y=0.15)
 
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Lint, format check and tests. Arguments go to pytest and are relative to the checkout:
+# Lint, format check, type check and tests. Arguments go to pytest and are relative to the checkout:
 #   bash scripts/test.sh -k phema        bash scripts/test.sh tests/test_house.py        bash scripts/test.sh -m slow
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .
+# "$python" -m mypy  # type check of edm2kit, settings in pyproject.toml; uncomment once it passes
 "$python" -m pytest "$@"
