@@ -51,11 +51,14 @@ class _Base(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in self.sections}
         for parameter in self.get_params(ctx):
             line = parameter.get_help_record(ctx)
-            if line is not None and parameter.name not in self.unlisted:
-                sections.setdefault(getattr(parameter, "section", OTHER), []).append(line)
+            if line is None or parameter.name in self.unlisted:
+                continue
+            title = getattr(parameter, "section", OTHER)
+            sections.setdefault(title, []).append(line)
         last = sections.pop(OTHER, [])
-        titled = {title: lines for title, lines in sections.items() if lines}
-        for title, lines in {**titled, OTHER if titled else "Options": last}.items():
+        sections = {title: lines for title, lines in sections.items() if lines}
+        sections[OTHER if sections else "Options"] = last
+        for title, lines in sections.items():
             with formatter.section(title):
                 formatter.write_dl(lines, col_max=26)
 
@@ -275,10 +278,15 @@ def _filled_in(parts: Sequence[str]) -> tuple[float, ...]:
     *before, dots, last = parts
     if len(before) < 2 or dots != "..." or "..." in before:
         raise ValueError("'...' goes between two numbers that set the step and the last one: 0.01,0.02,...,0.25")
-    numbers, end = [_number(part) for part in before], _number(last)
-    start, step = numbers[-1], numbers[-1] - numbers[-2]
+    numbers = [_number(part) for part in before]
+    end = _number(last)
+    start = numbers[-1]
+    step = start - numbers[-2]
     gaps = (end - start) / step if step else 0.0
-    if not gaps >= 1 or abs(gaps - round(gaps)) > 1e-6:
+    count = round(gaps)
+    if count < 1 or abs(gaps - count) > 1e-6:
         raise ValueError(f"{last} is not reached from {start} in steps of {step:g}")
-    # rounding keeps 0.03 from becoming 0.030000000000000002 in file names and records
-    return (*numbers, *(round(start + step * k, 10) for k in range(1, round(gaps))), end)
+    for k in range(1, count):
+        # rounding keeps 0.03 from becoming 0.030000000000000002 in file names and records
+        numbers.append(round(start + step * k, 10))
+    return (*numbers, end)

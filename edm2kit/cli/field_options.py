@@ -26,24 +26,27 @@ def options_from(config: type, *names: str, defaults: Mapping[str, Any] | None =
     """
     fields = {field.name: field for field in dataclasses.fields(config)}
     hints = typing.get_type_hints(config)
-    chosen = names or [name for name, field in fields.items() if "option" in field.metadata]
-    shown = {name: default_text(fields[name]) for name in chosen}
-    for name, value in (defaults or {}).items():
-        shown[name] = value_text(value, fields[name].metadata.get("metavar"))
-    return [_option_of(fields[name], hints[name], shown[name]) for name in chosen]
+    options = []
+    for name in names or option_fields(config):
+        metadata = fields[name].metadata
+        help_text, default = metadata["help"], default_text(fields[name])
+        if defaults and name in defaults:
+            default = value_text(defaults[name], metadata.get("metavar"))
+        is_flag = hints[name] is bool and "metavar" not in metadata
+        if default and not is_flag:
+            help_text = f"{help_text}  [default: {default}]"
+        settings: dict[str, Any] = {"metavar": metadata.get("metavar"), "help": help_text}
+        if is_flag:
+            settings |= {"is_flag": True, "default": None}
+        else:
+            settings["type"] = _value_type(metadata, hints[name])
+        options.append(click.option(metadata["option"], name, **settings))
+    return options
 
 
-def _option_of(field: dataclasses.Field[Any], hint: Any, default: str) -> Decorator:
-    metadata = field.metadata
-    if hint is bool and "metavar" not in metadata:
-        return click.option(metadata["option"], field.name, is_flag=True, default=None, help=metadata["help"])
-    return click.option(
-        metadata["option"],
-        field.name,
-        type=_value_type(metadata, hint),
-        metavar=metadata.get("metavar"),
-        help=f"{metadata['help']}  [default: {default}]" if default else metadata["help"],
-    )
+def option_fields(config: type) -> list[str]:
+    """The names of the fields of a dataclass that are options."""
+    return [field.name for field in dataclasses.fields(config) if "option" in field.metadata]
 
 
 def _value_type(metadata: Mapping[str, Any], hint: Any) -> click.ParamType | type:

@@ -1,6 +1,5 @@
 """The command-line options that decide what an image is, and the Request made from them."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +8,7 @@ from typing import Any
 import click
 
 from edm2kit.cli import click_types as cli
-from edm2kit.cli.field_options import options_from
+from edm2kit.cli.field_options import option_fields, options_from
 from edm2kit.cli.generation import ALL_CLASSES, Request
 from edm2kit.cli.presets import find_preset, load_presets
 from edm2kit.guidance.base import Method, Option, Rule
@@ -108,7 +107,57 @@ def _sections() -> list[cli.Decorator]:
             *options_from(Request, "classes", "labels"),
             click.option("--balanced", is_flag=True, help="Cycle through all classes by seed"),
         ),
-        cli.section("Guidance", *_guidance_options()),
+        cli.section(
+            "Guidance",
+            click.option(
+                "--guidance",
+                "weight",
+                metavar="W",
+                type=float,
+                help="Weight; 1 is off  [default: published, if any]",
+            ),
+            click.option(
+                "--interval", type=cli.Interval(), help="Guide only at noise levels in (LO, HI]  [default: all]"
+            ),
+            click.option(
+                "--guidance-method",
+                "method",
+                type=MethodName(),
+                help=f"See --help-guidance list  [default: {_WITH_GUIDE} if --gnet, else none]",
+            ),
+            click.option(
+                "--guidance-also",
+                "also",
+                type=WeightedMethod(),
+                multiple=True,
+                help="Another method with its weight; repeatable",
+            ),
+            click.option(
+                "--guidance-rule",
+                "rule",
+                type=click.Choice(list(all_rules())),
+                default=Choice.rule,
+                metavar="NAME",
+                help=f"How guidance terms combine: {', '.join(RULES)}",
+            ),
+            click.option(
+                "--guidance-schedule",
+                "schedule",
+                metavar="NAME",
+                type=click.Choice(list(SCHEDULES)),
+                default=Choice.schedule,
+                help=f"How weights vary: {', '.join(SCHEDULES)}",
+            ),
+            cli.printing_option(
+                "--help-guidance",
+                method_help,
+                "Describe a method or rule and its own options; list: name them all",
+                "METHOD",
+            ),
+            cli.printing_option(
+                "--list-guidance", lambda _: table_text(), "Print the table of methods and rules and exit"
+            ),
+        ),
         cli.section("Guidance", *(_method_option(name, option) for name, option in all_options())),
         cli.section(
             "Sampler",
@@ -122,55 +171,6 @@ def _sections() -> list[cli.Decorator]:
                 f"  [default: {TimeTravel.sigma_lo:g},{TimeTravel.sigma_hi:g}]",
             ),
         ),
-    ]
-
-
-def _guidance_options() -> list[cli.Decorator]:
-    return [
-        click.option(
-            "--guidance",
-            "weight",
-            metavar="W",
-            type=float,
-            help="Weight; 1 is off  [default: published, if any]",
-        ),
-        click.option("--interval", type=cli.Interval(), help="Guide only at noise levels in (LO, HI]  [default: all]"),
-        click.option(
-            "--guidance-method",
-            "method",
-            type=MethodName(),
-            help=f"See --help-guidance list  [default: {_WITH_GUIDE} if --gnet, else none]",
-        ),
-        click.option(
-            "--guidance-also",
-            "also",
-            type=WeightedMethod(),
-            multiple=True,
-            help="Another method with its weight; repeatable",
-        ),
-        click.option(
-            "--guidance-rule",
-            "rule",
-            type=click.Choice(list(all_rules())),
-            default=Choice.rule,
-            metavar="NAME",
-            help=f"How guidance terms combine: {', '.join(RULES)}",
-        ),
-        click.option(
-            "--guidance-schedule",
-            "schedule",
-            metavar="NAME",
-            type=click.Choice(list(SCHEDULES)),
-            default=Choice.schedule,
-            help=f"How weights vary: {', '.join(SCHEDULES)}",
-        ),
-        cli.printing_option(
-            "--help-guidance",
-            method_help,
-            "Describe a method or rule and its own options; list: name them all",
-            "METHOD",
-        ),
-        cli.printing_option("--list-guidance", lambda _: table_text(), "Print the table of methods and rules and exit"),
     ]
 
 
@@ -230,7 +230,7 @@ def _take_request(options: dict[str, Any]) -> Request:
             raise click.UsageError("--balanced cycles through all classes, --class through a list; give one")
         options["classes"] = ALL_CLASSES
     guidance, sampler = _take_guidance(options), _take_sampler(options)
-    return Request(guidance=guidance, sampler=sampler, **cli.given_options(options, _fields(Request)))
+    return Request(guidance=guidance, sampler=sampler, **cli.given_options(options, option_fields(Request)))
 
 
 def _fill_in(options: dict[str, Any], preset_name: str) -> None:
@@ -243,13 +243,15 @@ def _fill_in(options: dict[str, Any], preset_name: str) -> None:
     # a method without a guide network has a weight of its own
     if options["method"] is None or METHODS[options["method"]].needs_gnet:
         values |= {"gnet": preset.gnet, "weight": preset.guidance, "interval": preset.interval}
-    options |= {name: value for name, value in values.items() if options[name] is None}
+    for name, value in values.items():
+        if options[name] is None:
+            options[name] = value
 
 
 def _take_sampler(options: dict[str, Any]) -> Sampler:
-    churn = Churn(**cli.given_options(options, _fields(Churn)))
-    steps = cli.given_options(options, _fields(Sampler))
-    travel = cli.given_options(options, _fields(TimeTravel))
+    churn = Churn(**cli.given_options(options, option_fields(Churn)))
+    steps = cli.given_options(options, option_fields(Sampler))
+    travel = cli.given_options(options, option_fields(TimeTravel))
     interval = options.pop("travel_interval")
     if interval is not None:
         travel["sigma_lo"], travel["sigma_hi"] = interval
@@ -259,11 +261,6 @@ def _take_sampler(options: dict[str, Any]) -> Sampler:
     if travel:
         raise click.UsageError(f"--travel-times and --travel-interval belong to --solver time-travel, not {solver}")
     return Sampler(**steps, churn=churn)
-
-
-def _fields(config: type) -> list[str]:
-    """The fields of a dataclass that are options."""
-    return [field.name for field in dataclasses.fields(config) if "option" in field.metadata]
 
 
 def _take_guidance(options: dict[str, Any]) -> Choice:
@@ -277,7 +274,9 @@ def _take_guidance(options: dict[str, Any]) -> Choice:
     _check_networks(names, options["gnet"], options["uncond"])
     weight, interval = options.pop("weight"), options.pop("interval")
     if method == "none":
-        _check_unguided(weight, interval)
+        if weight not in (None, 1) or interval is not None:
+            given = "--interval" if weight in (None, 1) else f"--guidance {weight:g}"
+            raise click.UsageError(f"{given} needs a guide network; give --gnet, or another --guidance-method")
         weight = 1.0
     elif weight is None:
         weight = METHODS[method].weight
@@ -309,22 +308,14 @@ def _take_method_options(options: dict[str, Any], chosen: dict[str, Method | Rul
 
 def _check_networks(names: Sequence[str], gnet: str | None, uncond: str | None) -> None:
     """Refuse a network that is missing or would not be used."""
-    methods = [METHODS[name] for name in names]
-    if gnet is None:
-        for name, method in zip(names, methods, strict=True):
-            if method.needs_gnet:
-                raise click.UsageError(f"--guidance-method {name} needs --gnet")
-    elif not any(method.needs_gnet or method.takes_gnet for method in methods):
+    takes_gnet = takes_uncond = False
+    for name in names:
+        method = METHODS[name]
+        if method.needs_gnet and gnet is None:
+            raise click.UsageError(f"--guidance-method {name} needs --gnet")
+        takes_gnet |= method.needs_gnet or method.takes_gnet
+        takes_uncond |= method.takes_uncond
+    if gnet is not None and not takes_gnet:
         raise click.UsageError(f"--guidance-method {names[0]} takes no --gnet")
-    if uncond is not None and not any(method.takes_uncond for method in methods):
+    if uncond is not None and not takes_uncond:
         raise click.UsageError(f"--guidance-method {names[0]} takes no --uncond")
-
-
-def _check_unguided(weight: float | None, interval: tuple[float, float] | None) -> None:
-    """Refuse settings of guidance if there is none."""
-    if weight not in (None, 1):
-        raise click.UsageError(
-            f"--guidance {weight:g} needs a guide network; give --gnet, or another --guidance-method"
-        )
-    if interval is not None:
-        raise click.UsageError("--interval needs a guide network; give --gnet, or another --guidance-method")

@@ -123,7 +123,10 @@ def make_plan(settings: Settings) -> Plan:
         list(dict.fromkeys(times)) or None,
         str(PRECISIONS[settings.dtype]).removeprefix("torch."),
     )
-    paths = [_path_of(output, settings) for output in outputs]
+    paths = []
+    for output in outputs:
+        name = snapshot_name(output.header.nimg, _std_of(output.header), settings.outprefix)
+        paths.append(settings.outdir / name)
     for path in paths:
         if paths.count(path) > 1:
             raise ValueError(
@@ -134,10 +137,6 @@ def make_plan(settings: Settings) -> Plan:
     return Plan(inputs, outputs, paths, todo)
 
 
-def _path_of(output: Output, settings: Settings) -> Path:
-    return settings.outdir / snapshot_name(output.header.nimg, _std_of(output.header), settings.outprefix)
-
-
 def _std_of(header: Header) -> float:
     """The EMA length of a snapshot that has one, as all inputs and outputs here do."""
     assert header.ema_std is not None
@@ -146,15 +145,18 @@ def _std_of(header: Header) -> float:
 
 def _nimg_of(kimg: int, inputs: Sequence[Weights]) -> int:
     """The exact number of images that file names and --outkimg round down to `kimg` thousands."""
-    times = sorted({weights.header.nimg for weights in inputs})
-    found = [nimg for nimg in times if nimg // 1000 == kimg]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(f"--outkimg {kimg} may mean {' or '.join(map(str, found))} images; say which with --outnimg")
-    by_distance = sorted({nimg // 1000 for nimg in times}, key=lambda other: abs(other - kimg))
-    nearest = ", ".join(str(other) for other in sorted(by_distance[:4]))
-    raise ValueError(f"no snapshot at --outkimg {kimg}; the nearest are at {nearest}")
+    found: dict[int, set[int]] = {}
+    for weights in inputs:
+        nimg = weights.header.nimg
+        found.setdefault(nimg // 1000, set()).add(nimg)
+    if kimg not in found:
+        nearest = sorted(found, key=lambda other: (abs(other - kimg), other))[:4]
+        times = ", ".join(str(time) for time in sorted(nearest))
+        raise ValueError(f"no snapshot at --outkimg {kimg}; the nearest are at {times}")
+    if len(found[kimg]) > 1:
+        times = " or ".join(str(nimg) for nimg in sorted(found[kimg]))
+        raise ValueError(f"--outkimg {kimg} may mean {times} images; say which with --outnimg")
+    return found[kimg].pop()
 
 
 def _check_overwriting(inputs: Sequence[Weights], outputs: Sequence[Output], paths: Sequence[Path]) -> None:

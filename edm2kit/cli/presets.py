@@ -1,11 +1,10 @@
 """Presets for generating images: published networks, their guidance, and the published result."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -36,7 +35,15 @@ class Preset:
 def load_presets() -> Mapping[str, Preset]:
     """Every preset of edm2kit/configs/generate.yaml by name."""
     content = yaml.safe_load(PRESETS_FILE.read_text(encoding="utf-8"))
-    return {name: _preset(fields, content["base_url"]) for name, fields in content["presets"].items()}
+    presets = {}
+    for name, fields in content["presets"].items():
+        for key in ("net", "gnet"):
+            if key in fields:
+                fields[key] = content["base_url"] + fields[key]
+        if "interval" in fields:
+            fields["interval"] = tuple(fields["interval"])
+        presets[name] = Preset(**fields)
+    return presets
 
 
 def find_preset(name: str) -> Preset:
@@ -51,19 +58,13 @@ def summary(names: Iterable[str]) -> str:
     """Preset names as a list, shortened if they only differ in size: "edm2-img64-{xs,s,m}, pictures32"."""
     sizes: dict[str, list[str]] = {}
     for name in names:
-        size = next((word for word in name.split("-") if word in SIZES), "")
-        pattern = re.sub(rf"-{size}(?=-|$)", "-{}", name) if size else name
-        sizes.setdefault(pattern, []).append(size)
-    return ", ".join(_with_sizes(pattern, found) for pattern, found in sizes.items())
-
-
-def _with_sizes(pattern: str, sizes: Sequence[str]) -> str:
-    if len(sizes) == 1:
-        return pattern.replace("{}", sizes[0])
-    return pattern.replace("{}", "{" + ",".join(sorted(sizes, key=SIZES.index)) + "}")
-
-
-def _preset(fields: Mapping[str, Any], base_url: str) -> Preset:
-    urls = {key: base_url + fields[key] for key in ("net", "gnet") if key in fields}
-    interval = fields.get("interval")
-    return Preset(**{**fields, **urls, "interval": None if interval is None else tuple(interval)})
+        match = re.search(rf"-({'|'.join(SIZES)})(?=-|$)", name)
+        if match is None:
+            sizes[name] = []
+        else:
+            sizes.setdefault(f"{name[: match.start()]}-{{}}{name[match.end() :]}", []).append(match[1])
+    texts = []
+    for pattern, found in sizes.items():
+        ordered = ",".join(sorted(found, key=SIZES.index))
+        texts.append(pattern.format(ordered if len(found) == 1 else f"{{{ordered}}}"))
+    return ", ".join(texts)
