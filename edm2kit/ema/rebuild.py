@@ -16,7 +16,7 @@ import torch
 
 from edm2kit.ema.power_function import profile_fit, solve_posthoc_coefficients
 from edm2kit.ema.weighted_sums import network_tensors, weighted_sums
-from edm2kit.snapshots.file_format import DTYPES, Header, SnapshotWriter
+from edm2kit.snapshots.file_format import STORED_DTYPES, Header, SnapshotWriter
 from edm2kit.snapshots.loading import Weights, open_weights
 from edm2kit.torch_utils.records import code_commit
 
@@ -184,7 +184,7 @@ def _output_header(inputs: Sequence[Weights], coefficients: np.ndarray, nimg: in
     error, width = profile_fit(
         coefficients[used], _header_values(chosen, "nimg"), _header_values(chosen, "ema_std"), nimg, std
     )
-    eps = np.array([torch.finfo(DTYPES[weights.header.dtype][1]).eps for weights in chosen])
+    eps = np.array([torch.finfo(STORED_DTYPES[weights.header.dtype][1]).eps for weights in chosen])
     rounding = _ROUNDING * float(np.linalg.norm(coefficients[used] * eps))
     candidates = [i for i, weights in enumerate(inputs) if weights.header.nimg <= nimg]
     latest = max((inputs[i].header for i in candidates), key=lambda header: header.nimg)

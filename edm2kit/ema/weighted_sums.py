@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from edm2kit.snapshots.file_format import DTYPES, network_on_meta, stored_dtype
+from edm2kit.snapshots.file_format import STORED_DTYPES, network_on_meta, stored_dtype
 from edm2kit.snapshots.loading import WeightReader, Weights
 
 _SCRATCH_BYTES = 1 << 24  # per scratch, so that memory does not grow with the network
@@ -143,7 +143,7 @@ def _common(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 def _stretches(tensors: Mapping[str, NetworkTensor], length: int, dtype: str) -> Iterator[_Stretch]:
     for name, tensor in tensors.items():
-        _, stored = DTYPES[stored_dtype(name, tensor.shape, dtype)]
+        _, stored = STORED_DTYPES[stored_dtype(name, tensor.shape, dtype)]
         size = tensor.shape.numel()
         for start in range(0, size, length):
             yield _Stretch(name, start, min(start + length, size), stored)

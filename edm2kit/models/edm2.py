@@ -26,7 +26,7 @@ from edm2kit.models.layers import (
 from edm2kit.models.preconditioning import Edits, Preconditioner, RawNetwork
 
 
-class Block(nn.Module):
+class UNetBlock(nn.Module):
     """One encoder or decoder block: optional resampling, a residual branch, optional cosine attention."""
 
     def __init__(
@@ -173,8 +173,8 @@ class UNet(RawNetwork):
         self.emb_label = MPConv(label_dim, emb_width, []) if label_dim else None
         self.emb_shared = nn.Identity()  # a frozen network computes all blocks' emb_linear here
 
-        def block(c_in: int, c_out: int, decoder: bool, resample: str = "keep", attention: bool = False) -> Block:
-            return Block(
+        def block(c_in: int, c_out: int, decoder: bool, resample: str = "keep", attention: bool = False) -> UNetBlock:
+            return UNetBlock(
                 c_in,
                 c_out,
                 emb_width,
@@ -234,9 +234,9 @@ class UNet(RawNetwork):
         """Encoder and decoder blocks, in the order of computation."""
         return [block for _, block in self._named_blocks()]
 
-    def _named_blocks(self) -> list[tuple[str, Block]]:
+    def _named_blocks(self) -> list[tuple[str, UNetBlock]]:
         modules = [(f"{side}.{name}", m) for side in ("enc", "dec") for name, m in getattr(self, side).items()]
-        return [(name, module) for name, module in modules if isinstance(module, Block)]
+        return [(name, module) for name, module in modules if isinstance(module, UNetBlock)]
 
     def embed(self, c_noise: torch.Tensor, labels: torch.Tensor | None, edits: Edits) -> torch.Tensor:
         """The embedding that modulates every block: c_noise [N], labels [N, label_dim] -> float32 [N, emb_width]."""
@@ -254,12 +254,12 @@ class UNet(RawNetwork):
     ) -> torch.Tensor:
         emb = self.embed(c_noise, labels, edits)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        run: Callable[..., torch.Tensor] = Block.__call__
+        run: Callable[..., torch.Tensor] = UNetBlock.__call__
         if self.recomputes(x, edits):
-            run = partial(checkpoint, Block.__call__, use_reentrant=False, preserve_rng_state=self.training)
+            run = partial(checkpoint, UNetBlock.__call__, use_reentrant=False, preserve_rng_state=self.training)
         skips = []
         for name, module in self.enc.items():
-            x = run(module, x, emb, f"enc.{name}", edits) if isinstance(module, Block) else module(x)
+            x = run(module, x, emb, f"enc.{name}", edits) if isinstance(module, UNetBlock) else module(x)
             skips.append(x)
         for name, module in self.dec.items():
             if "_block" in name:

@@ -18,6 +18,11 @@ DEFAULT_NETWORK = "edm2"
 _LOGVAR_CHANNELS = 128
 
 
+def evaluation_only_(net: nn.Module) -> nn.Module:
+    """Switch to eval mode, without gradients of weights; returns `net`."""
+    return net.eval().requires_grad_(False)
+
+
 @dataclass(frozen=True)
 class NetworkKind:
     """How to make, train and evaluate one kind of network.
@@ -28,16 +33,18 @@ class NetworkKind:
     - `label_weights` is the end of the names of the weights whose shape depends on the number of classes. Fine-tuning
       on other classes starts these at random.
     - `count_blocks(architecture)` is the number of blocks that `build` would make; a damaged file may ask for billions.
-    - `normalize_weights_(net)` is called before each training step.
-    - `freeze_(net)` prepares a network for evaluation only, in `net.compute_dtype`, and returns it.
+    - `normalize_weights_(net)` is called before each training step. By default it normalises `MPConv` layers, as the
+      uncertainty head of `Preconditioner` has one, and leaves all others.
+    - `freeze_(net)` prepares a network for evaluation only, in `net.compute_dtype`, and returns it. By default it turns
+      on eval mode and turns off gradients.
     """
 
     build: Callable[..., Preconditioner]
     defaults: Mapping[str, Any]
     label_weights: str
     count_blocks: Callable[[Mapping[str, Any]], int]
-    normalize_weights_: Callable[[nn.Module], None]
-    freeze_: Callable[[Any], Any]
+    normalize_weights_: Callable[[nn.Module], None] = normalize_weights_
+    freeze_: Callable[[Any], Any] = evaluation_only_
 
 
 def keyword_defaults(network: Callable[..., Any]) -> dict[str, Any]:
@@ -52,7 +59,6 @@ NETWORKS: dict[str, NetworkKind] = {
         defaults=keyword_defaults(UNet),
         label_weights=".emb_label.weight",
         count_blocks=count_blocks,
-        normalize_weights_=normalize_weights_,
         freeze_=freeze_,
     ),
     "dit": NetworkKind(
@@ -60,7 +66,6 @@ NETWORKS: dict[str, NetworkKind] = {
         defaults=DIT_DEFAULTS,
         label_weights=".class_embedder.weight",
         count_blocks=lambda architecture: architecture["num_layers"],
-        normalize_weights_=normalize_weights_,  # of the uncertainty head; a DiT has no other magnitude-preserving layer
         freeze_=freeze_dit_,
     ),
 }

@@ -23,7 +23,11 @@ FORMAT_VERSION = 2  # 2 names the kind of network; files of version 1 all hold "
 _HEADER_KEY = "edm2_snapshot"
 _MAX_BLOCKS = 1000  # EDM2-XXL has 12
 # how a header names a dtype -> how safetensors names it, and the dtype
-DTYPES = {"float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bfloat16), "float32": ("F32", torch.float32)}
+STORED_DTYPES = {
+    "float16": ("F16", torch.float16),
+    "bfloat16": ("BF16", torch.bfloat16),
+    "float32": ("F32", torch.float32),
+}
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,8 @@ class SnapshotWriter:
     """
 
     def __init__(self, path: str | Path, header: Header, shapes: Mapping[str, torch.Size]):
-        if header.dtype not in DTYPES:
-            raise ValueError(f"the dtype of a snapshot must be one of {', '.join(DTYPES)}; got {header.dtype!r}")
+        if header.dtype not in STORED_DTYPES:
+            raise ValueError(f"the dtype of a snapshot must be one of {', '.join(STORED_DTYPES)}; got {header.dtype!r}")
         self.path, self.header = Path(path), header
         self._layout = {
             name: (stored_dtype(name, shape, header.dtype), torch.Size(shape)) for name, shape in shapes.items()
@@ -119,8 +123,12 @@ class SnapshotWriter:
         entries: dict[str, Any] = {"__metadata__": {_HEADER_KEY: self.header.to_json(), "format": "pt"}}
         offset = 0
         for name, (dtype, shape) in self._layout.items():
-            size = shape.numel() * DTYPES[dtype][1].itemsize
-            entries[name] = {"dtype": DTYPES[dtype][0], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            size = shape.numel() * STORED_DTYPES[dtype][1].itemsize
+            entries[name] = {
+                "dtype": STORED_DTYPES[dtype][0],
+                "shape": list(shape),
+                "data_offsets": [offset, offset + size],
+            }
             offset += size
         text = json.dumps(entries).encode()
         text += b" " * (-len(text) % 8)  # the format wants tensors aligned
@@ -143,7 +151,7 @@ class SnapshotWriter:
         expected = next(iter(self._left), None)
         if name != expected or len(values) > self._left[name]:
             raise ValueError(f"snapshot tensor {name} [{len(values)}] out of order; expected {expected}")
-        stored = values.to("cpu", DTYPES[self._layout[name][0]][1]).contiguous()
+        stored = values.to("cpu", STORED_DTYPES[self._layout[name][0]][1]).contiguous()
         # checking the extremes takes a tenth of the time of checking all
         if len(values) and not all(math.isfinite(extreme) for extreme in torch.aminmax(stored)):
             raise ValueError(
@@ -197,7 +205,7 @@ def tensor_layout(path: str | Path) -> dict[str, tuple[int, torch.dtype, torch.S
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))
     entries.pop("__metadata__", None)
-    dtypes = dict(DTYPES.values())
+    dtypes = dict(STORED_DTYPES.values())
     layout = {}
     for name, entry in entries.items():
         if entry["dtype"] not in dtypes:

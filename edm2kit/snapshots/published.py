@@ -10,7 +10,7 @@ import numpy as np
 from edm2kit.models.encoders import StabilityVAEEncoder
 from edm2kit.models.networks import full_architecture
 from edm2kit.models.vae import STABILITY_VAE
-from edm2kit.snapshots.file_format import DTYPES, Header, SnapshotWriter, check_weights, network_on_meta
+from edm2kit.snapshots.file_format import STORED_DTYPES, Header, SnapshotWriter, check_weights, network_on_meta
 from edm2kit.torch_utils.pickles.reader import Record, StoredTensor, load_pickle
 
 # {run}-{thousands of images}-{relative EMA length}.pkl
@@ -74,7 +74,7 @@ def _header(path: Path, contents: Mapping[str, Any], tensors: Mapping[str, Store
     loss = contents.get("loss_fn")
     # the dtype that stores every weight exactly
     dtypes = {tensor.dtype for tensor in tensors.values() if len(tensor.shape) > 1}
-    names = [name for name, (_, dtype) in DTYPES.items() if dtypes == {dtype}]
+    names = [name for name, (_, dtype) in STORED_DTYPES.items() if dtypes == {dtype}]
     return Header(
         architecture=_architecture(contents["ema"], len(tensors)),
         encoder=_encoder(contents["encoder"]),

@@ -14,11 +14,11 @@ import yaml
 
 from edm2kit.ema.power_function import std_to_exp
 from edm2kit.models.networks import DEFAULT_NETWORK, check_network_arguments
+from edm2kit.snapshots.file_format import STORED_DTYPES
 from edm2kit.torch_utils.files import atomic_write
 from edm2kit.torch_utils.precision import PRECISIONS
 
 PRESET_FOLDER = Path(__file__).parents[1] / "configs" / "train"
-SNAPSHOT_DTYPES = ("float16", "bfloat16", "float32")
 _COUNT_UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 _SIZES = ("xxs", "xs", "s", "m", "l", "xl", "xxl")
 
@@ -113,7 +113,7 @@ class TrainConfig:
         128 << 20, "Images between checkpoints", option="--checkpoint", metavar="NIMG", free=True
     )
     keep_checkpoints: int = _setting(2, "Number of newest checkpoints to keep; 0 keeps all", free=True)
-    snapshot_dtype: str = _setting("float16", "Data type of the weights in snapshots", choices=SNAPSHOT_DTYPES)
+    snapshot_dtype: str = _setting("float16", "Data type of the weights in snapshots", choices=tuple(STORED_DTYPES))
 
     def __post_init__(self) -> None:
         expected_types: dict[object, type | tuple[type, ...]] = {int: int, float: (int, float), bool: bool, str: str}
