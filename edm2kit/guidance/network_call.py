@@ -56,42 +56,53 @@ def in_one_call(net: Denoiser, calls: Sequence[NetworkCall]) -> list[torch.Tenso
     reach its own images only. Another denoiser takes one batch only if no call has edits, all conditions can be
     joined, and the denoiser does not follow the sampling run (it would expect one random generator per image).
     """
-    if not is_network(net) and not _can_be_joined(net, calls):
+    if not is_network(net) and not can_be_joined(net, calls):
         return [net(call.x, call.sigma, call.condition, **call.edits) for call in calls]
-    x = torch.cat([call.x for call in calls])
-    sigmas = [torch.as_tensor(call.sigma, device=x.device).expand(len(call.x)) for call in calls]
-    condition = cat_conditions([call.condition for call in calls])
-    D = net(x, torch.cat(sigmas), condition, **joint_edits(calls))
+    sigmas = []
+    for call in calls:
+        sigmas.append(torch.as_tensor(call.sigma, device=call.x.device).expand(len(call.x)))
+    D = net(
+        torch.cat([call.x for call in calls]),
+        torch.cat(sigmas),
+        cat_conditions([call.condition for call in calls]),
+        **joint_edits(calls),
+    )
     return list(D.chunk(len(calls)))
 
 
-def _can_be_joined(denoiser: Denoiser, calls: Sequence[NetworkCall]) -> bool:
-    """Whether any callable can take `calls` as one batch."""
-    if any(hasattr(denoiser, method) for method in ("for_images", "for_step", "after_step")):
+def can_be_joined(denoiser: Denoiser, calls: Sequence[NetworkCall]) -> bool:
+    """Whether `calls` of any callable can be one batch: no edits, equal shapes, conditions of one kind and shape."""
+    follows_run = any(hasattr(denoiser, method) for method in ("for_images", "for_step", "after_step"))
+    if follows_run or any(call.edits for call in calls):
         return False
-    if any(call.edits for call in calls):
-        return False
-    first = calls[0].condition
-    if not all(call.x.shape == calls[0].x.shape and type(call.condition) is type(first) for call in calls):
-        return False
-    if isinstance(first, torch.Tensor):
-        return all(isinstance(call.condition, torch.Tensor) and call.condition.shape == first.shape for call in calls)
-    return first is None or isinstance(first, Condition)
+    first = calls[0]
+    for call in calls:
+        if call.x.shape != first.x.shape:
+            return False
+        if type(call.condition) is not type(first.condition):
+            return False
+        if getattr(call.condition, "shape", None) != getattr(first.condition, "shape", None):
+            return False
+    return first.condition is None or isinstance(first.condition, torch.Tensor | Condition)
 
 
 def joint_edits(calls: Sequence[NetworkCall]) -> dict[str, Any]:
     """The edits of one batch made of `calls`: each call's edits, applied to its own images only."""
     edits: dict[str, Any] = {}
     attention = [call.edits.get("attention", {}) for call in calls]
-    blocks = dict.fromkeys(block for edited in attention for block in edited)
+    blocks: dict[str, Any] = {}
+    for edited in attention:
+        blocks.update(edited)
     if blocks:
-        edits["attention"] = {block: _PerCall([edited.get(block, attend) for edited in attention]) for block in blocks}
-    if any("embedding" in call.edits for call in calls):
-        functions = [call.edits.get("embedding", lambda emb: emb) for call in calls]
-        edits["embedding"] = _PerCall(functions)
-    if any("dropout" in call.edits for call in calls):
-        functions = [call.edits.get("dropout", lambda block, y: y) for call in calls]
-        edits["dropout"] = _PerCall(functions)
+        edits["attention"] = {}
+    for block in blocks:
+        functions = [edited.get(block, attend) for edited in attention]
+        edits["attention"][block] = _PerCall(functions)
+    unedited: dict[str, Callable[..., torch.Tensor]] = {"embedding": lambda emb: emb, "dropout": lambda block, y: y}
+    for name, same in unedited.items():
+        if any(name in call.edits for call in calls):
+            functions = [call.edits.get(name, same) for call in calls]
+            edits[name] = _PerCall(functions)
     return edits
 
 

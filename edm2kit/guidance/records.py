@@ -19,23 +19,30 @@ def settings_with_current_names(settings: Any) -> Any:
     `settings` has the keys `gnet` and `guidance`, as generate.py records them; without `guidance` it stays as it is.
     Guidance by an unconditional guide network counts as autoguidance, which is the same formula.
     """
-    guidance = settings.get("guidance") if isinstance(settings, Mapping) else None
-    if not isinstance(guidance, Mapping) or "method" not in guidance:
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("guidance"), Mapping):
+        return settings
+    guidance = dict(settings["guidance"])
+    if "method" not in guidance:
         return settings
     also = guidance.get("also", [])
-    names = [guidance["method"], *(name for name, _ in also)]
-    names = [ALIASES.get(name, name) for name in names]
-    gnet_is_claimed = any(METHODS[name].needs_gnet for name in names if name in METHODS)
-    if settings.get("gnet") is not None and not gnet_is_claimed:
+    names = []
+    for name in (guidance["method"], *(name for name, _ in also)):
+        names.append(ALIASES.get(name, name))
+    if settings.get("gnet") is not None and not _needs_gnet(names):
         names = ["autoguidance" if name == "cfg" else name for name in names]
-    renamed = {**guidance, "method": names[0]}
+    guidance["method"] = names[0]
     if also:
         weights = [weight for _, weight in also]
-        renamed["also"] = [list(pair) for pair in zip(names[1:], weights, strict=True)]
-    options = guidance.get("options")
-    if isinstance(options, Mapping):
-        renamed["options"] = {OPTION_ALIASES.get(keyword, keyword): value for keyword, value in options.items()}
-    return {**settings, "guidance": renamed}
+        guidance["also"] = [list(pair) for pair in zip(names[1:], weights, strict=True)]
+    if isinstance(guidance.get("options"), Mapping):
+        options = guidance["options"].items()
+        guidance["options"] = {OPTION_ALIASES.get(keyword, keyword): value for keyword, value in options}
+    return {**settings, "guidance": guidance}
+
+
+def _needs_gnet(names: list[str]) -> bool:
+    """Whether any of these methods cannot do without a guide network; cfg then uses the main network."""
+    return any(METHODS[name].needs_gnet for name in names if name in METHODS)
 
 
 def words_with_current_names(words: str) -> str:

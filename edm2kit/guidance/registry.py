@@ -131,8 +131,8 @@ def register_rule(name: str, rule: Rule) -> None:
 def _check_entry(name: str, entry: Method | Rule, registry: Mapping[str, Any]) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
         raise ValueError(f"{name!r} cannot be a name in guidance; use lower-case letters, digits and hyphens")
-    taken = {**METHODS, **RULES, **dict.fromkeys(ALIASES)}
-    if name in taken and registry.get(name) is not entry:
+    is_taken = name in {**METHODS, **RULES, **ALIASES}
+    if is_taken and registry.get(name) is not entry:
         raise ValueError(f"the name {name!r} is taken by another guidance method or rule; choose another")
     for option in entry.options:
         if not option.name.startswith(f"{name}-"):
@@ -240,9 +240,9 @@ def name_by_networks(choice: Choice, parts: Parts) -> Choice:
     guide_is_unconditional = getattr(parts.gnet, "label_dim", None) == 0
     if choice.method != "autoguidance" or not is_conditional or not guide_is_unconditional:
         return choice
-    for name, _ in choice.also:
-        if name == "cfg" or METHODS[name].needs_gnet:
-            return choice
+    others = dict(choice.also)
+    if "cfg" in others or any(METHODS[name].needs_gnet for name in others):
+        return choice
     return replace(choice, method="cfg")
 
 

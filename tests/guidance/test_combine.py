@@ -183,7 +183,7 @@ def test_a_method_is_told_in_one_way():
 # ---- one negative: Guided
 
 
-def test_u1_weight_1_is_off_bitwise_and_calls_no_negative():
+def test_weight_1_is_off_bitwise_and_calls_no_negative():
     negative = Counting(Constant(0.0))
     assert torch.equal(Guided(MIXTURE, negative, 1.0)(X, SIGMA, LABELS), MIXTURE(X, SIGMA, LABELS))
     sampled = edm_sampler(Guided(MIXTURE, negative, 1), X, LABELS, num_steps=4)
@@ -192,21 +192,21 @@ def test_u1_weight_1_is_off_bitwise_and_calls_no_negative():
 
 
 @pytest.mark.parametrize("weight", [-1.0, 0.0, 0.5, 2.1, 40.0])
-def test_u2_equal_parts_make_the_weight_irrelevant(weight):
+def test_equal_parts_make_the_weight_irrelevant(weight):
     assert torch.equal(Guided(MIXTURE, MIXTURE, weight)(X, SIGMA, LABELS), MIXTURE(X, SIGMA, LABELS))
 
 
-def test_u3_weight_0_is_the_negative():
+def test_weight_0_is_the_negative():
     assert torch.equal(Guided(MIXTURE, Gaussian(0.2, 0.3), 0.0)(X, SIGMA), Gaussian(0.2, 0.3)(X, SIGMA))
 
 
-def test_u4_the_answer_is_affine_in_the_weight():
+def test_the_answer_is_affine_in_the_weight():
     D = [Guided(MIXTURE, Gaussian(0.2, 0.3), w)(X.double(), SIGMA.double()) for w in (0.5, 1.5, 2.5)]
     torch.testing.assert_close(D[0] - 2 * D[1] + D[2], torch.zeros_like(D[0]), atol=1e-12, rtol=0)
     assert (D[1] - D[0]).abs().max() > 0.1
 
 
-def test_u5_an_image_does_not_depend_on_its_batch():
+def test_an_image_does_not_depend_on_its_batch():
     guided = Guided(MIXTURE, Jittered(Gaussian(0.2, 0.3)), 2.0)
     whole = edm_sampler(guided.for_images(StackedGenerator("cpu", range(4))), X, LABELS, num_steps=4)
     for k in range(4):
@@ -215,7 +215,7 @@ def test_u5_an_image_does_not_depend_on_its_batch():
         torch.testing.assert_close(x, whole[k : k + 1], atol=1e-6, rtol=1e-5)
 
 
-def test_u6_an_evaluation_costs_one_call_of_each_part():
+def test_an_evaluation_costs_one_call_of_each_part():
     positive, negative = Counting(MIXTURE), Counting(Constant(0.0))
     edm_sampler(Guided(positive, negative, 2.0), X, LABELS)
     assert (len(positive.calls), len(negative.calls)) == (63, 63)

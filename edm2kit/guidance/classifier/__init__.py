@@ -1,0 +1,1 @@
+"""Guidance by a classifier of noisy images."""

@@ -29,16 +29,16 @@ class RandomCondition(Wrapper):
             raise ValueError("independent-condition guidance replaces the condition, and the images have none")
         generators = self.random.generators()
         if self.kind == "gaussian":
-            return call._replace(condition=_gaussian(call.condition, generators))
+            return call._replace(condition=gaussian_condition(call.condition, generators))
         # the image's own class would leave it unguided
         return call._replace(condition=other_conditions(call.condition, generators, include_own=False))
 
 
-def _gaussian(condition: ConditionLike, generators: StackedGenerator) -> ConditionLike:
+def gaussian_condition(condition: ConditionLike, generators: StackedGenerator) -> ConditionLike:
+    """Gaussian numbers with the RMS of a one-hot label, in a condition of the same kind and shape."""
     given = condition_tensor(condition)
     assert given is not None
     n, size = given.shape
-    # entries of variance 1 / K: the RMS of a one-hot label
     values = (generators.randn([n, size]) / math.sqrt(size)).to(given)
     if isinstance(condition, ClassLabels):
         return ClassLabels(values)

@@ -1,0 +1,1 @@
+"""Rules: how D and its negatives are combined."""

@@ -55,8 +55,10 @@ class AdaptiveProjection:
             pairs = zip(differences, self.before, strict=True)
             differences = [difference + self.momentum * before.to(difference) for difference, before in pairs]
         self.memory.keep(differences)
-        projected = [self.project(difference, D) for difference in differences]
-        return D + sum((weight - 1) * part for weight, part in zip(weights, projected, strict=True))
+        terms = []
+        for weight, difference in zip(weights, differences, strict=True):
+            terms.append((weight - 1) * self.project(difference, D))
+        return D + sum(terms)
 
     def project(self, difference: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
         """`difference`, shortened to `norm` if it is longer, with `parallel` of its part along D."""

@@ -1,0 +1,1 @@
+"""Guidance by a second network: autoguidance, classifier-free guidance, and both."""

@@ -36,7 +36,7 @@ def never(x, sigma):
     raise AssertionError("the classifier was called")
 
 
-def test_u1_scale_0_is_off_bitwise_and_calls_no_classifier():
+def test_scale_0_is_off_bitwise_and_calls_no_classifier():
     off = ClassifierGuided(MIXTURE, never, 0.0)
     assert torch.equal(edm_sampler(off, X, num_steps=4), edm_sampler(MIXTURE, X, num_steps=4))
     assert torch.equal(off(X, SIGMA), MIXTURE(X, SIGMA))
@@ -50,18 +50,18 @@ def test_c4_with_exact_networks_it_is_the_conditional_denoiser():
     torch.testing.assert_close(guided(X, SIGMA, LABELS), conditional(X, SIGMA, LABELS), rtol=1e-12, atol=1e-12)
 
 
-def test_u4_the_answer_is_affine_in_the_scale():
+def test_the_answer_is_affine_in_the_scale():
     D = [ClassifierGuided(MIXTURE, exact_logits, scale, 1)(X, SIGMA) for scale in (-1.0, 0.5, 2.0)]
     torch.testing.assert_close(D[0] - 2 * D[1] + D[2], torch.zeros_like(X), atol=1e-11, rtol=0)
     assert (D[1] - D[0]).abs().max() > 0.1
 
 
-def test_u5_an_image_does_not_depend_on_its_batch():
+def test_an_image_does_not_depend_on_its_batch():
     guided = ClassifierGuided(MIXTURE, exact_logits, 2.0, 1)
     torch.testing.assert_close(guided(X[1:2], SIGMA[1:2]), guided(X, SIGMA)[1:2])
 
 
-def test_u6_an_evaluation_is_one_call_of_each():
+def test_an_evaluation_is_one_call_of_each():
     denoiser, classified = Counting(MIXTURE), []
 
     def noted(x, sigma):
@@ -87,7 +87,7 @@ def test_all_images_can_be_led_to_one_class():
         (LABELS, 3, "class 3 is out of range; the classifier has classes 0 to 2"),
     ],
 )
-def test_classes_that_do_not_fit_are_told(labels, target, wrong):
+def test_classes_that_do_not_fit_are_refused(labels, target, wrong):
     with pytest.raises(ValueError, match=wrong):
         ClassifierGuided(lambda x, s, l: x, exact_logits, 1.0, target)(X, SIGMA, labels)
 

@@ -67,7 +67,7 @@ def test_other_files_are_refused_with_a_reason(net, tmp_path):
         ({"architecture": {**ARCHITECTURE, "depth": 16}}, "does not fit"),
     ],
 )
-def test_a_header_that_does_not_fit_is_told(net, tmp_path, change, wrong):
+def test_a_header_that_does_not_fit_is_refused(net, tmp_path, change, wrong):
     path = tmp_path / "c.safetensors"
     values = {"architecture": ARCHITECTURE, "nimg": 0, "label_names": None, "format_version": 1, **change}
     save_file(net.state_dict(), path, {"edm2_classifier": json.dumps(values)})

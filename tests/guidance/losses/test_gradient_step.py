@@ -45,20 +45,20 @@ def lengths(x):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_u1_scale_0_is_off_bitwise_and_calls_no_loss(rule):
+def test_scale_0_is_off_bitwise_and_calls_no_loss(rule):
     off = GradientStep(MIXTURE, never, rule, 0.0)
     assert torch.equal(edm_sampler(off, X, num_steps=4), edm_sampler(MIXTURE, X, num_steps=4))
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_u2_a_constant_loss_moves_nothing(rule):
+def test_a_constant_loss_moves_nothing(rule):
     pushed = GradientStep(MIXTURE, lambda D: torch.ones(len(D)), rule, 3.0)
     assert torch.equal(edm_sampler(pushed, X, num_steps=4), edm_sampler(MIXTURE, X, num_steps=4))
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("backprop", [True, False])
-def test_u5_an_image_does_not_depend_on_its_batch(rule, backprop):
+def test_an_image_does_not_depend_on_its_batch(rule, backprop):
     pushed = GradientStep(MIXTURE, SQUARES, rule, 0.5, backprop)
     whole = edm_sampler(pushed, X, num_steps=4, dtype=torch.float64)
     for k in range(4):
@@ -66,7 +66,7 @@ def test_u5_an_image_does_not_depend_on_its_batch(rule, backprop):
         torch.testing.assert_close(alone, whole[k : k + 1])
 
 
-def test_u6_the_evaluations_are_those_of_the_run_and_one_a_step_has_the_loss():
+def test_the_evaluations_are_those_of_the_run_and_one_a_step_has_the_loss():
     counting, losses = Counting(MIXTURE), []
 
     def noted(D):
@@ -92,47 +92,6 @@ def test_x_is_moved_once_after_the_step_by_the_gradient_at_its_start(solver):
     at = StepStart(2 * X, torch.full([1, 1, 1, 1], 2.0), *slope(MIXTURE, SQUARES, 2 * X, two[0], None))
     expected = solver(MIXTURE, X, two) - 0.3 * 0.2 * math.sqrt(2) * at.gradient
     torch.testing.assert_close(solver(GradientStep(MIXTURE, SQUARES, FreeDoMLevelStep(0.2), 0.3), X, two), expected)
-
-
-def test_dps_divides_by_the_residual():
-    at = start_of_step()
-    residual = lengths(at.D - TARGET)
-    shift = DPSStep(0.7)(at, SIGMAS[1])
-    torch.testing.assert_close(shift, 0.7 * at.gradient / residual.reshape(-1, 1, 1, 1))
-
-
-def test_freedom_shift_has_the_rms_it_should():
-    at = start_of_step()
-    shift = FreeDoMStep(0.02)(at, SIGMAS[1])
-    rms = (at.x - at.D).square().mean((1, 2, 3)).sqrt()
-    torch.testing.assert_close(shift.square().mean((1, 2, 3)).sqrt(), 0.02 * (1 - 1 / 4) * rms)
-    along = (shift * at.gradient).sum((1, 2, 3)) / (lengths(shift) * lengths(at.gradient))
-    torch.testing.assert_close(along, torch.ones(4, dtype=torch.float64))
-
-
-def test_polyak_as_coded_has_the_length_of_the_noise_over_that_of_the_gradient():
-    at = start_of_step()
-    expected = 0.1 * lengths((at.x - at.D) / 2.0) / lengths(at.gradient)
-    torch.testing.assert_close(lengths(PolyakStep(0.1)(at, SIGMAS[1])), expected)
-
-
-def test_true_polyak_reaches_the_lowest_of_an_affine_loss_in_one_step():
-    slopes = torch.randn([2, 3, 3], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-    def affine(D):
-        return (D * slopes).sum((1, 2, 3)) + 30
-
-    pushed = GradientStep(unchanged, affine, TruePolyakStep(lowest=-7.0))
-    x = euler(pushed, X, torch.tensor([2.0, 1.0], dtype=torch.float64))
-    torch.testing.assert_close(affine(x), torch.full([4], -7.0, dtype=torch.float64))
-
-
-def test_only_true_polyak_keeps_its_step_when_the_unit_of_the_loss_changes():
-    level = torch.tensor(2.0, dtype=torch.float64)
-    scaled = StepStart(X, level.reshape(1, 1, 1, 1), *slope(MIXTURE, lambda D: 10 * SQUARES(D), X, level, None))
-    at = start_of_step()
-    torch.testing.assert_close(TruePolyakStep()(scaled, SIGMAS[1]), TruePolyakStep()(at, SIGMAS[1]))
-    torch.testing.assert_close(PolyakStep()(scaled, SIGMAS[1]), PolyakStep()(at, SIGMAS[1]) / 10)
 
 
 @pytest.mark.parametrize("rule", RULES)

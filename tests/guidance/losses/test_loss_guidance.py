@@ -157,12 +157,12 @@ def test_inpainting_a_gaussian_reaches_the_posterior_where_it_knows_and_the_prio
         ("kind=class", "needs --loss-classifier"),
     ],
 )
-def test_what_is_missing_is_told(text, wrong):
+def test_what_is_missing_is_refused(text, wrong):
     with pytest.raises(ValueError, match=wrong):
         guided(text)
 
 
-def test_files_and_numbers_that_do_not_fit_are_told(picture, mask, tmp_path):
+def test_files_and_numbers_that_do_not_fit_are_refused(picture, mask, tmp_path):
     with pytest.raises(ValueError, match="write for example 200,30,30"):
         parsed("colour=1,2")
     with pytest.raises(ValueError, match="no file at nowhere"):

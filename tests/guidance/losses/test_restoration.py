@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from edm2kit.guidance.losses.loss import ClassLogits, OnPixels
 from edm2kit.guidance.losses.restoration import (
     DownsamplingOperator,
     GaussianBlurOperator,
@@ -85,26 +84,13 @@ def test_a_blur_keeps_constants_and_spreads_a_point_by_its_deviation():
     assert (columns * offsets**2).sum().item() == pytest.approx(1.5**2, rel=0.03)  # cut off at three deviations
 
 
-def test_class_logits_are_the_classes_log_probability():
-    logits = IMAGES[:, 0, 0, :4]
-    expected = -logits.softmax(1).log()
-    assert torch.allclose(ClassLogits(lambda x: logits, 2)(IMAGES), expected[:, 2])
-    each = torch.tensor([3, 0, 1])
-    assert torch.allclose(ClassLogits(lambda x: logits, each)(IMAGES), expected[range(3), each])
-
-
-def test_latents_are_decoded_first():
-    loss = Measurement(MeanColourOperator(), torch.ones(2), 1.0)
-    assert torch.equal(OnPixels(loss, lambda z: z / 2)(IMAGES), loss(IMAGES / 2))
-
-
 def test_losses_of_one_image_do_not_depend_on_the_others():
     for operator in OPERATORS:
         measurement = Measurement(operator, operator(IMAGES)[0] + 1, 0.1)
         torch.testing.assert_close(measurement(IMAGES[1:2]), measurement(IMAGES)[1:2])
 
 
-def test_wrong_arguments_are_told():
+def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match=r"target has shape \[3\]; the measurement of an image has \[2\]"):
         Measurement(MeanColourOperator(), torch.zeros(3), 1.0)(IMAGES)
     with pytest.raises(ValueError, match="expected a positive number"):
