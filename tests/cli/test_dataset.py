@@ -1,4 +1,4 @@
-"""dataset_tool.py: what it makes of images, what it refuses, and what it finds wrong with a data set."""
+"""dataset_tool.py: conversion of images, refused input, and the problems that check finds."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""dataset_tool.py encode and decode: what is written, on one rank or two, stopped and continued."""
+"""dataset_tool.py encode and decode: their files, on one rank or two, stopped and resumed."""
 
 import json
 import signal
@@ -157,7 +157,7 @@ def test_wrong_sources_are_refused(vae, pixels, encoded, tmp_path):
     assert "is inside" in invoke("encode", vae, pixels, pixels / "x").output
 
 
-def test_a_full_disk_is_told_before_the_start(vae, pixels, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_the_start(vae, pixels, tmp_path, monkeypatch):
     monkeypatch.setattr(dataset_latents.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     result = invoke("encode", vae, pixels, tmp_path / "latents.zip")
     assert result.exit_code == 1

@@ -1,4 +1,4 @@
-"""Images to be scored, from folders, zips and .npz files."""
+"""Images to score, from folders, zips, .npz files and arrays."""
 
 import zipfile
 
@@ -129,7 +129,7 @@ def test_latents_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("files", "reason"), [(None, "no such file"), ({}, "contains no images"), ({"a.txt": b"x"}, "such as a.txt")]
 )
-def test_nothing_to_read_is_told(tmp_path, files, reason):
+def test_nothing_to_read_is_refused(tmp_path, files, reason):
     path = tmp_path / "images"
     if files is not None:
         path.mkdir()

@@ -1,4 +1,4 @@
-"""Folders and zips give the same files by number; damage is told by name."""
+"""Folders and zips give the same files by number; damaged files are named."""
 
 import os
 import pickle
@@ -27,7 +27,7 @@ def archive(request, tmp_path):
     return open_archive(path, (".png",))
 
 
-def test_files_come_in_the_order_of_their_names_and_others_are_told(archive):
+def test_files_come_in_the_order_of_their_names_and_others_are_listed(archive):
     assert archive.names == sorted(FILES)
     assert archive.ignored == ["dataset.json", "note.txt"]
     assert [archive.read(k) for k in range(6)] == [FILES[name] for name in sorted(FILES)]
@@ -98,7 +98,7 @@ def test_every_way_to_cut_a_zip_short_or_damage_its_index_is_a_value_error(tmp_p
     assert len(messages) > len(damaged) / 2
 
 
-def test_a_damaged_file_in_a_zip_is_told_by_name(tmp_path):
+def test_a_damaged_file_in_a_zip_is_named(tmp_path):
     for method, reason in ((zipfile.ZIP_STORED, "checksum is wrong"), (zipfile.ZIP_DEFLATED, "is damaged in the zip")):
         path = write_zip(tmp_path / "d.zip", {"a.png": b"abc" * 50, "b.png": b"abd" * 50}, method)
         data = bytearray(path.read_bytes())
@@ -119,7 +119,7 @@ def test_other_compression_and_repeated_names_are_refused(tmp_path):
         open_archive(path, (".png",))
 
 
-def test_a_file_that_vanishes_is_told_by_name(tmp_path):
+def test_a_file_that_vanishes_is_named(tmp_path):
     archive = open_archive(write_folder(tmp_path / "d", {"a.png": b"1"}), (".png",))
     (tmp_path / "d" / "a.png").unlink()
     with pytest.raises(ValueError, match=r"d/a\.png: cannot be read: No such file"):

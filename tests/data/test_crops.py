@@ -1,4 +1,4 @@
-"""Crops: the published ImageNet crop to the last bit, the others by what they keep."""
+"""Crops: the published ImageNet crop is bit-exact; the others keep the right part of the image."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""ImageDataset: what it yields, and what it refuses by name."""
+"""ImageDataset: items and labels, and the files that it refuses."""
 
 import pickle
 import zipfile
@@ -106,7 +106,7 @@ def test_other_processes_read_the_same(tmp_path, write, method):
         (npy(np.zeros((7, 8, 8), np.float32)), "even number of channels"),
     ],
 )
-def test_a_first_file_that_cannot_be_trained_on_is_told_at_opening(tmp_path, data, reason):
+def test_opening_refuses_a_first_file_that_cannot_be_trained_on(tmp_path, data, reason):
     with pytest.raises(ValueError, match=rf"d\.zip/a/x\.png: .*{reason}"):
         ImageDataset(write_zip(tmp_path / "d.zip", {"a/x.png": data}))
 
@@ -124,7 +124,7 @@ def test_a_first_file_that_cannot_be_trained_on_is_told_at_opening(tmp_path, dat
     ],
 )
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
-def test_a_later_file_that_differs_is_told_when_it_is_read(tmp_path, write, data, reason):
+def test_reading_refuses_a_later_file_that_differs(tmp_path, write, data, reason):
     dataset = ImageDataset(write(tmp_path, some_files(2) | {"z.png": data}))
     dataset[1]
     with pytest.raises(ValueError, match=rf"z\.png: .*{reason}"):

@@ -1,4 +1,4 @@
-"""Training on latents: the encoder that a run records is the one that made its data."""
+"""Training on latents: a run records the encoder that made its data."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Bytes to images: every colour mode ends as 8-bit grey or RGB, every damage as one ValueError that names the file."""
+"""Bytes to images: every color mode becomes 8-bit grey or RGB, and all damage a ValueError that names the file."""
 
 import io
 import warnings

@@ -1,4 +1,4 @@
-"""Batches of files that need no decoding: the same bytes as one file at a time, whatever else lies among them."""
+"""Batches of files that need no decoding: the same values as one file at a time, also with other files among them."""
 
 import struct
 import zipfile
@@ -23,7 +23,7 @@ def latents(dtype) -> list[bytes]:
     return [npy(np.random.default_rng(k).standard_normal((8, 4, 4)).astype(dtype)) for k in range(COUNT)]
 
 
-# a 256x256 picture takes four stretches of a PNG, since one holds at most 64 KiB
+# a 256x256 picture takes four blocks of a PNG, since one holds at most 64 KiB
 FILES = {
     "RGB": ("png", [encode_png(picture(k)) for k in range(COUNT)]),
     "grey": ("png", [encode_png(picture(k, mode="L")) for k in range(COUNT)]),
@@ -95,7 +95,7 @@ def test_the_same_images_are_the_same_data_however_they_are_stored(tmp_path):
     np.testing.assert_array_equal(slow.read(np.arange(6)), fast.read(np.arange(6)))
 
 
-def test_who_trains_on_files_that_need_decoding_hears_what_would_be_faster(tmp_path):
+def test_training_on_files_that_need_decoding_suggests_converting_them(tmp_path):
     slow = write_folder(tmp_path / "slow", some_files())
     assert "Read by decoding each image; `dataset_tool.py convert` makes" in run("check", "--source", slow)
     (notice,) = reading_notices(ImageDataset(slow))
@@ -127,7 +127,7 @@ def filtered(png: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("at", [0, 20, 45, 48, 48 + 25])
-def test_bytes_that_hold_no_pixels_are_looked_at(at):
+def test_bytes_between_the_pixels_are_compared(at):
     data = encode_png(picture(0))
     layout = find_layout(data)
     files = np.frombuffer(data, np.uint8)[None].repeat(2, axis=0)
@@ -137,7 +137,7 @@ def test_bytes_that_hold_no_pixels_are_looked_at(at):
     np.testing.assert_array_equal(raw[0], np.asarray(picture(0)).transpose(2, 0, 1))
 
 
-def test_the_header_of_every_stretch_is_looked_at():
+def test_the_header_of_every_block_is_compared():
     data = encode_png(picture(0, (256, 256)))
     layout = find_layout(data)
     assert len(layout.blocks) == 4
@@ -148,7 +148,7 @@ def test_the_header_of_every_stretch_is_looked_at():
         assert not layout.values(files[:, :48], files[:, 48:])[1].any()
 
 
-def test_damage_is_told_by_the_file_that_has_it(tmp_path):
+def test_a_damaged_file_is_named(tmp_path):
     files = named("npy", latents(np.float32))
     path = write_zip(tmp_path / "d.zip", files)
     dataset = ImageDataset(path)
@@ -161,7 +161,7 @@ def test_damage_is_told_by_the_file_that_has_it(tmp_path):
             dataset.read(np.arange(COUNT))
 
 
-def test_extra_bytes_before_a_file_are_passed_over(tmp_path, decoded):
+def test_extra_bytes_before_a_file_are_skipped(tmp_path, decoded):
     with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
         for k in range(4):
             info = zipfile.ZipInfo(f"{k}.png")
@@ -188,6 +188,6 @@ def test_a_layout_is_of_one_size_of_picture(tmp_path):
     assert find_layout(encode_png(picture(0, (16, 16)))).num_bytes > layout.num_bytes
 
 
-def test_a_row_longer_than_a_stretch_needs_decoding():
+def test_a_row_longer_than_a_block_needs_decoding():
     data = encode_png(picture(0, (1 << 16, 1), "L"))
     assert find_layout(data) is None

@@ -1,4 +1,4 @@
-"""Labels from dataset.json, held to what it may say; and from folders."""
+"""Labels from dataset.json, from folders, and from notes in images."""
 
 import io
 import json
@@ -75,7 +75,7 @@ GOOD = [["a.png", 0], ["b/c.png", 1], ["b/d.png", 2]]
         ({"labels": GOOD, "label_names": ["x", "y"]}, '"label_names" names 2 classes, but the labels go up to 2'),
     ],
 )
-def test_a_wrong_labels_file_is_told(tmp_path, content, reason):
+def test_a_wrong_labels_file_is_refused(tmp_path, content, reason):
     data = content if isinstance(content, bytes) else json.dumps(content).encode()
     with pytest.raises(ValueError, match=rf"d/dataset\.json: .*{reason}"):
         labels_of(tmp_path, FILES | {"dataset.json": data})
@@ -86,7 +86,7 @@ def test_folders_are_classes_in_the_order_of_their_names():
     assert (labels.values.tolist(), labels.class_names) == ([1, 0, 1], ("cat", "dog"))
 
 
-def test_folders_that_all_share_are_passed_over():
+def test_folders_that_all_images_share_are_skipped():
     labels = folder_labels(["data/train/dog/1.png", "data/train/cat/2.png"])
     assert (labels.values.tolist(), labels.class_names) == ([1, 0], ("cat", "dog"))
 
@@ -96,7 +96,7 @@ def test_one_folder_or_none_makes_no_classes(names):
     assert folder_labels(names) is None
 
 
-def test_images_beside_class_folders_are_told():
+def test_images_beside_class_folders_are_refused():
     with pytest.raises(ValueError, match=r"2\.png is outside the class folders"):
         folder_labels(["cat/1.png", "2.png", "dog/3.png"])
 

@@ -1,4 +1,4 @@
-"""What dataset_tool.py writes is whole or not there: stops, full disks, second runs; the zip format; the workers."""
+"""The output of dataset_tool.py is complete or absent: stops, full disks, second runs; the zip format; the workers."""
 
 import errno
 import json
@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path, source, dest,
 
 
 @pytest.mark.parametrize("damage", ["garbage at the end", "a bit in the middle", "cut"])
-def test_a_damaged_unfinished_zip_is_cut_back_to_what_is_whole(tmp_path, source, damage, monkeypatch):
+def test_a_damaged_unfinished_zip_is_truncated_to_its_complete_files(tmp_path, source, damage, monkeypatch):
     convert(source, tmp_path / "whole.zip")
     with monkeypatch.context() as patch:
         FullDisk(patch, room=5)
@@ -215,7 +215,7 @@ def test_no_process_is_left_when_a_command_fails(tmp_path, many):
     assert multiprocessing.active_children() == []
 
 
-def test_a_worker_that_dies_is_told():
+def test_a_worker_that_dies_is_an_error():
     with pytest.raises(ValueError, match=r"a worker process died \(out of memory\?\)"):
         list(run_in_order(os._exit, range(100), workers=2))
 
