@@ -95,7 +95,8 @@ def convert(**options: Any) -> None:
     """Convert images to a training set: square PNG files of one size, and dataset.json with their labels.
 
     \b
-    edm2kit-dataset convert --source photos --dest photos64.zip --resolution 64x64 --transform center-crop
+    python scripts/dataset_tool.py convert --source photos --dest photos64.zip \\
+        --resolution 64x64 --transform center-crop
 
     \b
     --transform

@@ -77,7 +77,7 @@ def check(source: str, workers: int) -> bool:
     _report(archive.path, len(archive.names), kinds, labels, problems)
     if not problems:
         if ImageDataset(archive.path).needs_decoding:
-            click.echo("Read by decoding each image; `dataset_tool.py convert` makes a faster copy")
+            click.echo("Read by decoding each image; scripts/dataset_tool.py convert makes a faster copy")
         else:
             click.echo("Read without decoding")
         click.echo("Ready for training")

@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from edm2kit.cli import distill, generate, metrics, train
+from edm2kit.cli import distill, generate, metrics, phema, train
 from edm2kit.snapshots.loading import load_snapshot, open_weights
 from tests.support.tiny import make_dataset, write_config
 
@@ -138,6 +138,13 @@ def test_guidance_by_other_conditions(net, labels, tmp_path, method):
     options = ("--guidance-method", method, "--guidance", 2, "--steps", 2, "--seeds", "0-1", "--labels", labels)
     invoke(generate.main, "--net", net, *options, "--outdir", tmp_path / "guided")
     assert len(list((tmp_path / "guided").glob("*.png"))) == 2
+
+
+def test_a_rebuilt_average_keeps_its_kind_of_labels(run_dir, tmp_path):
+    result = CliRunner().invoke(phema.main, ["--indir", str(run_dir), "--outdir", str(tmp_path), "--outstd", "0.07"])
+    assert result.exit_code == 0, result.output
+    (rebuilt,) = tmp_path.glob("*.safetensors")
+    assert open_weights(rebuilt).header.label_kind == "vectors"
 
 
 @pytest.mark.parametrize("method", ["cfg", "icg"])

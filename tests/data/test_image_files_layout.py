@@ -97,7 +97,7 @@ def test_the_same_images_are_the_same_data_however_they_are_stored(tmp_path):
 
 def test_training_on_files_that_need_decoding_suggests_converting_them(tmp_path):
     slow = write_folder(tmp_path / "slow", some_files())
-    assert "Read by decoding each image; `dataset_tool.py convert` makes" in run("check", "--source", slow)
+    assert "Read by decoding each image; scripts/dataset_tool.py convert makes" in run("check", "--source", slow)
     (notice,) = reading_notices(ImageDataset(slow))
     assert f"convert --source {slow} --dest" in notice
     convert(slow, tmp_path / "fast.zip")
