@@ -42,8 +42,8 @@ class TrainConfig:
     """
 
     data: str = _setting(
-        "", "Training images: a ZIP file or a folder from dataset_tool.py",
-        option="--data", metavar="ZIP|DIR", free=True,  # the identity of its content is compared instead
+        "", "Training data: folder or zip from dataset_tool.py, .npy arrays, or hf:FOLDER",
+        option="--data", metavar="PATH", free=True,  # the identity of its content is compared instead
     )  # fmt: skip
     cond: bool = _setting(True, "Train with the labels of the data set", option="--cond", metavar="BOOL")
     encoder: Mapping[str, Any] = _setting(
