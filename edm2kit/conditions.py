@@ -16,7 +16,10 @@ from edm2kit.torch_utils.rng import StackedGenerator
 
 @runtime_checkable
 class Condition(Protocol):
-    """The conditions of N images. Every method returns a new condition and leaves this one unchanged."""
+    """The conditions of N images. Every method returns a new condition and leaves this one unchanged.
+
+    Example: `isinstance(ClassLabels.of([3, 7], 10), Condition)` is true.
+    """
 
     def __len__(self) -> int:
         """N, the number of images."""
@@ -94,6 +97,8 @@ class FloatVectors:
     """One vector of K numbers per image: `values` float32 [N, K]. A row of zeros says nothing.
 
     `pool` [M, K] holds the vectors that `others` draws from, usually those of the training set.
+
+    Example: `FloatVectors(torch.rand(4, 16), pool=dataset_vectors)`.
     """
 
     values: torch.Tensor

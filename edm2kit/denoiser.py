@@ -29,6 +29,8 @@ class Denoiser(Protocol):
     - `for_step(i, sigmas) -> Denoiser` is called by the solver at the start of step i, which goes from sigmas[i] to
       sigmas[i + 1]. Its result serves every evaluation of that step.
     - `after_step(x, i, sigmas) -> x` is called by the solver, on the result of `for_step`, at the end of step i.
+
+    Example, the denoiser of data that are all zero: `lambda x, sigma, condition=None: torch.zeros_like(x)`.
     """
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, condition: Any = None, /) -> torch.Tensor: ...

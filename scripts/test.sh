@@ -6,5 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-# "$python" -m mypy  # type check of edm2kit, settings in pyproject.toml; uncomment once it passes
+"$python" -m mypy  # edm2kit, with the settings in pyproject.toml
 "$python" -m pytest "$@"

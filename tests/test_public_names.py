@@ -26,7 +26,7 @@ def test_the_list_is_short_and_holds_what_others_rely_on():
 def test_every_name_is_found_and_documented(name):
     found = getattr(edm2kit, name)
     assert name in dir(edm2kit)
-    assert inspect.getdoc(found)
+    assert "Example" in (inspect.getdoc(found) or ""), f"{name} has no example in its docstring"
 
 
 def test_type_checkers_see_the_same_names():

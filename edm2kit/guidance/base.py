@@ -17,6 +17,8 @@ class Parts:
     - `uncond`: an unconditional network in addition to `gnet`, for methods that take both.
     - `pixels`: a differentiable function from what the networks generate (latents) to pixels in [-1, 1]; None if the
       networks generate pixels.
+
+    Example: `guide(Choice("autoguidance", 2.0), Parts(net, gnet=weaker_net))`.
     """
 
     net: Denoiser

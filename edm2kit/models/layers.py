@@ -144,6 +144,8 @@ def normalize_weights_(net: nn.Module) -> None:
 
     This is forced weight normalisation (Eq. 66). Training calls it before each step: weights would otherwise grow, and
     the effective learning rate would decay with them. `forward` never writes parameters. Other layers stay as they are.
+
+    Example: `normalize_weights_(net); optimizer.zero_grad()`, at the start of a training step.
     """
     for module in net.modules():
         if isinstance(module, MPConv):

@@ -74,6 +74,8 @@ def heun(
 
     `noise` [N,C,H,W] has unit variance; `sigmas` [num_steps + 1] fall and end with 0. The state and the result have
     the dtype of `sigmas`. `randn_like` is only called with churn. Karras et al. 2022 (EDM), Alg. 1; Alg. 2 with churn.
+
+    Example: `heun(net, torch.randn(4, 3, 64, 64), karras_sigmas(32, 0.002, 80, 7))`.
     """
     x = noise.to(sigmas.dtype) * sigmas[0]
     for i in range(len(sigmas) - 1):
@@ -101,6 +103,8 @@ def euler(
     """First-order steps, one evaluation each; in these variables the same as deterministic DDIM.
 
     Arguments as in `heun`. Song et al. 2020 (DDIM); Karras et al. 2022 (EDM), App. B.
+
+    Example: `euler(net, torch.randn(4, 3, 64, 64), karras_sigmas(63, 0.002, 80, 7))`.
     """
     x = noise.to(sigmas.dtype) * sigmas[0]
     for i in range(len(sigmas) - 1):

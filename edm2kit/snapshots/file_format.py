@@ -174,6 +174,8 @@ def save_snapshot(path: str | Path, net_state: Mapping[str, torch.Tensor], heade
     """Write a snapshot atomically: `net_state` is a network's `state_dict()`; it is converted to `header.dtype`.
 
     Raises ValueError for an unknown dtype and for weights that are not finite.
+
+    Example: `save_snapshot("mine.safetensors", net.state_dict(), read_header("theirs.safetensors"))`.
     """
     with SnapshotWriter(path, header, {name: tensor.shape for name, tensor in net_state.items()}) as writer:
         for name, tensor in net_state.items():
@@ -181,7 +183,10 @@ def save_snapshot(path: str | Path, net_state: Mapping[str, torch.Tensor], heade
 
 
 def read_header(path: str | Path) -> Header:
-    """The header of a local snapshot. Raises ValueError for a file that is missing, truncated or not a snapshot."""
+    """The header of a local snapshot. Raises ValueError for a file that is missing, truncated or not a snapshot.
+
+    Example: `read_header("network-snapshot-0016777-0.050.safetensors").nimg`.
+    """
     with _open(path) as file:
         text = (file.metadata() or {}).get(_HEADER_KEY)
     if text is None:
