@@ -11,7 +11,6 @@ import torch
 
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.generation import prepare
-from edm2kit.cli.image_folder import to_image
 from edm2kit.cli.image_source import image_batches, open_images
 from edm2kit.experiments.compare_guidance.cost import describe_student, measure_costs
 from edm2kit.experiments.compare_guidance.measure import Scoring, best_weight, measure_real, measure_row, read_record
@@ -27,6 +26,7 @@ from edm2kit.experiments.compare_guidance.rows import ROWS_FILE, ComparisonRow, 
 from edm2kit.experiments.compare_guidance.sheet import Strip, draw_sheet
 from edm2kit.experiments.documents import checkout, write_parts
 from edm2kit.metrics.scoring import image_features, make_scorer
+from edm2kit.models.encoders import to_image
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write, fetch, sha256_of
 from edm2kit.torch_utils.records import write_json

@@ -29,6 +29,7 @@ from edm2kit.guidance.weight_schedule import SCHEDULES
 from edm2kit.sampling.solvers import Churn, Sampler, TimeTravel
 
 SECTIONS = ("Networks", "Seeds and output", "Guidance", "Sampler")  # the order of --help
+_FIELDS = {config: option_fields(config) for config in (Request, Sampler, Churn, TimeTravel)}
 _WITH_GUIDE = "autoguidance"  # the method if --gnet is given and no method is named
 
 
@@ -230,7 +231,7 @@ def _take_request(options: dict[str, Any]) -> Request:
             raise click.UsageError("--balanced cycles through all classes, --class through a list; give one")
         options["classes"] = ALL_CLASSES
     guidance, sampler = _take_guidance(options), _take_sampler(options)
-    return Request(guidance=guidance, sampler=sampler, **cli.given_options(options, option_fields(Request)))
+    return Request(guidance=guidance, sampler=sampler, **cli.given_options(options, _FIELDS[Request]))
 
 
 def _fill_in(options: dict[str, Any], preset_name: str) -> None:
@@ -249,9 +250,9 @@ def _fill_in(options: dict[str, Any], preset_name: str) -> None:
 
 
 def _take_sampler(options: dict[str, Any]) -> Sampler:
-    churn = Churn(**cli.given_options(options, option_fields(Churn)))
-    steps = cli.given_options(options, option_fields(Sampler))
-    travel = cli.given_options(options, option_fields(TimeTravel))
+    churn = Churn(**cli.given_options(options, _FIELDS[Churn]))
+    steps = cli.given_options(options, _FIELDS[Sampler])
+    travel = cli.given_options(options, _FIELDS[TimeTravel])
     interval = options.pop("travel_interval")
     if interval is not None:
         travel["sigma_lo"], travel["sigma_hi"] = interval

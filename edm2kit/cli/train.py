@@ -18,7 +18,8 @@ from torch import nn
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.field_options import options_from
 from edm2kit.cli.presets import summary
-from edm2kit.data.image_files import contact_sheet, to_image
+from edm2kit.data.image_files import contact_sheet
+from edm2kit.models.encoders import to_image
 from edm2kit.sampling.engine import Engine, share_of_rank
 from edm2kit.sampling.solvers import Sampler
 from edm2kit.torch_utils import dist

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from edm2kit.models.encoders import to_image
 from edm2kit.torch_utils.arrays import BROKEN
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -76,15 +77,6 @@ def to_8bit(image: Image.Image, channels: int, where: str) -> Image.Image:
         image = Image.fromarray((values >> 8).astype(np.uint8))
     mode = "L" if channels == 1 else "RGB"
     return image if image.mode == mode else image.convert(mode)
-
-
-def to_image(pixels: np.ndarray) -> Image.Image:
-    """Convert uint8 [C, H, W] to a grey (C = 1) or RGB (C = 3) image; raises ValueError for any other C."""
-    if len(pixels) == 1:
-        return Image.fromarray(pixels[0])
-    if len(pixels) == 3:
-        return Image.fromarray(pixels.transpose(1, 2, 0))
-    raise ValueError(f"cannot make an image of {len(pixels)} channels; expected 1 (grey) or 3 (RGB)")
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:

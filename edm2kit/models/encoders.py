@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 
 from edm2kit.models.vae import STABILITY_VAE, load_vae, vae_decode, vae_pixels
 from edm2kit.torch_utils.rng import RandomSource
@@ -122,3 +123,12 @@ def make_encoder(spec: Mapping[str, Any]) -> Encoder:
         return ENCODERS[kind](**arguments)
     except TypeError as error:
         raise ValueError(f"encoder {kind!r}: {error}") from error
+
+
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """Convert uint8 [C, H, W] to a grey (C = 1) or RGB (C = 3) image; raises ValueError for any other C."""
+    if len(pixels) == 1:
+        return Image.fromarray(pixels[0])
+    if len(pixels) == 3:
+        return Image.fromarray(pixels.transpose(1, 2, 0))
+    raise ValueError(f"cannot make an image of {len(pixels)} channels; expected 1 (grey) or 3 (RGB)")

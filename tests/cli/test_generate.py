@@ -19,7 +19,6 @@ from edm2kit.sampling.engine import Engine
 from edm2kit.sampling.solvers import Churn, Sampler, TimeTravel
 from tests.support import ROOT
 from tests.support.fakes import tiny_snapshot
-from tests.support.tracing import files_called
 
 NAMES = ("cat", "dog", "fish", "goldfish")
 
@@ -264,11 +263,3 @@ def test_help_says_what_the_fields_say_with_their_defaults(config):
             default = "" if field.default is False else default_text(field)  # flags show none
             end = f" [default: {default}]" if default else ""
             assert f"{field.metadata['help']}{end}" in shown
-
-
-def test_a_guided_image_passes_through_few_files(nets, tmp_path):
-    arguments = ("--gnet", nets / "guide", "--guidance", "2", "--seeds", "0", "--outdir", tmp_path / "out")
-    done = []
-    files = files_called(lambda: done.append(run(*arguments, net=nets / "main")))
-    assert done[0][0] == 0, done
-    assert len(files) <= 25, files

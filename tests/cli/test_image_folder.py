@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from edm2kit.cli.click_types import IntRanges
-from edm2kit.cli.image_folder import RECORD, ImageFolder, seed_ranges
+from edm2kit.cli.generate import RECORD, ImageFolder, seed_ranges
 from edm2kit.cli.npz import write_npz
-from edm2kit.data.image_files import contact_sheet, to_image
+from edm2kit.data.image_files import contact_sheet
+from edm2kit.models.encoders import to_image
 from edm2kit.sampling.engine import ImageBatch
 
 SETTINGS = {"net": {"sha256": "abc"}, "guidance": {"weight": 2.0}}

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from edm2kit.cli import train
 from edm2kit.data.dataset import ImageDataset
-from edm2kit.data.image_files import to_image
+from edm2kit.models.encoders import to_image
 from edm2kit.snapshots.loading import load_snapshot, open_weights
 from tests.support.tiny import make_dataset, write_config
 

@@ -1,20 +1,13 @@
 """Autoguidance: away from a second network that is a weaker version of the first."""
 
-from edm2kit.denoiser import Denoiser
-from edm2kit.guidance.base import Method, Parts
+from operator import attrgetter
 
-
-def guide_network(parts: Parts) -> Denoiser:
-    """The guide network. Raises ValueError if none was given."""
-    if parts.gnet is None:
-        raise ValueError("autoguidance needs a guide network: give --gnet, or Parts(net, gnet)")
-    return parts.gnet
-
+from edm2kit.guidance.base import Method
 
 METHOD = Method(
     "away from a weaker second network",
     "1 main + 1 guide",
-    negative=guide_network,
+    negative=attrgetter("gnet"),  # `guide` has checked that there is one
     needs_gnet=True,
     term="D_guide(x; sigma, c)",
     source="Karras et al. 2024 (autoguidance, arXiv 2406.02507)",

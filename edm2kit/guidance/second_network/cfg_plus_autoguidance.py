@@ -8,7 +8,6 @@ from edm2kit.conditions import ConditionLike
 from edm2kit.denoiser import Denoiser, Wrapper
 from edm2kit.guidance.base import Method, Option, Parts
 from edm2kit.guidance.option_types import number
-from edm2kit.guidance.second_network.autoguidance import guide_network
 from edm2kit.guidance.second_network.cfg import unconditional
 
 
@@ -35,7 +34,8 @@ class Interpolation(Wrapper):
 
 def _negative(parts: Parts, *, cfg_plus_autoguidance_share: float) -> Denoiser:
     uncond = unconditional(parts.net) if parts.uncond is None else parts.uncond
-    return Interpolation(uncond, guide_network(parts), cfg_plus_autoguidance_share)
+    assert parts.gnet is not None  # `guide` has checked that there is one
+    return Interpolation(uncond, parts.gnet, cfg_plus_autoguidance_share)
 
 
 METHOD = Method(
