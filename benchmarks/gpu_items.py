@@ -18,7 +18,7 @@ from edm2kit.ema.power_function import std_to_exp
 from edm2kit.guidance.combine import Guided
 from edm2kit.models import Precond, full_architecture
 from edm2kit.models.cost import evaluation_cost
-from edm2kit.models.frozen import freeze_
+from edm2kit.models.edm2 import freeze_
 from edm2kit.sampling.solvers import edm_sampler
 from edm2kit.torch_utils.precision import PRECISIONS
 from edm2kit.training.config import TrainConfig

@@ -14,7 +14,7 @@ from benchmarks.trainers import SMALL, images_for, make_trainer
 from edm2kit.cli import click_types as cli
 from edm2kit.models import Precond, full_architecture
 from edm2kit.models.cost import evaluation_cost
-from edm2kit.models.frozen import freeze_
+from edm2kit.models.edm2 import freeze_
 from edm2kit.torch_utils.records import provenance
 from edm2kit.training.config import TrainConfig
 

@@ -10,8 +10,8 @@ from benchmarks import harness, networks
 from benchmarks.harness import Comparison, Work, relative_error
 from benchmarks.plain import PlainNetwork
 from edm2kit.cli import click_types as cli
+from edm2kit.models import compile_, freeze_
 from edm2kit.models.cost import evaluation_cost
-from edm2kit.models.frozen import compile_, freeze_
 from edm2kit.torch_utils.precision import slow_precision
 
 # job -> architecture, batch size, goals

@@ -16,8 +16,7 @@ from edm2kit.guidance.network_call import Perturbed
 from edm2kit.guidance.own_network.pag import METHOD as PAG
 from edm2kit.guidance.registry import Choice, Parts, guide
 from edm2kit.models.cost import evaluation_cost
-from edm2kit.models.edm2 import Precond
-from edm2kit.models.frozen import freeze_
+from edm2kit.models.edm2 import Precond, freeze_
 from edm2kit.sampling.solvers import edm_sampler
 
 _STEPS, _BATCH, _WEIGHT = 32, 8, 1.7

@@ -21,8 +21,8 @@ from edm2kit.guidance.base import Parts
 from edm2kit.guidance.interval import guided_steps
 from edm2kit.guidance.registry import NO_GUIDANCE, Choice, drops_condition, guide, methods_of, name_by_networks
 from edm2kit.models.encoders import RGBEncoder, StabilityVAEEncoder, make_encoder
-from edm2kit.models.frozen import compile_
 from edm2kit.models.networks import NETWORKS
+from edm2kit.models.preconditioning import compile_
 from edm2kit.models.vae import vae_sha256
 from edm2kit.sampling.engine import Engine, ImageBatch, share_of_rank
 from edm2kit.sampling.solvers import PUBLISHED, Sampler

@@ -4,9 +4,8 @@
 """
 
 from edm2kit.models.cost import Cost, evaluation_cost
-from edm2kit.models.edm2 import Precond
+from edm2kit.models.edm2 import Precond, freeze_
 from edm2kit.models.encoders import ENCODERS, Encoder, make_encoder
-from edm2kit.models.frozen import compile_, freeze_
 from edm2kit.models.layers import normalize_weights_
 from edm2kit.models.networks import (
     NETWORKS,
@@ -16,7 +15,7 @@ from edm2kit.models.networks import (
     network_kind,
     register_network,
 )
-from edm2kit.models.preconditioning import Edits, Preconditioner, RawNetwork
+from edm2kit.models.preconditioning import Edits, Preconditioner, RawNetwork, compile_
 
 __all__ = [
     "ENCODERS",

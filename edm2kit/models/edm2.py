@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from edm2kit.denoiser import AttentionRole
 from edm2kit.models.layers import (
     SILU_GAIN,
+    Columns,
+    FrozenConv,
     MPConv,
     MPFourier,
     balance,
@@ -24,6 +26,9 @@ from edm2kit.models.layers import (
     upsample,
 )
 from edm2kit.models.preconditioning import Edits, Preconditioner, RawNetwork
+
+# which of a module's gains belongs to which of its layers
+_GAINS = {"emb_linear": "emb_gain", "out_conv": "out_gain"}
 
 
 class UNetBlock(nn.Module):
@@ -292,3 +297,41 @@ class Precond(Preconditioner):
     ):
         unet = UNet(img_resolution, img_channels, label_dim, **unet_kwargs)
         super().__init__(unet, img_resolution, img_channels, label_dim, sigma_data, logvar_channels, raw_name="unet")
+
+
+@torch.no_grad()
+def freeze_(net: Precond) -> Precond:
+    """Prepare an EDM2 network for evaluation only: the same outputs in less time; returns it.
+
+    Weights are normalised and scaled once and kept in `net.compute_dtype` (which cannot change any more), channels
+    last; those of the embedding in float32. This goes layer by layer, so there is never a second copy of the network.
+    Edits and gradients by the input work as before. The state dict no longer holds weights of a snapshot.
+
+    Raises ValueError for a network that is already frozen.
+    """
+    if isinstance(net.raw.emb_shared, FrozenConv):
+        raise ValueError("the network is already frozen: its weights and its precision cannot change any more")
+    _join_embeddings_(net)
+    # a list of the layers themselves would keep them all in memory
+    parents = [module for module in net.modules() if not isinstance(module, MPConv)]
+    for parent in parents:
+        for name, layer in list(parent.named_children()):
+            if not isinstance(layer, MPConv):
+                continue
+            gain = getattr(parent, _GAINS[name]) if name in _GAINS else None
+            weight = layer.effective_weight(gain)
+            if weight.ndim == 4:
+                weight = weight.to(net.compute_dtype).contiguous(memory_format=torch.channels_last)
+            parent.add_module(name, FrozenConv(weight))
+    return net.eval().requires_grad_(False)
+
+
+def _join_embeddings_(net: Precond) -> None:
+    """Compute the embedding layers of all blocks as a single matrix product."""
+    weights: list[torch.Tensor] = []
+    start = 0
+    for block in net.raw.blocks:
+        weights.append(block.emb_linear.effective_weight(block.emb_gain))
+        block.emb_linear = Columns(start, start + len(weights[-1]))
+        start += len(weights[-1])
+    net.raw.emb_shared = FrozenConv(torch.cat(weights))

@@ -150,3 +150,28 @@ def normalize_weights_(net: nn.Module) -> None:
     for module in net.modules():
         if isinstance(module, MPConv):
             module.weight.copy_(normalize(module.weight))
+
+
+class FrozenConv(nn.Module):
+    """An `MPConv` that holds its effective weight, gain included, and no parameter."""
+
+    effective: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        # not persistent: it must not be saved as a weight, nor normalised again
+        self.register_buffer("effective", weight, persistent=False)
+
+    def forward(self, x: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
+        return convolve(x, self.effective)
+
+
+class Columns(nn.Module):
+    """Columns `start` to `stop` of its input: the output of one layer among several computed as one."""
+
+    def __init__(self, start: int, stop: int):
+        super().__init__()
+        self.start, self.stop = start, stop
+
+    def forward(self, x: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
+        return x[:, self.start : self.stop]

@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from edm2kit.models.dit import DIT_DEFAULTS, build_dit, freeze_dit_
-from edm2kit.models.edm2 import Precond, UNet, count_blocks
-from edm2kit.models.frozen import freeze_
+from edm2kit.models.edm2 import Precond, UNet, count_blocks, freeze_
 from edm2kit.models.layers import normalize_weights_
 from edm2kit.models.preconditioning import Preconditioner
 

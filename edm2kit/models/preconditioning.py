@@ -170,7 +170,7 @@ class Preconditioner(nn.Module):
         c_out = s * self.sigma_data / (s**2 + self.sigma_data**2).sqrt()
         c_in = 1 / (self.sigma_data**2 + s**2).sqrt()
         c_noise = sigma.log() / 4
-        # a compiled network (`edm2kit.models.frozen.compile_`) knows neither edits nor gradients
+        # a compiled network (`compile_`) knows neither edits nor gradients
         raw = self.raw.forward if edits or x.requires_grad else self.raw
         f = raw((c_in * x).to(self.compute_dtype), c_noise, self._labels(x, labels), edits)
         outputs: list[Any] = [c_skip * x + c_out * f.float()]
@@ -202,3 +202,13 @@ class Preconditioner(nn.Module):
             if block in roles:
                 continue
             raise ValueError(f"no attention in a block called {block!r}; blocks with attention: {', '.join(roles)}")
+
+
+def compile_(net: Preconditioner, backend: str = "inductor") -> Preconditioner:
+    """Let torch.compile compile the raw network of a frozen denoiser; returns it.
+
+    The first call of every batch size takes minutes; later calls are faster. Calls with edits or with gradients by
+    the input run uncompiled.
+    """
+    net.raw.compile(backend=backend, dynamic=False)
+    return net

@@ -4,7 +4,7 @@ import torch
 
 from benchmarks import inference, networks, sampling, training_step
 from edm2kit.models import full_architecture
-from edm2kit.models.frozen import freeze_
+from edm2kit.models.edm2 import freeze_
 
 TINY = full_architecture(
     16, 3, 10, 0.5, {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "channels_per_head": 8}

@@ -1,4 +1,4 @@
-"""Frozen networks answer as before: against golden values, the plain path, and under everything a call may change."""
+"""Frozen networks answer as before: compared with golden values, the plain path, and under every edit of a call."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from benchmarks.plain import PlainNetwork
 from edm2kit.guidance.losses.gradient import slope
 from edm2kit.guidance.losses.restoration import InpaintingOperator, Measurement
 from edm2kit.guidance.network_call import NetworkCall, in_one_call
+from edm2kit.models import compile_, freeze_
 from edm2kit.models.edm2 import Precond
-from edm2kit.models.frozen import compile_, freeze_
 from edm2kit.sampling.solvers import edm_sampler
 from tests.support import golden
 from tests.support.memory import PeakBytes

@@ -16,7 +16,7 @@ from edm2kit.guidance.registry import Parts, guide
 from edm2kit.metrics.detectors.registry import DETECTORS
 from edm2kit.models import Precond, full_architecture
 from edm2kit.models.cost import Cost, evaluation_cost
-from edm2kit.models.frozen import freeze_
+from edm2kit.models.edm2 import freeze_
 from edm2kit.models.vae import PINNED_REVISIONS, STABILITY_VAE, VAE_FILES
 from edm2kit.sampling.solvers import Sampler
 from edm2kit.snapshots.loading import open_weights
