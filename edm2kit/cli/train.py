@@ -3,7 +3,6 @@
 `torchrun train.py ...`, `torchrun -m edm2kit.cli.train ...` and `torchrun --no-python edm2kit-train ...` are the same.
 """
 
-import itertools
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -20,10 +19,10 @@ from edm2kit.cli.field_options import options_from
 from edm2kit.cli.presets import summary
 from edm2kit.data.image_files import contact_sheet
 from edm2kit.models.encoders import to_image
-from edm2kit.sampling.engine import Engine, share_of_rank
 from edm2kit.sampling.solvers import Sampler
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write
+from edm2kit.torch_utils.rng import StackedGenerator
 from edm2kit.training.config import TrainConfig, config_from_dict, preset_names, preset_path, read_yaml
 from edm2kit.training.run import Run, StopRequest, parse_duration_sec, prepare_run
 
@@ -134,29 +133,31 @@ def check_decoder(run: Run, device: torch.device) -> None:
         raise ValueError(f"sample images cannot be decoded: {error}. To train without them: --samples 0") from error
 
 
+@torch.no_grad()
 def write_samples(run: Run, count: int, device: torch.device, net: nn.Module, nimg: int) -> None:
-    """Write samples-KIMG.png: images of seeds 0 to count - 1, cycling through classes or the first label vectors."""
+    """Write samples-KIMG.png: images of seeds 0 to count - 1, cycling through classes or the first label vectors.
+
+    They are the images that generate.py makes from these seeds and labels.
+    """
     architecture = run.header.architecture
-    size, label_dim = architecture["img_resolution"], architecture["label_dim"]
-    classes, vectors = range(label_dim) if label_dim else None, None
+    shape = [architecture["img_channels"], architecture["img_resolution"], architecture["img_resolution"]]
+    choices = torch.eye(architecture["label_dim"])
     if run.header.label_kind == "vectors" and run.dataset.labels is not None:
-        vectors = torch.from_numpy(run.dataset.labels[:count])
-        classes = range(len(vectors))
-    engine = Engine(
-        net,
-        run.encoder.decode,
-        Sampler(),
-        (architecture["img_channels"], size, size),
-        label_dim,
-        device,
-        classes=classes,
-        vectors=vectors,
-    )
-    mine = [(b.seeds, b.images.cpu().numpy()) for b in engine.batches(share_of_rank(range(count)), SAMPLE_BATCH)]
-    parts = list(itertools.chain.from_iterable(dist.gather_objects(mine)))
-    order = np.argsort(np.concatenate([seeds for seeds, _ in parts]))
-    images = np.concatenate([images for _, images in parts])[order]
-    dist.on_rank0(write_sheet, images, run.run_dir / f"samples-{nimg // 1000:07d}.png")
+        choices = torch.from_numpy(run.dataset.labels[:count])
+    mine: dict[int, np.ndarray] = {}
+    own_seeds = range(count)[dist.rank() :: dist.world_size()]
+    for start in range(0, len(own_seeds), SAMPLE_BATCH):
+        seeds = own_seeds[start : start + SAMPLE_BATCH]
+        rng = StackedGenerator(device, seeds)
+        noise = rng.randn([len(seeds), *shape])
+        labels = choices[[seed % len(choices) for seed in seeds]].to(device) if len(choices) else None
+        latents = Sampler()(net, noise, labels, rng.randn_like)
+        mine.update(zip(seeds, run.encoder.decode(latents).cpu().numpy(), strict=True))
+    images: dict[int, np.ndarray] = {}
+    for part in dist.gather_objects(mine):
+        images.update(part)
+    in_order = np.stack([images[seed] for seed in range(count)])
+    dist.on_rank0(write_sheet, in_order, run.run_dir / f"samples-{nimg // 1000:07d}.png")
 
 
 def write_sheet(images: np.ndarray, path: Path) -> None:
