@@ -1,4 +1,4 @@
-"""What the autoguidance paper's Figure 1 shows, in numbers: of the published record, and of networks trained for the test."""
+"""What the autoguidance paper's Figure 1 shows, in numbers: the published record, and networks trained here."""
 
 from collections.abc import Callable
 
