@@ -49,7 +49,9 @@ class TrainConfig:
     encoder: Mapping[str, Any] = _setting(
         {"kind": "auto"}, "Encoder between stored items and what the network sees: rgb, vae, or auto for what fits"
     )
-    network: Mapping[str, Any] = _setting({}, "Network arguments that differ from their defaults")
+    network: Mapping[str, Any] = _setting(
+        {}, "Kind of network (`kind`: edm2 or dit) and its arguments that differ from their defaults"
+    )
     init_from: str | None = _setting(
         None, "Snapshot to start from (fine-tuning); it may have other classes",
         option="--init-from", metavar="SNAPSHOT", free=True,  # its hash is compared instead
