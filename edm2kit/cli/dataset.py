@@ -60,10 +60,9 @@ def main() -> None:
     "Input and output",
     click.option(
         "--source",
-        metavar="ZIP|DIR",
-        type=click.Path(path_type=Path),
+        metavar="PATH",
         required=True,
-        help="Folder or zip file of images, also in subfolders",
+        help="Folder (with subfolders) or zip of images, or hf:FOLDER",
     ),
     _dest,
     click.option(

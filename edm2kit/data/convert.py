@@ -1,4 +1,4 @@
-"""Convert images of any size in a folder or zip to a training set."""
+"""Convert images of any size in a folder, a zip or a Hugging Face folder to a training set."""
 
 import contextlib
 import hashlib
@@ -10,13 +10,15 @@ import numpy as np
 
 from edm2kit.data.archive import FolderArchive, ZipArchive, open_archive
 from edm2kit.data.crops import TRANSFORMS
+from edm2kit.data.hugging_face import SavedTable
 from edm2kit.data.image_files import IMAGE_EXTENSIONS, encode_png, is_grey, open_header, open_image, to_8bit
 from edm2kit.data.labels import LABELS_FILE, RECORD, Labels, folder_labels, noted_labels, read_labels
 from edm2kit.data.output import PartialDataset, is_finished
+from edm2kit.data.sources import split_kind
 from edm2kit.data.workers import run_in_order
 from edm2kit.torch_utils.dist import progress_bar
 
-Archive = FolderArchive | ZipArchive
+Archive = FolderArchive | ZipArchive | SavedTable
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Converter:
 
 
 def convert(
-    source: Path,
+    source: str,
     dest: Path,
     *,
     resolution: tuple[int, int] | None,
@@ -68,15 +70,16 @@ def convert(
     workers: int,
     skip_broken: bool,
 ) -> None:
-    """Write the training set `dest`, or resume writing it.
+    """Write the training set `dest`, or resume writing it. `source` is a folder, a zip, or a Hugging Face folder.
 
     Raises ValueError for wrong input, including a source image that cannot be read unless `skip_broken`, and OSError if
     writing fails. In both cases there is nothing at `dest`, and calling this again resumes.
     """
     check_transform(transform, resolution)
-    if dest.resolve().is_relative_to(source.resolve()):
+    kind, path = split_kind(source)
+    archive: Archive = SavedTable(path) if kind == "hf" else open_archive(path, IMAGE_EXTENSIONS)
+    if dest.resolve().is_relative_to(archive.path.resolve()):
         raise ValueError(f"--dest {dest} is inside --source {source}; choose a folder outside")
-    archive = open_archive(source, IMAGE_EXTENSIONS)
     labels = find_labels(archive, label_source)
     classes = labels.values if labels is not None and labels.space.kind == "classes" else None
     indices = pick_balanced(len(archive.names), classes, max_images)
@@ -123,9 +126,13 @@ def find_labels(archive: Archive, label_source: str) -> Labels | None:
     """The labels of the source images, or None.
 
     `label_source` is json (dataset.json), folders (top-level folders), none, or auto: dataset.json if there is one,
-    else the classes that generate.py noted in its own images, else top-level folders. Raises ValueError if labels are
-    requested that are not there.
+    else the classes that generate.py noted in its own images, else top-level folders. In a Hugging Face folder, labels
+    are in a column. Raises ValueError if labels are requested that are not there.
     """
+    if isinstance(archive, SavedTable):
+        if label_source in ("json", "folders"):
+            raise ValueError(f"{archive.path}: its labels are in a column; use --labels auto or --labels none")
+        return archive.read_labels() if label_source == "auto" else None
     has_file = archive.read_extra(LABELS_FILE) is not None
     if label_source == "none":
         return None

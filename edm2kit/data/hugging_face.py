@@ -7,16 +7,79 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from edm2kit.data.dataset import Source, check_item, labels_identity, pick_labels, spread_evenly
+from edm2kit.data.dataset import CONVERT_HINT, Source, check_item, labels_identity, pick_labels, spread_evenly
 from edm2kit.data.image_files import decode_array
 from edm2kit.data.labels import Labels, labels_of_array
 
 _LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
 _OPTIONS = ("split", "image", "label")
-_HINT = "resize the images with the `map` method of the data set and save it again"
-
 
 SAVED_FILES = ("dataset_dict.json", "state.json")  # one of them is in each folder that save_to_disk has written
+
+
+class SavedTable:
+    """The image files and labels in a folder written by `save_to_disk`, as they are stored.
+
+    `path` is as for `HuggingFaceDataset`. The methods are those of `edm2kit.data.archive.FolderArchive` that
+    `edm2kit.data.convert` needs. `names` identify the images: the fingerprint that `datasets` keeps of the content, the
+    column and the row. Raises ValueError if the package is missing or the folder does not fit.
+    """
+
+    ignored: tuple[str, ...] = ()
+
+    def __init__(self, path: str | Path):
+        folder, _, query = str(path).partition("?")
+        options = dict(parse_qsl(query, strict_parsing=bool(query)))
+        unknown = sorted(set(options).difference(_OPTIONS))
+        if unknown:
+            raise ValueError(f"{path}: unknown option {unknown[0]!r}; available options: {', '.join(_OPTIONS)}")
+        self.path = Path(folder)
+        self._table = _load(self.path, options.get("split"))
+        for column in (options.get("image"), options.get("label")):
+            if column is not None and column not in self._table.column_names:
+                raise ValueError(f"{path}: has no column {column!r}; available: {', '.join(self._table.column_names)}")
+        self._column = options.get("image") or _find_image_column(self._table, self.path)
+        self._label_column = options.get("label") or _find_label_column(self._table)
+        self._images = _undecoded(self._table, self._column)
+        self.fingerprint = f"{self._table._fingerprint}\n{self._column}\n"
+        self.names = [f"{self.fingerprint}{k}" for k in range(len(self._table))]
+
+    def where(self, index: int) -> str:
+        """The name of image `index` for messages."""
+        return f"{self.path}[{index}]"
+
+    def read(self, index: int) -> bytes:
+        """The image file in row `index`; raises ValueError if it is in a separate file that cannot be read."""
+        image = self._images[index][self._column]
+        if image["bytes"] is not None:
+            return image["bytes"]
+        try:
+            return Path(image["path"]).read_bytes()
+        except OSError as error:
+            raise ValueError(f"{self.where(index)}: {image['path']} cannot be read: {error.strerror}") from error
+
+    def num_bytes(self, index: int) -> int:
+        """0: the sizes are not known without reading the images, and the fingerprint covers the content."""
+        return 0
+
+    def read_extra(self, name: str) -> bytes | None:
+        """None: there are no other files."""
+        return None
+
+    def read_labels(self) -> Labels | None:
+        """The labels, or None if there is no label column.
+
+        Raises ValueError if they are neither classes nor vectors.
+        """
+        column = self._label_column
+        if column is None:
+            return None
+        try:
+            values = np.array(self._table.with_format("numpy")[column][:])
+        except ValueError as error:
+            raise ValueError(f"{self.path}[{column}]: label vectors differ in length: {error}") from error
+        names = getattr(self._table.features[column], "names", None)
+        return labels_of_array(values, f"{self.path}[{column}]", tuple(names) if names else None)
 
 
 class HuggingFaceDataset(Source):
@@ -36,25 +99,13 @@ class HuggingFaceDataset(Source):
     """
 
     def __init__(self, path: str | Path, max_images: int | None = None, use_labels: bool = True):
-        folder, _, query = str(path).partition("?")
-        options = dict(parse_qsl(query, strict_parsing=bool(query)))
-        unknown = sorted(set(options).difference(_OPTIONS))
-        if unknown:
-            raise ValueError(f"{path}: unknown option {unknown[0]!r}; available options: {', '.join(_OPTIONS)}")
-        self.path = Path(folder)
-        table = _load(self.path, options.get("split"))
-        for column in (options.get("image"), options.get("label")):
-            if column is not None and column not in table.column_names:
-                raise ValueError(f"{path}: has no column {column!r}; available: {', '.join(table.column_names)}")
-        self._column = options.get("image") or _find_image_column(table, self.path)
-        self._images = _undecoded(table, self._column)
-        self._fingerprint = table._fingerprint
-        self._picked = spread_evenly(len(table), max_images)
+        self._table = SavedTable(path)
+        self.path = self._table.path
+        self._picked = spread_evenly(len(self._table.names), max_images)
         first = self._decode(0)
-        check_item(first, self._where(0), _HINT)
+        check_item(first, self._table.where(0), CONVERT_HINT)
         self.item_shape, self.item_dtype = first.shape, first.dtype
-        label_column = options.get("label") or _find_label_column(table)
-        found = _read_labels(table, label_column, self.path) if use_labels and label_column else None
+        found = self._table.read_labels() if use_labels else None
         self.labels, self.condition_space = pick_labels(found, self._picked)
 
     def __len__(self) -> int:
@@ -66,27 +117,18 @@ class HuggingFaceDataset(Source):
         for k, raw in zip(indices.tolist(), items, strict=True):
             if raw.shape != self.item_shape:
                 raise ValueError(
-                    f"{self._where(k)}: is {raw.dtype} {list(raw.shape)}, but the first image is {self.item_dtype} "
-                    f"{list(self.item_shape)}; {_HINT}"
+                    f"{self._table.where(self._picked[k])}: is {raw.dtype} {list(raw.shape)}, but the first image is "
+                    f"{self.item_dtype} {list(self.item_shape)}; {CONVERT_HINT}"
                 )
         return np.stack(items)
 
     def _decode(self, index: int) -> np.ndarray:
-        image = self._images[int(self._picked[index])][self._column]
-        data = image["bytes"]
-        if data is None:
-            try:
-                data = Path(image["path"]).read_bytes()
-            except OSError as error:
-                raise ValueError(f"{self._where(index)}: {image['path']} cannot be read: {error.strerror}") from error
-        return decode_array(data, self._where(index))
-
-    def _where(self, index: int) -> str:
-        return f"{self.path}[{self._picked[index]}]"
+        row = int(self._picked[index])
+        return decode_array(self._table.read(row), self._table.where(row))
 
     def identity(self) -> dict[str, Any]:
-        """The number, shape and labels of the images, and the fingerprint that `datasets` keeps of its content."""
-        digest = hashlib.sha256(f"{self._fingerprint}\n{self._column}\n".encode())
+        """The number, shape and labels of the images, and the fingerprint that `datasets` keeps of the content."""
+        digest = hashlib.sha256(self._table.fingerprint.encode())
         return {
             "source": "hf",
             "num_images": len(self),
@@ -152,13 +194,3 @@ def _undecoded(table: Any, column: str) -> Any:
     if not isinstance(table.features[column], datasets.Image):
         raise ValueError(f"column {column!r} is {table.features[column]}; expected a column of type Image")
     return table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-
-
-def _read_labels(table: Any, column: str, path: Path) -> Labels:
-    where = f"{path}[{column}]"
-    try:
-        values = np.array(table.with_format("numpy")[column][:])
-    except ValueError as error:
-        raise ValueError(f"{where}: label vectors differ in length: {error}") from error
-    names = getattr(table.features[column], "names", None)
-    return labels_of_array(values, where, tuple(names) if names else None)

@@ -4,6 +4,7 @@ import json
 import os
 import zipfile
 
+import datasets
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -250,3 +251,20 @@ def test_check_reads_arrays(tmp_path):
     np.save(tmp_path / "y.npy", np.full((5, 2, 8, 8), np.nan, np.float32))
     (tmp_path / "labels.npy").unlink()
     assert "items 0 to 4 hold numbers that are not finite" in run("check", "--source", tmp_path / "y.npy", code=1)
+
+
+def test_images_of_a_hugging_face_folder_are_converted(tmp_path):
+    images = [picture(0, (20, 12)), picture(1, (9, 16)), picture(2)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    table = datasets.Dataset.from_dict({"image": images, "label": [1, 0, 1]}, features)
+    table.save_to_disk(tmp_path / "hf")
+    crop = ("--resolution", "8", "--transform", "center-crop")
+    convert(tmp_path / "hf", tmp_path / "out.zip", *crop)
+    dataset = ImageDataset(tmp_path / "out.zip")
+    assert (dataset.label_names, dataset.labels.tolist()) == (("cat", "dog"), [1, 0, 1])
+    np.testing.assert_array_equal(dataset[2][0], np.asarray(picture(2)).transpose(2, 0, 1))
+    assert "nothing to do" in convert(f"hf:{tmp_path / 'hf'}", tmp_path / "out.zip", *crop)
+    assert "No labels" in convert(tmp_path / "hf", tmp_path / "none.zip", *crop, "--labels", "none")
+    assert "its labels are in a column" in convert(tmp_path / "hf", tmp_path / "x", *crop, "--labels", "json", code=1)
+    table.select([0, 1, 2, 0]).save_to_disk(tmp_path / "more")
+    assert "images 3, now 4" in convert(tmp_path / "more", tmp_path / "out.zip", *crop, code=1)
