@@ -65,7 +65,13 @@ def plot(outdir: Path, seed: int, html: bool, compiled: bool) -> None:
 
 @main.command()
 @_outdir
-@click.option("--training-seeds", metavar="N", type=click.IntRange(min=1), default=5, help="Number of seeds: 0, 1, ...")
+@click.option(
+    "--training-seeds",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=5,
+    help="Number of training seeds, starting at 0",
+)
 @_samples
 @_compile
 def evaluate(outdir: Path, training_seeds: int, samples: int, compiled: bool) -> None:
