@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 import torch
 
 from edm2kit.conditions import ConditionLike
-from edm2kit.denoiser import Denoiser, Wrapper, after_step
+from edm2kit.denoiser import Denoiser, Wrapper, after_step, for_step
 from edm2kit.guidance.network_call import NetworkCall, Perturbed, in_one_call
 
 
@@ -51,6 +51,11 @@ class Guided(Wrapper):
     def scaled(self, share: float) -> "Guided":
         """The same with `share` of the strength: 0 is off, 1 as it is."""
         return replace(self, weight=1 + (self.weight - 1) * share)
+
+    def for_step(self, i: int, sigmas: torch.Tensor) -> "Guided":
+        # the negative takes its random numbers first: this order decides the images of a seed
+        neg = self.neg if self.is_off else for_step(self.neg, i, sigmas)
+        return replace(self, pos=for_step(self.pos, i, sigmas), neg=neg)
 
 
 class Evaluation(NamedTuple):

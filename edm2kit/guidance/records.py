@@ -1,4 +1,4 @@
-"""Recorded settings of images, compared under the names of today; methods and options were renamed."""
+"""Recorded settings of images, compared under their current names; methods and options were renamed."""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ def settings_differences(recorded: Any, current: Any, name: str = "") -> list[st
 
 
 def settings_with_current_names(settings: Any) -> Any:
-    """Recorded settings with guidance under the names of today, so that those of the same images are equal.
+    """Recorded settings with guidance under their current names, so that those of the same images are equal.
 
     `settings` has the keys `gnet` and `guidance`, as generate.py records them; without `guidance` it stays as it is.
     Guidance by an unconditional guide network counts as autoguidance, which is the same formula.
@@ -46,7 +46,7 @@ def _needs_gnet(names: list[str]) -> bool:
 
 
 def words_with_current_names(words: str) -> str:
-    """A command line as text with its guidance methods and options under the names of today."""
+    """A command line as text with its guidance methods and options under their current names."""
     for old, new in ALIASES.items():
         words = re.sub(rf"(--guidance-(?:method|also)[ =]){old}\b", rf"\g<1>{new}", words)
     for old, new in OPTION_ALIASES.items():

@@ -87,7 +87,7 @@ RULES: dict[str, Rule] = {
     "rescale": rescale.RULE,
 }
 
-# names of the previous release -> names of today; to be removed with the next release
+# names of the previous release -> current names; to be removed with the next release
 ALIASES: dict[str, str] = {
     "pair": "autoguidance",
     "joint": "cfg",
@@ -179,7 +179,7 @@ def all_rules() -> Mapping[str, Rule]:
 
 
 def method_name(name: str) -> str:
-    """The name of today for a method's name of today or of the previous release, with a warning for the latter.
+    """The current name of a method, given its current name or the one of the previous release (with a warning).
 
     Raises ValueError if there is no such method.
     """
@@ -192,7 +192,7 @@ def method_name(name: str) -> str:
 
 
 def with_current_names(choice: Choice) -> Choice:
-    """`choice` with its methods and options under the names of today. Raises ValueError for unknown names."""
+    """`choice` with its methods and options under their current names. Raises ValueError for unknown names."""
     if choice.rule not in RULES and choice.rule not in all_rules():
         raise ValueError(f"there is no guidance rule {choice.rule!r}; available: {', '.join(RULES)}")
     if choice.schedule not in SCHEDULES:
@@ -236,6 +236,7 @@ def name_by_networks(choice: Choice, parts: Parts) -> Choice:
 
     Both are the same formula; the name says what the images are guided by.
     """
+    choice = with_current_names(choice)
     is_conditional = getattr(parts.net, "label_dim", 0) > 0
     guide_is_unconditional = getattr(parts.gnet, "label_dim", None) == 0
     if choice.method != "autoguidance" or not is_conditional or not guide_is_unconditional:
@@ -318,11 +319,11 @@ def _check_parts(names: Iterable[str], parts: Parts) -> None:
     if parts.gnet is not None and not needs_gnet and not takes_gnet:
         raise ValueError(f"guidance method {asked} takes no guide network, and one was given")
     if parts.uncond is not None and not takes_uncond:
-        raise ValueError(f"guidance method {asked} takes no unconditional network in addition, and one was given")
+        raise ValueError(f"guidance method {asked} takes no second guide network, and an unconditional one was given")
 
 
 def _options_by_owner(choice: Choice, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Every option by the method that owns it, and by "rule"; one of nobody goes to the first method, which says so."""
+    """Every option by the method that owns it, and by "rule"; the first method gets unknown ones, and refuses them."""
     owners: dict[str, Method | Rule] = {"rule": RULES[choice.rule]}
     owners.update((name, METHODS[name]) for name in names)
     values: dict[str, dict[str, Any]] = {}

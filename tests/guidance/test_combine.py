@@ -165,7 +165,7 @@ def test_a_method_that_takes_any_denoiser_goes_around_the_sum(monkeypatch):
         ),
         (Choice("truncation", 2.0, also=(("none", 1.0),)), Parts(MIXTURE), "none cannot be combined"),
         (Choice("truncation", 2.0, also=(("autoguidance", 3.0),)), Parts(MIXTURE), "needs a guide network"),
-        (Choice("truncation", 2.0), Parts(MIXTURE, None, MIXTURE), "takes no unconditional network"),
+        (Choice("truncation", 2.0), Parts(MIXTURE, None, MIXTURE), "takes no second guide network"),
         (Choice(schedule="cosine"), Parts(MIXTURE), "a schedule needs a weight to change; guidance method none"),
         (Choice(rule="apg"), Parts(MIXTURE), "a rule needs a weighted difference"),
     ],

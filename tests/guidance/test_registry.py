@@ -120,10 +120,11 @@ def test_guidance_by_an_unconditional_network_is_called_cfg():
     net, uncond, weak = Flat(NET, label_dim=3), Flat(GNET), Flat(GNET, label_dim=3)
     choice = Choice("autoguidance", 2.0)
     assert name_by_networks(choice, Parts(net, uncond)) == Choice("cfg", 2.0)
+    assert name_by_networks(Choice("pair", 2.0), Parts(net, uncond)) == Choice("cfg", 2.0)
     for parts in (Parts(net, weak), Parts(Flat(NET), uncond), Parts(NET, GNET), Parts(net)):
-        assert name_by_networks(choice, parts) is choice
+        assert name_by_networks(choice, parts) == choice
     with_joint = Choice("autoguidance", 2.0, also=(("cfg", 1.5),))
-    assert name_by_networks(with_joint, Parts(net, uncond)) is with_joint
+    assert name_by_networks(with_joint, Parts(net, uncond)) == with_joint
 
 
 def test_whether_the_main_network_goes_without_its_condition():
@@ -230,6 +231,24 @@ def test_installed_packages_offer_methods_and_a_broken_one_breaks_nothing(monkey
     assert "package wrong-package" in lines[1]
     assert "rude-package" in lines[2]
     assert METHODS["pag"].source.startswith("Ahn")
+
+
+@pytest.mark.usefixtures("registries")
+def test_an_installed_package_is_found_by_its_entry_points(tmp_path, monkeypatch, capsys):
+    (tmp_path / "shrinking.py").write_text(
+        "from edm2kit.guidance import Method\n"
+        "SHRINK = Method('away from zero', '1 main', negative=lambda parts: lambda x, sigma, condition=None: 0 * x)\n"
+    )
+    info = tmp_path / "shrinking_methods-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shrinking-methods\nVersion: 1.0\n")
+    entries = "[edm2kit.guidance]\nshrink-to-zero = shrinking:SHRINK\nbroken = shrinking:GONE\n"
+    (info / "entry_points.txt").write_text(entries)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_plugins_loaded", False)
+    guided = guide(Choice("shrink-to-zero", 3.0), Parts(NET))
+    assert guided(torch.zeros(1), torch.tensor(1.0)).item() == 3.0
+    assert "package shrinking-methods offers guidance 'broken'" in capsys.readouterr().err
 
 
 def test_the_public_names_of_the_room():
