@@ -1,5 +1,6 @@
 """The guidance methods as a table, and the help of a single one: for --help, --list-guidance and the documents."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,13 +20,13 @@ def rows() -> list[tuple[str, ...]]:
     """The built-in and registered methods, then the rules, as texts in the order of COLUMNS."""
     table: list[tuple[str, ...]] = []
     for name, method in METHODS.items():
-        tests = _tests(method.build or method.negative)
+        tests = _tests(method, method.build or method.negative)
         defaults = _defaults(method.options, method.weight)
         table.append(
             (name, method.formula, method.term, method.evaluations, defaults, method.pick_when, method.source, tests)
         )
     for name, rule in RULES.items():
-        tests = _tests(rule.make) if rule.source else "tests/guidance/test_combine.py"
+        tests = _tests(rule, rule.make) if rule.source else "tests/guidance/test_combine.py"
         defaults = _defaults(rule.options)
         table.append((f"rule {name}", rule.formula, "", "none", defaults, rule.pick_when, rule.source, tests))
     return table
@@ -110,9 +111,13 @@ def _defaults(options: Sequence[Option], weight: float | None = None) -> str:
     return ", ".join(defaults)
 
 
-def _tests(make: Callable[..., Any] | None) -> str:
-    """The tests of the module that a build function lives in; empty outside this package."""
-    package, *parts = getattr(make, "__module__", "").split(".")
+def _tests(entry: Method | Rule, make: Callable[..., Any] | None) -> str:
+    """The tests of the module that defines a method or rule; empty outside this package."""
+    home = getattr(make, "__module__", "")
+    for name, module in sorted(sys.modules.items()):
+        if name.startswith("edm2kit.guidance.") and any(value is entry for value in vars(module).values()):
+            home = name
+    package, *parts = home.split(".")
     if package != "edm2kit":
         return ""
     *folders, name = parts
