@@ -44,6 +44,12 @@ def test_links_lead_somewhere(file):
     assert broken_links(file) == []
 
 
+def test_the_index_has_every_document():
+    index = page("docs/index.md")
+    names = [file.name for file in (ROOT / "docs").glob("*.md") if file.name != "index.md"]
+    assert [name for name in names if f"({name})" not in index] == []
+
+
 def test_the_six_commands_take_a_folder_of_photos_to_a_score(tmp_path):
     (block,) = code_blocks(sections(page("README.md"))["Train and score your own pair"])
     commands = block.strip().splitlines()
