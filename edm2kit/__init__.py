@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edm2kit.conditions import ClassLabels, Condition, FloatVectors
-    from edm2kit.data.dataset import ImageDataset
+    from edm2kit.data.dataset import ImageDataset, Source
+    from edm2kit.data.sources import open_source
     from edm2kit.denoiser import Denoiser, Wrapper
     from edm2kit.ema.power_function import (
         exp_to_std,
@@ -53,6 +54,8 @@ _HOMES = {
     "Condition": "conditions",
     "FloatVectors": "conditions",
     "ImageDataset": "data.dataset",
+    "Source": "data.dataset",
+    "open_source": "data.sources",
     "Denoiser": "denoiser",
     "Wrapper": "denoiser",
     "PowerFunctionEMA": "ema.tracking",

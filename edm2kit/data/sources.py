@@ -35,8 +35,14 @@ def open_source(path: str | Path, max_images: int | None = None, use_labels: boo
 
     A prefix names the kind, as in `hf:FOLDER?image=photo` or `arrays:FOLDER`. Without a prefix, the kind depends on
     what is at the path: a .npy file or a folder of .npy files with four dimensions (arrays), a folder written by
-    Hugging Face's `save_to_disk` (hf), or a folder or zip of images (image_files). Raises ValueError if there is no
-    data set.
+    Hugging Face's `save_to_disk` (hf), or a folder or zip of images (image_files). `max_images` keeps that many items,
+    evenly spread; `use_labels=False` ignores labels. Raises ValueError if there is no data set.
+
+    Example::
+
+        source = open_source("img64.zip")
+        pixels = source.read(np.arange(32))  # uint8 [32, 3, 64, 64]
+        labels = source.read_labels(np.arange(32))  # float32 [32, source.label_dim]
     """
     kind, rest = split_kind(path)
     return SOURCES[kind](rest, max_images, use_labels)

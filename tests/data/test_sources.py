@@ -13,7 +13,7 @@ from PIL import Image
 from edm2kit.data import sources
 from edm2kit.data.array_dataset import ArrayDataset
 from edm2kit.data.batches import GlobalOrder, training_batches
-from edm2kit.data.dataset import ImageDataset
+from edm2kit.data.dataset import ENCODER_FILE, EncoderRecord, ImageDataset, read_encoder_record
 from edm2kit.data.hugging_face import HuggingFaceDataset
 from edm2kit.data.labels import ConditionSpace
 from edm2kit.data.sources import SOURCES, open_source
@@ -193,6 +193,14 @@ def test_arrays_that_cannot_be_trained_on_are_refused(tmp_path):
         open_source(tmp_path / "x.npy")
     with pytest.raises(ValueError, match=r"contains no \.npy array"):
         open_source(f"arrays:{tmp_path / 'none'}")
+
+
+def test_arrays_of_latents_may_have_an_encoder_record(tmp_path):
+    np.save(tmp_path / "x.npy", np.ones((4, 8, 6, 6), np.float32))
+    assert read_encoder_record(open_source(tmp_path / "x.npy")) is None
+    (tmp_path / ENCODER_FILE).write_bytes(EncoderRecord("some/vae", "0123").to_json())
+    assert read_encoder_record(open_source(tmp_path / "x.npy")) == EncoderRecord("some/vae", "0123")
+    assert read_encoder_record(open_source(tmp_path)) == EncoderRecord("some/vae", "0123")
 
 
 @pytest.mark.parametrize("case", HOSTILE)
