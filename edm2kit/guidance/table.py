@@ -1,11 +1,11 @@
-"""The guidance methods as a table, and the help of a single one: for --help, --list-guidance and the documents."""
+"""The guidance methods and rules as a table: for --list-guidance, --help-guidance list and the documents."""
 
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from edm2kit.guidance.base import Method, Option, Rule
-from edm2kit.guidance.registry import ALIASES, METHODS, RULES, all_methods, all_rules
+from edm2kit.guidance.registry import METHODS, RULES, all_methods, all_rules
 
 COLUMNS = ("name", "formula", "D_neg", "cost", "defaults", "pick when", "source", "tests")
 _CODE_COLUMNS = (0, 1, 2, 7)
@@ -45,37 +45,6 @@ def table_text() -> str:
     return "\n\n".join(paragraphs)
 
 
-def help_text(name: str) -> str:
-    """What `--help-guidance NAME` prints about a method or rule: what it does, when to pick it, and its options.
-
-    Raises ValueError if there is no method or rule of that name.
-    """
-    name = ALIASES.get(name, name)
-    entry = all_methods().get(name) or all_rules().get(name)
-    if entry is None:
-        raise ValueError(f"there is no guidance method or rule {name!r}; available: {', '.join([*METHODS, *RULES])}")
-    lines = [f"{name}: {entry.summary}", ""]
-    facts = {"Pick it when": entry.pick_when, "Formula": entry.formula, "Source": entry.source}
-    if isinstance(entry, Method):
-        weight = "give --guidance W" if entry.weight is None else f"{entry.weight:g} (--guidance W; 1 is off)"
-        facts = {
-            "Pick it when": entry.pick_when,
-            "Formula": entry.formula,
-            "D_neg": entry.term,
-            "Cost": f"{entry.evaluations} evaluations",
-            "Networks": _networks(entry),
-            "Weight": "none" if name == "none" else weight,
-            "Source": entry.source,
-        }
-    lines += [f"  {label + ':':14}{text}" for label, text in facts.items() if text]
-    if entry.options:
-        lines += ["", "Options:"]
-    for option in entry.options:
-        default = "unset" if option.default is None else option.default
-        lines += [f"  --{option.name}", f"      {option.help} [default: {default}]"]
-    return "\n".join(lines)
-
-
 def table_markdown() -> str:
     """The table in Markdown."""
     header, separator = _markdown_line(COLUMNS), _markdown_line(["---"] * len(COLUMNS))
@@ -91,17 +60,6 @@ def table_markdown() -> str:
 
 def _markdown_line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def _networks(method: Method) -> str:
-    networks = ["--net"]
-    if method.needs_gnet:
-        networks.append("--gnet")
-    elif method.takes_gnet:
-        networks.append("optionally --gnet")
-    if method.takes_uncond:
-        networks.append("optionally --uncond")
-    return ", ".join(networks)
 
 
 def _defaults(options: Sequence[Option], weight: float | None = None) -> str:
