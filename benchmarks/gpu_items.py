@@ -19,8 +19,8 @@ from edm2kit.guidance.combine import Guided
 from edm2kit.models import Precond, full_architecture
 from edm2kit.models.cost import evaluation_cost
 from edm2kit.models.edm2 import freeze_
+from edm2kit.models.preconditioning import PRECISIONS
 from edm2kit.sampling.solvers import edm_sampler
-from edm2kit.torch_utils.precision import PRECISIONS
 from edm2kit.training.config import TrainConfig
 from edm2kit.training.forecast import make_forecast
 from edm2kit.training.loop import Trainer

@@ -12,7 +12,7 @@ from benchmarks.plain import PlainNetwork
 from edm2kit.cli import click_types as cli
 from edm2kit.models import compile_, freeze_
 from edm2kit.models.cost import evaluation_cost
-from edm2kit.torch_utils.precision import slow_precision
+from edm2kit.models.preconditioning import slow_precision
 
 # job -> architecture, batch size, goals
 JOBS = {

@@ -22,7 +22,7 @@ from edm2kit.guidance.interval import guided_steps
 from edm2kit.guidance.registry import NO_GUIDANCE, Choice, drops_condition, guide, methods_of, name_by_networks
 from edm2kit.models.encoders import RGBEncoder, StabilityVAEEncoder, make_encoder
 from edm2kit.models.networks import NETWORKS
-from edm2kit.models.preconditioning import compile_
+from edm2kit.models.preconditioning import PRECISIONS, compile_, resolve_precision, slow_precision
 from edm2kit.models.vae import vae_sha256
 from edm2kit.sampling.engine import Engine, ImageBatch, share_of_rank
 from edm2kit.sampling.solvers import PUBLISHED, Sampler
@@ -30,7 +30,6 @@ from edm2kit.snapshots.loading import Snapshot, load_snapshot
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.dist import progress_bar
 from edm2kit.torch_utils.files import fetch, sha256_of
-from edm2kit.torch_utils.precision import PRECISIONS, resolve_precision, slow_precision
 from edm2kit.torch_utils.records import plain_json
 
 ALL_CLASSES = ""  # the value of Request.classes that stands for all classes of the network

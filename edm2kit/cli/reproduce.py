@@ -12,9 +12,9 @@ from edm2kit.experiments.paper_tables.networks import PublishedNetwork, snapshot
 from edm2kit.experiments.paper_tables.plan import CellCost, NeededFile, cell_cost, measure_flops, other_files
 from edm2kit.experiments.paper_tables.run import MeasureOptions, measure_cell
 from edm2kit.experiments.paper_tables.tables import load_table, table_names
+from edm2kit.models.preconditioning import PRECISIONS, resolve_precision
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write, cache_folder, fetch, free_bytes
-from edm2kit.torch_utils.precision import PRECISIONS, resolve_precision
 
 _DEFAULT_OUTDIR = "runs/reproduce"
 _WAIT_MINUTES = 24 * 60  # one rank downloads while the others wait

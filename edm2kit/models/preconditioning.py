@@ -1,6 +1,10 @@
-"""EDM2's preconditioning: a denoiser D(x; sigma, labels) around any raw network F (Karras et al. 2022, Table 1)."""
+"""EDM2's preconditioning: a denoiser D(x; sigma, labels) around any raw network F (Karras et al. 2022, Table 1).
+
+F may compute in half precision; PRECISIONS names what it can compute in.
+"""
 
 import math
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +15,15 @@ from torch import nn
 from edm2kit.conditions import ConditionLike, condition_tensor
 from edm2kit.denoiser import AttentionRole
 from edm2kit.models.layers import MPConv, MPFourier
+
+# the names that command lines, configs and records use
+PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# dtype -> functions of torch.cpu that report fast instructions for it; older versions of torch lack some of them
+_FAST_IF = {
+    torch.bfloat16: ("_is_amx_tile_supported", "_is_avx512_bf16_supported"),
+    torch.float16: ("_is_amx_fp16_supported",),
+}
 
 # (q, k, v), each [N, heads, H*W, C/heads] -> the output of attention, same shape
 AttentionEdit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -212,3 +225,23 @@ def compile_(net: Preconditioner, backend: str = "inductor") -> Preconditioner:
     """
     net.raw.compile(backend=backend, dynamic=False)
     return net
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """The key of PRECISIONS that `name` means on `device`: "auto" is fp16 on a CUDA device and fp32 elsewhere."""
+    if name != "auto":
+        return name
+    return "fp16" if device.type == "cuda" else "fp32"
+
+
+def slow_precision(dtype: torch.dtype, device: torch.device | str = "cpu") -> str | None:
+    """Why `dtype` is slower than float32 on `device`, or None if it is not (as far as is known)."""
+    if torch.device(device).type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return None
+    if dtype not in _FAST_IF:
+        return None
+    for function in _FAST_IF[dtype]:
+        if getattr(torch.cpu, function, lambda: False)():
+            return None
+    name = str(dtype).removeprefix("torch.")
+    return f"this CPU has no instructions for {name}, which makes it many times slower than float32; use fp32"

@@ -14,9 +14,9 @@ import yaml
 
 from edm2kit.ema.power_function import std_to_exp
 from edm2kit.models.networks import DEFAULT_NETWORK, check_network_arguments
+from edm2kit.models.preconditioning import PRECISIONS
 from edm2kit.snapshots.file_format import STORED_DTYPES
 from edm2kit.torch_utils.files import atomic_write
-from edm2kit.torch_utils.precision import PRECISIONS
 
 PRESET_FOLDER = Path(__file__).parents[1] / "configs" / "train"
 _COUNT_UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}

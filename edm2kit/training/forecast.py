@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from edm2kit.models.networks import build_network, network_kind
-from edm2kit.models.preconditioning import Preconditioner
-from edm2kit.torch_utils.precision import PRECISIONS
+from edm2kit.models.preconditioning import PRECISIONS, Preconditioner
 from edm2kit.training.config import TrainConfig
 from edm2kit.training.loss import EDM2Loss
 

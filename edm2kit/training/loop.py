@@ -18,10 +18,9 @@ from edm2kit.data.batches import MicroBatch
 from edm2kit.ema.tracking import PowerFunctionEMA
 from edm2kit.models.encoders import Encoder
 from edm2kit.models.networks import NETWORKS
-from edm2kit.models.preconditioning import Preconditioner
+from edm2kit.models.preconditioning import PRECISIONS, Preconditioner
 from edm2kit.snapshots.file_format import Header, save_snapshot, snapshot_name
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.precision import PRECISIONS
 from edm2kit.torch_utils.rng import StackedGenerator, derive_seed
 from edm2kit.training.checkpoint import (
     checkpoint_state,
