@@ -140,45 +140,49 @@ def gpu_text(record: Record | None) -> str:
     """The items of a run of benchmarks/gpu.sh."""
     if record is None:
         return "No record yet. On a machine with an NVIDIA GPU, run `bash benchmarks/gpu.sh` (under 25 minutes)."
-    items = record["items"]
     parts = [machines_text([record])]
-    comparisons = [item for item in items.values() if "contenders" in item]
+    comparisons, numbers, failed = [], [], []
+    for name, item in record["items"].items():
+        if "contenders" in item:
+            comparisons.append(item)
+        if item.get("numbers"):
+            numbers.append(f"- {name}: {_numbers_text(item['numbers'])}")
+        if "error" in item:
+            failed.append(f"- {name}: {item['error']}")
     if comparisons:
         parts.append(comparison_table(comparisons))
-    numbers = []
-    for name, item in items.items():
-        if item.get("numbers"):
-            shown = ", ".join(f"{key} {_short_number(value)}" for key, value in item["numbers"].items())
-            numbers.append(f"- {name}: {shown}")
     if numbers:
         parts.append("\n".join(numbers))
-    failed = [f"- {name}: {item['error']}" for name, item in items.items() if "error" in item]
     if failed:
         parts += ["Without a result:", "\n".join(failed)]
     return "\n\n".join(parts)
 
 
-def _short_number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _numbers_text(numbers: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items()
+    )
 
 
 def missing_text(records: Records) -> str:
     """Every benchmark without a record, and the command that makes one; then what a benchmark skipped."""
-    commands = " ".join(record["command"] for record in records.values())
     lines = []
     for name in benchmarks():
-        # a benchmark may write records of other names; older records name it by its file
-        if name in records or f"benchmarks.{name}" in commands or f"benchmarks/{name}.py" in commands:
-            continue
-        if name == "gpu":
+        if name == "gpu" and name not in records:
             lines.append("- `gpu`: no machine behind these records has a GPU; `bash benchmarks/gpu.sh`")
-        else:
+        elif not _has_record(name, records):
             lines.append(f"- `{name}`: `python -m benchmarks.{name}`")
     skipped = set()
     for record in records.values():
         for way, reason in record.get("notes", {}).get("skipped", {}).items():
             skipped.add(f"- {way}: {reason}")
     return "\n".join([*lines, *sorted(skipped)]) or "Every benchmark has a record."
+
+
+def _has_record(name: str, records: Records) -> bool:
+    # a benchmark may write records of other names; older records name it by its file
+    commands = " ".join(record["command"] for record in records.values())
+    return name in records or f"benchmarks.{name}" in commands or f"benchmarks/{name}.py" in commands
 
 
 def benchmarks() -> list[str]:

@@ -130,16 +130,22 @@ def _work(multiply_adds: float, tflops: float | None) -> str:
 def _file_lines(costs: Sequence[CellCost]) -> list[str]:
     files = {file.url: file for cost in costs for file in cost.files}
     missing = [file for file in files.values() if not file.is_here]
-    size, free = sum(file.num_bytes or 0 for file in missing), free_bytes(cache_folder())
+    size = sum(file.num_bytes or 0 for file in missing)
+    free = free_bytes(cache_folder())
+    verdict = ": not enough" if size > free else ""
     lines = [
         f"{len(files)} files, {len(missing)} of them to download, about {size / 1e9:.2f} GB, to {cache_folder()} "
-        f"({free / 1e9:.2f} GB free{': not enough' if size > free else ''}):"
+        f"({free / 1e9:.2f} GB free{verdict}):"
     ]
-    by_place: dict[str, list[NeededFile]] = {}  # raw snapshots are many: one line per folder
+    by_place: dict[str, list[NeededFile]] = {}
     for file in files.values():
-        place = file.url.rsplit("/", 1)[0] + "/" if "/raw-snapshots/" in file.url else file.url
-        by_place.setdefault(place, []).append(file)
+        by_place.setdefault(_place(file.url), []).append(file)
     return lines + [_place_line(place, group) for place, group in by_place.items()]
+
+
+def _place(url: str) -> str:
+    """The URL, or its folder for raw snapshots, which are many."""
+    return url.rsplit("/", 1)[0] + "/" if "/raw-snapshots/" in url else url
 
 
 def _place_line(place: str, files: Sequence[NeededFile]) -> str:

@@ -38,8 +38,11 @@ def _table_record(table: Table) -> dict[str, Any]:
         cost = cell_cost(cell, table.sampler)
         cells.append(_cell_record(cost))
         sizes |= {file.url: file.num_bytes or 0 for file in cost.files}
-    raw_sizes = [size for url, size in sizes.items() if "/raw-snapshots/" in url]
-    return {"bytes": sum(sizes.values()), "bytes_of_raw_snapshots": sum(raw_sizes), "cells": cells}
+    return {
+        "bytes": sum(sizes.values()),
+        "bytes_of_raw_snapshots": sum(size for url, size in sizes.items() if "/raw-snapshots/" in url),
+        "cells": cells,
+    }
 
 
 def _cell_record(cost: CellCost) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from edm2kit.experiments.documents import markdown_table
-from edm2kit.experiments.paper_tables.run import MeasureOptions, describe, read_record
+from edm2kit.experiments.paper_tables.networks import ProfileFit, PublishedNetwork
+from edm2kit.experiments.paper_tables.run import describe, read_record
 from edm2kit.experiments.paper_tables.tables import Cell, Table, TableRow
 
 PUBLISHED_NUM, PUBLISHED_SEEDS = 50_000, 3
@@ -24,32 +25,44 @@ def lines_of(table: Table, outdir: Path) -> Sequence[Line]:
     for row in table.rows:
         for cell in row.cells:
             lines.append(_line(table, row, cell, _read(table, cell, outdir)))
-    unused = [column for column in lines[0] if not any(line[column] for line in lines)]
-    for line in lines:
-        for column in unused:
-            del line[column]
+    for column in list(lines[0]):
+        if not any(line[column] for line in lines):
+            for line in lines:
+                del line[column]
     return lines
 
 
 def notes_of(table: Table, outdir: Path) -> list[str]:
     """What a reader has to know besides the numbers."""
-    records = [record for cell in table.cells() if (record := _read(table, cell, outdir)) is not None]
     notes = [f"{row.group}, {row.setting}: {row.note}." for row in table.rows if row.note]
-    networks = {network.name: network for cell in table.cells() for network in cell.networks}
-    for network in networks.values():
-        if network.fit is not None:
-            notes.append(
-                f"{network.name} is not published. It was rebuilt from {len(network.urls)} raw snapshots; relative "
-                f"error of the EMA profile: {network.fit.error:.2g}."
-            )
-    for record in records:
-        if record["asked"]["num_images"] != PUBLISHED_NUM:
-            notes.append("Published values are of 50,000 images. Values of other numbers cannot be compared with them.")
-        if 0 < len(record["runs"]) < PUBLISHED_SEEDS:
-            notes.append("Published values are the minimum of three. The minimum of fewer is larger on average.")
-        if "settings" in record and record["settings"]["device"] != "cuda":
-            notes.append("Published images used CUDA random numbers. On other devices seeds give other images.")
+    for cell in table.cells():
+        for network in cell.networks:
+            if network.fit is not None:
+                notes.append(_fit_note(network, network.fit))
+    for cell in table.cells():
+        record = _read(table, cell, outdir)
+        if record is not None:
+            notes += _comparison_notes(record)
     return list(dict.fromkeys(notes))
+
+
+def _fit_note(network: PublishedNetwork, fit: ProfileFit) -> str:
+    return (
+        f"{network.name} is not published. It was rebuilt from {len(network.urls)} raw snapshots; relative error of "
+        f"the EMA profile: {fit.error:.2g}."
+    )
+
+
+def _comparison_notes(record: Record) -> list[str]:
+    """Reasons why measured values differ from the published ones."""
+    notes = []
+    if record["asked"]["num_images"] != PUBLISHED_NUM:
+        notes.append("Published values are of 50,000 images. Values of other numbers cannot be compared with them.")
+    if 0 < len(record["runs"]) < PUBLISHED_SEEDS:
+        notes.append("Published values are the minimum of three. The minimum of fewer is larger on average.")
+    if "settings" in record and record["settings"]["device"] != "cuda":
+        notes.append("Published images used CUDA random numbers. On other devices seeds give other images.")
+    return notes
 
 
 def markdown(table: Table, lines: Sequence[Line], notes: Sequence[str]) -> str:
@@ -86,7 +99,7 @@ def _read(table: Table, cell: Cell, outdir: Path) -> Record | None:
         num = json.loads(path.read_text(encoding="utf-8"))["asked"]["num_images"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}). Delete it to measure this cell again") from error
-    return read_record(path, describe(table, cell, MeasureOptions(num, seeds=0, batch=0, save_every=0)))
+    return read_record(path, describe(table, cell, num))
 
 
 def _line(table: Table, row: TableRow, cell: Cell, record: Record | None) -> dict[str, str]:

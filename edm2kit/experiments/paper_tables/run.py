@@ -112,7 +112,7 @@ def measure_cell(table: Table, cell: Cell, options: MeasureOptions, outdir: Path
     Raises ValueError if the folder holds this cell with other settings, or if another file is not available.
     """
     path = outdir / f"{cell.name}.json"
-    record = dist.on_rank0(read_record, path, describe(table, cell, options))
+    record = dist.on_rank0(read_record, path, describe(table, cell, options.num))
     missing = [k * options.num for k in range(options.seeds) if str(k * options.num) not in record["runs"]]
     if not missing:
         dist.print0(f"{cell.name}: complete, skipped")
@@ -134,8 +134,8 @@ def measure_cell(table: Table, cell: Cell, options: MeasureOptions, outdir: Path
     return None
 
 
-def describe(table: Table, cell: Cell, options: MeasureOptions) -> dict[str, Any]:
-    """What the table asks for, as JSON: two cells with the same description have the same value."""
+def describe(table: Table, cell: Cell, num: int) -> dict[str, Any]:
+    """What the table asks for, of `num` images, as JSON: cells with the same description have the same value."""
     return plain_json(
         {
             "table": table.name,
@@ -145,7 +145,7 @@ def describe(table: Table, cell: Cell, options: MeasureOptions) -> dict[str, Any
             "gnet": None if cell.gnet is None else cell.gnet.name,
             "guidance": vars(cell.guidance),
             "sampler": {**vars(table.sampler), "churn": vars(table.sampler.churn)},
-            "num_images": options.num,
+            "num_images": num,
         }
     )
 

@@ -1,7 +1,6 @@
 """Tables of published results: rows and cells with their networks, guidance and values, read from YAML."""
 
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,18 +74,16 @@ class Table:
 
         Raises ValueError if the table has no row of a name, or if no cell is left.
         """
-        by_name = {row.name: row for row in self.rows}
-        picked: list[Cell] = []
-        for name in rows or by_name:
+        by_name = {row.name: row.cells for row in self.rows}
+        for name in rows or ():
             if name not in by_name:
                 raise ValueError(f"table {self.name} has no row {name!r}{nearest(name, list(by_name))}")
-            picked += by_name[name].cells
-        if not metrics:
-            return picked
-        with_metric = [cell for cell in picked if cell.metric in metrics]
-        if not with_metric:
-            raise ValueError(f"none of these rows has a value of {', '.join(metrics)}")
-        return with_metric
+        picked = []
+        for name in rows or by_name:
+            picked += [cell for cell in by_name[name] if not metrics or cell.metric in metrics]
+        if not picked:
+            raise ValueError(f"none of these rows has a value of {', '.join(metrics or ())}")
+        return picked
 
 
 def table_names() -> list[str]:
@@ -114,13 +111,17 @@ def load_table(name: str | Path) -> Table:
 
 
 def _table(name: str, content: Mapping[str, Any]) -> Table:
-    fields = {**published()["datasets"], **content.get("datasets", {})}
-    datasets = {key: ReferenceSet(**value) for key, value in fields.items()}
-    rows = tuple(_row(row, datasets) for row in content["rows"])
-    for row_name, count in Counter(row.name for row in rows).items():
-        if count > 1:
-            raise ValueError(f"{count} rows have the name {row_name!r}")
-    return Table(name, content["title"], content["source"], Sampler(**content.get("sampler", {})), rows)
+    datasets = {}
+    for key, fields in {**published()["datasets"], **content.get("datasets", {})}.items():
+        datasets[key] = ReferenceSet(**fields)
+    rows: dict[str, TableRow] = {}
+    for fields in content["rows"]:
+        row = _row(fields, datasets)
+        if row.name in rows:
+            raise ValueError(f"two rows have the name {row.name!r}")
+        rows[row.name] = row
+    sampler = Sampler(**content.get("sampler", {}))
+    return Table(name, content["title"], content["source"], sampler, tuple(rows.values()))
 
 
 def _row(fields: Mapping[str, Any], datasets: Mapping[str, ReferenceSet]) -> TableRow:
@@ -178,16 +179,26 @@ def _guidance(fields: Mapping[str, Any]) -> Choice:
     method = ALIASES.get(method, method)
     if method not in METHODS:
         raise ValueError(f"unknown guidance method {method!r}{nearest(method, list(METHODS))}")
-    if METHODS[method].needs_gnet and not has_gnet:
+    _check_gnet(method, has_gnet)
+    return Choice(
+        method,
+        float(fields.get("guidance", 1.0)),
+        _interval(fields.get("interval")),
+        _options(method, fields.get("options", {})),
+    )
+
+
+def _check_gnet(method: str, has_gnet: bool) -> None:
+    needs_gnet, takes_gnet = METHODS[method].needs_gnet, METHODS[method].takes_gnet
+    if needs_gnet and not has_gnet:
         raise ValueError(f"method {method} needs a gnet")
-    if has_gnet and not (METHODS[method].needs_gnet or METHODS[method].takes_gnet):
+    if has_gnet and not (needs_gnet or takes_gnet):
         raise ValueError(f"method {method} takes no gnet")
-    interval = None if fields.get("interval") is None else _interval(fields["interval"])
-    options = _options(method, fields.get("options", {}))
-    return Choice(method, float(fields.get("guidance", 1.0)), interval, options)
 
 
-def _interval(ends: Any) -> tuple[float, float]:
+def _interval(ends: Any) -> tuple[float, float] | None:
+    if ends is None:
+        return None
     if not isinstance(ends, list | tuple) or len(ends) != 2:
         raise ValueError(f"interval is {ends!r}; expected two noise levels, such as [0.28, 2.90]")
     return float(ends[0]), float(ends[1])

@@ -112,10 +112,7 @@ def summary(record: Mapping[str, Any], method: str, weight: float) -> dict[str, 
 
     Raises ValueError if the record does not have them.
     """
-    rows = [row for row in record["rows"] if row["method"] == method and row["weight"] == weight]
+    rows = [row for row in record["rows"] if (row["method"], row["weight"]) == (method, weight)]
     if not rows:
         raise ValueError(f"the record has no row of {method} at weight {weight:g}. Evaluate again")
-    found = {}
-    for name in MEASURES:
-        found[name] = Spread.of([row[name] for row in rows])
-    return found
+    return {name: Spread.of([row[name] for row in rows]) for name in MEASURES}
