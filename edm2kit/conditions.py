@@ -7,7 +7,7 @@ protocol; classifier-free guidance, independent-condition guidance and batching 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeAlias, overload, runtime_checkable
+from typing import Any, Protocol, Self, TypeAlias, cast, overload, runtime_checkable
 
 import torch
 
@@ -171,15 +171,15 @@ def other_conditions(
 
 def cat_conditions(conditions: Sequence[ConditionLike]) -> ConditionLike:
     """The conditions of several batches as one. Raises ValueError if some are missing or of different kinds."""
-    first = conditions[0]
-    if len({type(condition) for condition in conditions}) != 1:
-        kinds = ", ".join(type(condition).__name__ for condition in conditions)
-        raise ValueError(f"conditions of different kinds cannot form one batch: {kinds}")
-    if first is None:
+    kinds = [type(condition).__name__ for condition in conditions]
+    if len(set(kinds)) != 1:
+        raise ValueError(f"conditions of different kinds cannot form one batch: {', '.join(kinds)}")
+    if conditions[0] is None:
         return None
-    if isinstance(first, torch.Tensor):
-        return torch.cat([condition for condition in conditions if isinstance(condition, torch.Tensor)])
-    return first.cat(*(condition for condition in conditions[1:] if isinstance(condition, Condition)))
+    if isinstance(conditions[0], torch.Tensor):
+        return torch.cat(cast(list[torch.Tensor], list(conditions)))
+    first, *more = cast(list[Condition], list(conditions))
+    return first.cat(*more)
 
 
 def repeat_condition(condition: ConditionLike, times: int) -> ConditionLike:

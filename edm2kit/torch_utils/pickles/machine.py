@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, NoReturn, Protocol
 
-from edm2kit.torch_utils.pickles.values import Budget, BytesInFile, Source, Symbol, UnsafePickleError
+from edm2kit.torch_utils.pickles.values import Budget, ByteRange, BytesInFile, Symbol, UnsafePickleError
 
 _MAX_TEXT_BYTES = 16 << 20
 _MAX_NAME_BYTES = 200
@@ -38,7 +38,7 @@ class Machine:
     dictionaries and members of sets are strings, so a file cannot choose the hash function.
     """
 
-    def __init__(self, source: Source, rules: Rules, budget: Budget):
+    def __init__(self, source: ByteRange, rules: Rules, budget: Budget):
         self.source, self.rules, self.budget = source, rules, budget
         self.stack: list[Any] = []
         self.marks: list[int] = []

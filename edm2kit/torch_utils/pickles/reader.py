@@ -23,10 +23,10 @@ from edm2kit.torch_utils.pickles.machine import Machine, NoNames
 from edm2kit.torch_utils.pickles.values import (
     ArrayBox,
     Budget,
+    ByteRange,
     BytesInFile,
     DtypeBox,
     Record,
-    Source,
     Storage,
     StoredTensor,
     Symbol,
@@ -86,7 +86,7 @@ def load_pickle(path_or_file: str | Path | BinaryIO) -> Any:
     else:
         file = path_or_file
     start, end = file.tell(), file.seek(0, 2)
-    source = Source(file, start, end)
+    source = ByteRange(file, start, end)
     budget = Budget(_MAX_OPCODES, end - start)
     try:
         return settle(Machine(source, _SnapshotRules(budget), budget).load(), end - start)

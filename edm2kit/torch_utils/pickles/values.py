@@ -22,7 +22,7 @@ class Symbol:
     name: str
 
 
-class Source:
+class ByteRange:
     """The bytes [start, end) of a file, read from front to back; raises UnsafePickleError beyond the end."""
 
     def __init__(self, file: BinaryIO, start: int, end: int):
@@ -57,8 +57,8 @@ class BytesInFile:
     offset: int
     length: int
 
-    def source(self) -> Source:
-        return Source(self.file, self.offset, self.offset + self.length)
+    def source(self) -> ByteRange:
+        return ByteRange(self.file, self.offset, self.offset + self.length)
 
     def read(self) -> bytes:
         return self.source().take(self.length)
