@@ -38,8 +38,13 @@ class ArrayDataset(Source):
         files = _array_files(self.path)
         if not files:
             raise ValueError(f"{path}: contains no .npy array; expected one .npy file or a folder of them")
-        self._arrays = [_open_array(file) for file in files]
+        self._arrays = [_load(file) for file in files]
         for file, array in zip(files, self._arrays, strict=True):
+            if array.ndim != 4 or array.dtype not in _DTYPES or not len(array):
+                raise ValueError(
+                    f"{file}: is {array.dtype} {list(array.shape)}; expected pixels uint8 [N, C, H, W] or raw latents "
+                    "float16 or float32 [N, C, H, W]"
+                )
             if array.shape[1:] != self._arrays[0].shape[1:] or array.dtype != self._arrays[0].dtype:
                 raise ValueError(
                     f"{file}: is {array.dtype} {list(array.shape)}, but {files[0].name} is {self._arrays[0].dtype} "
@@ -119,13 +124,3 @@ def _load(file: Path) -> np.ndarray:
         return np.load(file, mmap_mode="r", allow_pickle=False)
     except BROKEN as error:
         raise ValueError(f"{file}: the .npy file is damaged or cut short: {error}") from error
-
-
-def _open_array(file: Path) -> np.ndarray:
-    array = _load(file)
-    if array.ndim != 4 or array.dtype not in _DTYPES or not len(array):
-        raise ValueError(
-            f"{file}: is {array.dtype} {list(array.shape)}; expected pixels uint8 [N, C, H, W] or raw latents float16 "
-            "or float32 [N, C, H, W]"
-        )
-    return array

@@ -45,19 +45,16 @@ class GlobalOrder:
         position, end = start_nimg, start_nimg + count
         while position < end:
             epoch, offset = divmod(position, self.num_images)
-            part = self._permutation(epoch)[offset : offset + end - position]
+            if epoch not in self._permutations:
+                if len(self._permutations) == 2:
+                    del self._permutations[min(self._permutations)]
+                # sorting a bit stream that numpy promises never to change; its shuffles may change between versions
+                keys = np.random.PCG64(derive_seed(self.seed, "epoch", epoch)).random_raw(self.num_images)
+                self._permutations[epoch] = np.argsort(keys, kind="stable")
+            part = self._permutations[epoch][offset : offset + end - position]
             parts.append(part)
             position += len(part)
         return np.concatenate(parts)
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch not in self._permutations:
-            if len(self._permutations) == 2:
-                del self._permutations[min(self._permutations)]
-            # sorting a bit stream that numpy promises never to change; its shuffles may change between versions
-            keys = np.random.PCG64(derive_seed(self.seed, "epoch", epoch)).random_raw(self.num_images)
-            self._permutations[epoch] = np.argsort(keys, kind="stable")
-        return self._permutations[epoch]
 
 
 class MicroBatch(NamedTuple):

@@ -38,9 +38,19 @@ class SavedTable:
         for column in (options.get("image"), options.get("label")):
             if column is not None and column not in self._table.column_names:
                 raise ValueError(f"{path}: has no column {column!r}; available: {', '.join(self._table.column_names)}")
-        self._column = options.get("image") or _find_image_column(self._table, self.path)
-        self._label_column = options.get("label") or _find_label_column(self._table)
-        self._images = _undecoded(self._table, self._column)
+        self._column = options.get("image") or _only_column(self._table, "Image")
+        if self._column is None:
+            raise ValueError(
+                f"{path}: has several image columns, or none, among {', '.join(self._table.column_names)}; name one: "
+                f"hf:{self.path}?image=COLUMN"
+            )
+        feature = self._table.features[self._column]
+        if type(feature).__name__ != "Image":
+            raise ValueError(f"{path}: column {self._column!r} is {feature}; expected a column of type Image")
+        # files as they are stored: decoding is ours, with the checks of all other sources
+        self._images = self._table.select_columns([self._column]).cast_column(self._column, type(feature)(decode=False))
+        usual = [name for name in _LABEL_COLUMNS if name in self._table.column_names]
+        self._label_column = options.get("label") or _only_column(self._table, "ClassLabel") or next(iter(usual), None)
         self.fingerprint = f"{self._table._fingerprint}\n{self._column}\n"
         self.names = [f"{self.fingerprint}{k}" for k in range(len(self._table))]
 
@@ -165,32 +175,7 @@ def _load(path: Path, split: str | None) -> Any:
     return loaded[split]
 
 
-def _find_image_column(table: Any, path: Path) -> str:
-    import datasets
-
-    found = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    if len(found) != 1:
-        raise ValueError(
-            f"{path}: has {len(found)} image columns among {', '.join(table.column_names)}; name one: "
-            f"hf:{path}?image=COLUMN"
-        )
-    return found[0]
-
-
-def _find_label_column(table: Any) -> str | None:
-    import datasets
-
-    found = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
-    usual = [name for name in _LABEL_COLUMNS if name in table.column_names]
-    if len(found) == 1:
-        return found[0]
-    return usual[0] if usual else None
-
-
-def _undecoded(table: Any, column: str) -> Any:
-    """The table with image files as they are stored: decoding is ours, with the checks of all other sources."""
-    import datasets
-
-    if not isinstance(table.features[column], datasets.Image):
-        raise ValueError(f"column {column!r} is {table.features[column]}; expected a column of type Image")
-    return table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+def _only_column(table: Any, feature: str) -> str | None:
+    """The only column with features of this class of `datasets`, or None if there are none or several."""
+    found = [name for name, value in table.features.items() if type(value).__name__ == feature]
+    return found[0] if len(found) == 1 else None

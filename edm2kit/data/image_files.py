@@ -201,7 +201,12 @@ def find_layout(data: bytes) -> Layout | None:
     """
     raw = decode_array(data, "")
     if data.startswith(np.lib.format.MAGIC_PREFIX):
-        return _npy_layout(data)
+        values = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        start, stored = data[: len(data) - values.nbytes], data[len(data) - values.nbytes :]
+        if values.tobytes() != stored or b"'fortran_order': False" not in start:
+            return None
+        blocks: tuple[tuple[int, int], ...] = ((0, len(stored)),)
+        return Layout(len(data), start, blocks, (), len(stored), 0, values.dtype, values.shape, channels_last=False)
     channels, height, width = raw.shape
     row_bytes = 1 + width * channels
     if encode_png(to_image(raw)) != data or row_bytes > 0xFFFF:
@@ -213,12 +218,3 @@ def find_layout(data: bytes) -> Layout | None:
     assert blocks[-1][1] + _PNG_END == len(rest)
     shape = (height, width, channels)
     return Layout(len(data), data[:_PNG_START], blocks, between, row_bytes, 1, raw.dtype, shape, channels_last=True)
-
-
-def _npy_layout(data: bytes) -> Layout | None:
-    values = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    start, stored = data[: len(data) - values.nbytes], data[len(data) - values.nbytes :]
-    if values.tobytes() != stored or b"'fortran_order': False" not in start:
-        return None
-    blocks = ((0, len(stored)),)
-    return Layout(len(data), start, blocks, (), len(stored), 0, values.dtype, values.shape, channels_last=False)

@@ -233,7 +233,7 @@ def test_columns_and_splits_can_be_named(tmp_path):
     np.testing.assert_array_equal(test.read(np.array([0])), PIXELS[[7]])
     assert test.labels is None
     for query, reason in (
-        ("", "has 2 image columns among photo, other, kind; name one"),
+        ("", "has several image columns, or none, among photo, other, kind; name one"),
         ("?image=photo&split=dev", "has no split 'dev'; available: train, test"),
         ("?image=none", "has no column 'none'; available: photo, other, kind"),
         ("?image=kind", "column 'kind' is .*; expected a column of type Image"),
