@@ -56,8 +56,8 @@ def _value_type(metadata: Mapping[str, Any], hint: Any) -> click.ParamType | typ
         return click.Choice(list(metadata["choices"]))
     if metadata.get("metavar") == "NIMG":
         return Size()
-    if isinstance(hint, types.UnionType):  # of the type and None
-        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    if isinstance(hint, types.UnionType):  # such as int | None
+        hint = typing.get_args(hint)[0]
     return AtLeast(hint, metadata["min"]) if "min" in metadata else hint
 
 

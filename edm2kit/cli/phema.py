@@ -1,6 +1,6 @@
 """Rebuild EMAs of any length from the snapshots of a training run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,9 +198,8 @@ def _report(plan: Plan) -> None:
     nimg = sorted({header.nimg for header in headers})
     stds = sorted({_std_of(header) for header in headers})
     run = f" of run {headers[0].run_id}" if headers[0].run_id else ""
-    lengths = ", ".join(f"{std:g}" for std in stds)
     dist.print0(
-        f"{len(headers)} snapshots{run}: EMA {lengths} at {len(nimg)} times from {nimg[0]} to {nimg[-1]} images"
+        f"{len(headers)} snapshots{run}: EMA {_lengths(stds)} at {len(nimg)} times from {nimg[0]} to {nimg[-1]} images"
     )
     for std in stds:
         stored = {header.nimg for header in headers if header.ema_std == std}
@@ -235,7 +234,7 @@ def _warn(outputs: Sequence[Output]) -> None:
         )
 
 
-def _lengths(stds: set[float]) -> str:
+def _lengths(stds: Iterable[float]) -> str:
     return ", ".join(f"{std:g}" for std in sorted(stds))
 
 
