@@ -13,8 +13,7 @@ import torch
 from benchmarks import harness
 from benchmarks.gpu_items import gpu_setting, items, toy_setting
 from edm2kit.cli import click_types as cli
-from edm2kit.torch_utils.files import atomic_write
-from edm2kit.torch_utils.records import provenance
+from edm2kit.torch_utils.files import atomic_write, provenance
 
 
 @click.command(cls=cli.Command)

@@ -15,7 +15,7 @@ from edm2kit.cli import click_types as cli
 from edm2kit.models import Precond, full_architecture
 from edm2kit.models.cost import evaluation_cost
 from edm2kit.models.edm2 import freeze_
-from edm2kit.torch_utils.records import provenance
+from edm2kit.torch_utils.files import provenance
 from edm2kit.training.config import TrainConfig
 
 BASE = {"batch": 8, "resolution": 32, "channels": 32}

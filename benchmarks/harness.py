@@ -18,8 +18,7 @@ import click
 import torch
 
 from benchmarks.tables import comparison_table
-from edm2kit.torch_utils.files import atomic_write
-from edm2kit.torch_utils.records import provenance
+from edm2kit.torch_utils.files import atomic_write, provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "records"

@@ -16,7 +16,7 @@ from benchmarks.trainers import SMALL, images_for, make_trainer, preset_config
 from edm2kit.cli import click_types as cli
 from edm2kit.models import full_architecture
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.records import provenance
+from edm2kit.torch_utils.files import provenance
 from edm2kit.training.config import TrainConfig
 from edm2kit.training.forecast import make_forecast
 

@@ -29,7 +29,7 @@ from edm2kit.data.image_files import decode_array
 from edm2kit.models import full_architecture
 from edm2kit.models.cost import evaluation_cost
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.records import provenance
+from edm2kit.torch_utils.files import provenance
 from edm2kit.training.config import TrainConfig, preset_names
 from edm2kit.training.loop import Trainer
 

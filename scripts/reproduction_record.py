@@ -8,7 +8,7 @@ try:
     from edm2kit.cli import click_types as cli
     from edm2kit.experiments.documents import checkout
     from edm2kit.experiments.paper_tables.document import RECORD, make_record
-    from edm2kit.torch_utils.records import write_json
+    from edm2kit.torch_utils.files import write_json
 except ModuleNotFoundError as error:
     if error.name != "edm2kit":
         raise

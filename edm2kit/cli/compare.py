@@ -28,8 +28,8 @@ from edm2kit.experiments.documents import checkout, write_parts
 from edm2kit.metrics.scoring import image_features, make_scorer
 from edm2kit.models.encoders import to_image
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.files import atomic_write, fetch, sha256_of
-from edm2kit.torch_utils.records import write_json
+from edm2kit.torch_utils.cache import fetch
+from edm2kit.torch_utils.files import atomic_write, sha256_of, write_json
 
 _TUNING_SEED = "1000000"  # far from the seeds of any report
 

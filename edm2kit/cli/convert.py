@@ -12,8 +12,8 @@ from edm2kit.cli import click_types as cli
 from edm2kit.snapshots.file_format import read_header
 from edm2kit.snapshots.loading import is_published_pickle
 from edm2kit.snapshots.published import convert_published
+from edm2kit.torch_utils.cache import fetch
 from edm2kit.torch_utils.dist import progress_bar
-from edm2kit.torch_utils.files import fetch
 
 
 @click.command(cls=cli.Command)

@@ -32,8 +32,7 @@ from edm2kit.guidance.records import settings_differences
 from edm2kit.models.encoders import to_image
 from edm2kit.sampling.engine import ImageBatch
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.files import atomic_write
-from edm2kit.torch_utils.records import provenance, write_json
+from edm2kit.torch_utils.files import atomic_write, provenance, write_json
 
 _MAX_GRID = 1024
 _folder = click.Path(path_type=Path, file_okay=False)

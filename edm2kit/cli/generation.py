@@ -26,11 +26,10 @@ from edm2kit.models.preconditioning import PRECISIONS, compile_, resolve_precisi
 from edm2kit.models.vae import vae_sha256
 from edm2kit.sampling.engine import Engine, ImageBatch, share_of_rank
 from edm2kit.sampling.solvers import PUBLISHED, Sampler
-from edm2kit.snapshots.loading import Snapshot, load_snapshot
+from edm2kit.snapshots.loading import Snapshot, load_snapshot, local_file
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.dist import progress_bar
-from edm2kit.torch_utils.files import fetch, sha256_of
-from edm2kit.torch_utils.records import plain_json
+from edm2kit.torch_utils.files import plain_json, sha256_of
 
 ALL_CLASSES = ""  # the value of Request.classes that stands for all classes of the network
 
@@ -106,7 +105,7 @@ def prepare(request: Request, device: torch.device, labels_from_data: bool = Fal
     guidance method refuses its settings.
     """
     precision = resolve_precision(request.precision, device)
-    slow = slow_precision(PRECISIONS[precision], device)
+    slow = None if precision == "fp32" else slow_precision(PRECISIONS[precision], device)
     if slow:
         dist.warn0(f"--precision {precision}: {slow}")
     snapshots = {
@@ -271,7 +270,7 @@ def _identity(source: str, snapshot: Snapshot) -> dict[str, Any]:
     header = dataclasses.asdict(snapshot.header)
     # without the training configuration, which is long, and the commit, which is the reader's own for published files
     known = {key: header[key] for key in ("architecture", "encoder", "nimg", "ema_std", "run_id", "recipe")}
-    return plain_json({"sha256": sha256_of(fetch(source)), **known})
+    return plain_json({"sha256": sha256_of(local_file(source)), **known})
 
 
 def _settings_of(choice: Choice) -> dict[str, Any]:

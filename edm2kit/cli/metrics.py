@@ -22,8 +22,8 @@ from edm2kit.metrics.detectors.registry import DETECTORS, check_names, load_dete
 from edm2kit.metrics.reference import Reference, save_reference
 from edm2kit.metrics.scoring import Scorer, image_features, image_statistics, make_scorer, summary, table
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.files import fetch, sha256_of
-from edm2kit.torch_utils.records import provenance, write_json
+from edm2kit.torch_utils.cache import fetch
+from edm2kit.torch_utils.files import provenance, sha256_of, write_json
 
 _REAL_WORKERS = 2  # threads that read
 

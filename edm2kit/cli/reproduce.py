@@ -14,7 +14,8 @@ from edm2kit.experiments.paper_tables.run import MeasureOptions, measure_cell
 from edm2kit.experiments.paper_tables.tables import load_table, table_names
 from edm2kit.models.preconditioning import PRECISIONS, resolve_precision
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.files import atomic_write, cache_folder, fetch, free_bytes
+from edm2kit.torch_utils.cache import cache_folder, fetch
+from edm2kit.torch_utils.files import atomic_write, free_bytes
 
 _DEFAULT_OUTDIR = "runs/reproduce"
 _WAIT_MINUTES = 24 * 60  # one rank downloads while the others wait

@@ -11,7 +11,7 @@ import numpy as np
 from edm2kit.data.archive import FolderArchive, ZipArchive
 from edm2kit.data.image_files import open_header
 from edm2kit.torch_utils.arrays import BROKEN
-from edm2kit.torch_utils.records import short_json
+from edm2kit.torch_utils.files import short_json
 
 RECORD = "generation.json"  # written beside generated images: how they were made
 LABELS_FILE = "dataset.json"

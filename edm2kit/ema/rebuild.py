@@ -18,7 +18,7 @@ from edm2kit.ema.power_function import profile_fit, solve_posthoc_coefficients
 from edm2kit.ema.weighted_sums import network_tensors, weighted_sums
 from edm2kit.snapshots.file_format import STORED_DTYPES, Header, SnapshotWriter
 from edm2kit.snapshots.loading import Weights, open_weights
-from edm2kit.torch_utils.records import code_commit
+from edm2kit.torch_utils.files import code_commit
 
 # RMS rounding error relative to the RMS value, per eps: uniform on half a unit in the last place, mantissas log-uniform
 _ROUNDING = math.sqrt(math.log(2) / 18)

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from edm2kit.guidance.registry import ALIASES, METHODS, OPTION_ALIASES
-from edm2kit.torch_utils.records import differences
+from edm2kit.torch_utils.files import differences
 
 
 def settings_differences(recorded: Any, current: Any, name: str = "") -> list[str]:
-    """`edm2kit.torch_utils.records.differences` of two settings, whatever release recorded either; [] if equal."""
+    """`edm2kit.torch_utils.files.differences` of two settings, whatever release recorded either; [] if equal."""
     return differences(settings_with_current_names(recorded), settings_with_current_names(current), name)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from edm2kit.torch_utils.files import fetch, sha256_of
+from edm2kit.torch_utils.cache import fetch
+from edm2kit.torch_utils.files import sha256_of
 
 STABILITY_VAE = "stabilityai/sd-vae-ft-mse"
 # the revision that encoded the published ImageNet-512 latents

@@ -13,7 +13,7 @@ from edm2kit.models.encoders import Encoder, make_encoder
 from edm2kit.models.preconditioning import Preconditioner
 from edm2kit.snapshots.file_format import Header, check_weights, network_on_meta, read_header, tensor_layout
 from edm2kit.snapshots.published import read_published
-from edm2kit.torch_utils.files import fetch
+from edm2kit.torch_utils.cache import fetch
 
 _SUFFIXES = (".safetensors", ".pkl")
 
@@ -70,6 +70,12 @@ def load_snapshot(
     return Snapshot(net.eval().requires_grad_(False), make_encoder(weights.header.encoder), weights.header)
 
 
+def local_file(path_or_url: str | Path) -> Path:
+    """The file at a path, or behind a URL, which is downloaded if needed. Raises ValueError if there is none."""
+    path = Path(path_or_url)
+    return path if path.exists() else fetch(path_or_url)
+
+
 def is_published_pickle(path: str | Path) -> bool:
     """Whether the file is a pickle (as published by NVIDIA) and not a snapshot of this project."""
     with open(path, "rb") as file:
@@ -84,7 +90,7 @@ def open_weights(path_or_url: str | Path) -> Weights:
 
     Accepts the same files as `load_snapshot`. Raises ValueError if the file is missing or damaged.
     """
-    path = fetch(path_or_url)
+    path = local_file(path_or_url)
     if path.is_file() and is_published_pickle(path):
         header, stored = read_published(path)
         tensors: dict[str, TensorInFile | torch.Tensor] = {}

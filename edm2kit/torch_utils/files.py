@@ -1,27 +1,36 @@
-"""Files that are either complete or absent: atomic writing, hashes, and a cache of downloads."""
+"""Files that are either complete or absent: atomic writing, hashes, locks, and JSON records of what made a result."""
 
 import contextlib
+import errno
 import functools
 import hashlib
+import json
+import math
 import os
-import re
+import platform
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import unquote, urlsplit
 
-import yaml
+import numpy as np
+import torch
 
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.download import PATIENT, Patience, download, forget
-from edm2kit.torch_utils.locks import HAS_LOCKS, file_lock
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+HAS_LOCKS = fcntl is not None
+LOCK_NAME = ".running"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 _CHUNK_BYTES = 1 << 20
-_MANIFEST = Path(__file__).resolve().parent.parent / "configs" / "hashes.yaml"
-_REPORTED = "third party"  # the source, in hashes.yaml, of a hash that the publisher of the file does not give
+_ROOT = Path(__file__).parents[2]
 
 
 @contextlib.contextmanager
@@ -44,7 +53,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)  # the system does not say which file did not fit
@@ -53,7 +62,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         partial.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut, if the system supports it."""
     # a rename survives a power cut only once the folder itself is on disk; not every system supports this
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
@@ -72,229 +82,145 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Pin:
-    """The expected hash of a file, its size (None if unknown), and the source of both, as in configs/hashes.yaml."""
-
-    sha256: str
-    size_bytes: int | None
-    source: str
-
-
-def pinned(url: str) -> Pin | None:
-    """The pin of `url` in edm2kit/configs/hashes.yaml, or None."""
-    entry = _manifest(_MANIFEST).get(url)
-    return None if entry is None else Pin(str(entry["sha256"]), entry.get("bytes"), entry["source"])
-
-
-@functools.cache
-def _manifest(path: Path) -> Mapping[str, Any]:
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def fetch(
-    url: str | Path,
-    sha256: str | None = None,
-    cache_dir: str | Path | None = None,
-    local_dir: str | Path | None = None,
-    *,
-    patience: Patience = PATIENT,
-) -> Path:
-    """The local file behind a path, an http(s) URL or hf://org/repo[@revision]/file, downloaded at most once.
-
-    A local path is returned as it is. A URL is looked up in `local_dir` (by its path or its bare name), then in the
-    cache: `cache_dir`, else $DNNLIB_CACHE_DIR, else edm2-toolkit under $XDG_CACHE_HOME or ~/.cache. One process
-    downloads, others wait. $EDM2_MIRROR, a URL or a folder, replaces scheme and host of every URL; EDM2_OFFLINE=1 or
-    HF_HUB_OFFLINE=1 forbids the network. The file must have the hash `sha256`, else the one pinned in
-    edm2kit/configs/hashes.yaml, else the one recorded beside the cached file on first use.
-
-    Raises ValueError, in one line, if a file is missing, a download fails, or a hash is wrong.
-    """
-    if "://" not in str(url):
-        path = Path(url)
-        if not path.exists():
-            raise ValueError(
-                f"{path}: no such file or folder; give an existing one, an https:// URL or hf://org/repo/file"
-            )
-        return path if sha256 is None else _verified(path, Pin(sha256, None, "the caller"))
-    remote = _parse(str(url))
-    pin = Pin(sha256, None, "the caller") if sha256 else pinned(remote.name)
-    for folder in (local_dir, _mirror_folder()):
-        found = None if folder is None else _find_in(Path(folder), remote)
-        if found is not None:
-            return _verified(found, pin)
-    place = _cache_root(cache_dir) / remote.host / remote.path
-    if not place.is_file():
-        if remote.repo is not None and not os.environ.get("EDM2_MIRROR"):
-            return _verified(_from_hub(remote, place), pin)
-        waiting = f"Waiting for another process that downloads {place.name}"
-        with file_lock(place.with_name(f".{place.name}.lock"), lambda owner: dist.print0(f"{waiting} ({owner})")):
-            # another process may have finished it while this one waited
-            if not place.is_file():
-                _download_to(place, remote, pin, patience)
-    return _verified(place, pin, record=True)
-
-
-def cached(url: str | Path) -> Path | None:
-    """The file that `fetch(url)` would find without the network, not verified; None if it would download."""
-    if "://" not in str(url):
-        return Path(url) if Path(url).exists() else None
-    remote = _parse(str(url))
-    folder = _mirror_folder()
-    found = None if folder is None else _find_in(folder, remote)
-    if found is not None:
-        return found
-    place = _cache_root(None) / remote.host / remote.path
-    return place if place.is_file() else None
-
-
-def cache_folder() -> Path:
-    """The folder for downloads that `fetch` uses by default; it may not exist yet."""
-    return _cache_root(None)
-
-
 def free_bytes(folder: Path) -> int:
     """Free bytes on the file system of `folder`, which may not exist yet."""
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     return shutil.disk_usage(existing).free
 
 
-@dataclass(frozen=True)
-class _Remote:
-    name: str  # as the caller wrote it and as hashes.yaml lists it
-    url: str  # for plain HTTP
-    host: str
-    path: Path  # below the host; safe to append to a folder
-    repo: tuple[str, str | None, str] | None = None  # Hugging Face: repository, revision, file
+@contextlib.contextmanager
+def exclusive(folder: str | Path) -> Iterator[None]:
+    """Keep other runs out of `folder` inside the block; the folder is created if needed.
 
+    Raises ValueError at once if another process holds it, on this machine or on another one of the same file system.
+    """
 
-def _parse(name: str) -> _Remote:
-    parts = urlsplit(name)
-    if parts.scheme in ("http", "https") and parts.hostname and parts.path.strip("/"):
-        host = parts.hostname + (f"_{parts.port}" if parts.port else "")
-        return _Remote(name, name, host, _safe_path(parts.path, parts.query))
-    hub = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/(.+)", name)
-    if hub is None:
+    def refuse(owner: str) -> None:
         raise ValueError(
-            f"{name}: expected a local path, an http(s):// URL of a file, or hf://org/repo[@revision]/file"
-        )
-    repo, revision, file = hub.groups()
-    url = f"https://huggingface.co/{repo}/resolve/{revision or 'main'}/{file}"
-    return _Remote(name, url, "huggingface.co", _safe_path(urlsplit(url).path, ""), (repo, revision, file))
-
-
-def _safe_path(path: str, query: str) -> Path:
-    """A relative path that stays below the folder it is appended to, and differs between URLs."""
-    parts = re.findall("[^/]+", path)
-    safe = [re.sub(r'[\\/:*?"<>|\x00-\x1f]|^\.+', "_", unquote(part)) for part in parts]
-    if query or safe != parts:
-        safe[-1] = f"{hashlib.sha256(f'{path}?{query}'.encode()).hexdigest()[:16]}-{safe[-1]}"
-    return Path(*safe)
-
-
-def _cache_root(cache_dir: str | Path | None) -> Path:
-    if cache_dir is None:
-        cache_dir = os.environ.get("DNNLIB_CACHE_DIR")
-    if cache_dir:
-        return Path(cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edm2-toolkit"
-
-
-def _mirror_folder() -> Path | None:
-    mirror = os.environ.get("EDM2_MIRROR", "")
-    return Path(mirror) if mirror and "://" not in mirror else None
-
-
-def _find_in(folder: Path, remote: _Remote) -> Path | None:
-    for path in (folder / remote.path, folder / remote.path.name):
-        if path.is_file():
-            return path
-    return None
-
-
-def _offline() -> str | None:
-    """The environment variable that forbids the network, or None."""
-    for name in ("EDM2_OFFLINE", "HF_HUB_OFFLINE"):
-        if os.environ.get(name, "").lower() in ("1", "true", "yes", "on"):
-            return name
-    return None
-
-
-def _refuse_offline(remote: _Remote, place: Path) -> None:
-    if _offline():
-        raise ValueError(
-            f"{remote.path.name} is not in the cache and {_offline()} forbids downloads; get {remote.url} on a machine "
-            f"with a network connection and put it at {place}"
+            f"{folder} is being written by another run ({owner}); wait for it to finish, or choose another folder"
         )
 
+    with file_lock(Path(folder) / LOCK_NAME, refuse):
+        yield
 
-def _download_to(place: Path, remote: _Remote, pin: Pin | None, patience: Patience) -> None:
-    if (folder := _mirror_folder()) is not None:
-        raise ValueError(f"{remote.name}: not in the mirror folder EDM2_MIRROR; put it at {folder / remote.path}")
-    _refuse_offline(remote, place)
-    url = remote.url
-    if mirror := os.environ.get("EDM2_MIRROR"):
-        url = mirror.rstrip("/") + url[url.index("/", url.index("://") + 3) :]
-    # without locks, each process keeps a partial file of its own
-    suffix = "partial" if HAS_LOCKS else f"{os.getpid()}.partial"
-    partial = place.with_name(f".{place.name}.{suffix}")
+
+@contextlib.contextmanager
+def file_lock(path: Path, when_held: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock file `path` inside the block; a process that dies releases it.
+
+    If another process holds it, `when_held(owner)` is called, `owner` being text for a message: it raises, or returns
+    to wait. If the file system has no locks, prints a warning and continues without one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _open_locked(path, when_held) as file:
+        with contextlib.suppress(OSError):  # a full disk: the lock works without the name of its owner
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows cannot remove an open file; an unlocked one does no harm
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _open_locked(path: Path, when_held: Callable[[str], None]) -> Iterator[IO[str]]:
+    while True:
+        with open(path, "a+", encoding="utf-8") as file:
+            _acquire(file, path, when_held)
+            if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                yield file
+                return
+            # the former owner removed the file after we opened it: a lock on it keeps nobody out, so open a new one
+
+
+def _acquire(file: IO[str], path: Path, when_held: Callable[[str], None]) -> None:
+    if not HAS_LOCKS:
+        return
     try:
-        resumed = download(url, partial, pin.size_bytes if pin else None, patience)
-        if resumed and pin is not None and sha256_of(partial) != pin.sha256:
-            # the parts are of different versions of the file: download it once more, in one piece
-            forget(partial)
-            download(url, partial, pin.size_bytes, patience)
-    except ValueError as error:
-        raise ValueError(f"{error}; or put the file at {place}") from error
-    if pin is not None and (found := sha256_of(partial)) != pin.sha256:
-        forget(partial)
-        raise ValueError(_mismatch(url, found, pin) + "; the download was deleted")
-    os.replace(partial, place)
-    forget(partial)
-    _sync_folder(place.parent)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            when_held(file.read().strip() or "just started")
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        dist.warn0(f"the file system of {path.parent} has no file locks: make sure that no other process writes there")
 
 
-def _from_hub(remote: _Remote, place: Path) -> Path:
-    """The file in the cache of huggingface_hub, which downloads, resumes and locks by itself."""
-    assert remote.repo is not None
-    repo, revision, file = remote.repo
-    by_hand = f"or get {remote.url} and put it at {place}"
+def write_json(path: str | Path, content: Any) -> None:
+    """Write `content` to `path` as JSON, atomically. Raises OSError if it cannot be written."""
+    with atomic_write(path, "w") as file:
+        json.dump(content, file, indent=1)
+
+
+def plain_json(value: Any) -> Any:
+    """`value` as JSON can hold it: tuples become lists, keys strings, infinities and other objects their text."""
+    match value:
+        case Mapping():
+            return {str(key): plain_json(item) for key, item in value.items()}
+        case list() | tuple() | range():
+            return [plain_json(item) for item in value]
+        case float() if not math.isfinite(value):
+            return str(value)
+        case None | bool() | int() | float() | str():
+            return value
+        case _:
+            return str(value)
+
+
+def short_json(value: Any, max_chars: int = 24) -> str:
+    """`value` as JSON for a message, cut to at most `max_chars` characters."""
+    text = json.dumps(value)
+    return text if len(text) <= max_chars else f"{text[: max_chars - 3]}..."
+
+
+def differences(recorded: Any, current: Any, name: str = "") -> list[str]:
+    """Each setting in which two JSON values differ, such as "solver.num_steps 32, now 16"; [] if equal.
+
+    Mappings are compared key by key at any depth. `name` is the name of the value itself.
+    """
+    if isinstance(recorded, Mapping) and isinstance(current, Mapping):
+        found = []
+        for key in dict.fromkeys([*recorded, *current]):
+            found += differences(recorded.get(key), current.get(key), f"{name}.{key}".lstrip("."))
+        return found
+    if recorded == current:
+        return []
+    return [f"{name} {short_json(recorded)}, now {short_json(current)}"]
+
+
+@functools.cache
+def code_commit() -> str:
+    """The git commit of the checkout, followed by "+changes" if Python files differ; "unknown" outside a checkout."""
     try:
-        import huggingface_hub
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise ValueError(f"{remote.name}: hf:// needs `pip install huggingface_hub`; {by_hand}") from error
-    try:
-        return Path(
-            huggingface_hub.hf_hub_download(repo, file, revision=revision, local_files_only=_offline() is not None)
-        )
-    except LocalEntryNotFoundError as error:
-        _refuse_offline(remote, place)
-        raise ValueError(f"{remote.name}: huggingface.co cannot be reached; {by_hand}") from error
-    except (HfHubHTTPError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{remote.name}: {reason}; {by_hand}") from error
+        git = ["git", "-C", str(_ROOT)]
+        # a copy of these files inside another repository does not have its commit
+        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True)
+        if Path(top.stdout.strip()).resolve() != _ROOT.resolve():
+            return "unknown"
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head}+changes" if changed else head
 
 
-def _verified(path: Path, pin: Pin | None, record: bool = False) -> Path:
-    """`path`, if it has the hash of `pin` or, if that is None and `record` is set, the hash recorded beside it."""
-    note = path.with_name(path.name + ".sha256")
-    if pin is None and record:
-        if not note.exists():
-            try:
-                with atomic_write(note, "w") as file:
-                    file.write(f"{sha256_of(path)}  {path.name}\n")  # the format of `sha256sum --check`
-            except OSError as error:
-                dist.warn0(f"cannot record the hash of {path.name} ({error}); it stays unverified")
-            return path
-        pin = Pin(note.read_text(encoding="utf-8").partition(" ")[0], None, str(note))
-    if pin is not None and (found := sha256_of(path)) != pin.sha256:
-        raise ValueError(_mismatch(path, found, pin) + f"; delete {path} to download it again")
-    return path
+def hardware(device: torch.device | str = "cpu") -> str:
+    """The name of the device, such as "NVIDIA H100 80GB" or "x86_64 CPU, 2 threads"."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.device(device).type.upper()}, {torch.get_num_threads()} threads"
 
 
-def _mismatch(what: str | Path, found: str, pin: Pin) -> str:
-    text = f"{what}: sha256 is {found}, expected {pin.sha256} (according to {pin.source})"
-    if pin.source == _REPORTED:  # such a hash may itself be wrong
-        text += f"; if you know that the file is right, correct its entry in {_MANIFEST}"
-    return text
+def provenance(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Commit, versions and hardware as strings, for a JSON record."""
+    return {
+        "commit": code_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "hardware": hardware(device),
+    }

@@ -11,7 +11,8 @@ from edm2kit.models.networks import DEFAULT_NETWORK, NETWORKS, network_kind
 from edm2kit.models.preconditioning import Preconditioner
 from edm2kit.snapshots.file_format import Header, network_on_meta
 from edm2kit.snapshots.loading import load_snapshot, open_weights
-from edm2kit.torch_utils.files import fetch, sha256_of
+from edm2kit.torch_utils.cache import fetch
+from edm2kit.torch_utils.files import sha256_of
 from edm2kit.training.config import TrainConfig
 
 

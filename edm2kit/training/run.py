@@ -26,9 +26,7 @@ from edm2kit.models.networks import full_architecture, network_kind
 from edm2kit.models.preconditioning import PRECISIONS, slow_precision
 from edm2kit.snapshots.file_format import Header
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.files import atomic_write
-from edm2kit.torch_utils.locks import exclusive
-from edm2kit.torch_utils.records import differences, provenance
+from edm2kit.torch_utils.files import atomic_write, differences, exclusive, provenance
 from edm2kit.training.config import TrainConfig, config_to_dict, read_yaml, refuse_changes, run_id, write_config
 from edm2kit.training.fine_tuning import adopt_source, check_source
 from edm2kit.training.forecast import make_forecast

@@ -28,7 +28,7 @@ from edm2kit.models.edm2 import Precond
 from edm2kit.sampling.solvers import Sampler
 from edm2kit.snapshots.file_format import read_header, save_snapshot
 from edm2kit.snapshots.loading import load_snapshot
-from edm2kit.torch_utils.files import fetch
+from edm2kit.torch_utils.cache import fetch
 from tests.support import tiny
 from tests.support.fake_server import FakeServer, serve
 from tests.support.golden import DATA

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from edm2kit.torch_utils import cache as store
 from edm2kit.torch_utils import download as room
-from edm2kit.torch_utils import files
+from edm2kit.torch_utils.cache import fetch
 from edm2kit.torch_utils.download import Patience
-from edm2kit.torch_utils.files import fetch
 from tests.support import tiny
 from tests.support.fake_server import serve
 
@@ -23,7 +23,7 @@ HALF = len(BODY) // 2
 # a process of its own may write no file beyond so many bytes: what the system says then is as real as a full disk
 LIMITED = """
 import resource, signal, sys
-from edm2kit.torch_utils.files import fetch
+from edm2kit.torch_utils.cache import fetch
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 try:
@@ -49,7 +49,7 @@ def start(code: str, url: str) -> subprocess.Popen:
 def test_whoever_waits_takes_over_from_a_killed_downloader(cache):
     found: list[Path] = []
     with serve({"/a": BODY}, {"/a": ["stall"]}) as server:
-        first = start("import sys; from edm2kit.torch_utils.files import fetch; fetch(sys.argv[1])", server.url("/a"))
+        first = start("import sys; from edm2kit.torch_utils.cache import fetch; fetch(sys.argv[1])", server.url("/a"))
         partial = cache / f"127.0.0.1_{server.server_address[1]}" / ".a.partial"
         while not partial.exists() or partial.stat().st_size < HALF:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -89,7 +89,7 @@ def test_a_reported_hash_may_be_wrong_itself(tmp_path, monkeypatch, source, told
     with serve({"/a": BODY}) as server:
         manifest = tmp_path / "hashes.yaml"
         manifest.write_text(yaml.safe_dump({server.url("/a"): {"source": source, "sha256": "00"}}))
-        monkeypatch.setattr(files, "_MANIFEST", manifest)
+        monkeypatch.setattr(store, "_MANIFEST", manifest)
         with pytest.raises(ValueError, match="expected 00") as error:
             fetch(server.url("/a"))
     assert (f"correct its entry in {manifest}" in str(error.value)) == told

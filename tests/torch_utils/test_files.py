@@ -1,46 +1,31 @@
-"""Files are whole or not there, and a URL is downloaded once, verified, from wherever it may come."""
+"""Files are complete or absent, a folder belongs to one run at a time, and records compare setting by setting."""
 
 import errno
 import hashlib
+import json
+import math
 import os
 import subprocess
 import sys
-import threading
-from pathlib import Path
 
 import pytest
-import yaml
+import torch
 
 from edm2kit.torch_utils import files
-from edm2kit.torch_utils.download import Patience
-from edm2kit.torch_utils.files import atomic_write, cached, fetch, pinned, sha256_of
-from tests.support.fake_server import FakeServer, serve
+from edm2kit.torch_utils.files import (
+    LOCK_NAME,
+    atomic_write,
+    differences,
+    exclusive,
+    file_lock,
+    plain_json,
+    sha256_of,
+    short_json,
+    write_json,
+)
+from tests.support import ROOT
 
 BODY = bytes(range(256)) * 2048
-HASH = hashlib.sha256(BODY).hexdigest()
-NO_WAIT = Patience(attempts=2, stall_sec=0.2, sleep=lambda seconds: None)
-
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    for name in ("EDM2_OFFLINE", "HF_HUB_OFFLINE", "EDM2_MIRROR", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def place(cache: Path, server: FakeServer, path: str) -> Path:
-    return cache / f"127.0.0.1_{server.server_address[1]}" / path
-
-
-def pin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str, **entry: object) -> None:
-    manifest = tmp_path / "hashes.yaml"
-    manifest.write_text(yaml.safe_dump({url: {"source": "a test", **entry}}))
-    monkeypatch.setattr(files, "_MANIFEST", manifest)
-
-
-# writing
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -65,269 +50,6 @@ def test_writers_at_the_same_time_do_not_mix(tmp_path):
     assert (tmp_path / "a").read_text() == "first"  # whole, and the one that ended last
 
 
-# local paths
-
-
-def test_a_local_path_passes_through(tmp_path):
-    (tmp_path / "a.pkl").write_bytes(BODY)
-    assert fetch(str(tmp_path / "a.pkl")) == tmp_path / "a.pkl"
-    assert fetch(tmp_path, sha256=None) == tmp_path
-    assert fetch(tmp_path / "a.pkl", sha256=HASH) == tmp_path / "a.pkl"
-    with pytest.raises(ValueError, match="expected 00"):
-        fetch(tmp_path / "a.pkl", sha256="00")
-
-
-def test_a_missing_path_says_what_would_do():
-    with pytest.raises(ValueError, match=r"nowhere\.pkl: no such file or folder; give an existing one, an https://"):
-        fetch("nowhere.pkl")
-
-
-@pytest.mark.parametrize(
-    "url", ["ftp://host/a", "https://host", "hf://only-org", "hf://org/repo", "file:///etc/passwd"]
-)
-def test_other_schemes_are_refused(url):
-    with pytest.raises(ValueError, match="expected a local path, an http"):
-        fetch(url)
-
-
-# the cache
-
-
-def test_the_second_fetch_asks_nobody(cache):
-    with serve({"/x/a.pkl": BODY}) as server:
-        first = fetch(server.url("/x/a.pkl"))
-        assert fetch(server.url("/x/a.pkl")) == first == place(cache, server, "x/a.pkl")
-        assert len(server.seen) == 1
-    assert first.read_bytes() == BODY
-    assert sorted(path.name for path in first.parent.iterdir()) == ["a.pkl", "a.pkl.sha256"]
-
-
-def test_where_the_cache_lies(monkeypatch, tmp_path):
-    with serve({"/a": BODY}) as server:
-        inside = f"127.0.0.1_{server.server_address[1]}/a"
-        assert fetch(server.url("/a"), cache_dir=tmp_path / "mine") == tmp_path / "mine" / inside
-        monkeypatch.delenv("DNNLIB_CACHE_DIR")
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-        assert fetch(server.url("/a")) == tmp_path / "xdg/edm2-toolkit" / inside
-        monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setenv("HOME", str(tmp_path / "home"))
-        assert fetch(server.url("/a")) == tmp_path / "home/.cache/edm2-toolkit" / inside
-
-
-def test_no_url_leads_out_of_the_cache_or_onto_another(monkeypatch, cache):
-    paths = ["/a?v=1", "/a?v=2", "/a", "/..%2F..%2Fa", "/...x", "/_x", "/a%3Ab", "/a_b"]
-    with serve({path: path.encode() for path in paths}) as server:
-        found = [fetch(server.url(path)) for path in paths]
-        assert [path.read_bytes().decode() for path in found] == paths
-    assert len(set(found)) == len(paths)
-    assert all(path.resolve().is_relative_to(cache) for path in found)
-    monkeypatch.setenv("EDM2_OFFLINE", "1")
-    for url in ("https://host/%2e%2e/%2e%2e/a", "https://host/../../a"):
-        with pytest.raises(ValueError, match="put it at") as error:
-            fetch(url)
-        assert Path(str(error.value).rpartition("put it at ")[2]).resolve().is_relative_to(cache)
-
-
-def test_the_hash_of_the_first_use_is_recorded_and_verified_from_then_on():
-    with serve({"/a": BODY}) as server:
-        path = fetch(server.url("/a"))
-        assert path.with_name("a.sha256").read_text() == f"{HASH}  a\n"
-        path.write_bytes(b"X" + BODY[1:])
-        with pytest.raises(ValueError, match=rf"a: sha256 is \w+, expected {HASH} \(according to .*a.sha256\); delete"):
-            fetch(server.url("/a"))
-
-
-def test_wrong_bytes_are_deleted():
-    with serve({"/a": b"X" + BODY[1:]}) as server:
-        with pytest.raises(ValueError, match=f"expected {HASH} .*deleted"):
-            fetch(server.url("/a"), sha256=HASH)
-        assert len(server.seen) == 1
-        server.files["/a"] = BODY
-        assert fetch(server.url("/a"), sha256=HASH).read_bytes() == BODY
-
-
-def test_halves_that_do_not_fit_are_fetched_once_more_in_one_piece():
-    with serve({"/a": b"X" + BODY[1:]}, {"/a": ["truncate"]}) as server:
-        with pytest.raises(ValueError, match="the connection ended early"):
-            fetch(server.url("/a"), sha256=HASH, patience=Patience(attempts=1))
-        server.files["/a"] = BODY  # the same ETag: a server that lies about versions
-        assert fetch(server.url("/a"), sha256=HASH, patience=NO_WAIT).read_bytes() == BODY
-
-
-def test_a_failed_download_is_continued_by_the_next_fetch():
-    with serve({"/a": BODY}, {"/a": ["stall", "stall"]}) as server:
-        with pytest.raises(ValueError, match=r"nothing arrived for too long.*; or put the file at .*/a$"):
-            fetch(server.url("/a"), patience=NO_WAIT)
-        assert fetch(server.url("/a"), patience=NO_WAIT).read_bytes() == BODY
-        assert [wanted for _, wanted in server.seen] == [None, "bytes=262144-", "bytes=393216-"]
-
-
-# pinned hashes
-
-
-def test_pinned_hashes_hold_for_the_cache_and_name_their_source(monkeypatch, tmp_path, cache):
-    with serve({"/a": BODY}) as server:
-        pin(monkeypatch, tmp_path, server.url("/a"), sha256="00", bytes=len(BODY))
-        with pytest.raises(ValueError, match=r"expected 00 \(according to a test\); the download was deleted"):
-            fetch(server.url("/a"))
-        by_hand = place(cache, server, "a")
-        by_hand.write_bytes(BODY)
-        with pytest.raises(ValueError, match=r"expected 00 \(according to a test\); delete"):
-            fetch(server.url("/a"))
-        assert fetch(server.url("/a"), sha256=HASH) == by_hand  # the caller knows better
-        assert len(server.seen) == 1
-
-
-def test_a_pinned_size_is_checked_before_the_download(monkeypatch, tmp_path):
-    with serve({"/a": BODY}) as server:
-        pin(monkeypatch, tmp_path, server.url("/a"), sha256=HASH, bytes=17)
-        with pytest.raises(ValueError, match="has 524288 bytes, expected 17"):
-            fetch(server.url("/a"))
-
-
-def test_the_manifest_lists_the_published_files():
-    entries = yaml.safe_load(files._MANIFEST.read_text())
-    assert all(len(pinned(url).sha256) == 64 and int(pinned(url).sha256, 16) for url in entries)
-    base = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/"
-    small = pinned(base + "edm2-img512-xs-2147483-0.045.pkl")
-    assert (small.sha256[:8], small.size_bytes, small.source) == ("27a6c6ea", 249566482, "third party")
-    assert pinned("https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth").sha256[:4] == "d538"
-    assert pinned(base + "unheard-of.pkl") is None
-
-
-# several processes
-
-
-def test_many_threads_download_once():
-    found: list[Path] = []
-    with serve({"/a": BODY}, {"/a": ["truncate"]}) as server:
-        threads = [
-            threading.Thread(target=lambda: found.append(fetch(server.url("/a"), patience=NO_WAIT))) for _ in range(6)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(server.seen) == 2  # one download, continued once
-    assert len(found) == 6
-    assert found[0].read_bytes() == BODY
-
-
-def test_two_processes_download_once():
-    code = "import sys; from edm2kit.torch_utils.files import fetch; print(fetch(sys.argv[1]))"
-    with serve({"/a": BODY}) as server:
-        command = [sys.executable, "-c", code, server.url("/a")]
-        root = Path(files.__file__).parents[2]
-        runs = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-        told = [Path(run.communicate(timeout=60)[0].strip().splitlines()[-1]) for run in runs]
-        assert len(server.seen) == 1
-    assert told[0] == told[1]
-    assert told[0].read_bytes() == BODY
-
-
-# other places to get it from
-
-
-def test_a_local_folder_comes_first(tmp_path):
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "a.pkl").write_bytes(BODY)
-    with serve({}) as server:
-        assert fetch(server.url("/deep/a.pkl"), local_dir=tmp_path / "here") == tmp_path / "here/a.pkl"
-        with pytest.raises(ValueError, match="expected 00"):
-            fetch(server.url("/deep/a.pkl"), sha256="00", local_dir=tmp_path / "here")
-        assert server.seen == []
-
-
-def test_a_mirror_server_stands_in_for_the_host(monkeypatch, cache):
-    with serve({"/edm2-mirror/x/a.pkl": BODY, "/edm2-mirror/org/repo/resolve/main/b": BODY}) as server:
-        monkeypatch.setenv("EDM2_MIRROR", server.url("/edm2-mirror/"))
-        assert fetch("https://nobody.invalid/x/a.pkl") == cache / "nobody.invalid/x/a.pkl"
-        assert fetch("hf://org/repo/b") == cache / "huggingface.co/org/repo/resolve/main/b"
-
-
-def test_what_is_here_is_found_without_asking(monkeypatch, tmp_path):
-    with serve({"/a/b": BODY}) as server:
-        assert cached(server.url("/a/b")) is None
-        assert server.seen == []
-        there = fetch(server.url("/a/b"))
-        assert cached(server.url("/a/b")) == there
-        monkeypatch.setenv("EDM2_MIRROR", str(tmp_path))
-        (tmp_path / "b").write_bytes(BODY)
-        assert cached(server.url("/a/b")) == tmp_path / "b"
-    assert cached(tmp_path / "b") == tmp_path / "b"
-    assert cached(tmp_path / "c") is None
-
-
-def test_a_mirror_folder_stands_in_for_the_host(monkeypatch, tmp_path, cache):
-    monkeypatch.setenv("EDM2_MIRROR", str(tmp_path / "mirror"))
-    monkeypatch.setenv("EDM2_OFFLINE", "1")
-    inside = tmp_path / "mirror/x/a.pkl"
-    with pytest.raises(ValueError, match=rf"not in the mirror folder EDM2_MIRROR; put it at {inside}$"):
-        fetch("https://nobody.invalid/x/a.pkl")
-    inside.parent.mkdir(parents=True)
-    inside.write_bytes(BODY)
-    assert fetch("https://nobody.invalid/x/a.pkl", sha256=HASH) == inside
-
-
-@pytest.mark.parametrize("variable", ["EDM2_OFFLINE", "HF_HUB_OFFLINE"])
-def test_offline_names_the_file_its_url_and_its_place(monkeypatch, variable):
-    with serve({"/x/a.pkl": BODY}) as server:
-        monkeypatch.setenv(variable, "1")
-        url = server.url("/x/a.pkl")
-        with pytest.raises(
-            ValueError, match=rf"^a.pkl is not in the cache and {variable} forbids .* get {url} .*"
-        ) as error:
-            fetch(url)
-        assert server.seen == []
-        named = Path(str(error.value).rpartition("put it at ")[2])
-        named.write_bytes(BODY)
-        assert fetch(url) == named
-
-
-# Hugging Face
-
-
-def test_hf_goes_through_the_hub_library(monkeypatch, tmp_path):
-    hub = pytest.importorskip("huggingface_hub")
-    (tmp_path / "weights").write_bytes(BODY)
-    asked = []
-    monkeypatch.setattr(hub, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path / "weights"))
-    assert fetch("hf://org/some.repo@abc123/sub/weights", sha256=HASH) == tmp_path / "weights"
-    assert asked == [(("org/some.repo", "sub/weights"), {"revision": "abc123", "local_files_only": False})]
-    with pytest.raises(ValueError, match="expected 00"):
-        fetch("hf://org/some.repo/sub/weights", sha256="00")
-
-
-def test_hf_offline_and_hf_put_by_hand(monkeypatch, cache):
-    pytest.importorskip("huggingface_hub")
-    monkeypatch.setenv("EDM2_OFFLINE", "1")
-    by_hand = cache / "huggingface.co/org/repo/resolve/main/sub/weights"
-    with pytest.raises(ValueError, match=rf"EDM2_OFFLINE forbids .*resolve/main/sub/weights .* put it at {by_hand}$"):
-        fetch("hf://org/repo/sub/weights")
-    by_hand.parent.mkdir(parents=True)
-    by_hand.write_bytes(BODY)
-    assert fetch("hf://org/repo/sub/weights") == by_hand
-
-
-def test_hf_without_the_library_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(
-        ValueError, match=r"hf:// needs `pip install huggingface_hub`; or get https://huggingface.co/org"
-    ):
-        fetch("hf://org/repo/weights")
-
-
-def test_a_cache_that_cannot_be_written_is_still_read(cache, monkeypatch, capsys):
-    with serve({"/a": BODY}) as server:
-        by_hand = place(cache, server, "a")
-        by_hand.parent.mkdir(parents=True)
-        by_hand.write_bytes(BODY)
-        monkeypatch.setattr(files, "atomic_write", lambda *a: (_ for _ in ()).throw(PermissionError("read-only")))
-        assert fetch(server.url("/a")) == by_hand
-    assert "stays unverified" in capsys.readouterr().err
-    assert os.listdir(by_hand.parent) == ["a"]
-
-
 def test_a_full_disk_is_told_with_the_file(tmp_path):
     with (
         pytest.raises(OSError, match=r"No space left on device: '.*picture.png'"),
@@ -335,3 +57,119 @@ def test_a_full_disk_is_told_with_the_file(tmp_path):
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
+
+
+# locks
+
+_HOLD = """
+import sys
+from edm2kit.torch_utils.files import exclusive
+
+with exclusive(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds tmp_path."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", _HOLD, str(tmp_path)], env=environment, **pipes) as process:
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def test_a_second_run_is_refused_and_told_who_is_first(tmp_path, holder):
+    with pytest.raises(ValueError, match=rf"another run \(process {holder.pid} on .*\); wait"), exclusive(tmp_path):
+        pass
+
+
+def test_a_killed_job_leaves_nothing_locked(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    with exclusive(tmp_path):
+        assert (tmp_path / LOCK_NAME).read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_the_folder_is_created_and_left_clean_even_after_an_error(tmp_path):
+    with pytest.raises(KeyError), exclusive(tmp_path / "a" / "b"):
+        raise KeyError
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_two_folders_do_not_disturb_each_other(tmp_path):
+    with exclusive(tmp_path / "a"), exclusive(tmp_path / "b"):
+        assert (tmp_path / "a" / LOCK_NAME).exists()
+        assert (tmp_path / "b" / LOCK_NAME).exists()
+
+
+def test_a_lock_file_removed_in_between_is_created_again(tmp_path, monkeypatch):
+    """The former owner removes the file after we opened it: the lock on the old one would keep nobody out."""
+    acquire, calls = files._acquire, []
+
+    def late(file, path, when_held):
+        if not calls:
+            path.unlink()
+        calls.append(path)
+        acquire(file, path, when_held)
+
+    monkeypatch.setattr(files, "_acquire", late)
+    with exclusive(tmp_path):
+        assert len(calls) == 2
+        assert (tmp_path / LOCK_NAME).exists()
+
+
+def test_a_waiting_process_continues_once_the_other_has_ended(tmp_path, holder):
+    owners = []
+
+    def end_the_holder(owner):
+        owners.append(owner)
+        holder.kill()
+
+    with file_lock(tmp_path / LOCK_NAME, end_the_holder):
+        assert owners[0].startswith(f"process {holder.pid} on ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="no fcntl on this system")
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, capsys):
+    def refuse(file, mode):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    with exclusive(tmp_path):
+        pass
+    assert "has no file locks" in capsys.readouterr().err
+
+
+# records
+
+
+def test_equal_settings_have_no_differences():
+    settings = {"solver": {"num_steps": 32, "rho": 7.0}, "classes": [1, 2]}
+    assert differences(settings, json.loads(json.dumps(settings))) == []
+
+
+def test_every_difference_is_named_with_both_values():
+    recorded = {"solver": {"num_steps": 32, "rho": 7.0}, "net": "a"}
+    current = {"solver": {"num_steps": 16, "rho": 7.0}, "net": "a", "vae": None, "batch": 4}
+    assert differences(recorded, current) == ["solver.num_steps 32, now 16", "batch null, now 4"]
+    assert differences(None, {"net": "a"}, "teacher") == ['teacher null, now {"net": "a"}']
+
+
+def test_long_values_are_cut():
+    assert short_json("a" * 40) == '"' + "a" * 20 + "..."
+    assert short_json([1, 2]) == "[1, 2]"
+
+
+def test_values_become_plain_json():
+    value = {3: (1, range(2)), "dtype": torch.float32, "S_max": math.inf, "none": None, "on": True}
+    assert plain_json(value) == {"3": [1, [0, 1]], "dtype": "torch.float32", "S_max": "inf", "none": None, "on": True}
+
+
+def test_a_record_is_written_as_json(tmp_path):
+    write_json(tmp_path / "new" / "record.json", {"a": [1]})
+    assert json.loads((tmp_path / "new" / "record.json").read_text()) == {"a": [1]}

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edm2kit.cli.generation import Generation
 from edm2kit.snapshots.file_format import read_header
-from edm2kit.torch_utils.records import provenance
+from edm2kit.torch_utils.files import provenance
 from edm2kit.training.log import STATS_NAME
 from edm2kit.training.run import RECORD_NAME
 

@@ -17,8 +17,7 @@ from edm2kit.experiments.compare_guidance.rows import ComparisonRow
 from edm2kit.guidance.records import words_with_current_names
 from edm2kit.metrics.scoring import Scorer
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.files import sha256_of
-from edm2kit.torch_utils.records import differences, plain_json, provenance, write_json
+from edm2kit.torch_utils.files import differences, plain_json, provenance, sha256_of, write_json
 
 Point = Mapping[str, Any]  # weight, first_seed, results by metric, and what made them
 

@@ -8,7 +8,7 @@ from edm2kit.experiments.documents import markdown_table
 from edm2kit.experiments.paper_tables.networks import PublishedNetwork, profile_fit_of
 from edm2kit.experiments.paper_tables.plan import CellCost, cell_cost
 from edm2kit.experiments.paper_tables.tables import Table, load_table, table_names
-from edm2kit.torch_utils.records import provenance
+from edm2kit.torch_utils.files import provenance
 
 RECORD = Path("experiments", "paper_tables", "plans.json")  # in the checkout
 IMAGES = 3 * 50_000  # per value, as published

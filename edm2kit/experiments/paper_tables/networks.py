@@ -15,7 +15,7 @@ from edm2kit.snapshots.file_format import read_header
 from edm2kit.snapshots.loading import open_weights
 from edm2kit.snapshots.published import published_time
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.files import fetch
+from edm2kit.torch_utils.cache import fetch
 from edm2kit.training.config import read_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -21,7 +21,7 @@ from edm2kit.models.preconditioning import PRECISIONS
 from edm2kit.models.vae import PINNED_REVISIONS, STABILITY_VAE, VAE_FILES
 from edm2kit.sampling.solvers import Sampler
 from edm2kit.snapshots.loading import open_weights
-from edm2kit.torch_utils.files import cached, pinned
+from edm2kit.torch_utils.cache import cached, pinned
 from edm2kit.torch_utils.rng import StackedGenerator
 from edm2kit.training.config import config_from_dict, preset_names, preset_path, read_yaml
 

@@ -21,8 +21,8 @@ from edm2kit.metrics.reference import Reference
 from edm2kit.metrics.scoring import Scorer, image_statistics, make_scorer
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.arrays import read_npz
-from edm2kit.torch_utils.files import atomic_write, fetch
-from edm2kit.torch_utils.records import plain_json, provenance, write_json
+from edm2kit.torch_utils.cache import fetch
+from edm2kit.torch_utils.files import atomic_write, plain_json, provenance, write_json
 
 
 @dataclass(frozen=True)

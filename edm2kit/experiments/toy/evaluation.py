@@ -18,8 +18,7 @@ from edm2kit.experiments.toy.methods import NUM_STEPS, SIGMA_MAX, TOY_METHODS, l
 from edm2kit.experiments.toy.mixture import Mixture
 from edm2kit.experiments.toy.tree import components
 from edm2kit.torch_utils.dist import print0
-from edm2kit.torch_utils.files import atomic_write
-from edm2kit.torch_utils.records import provenance
+from edm2kit.torch_utils.files import atomic_write, provenance
 from edm2kit.torch_utils.rng import derive_seed
 
 RECORD_NAME = "evaluation.json"

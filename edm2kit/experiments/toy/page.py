@@ -15,8 +15,7 @@ from edm2kit.experiments.toy.measures import Yardstick
 from edm2kit.experiments.toy.methods import TOY_METHODS, Nets, ToyMethod, sample, start
 from edm2kit.experiments.toy.mixture import Mixture
 from edm2kit.experiments.toy.tree import components
-from edm2kit.torch_utils.files import atomic_write
-from edm2kit.torch_utils.records import code_commit
+from edm2kit.torch_utils.files import atomic_write, code_commit
 from edm2kit.torch_utils.rng import derive_seed
 
 TEMPLATE = Path(__file__).with_name("page.html")

@@ -13,8 +13,7 @@ from edm2kit.experiments.toy.mixture import Mixture
 from edm2kit.experiments.toy.model import ToyNet
 from edm2kit.experiments.toy.tree import components
 from edm2kit.models.layers import normalize_weights_
-from edm2kit.torch_utils.files import atomic_write
-from edm2kit.torch_utils.records import code_commit
+from edm2kit.torch_utils.files import atomic_write, code_commit
 from edm2kit.torch_utils.rng import derive_seed
 from edm2kit.training.learning_rate import learning_rate
 

@@ -15,7 +15,7 @@ from torch import nn
 from edm2kit.metrics.detectors.dinov2 import DINOv2ViT
 from edm2kit.metrics.detectors.inception import InceptionV3
 from edm2kit.metrics.detectors.random_features import WEIGHTS_SHA256, RandomFeatures
-from edm2kit.torch_utils.files import fetch
+from edm2kit.torch_utils.cache import fetch
 
 
 @dataclass(frozen=True)

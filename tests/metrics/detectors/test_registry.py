@@ -9,7 +9,7 @@ from torch import nn
 
 from edm2kit.metrics.detectors import registry
 from edm2kit.metrics.detectors.registry import DETECTORS, Detector, DetectorSpec, WeightFile, check_names, load_detector
-from edm2kit.torch_utils.files import pinned
+from edm2kit.torch_utils.cache import pinned
 
 
 class Tiny(nn.Module):
