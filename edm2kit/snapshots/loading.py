@@ -130,7 +130,9 @@ def open_sources(sources: Sequence[str | Path], prefix: str = "", stds: Iterable
 def _training_snapshots(folder: Path, prefix: str) -> list[Weights]:
     found = []
     for path in sorted(folder.iterdir()):
-        if path.suffix not in _SUFFIXES or not path.name.startswith(prefix) or not path.is_file():
+        if path.suffix not in _SUFFIXES or not path.is_file():
+            continue
+        if not path.name.startswith(prefix):
             continue
         weights = open_weights(path)
         if weights.header.recipe is None:
@@ -139,10 +141,10 @@ def _training_snapshots(folder: Path, prefix: str) -> list[Weights]:
 
 
 def _with_stds(found: list[Weights], stds: set[float], where: str) -> list[Weights]:
-    available = {weights.header.ema_std for weights in found}
+    available = {weights.header.ema_std for weights in found if weights.header.ema_std is not None}
     missing = stds - available
     if missing:
-        lengths = ", ".join(str(std) for std in sorted(std for std in available if std is not None))
+        lengths = ", ".join(map(str, sorted(available)))
         raise ValueError(f"no snapshot in {where} has the EMA length {min(missing)}; available: {lengths}")
     return [weights for weights in found if weights.header.ema_std in stds]
 

@@ -103,16 +103,20 @@ def _named_tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, StoredT
     """Parameters and buffers under the names of `Module.state_dict()`."""
     if type(module) is not Record or module.state is None:
         raise ValueError(f"{prefix or 'ema'!r:.100} is not a module")
-    not_saved = module.state.get("_non_persistent_buffers_set", ())
-    for kind in ("_parameters", "_buffers"):
-        for name, tensor in _entries(module.state, kind, prefix):
-            if name in not_saved:
-                continue
-            if type(tensor) is not StoredTensor:
-                raise ValueError(f"{prefix + name!r:.100} is not a tensor")
-            yield prefix + name, tensor
+    yield from _own_tensors(module.state, "_parameters", prefix)
+    yield from _own_tensors(module.state, "_buffers", prefix)
     for name, child in _entries(module.state, "_modules", prefix):
         yield from _named_tensors(child, f"{prefix}{name}.")
+
+
+def _own_tensors(state: Mapping[str, Any], kind: str, prefix: str) -> Iterator[tuple[str, StoredTensor]]:
+    not_saved = state.get("_non_persistent_buffers_set", ())
+    for name, tensor in _entries(state, kind, prefix):
+        if name in not_saved:
+            continue
+        if type(tensor) is not StoredTensor:
+            raise ValueError(f"{prefix + name!r:.100} is not a tensor")
+        yield prefix + name, tensor
 
 
 def _entries(state: Mapping[str, Any], kind: str, prefix: str) -> list[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""The VAE: what goes in and out, where it may come from, and what is said where it cannot."""
+"""The VAE: its inputs and outputs, where it may come from, and its error messages."""
 
 import json
 import shutil

@@ -139,7 +139,7 @@ def test_other_files_are_refused_with_a_reason(net, header, tmp_path):
     ("text", "said"),
     [("[]", "damaged"), ("[" * 100_000, "damaged"), ("{}", "damaged"), ("null", "damaged"), ("{", "damaged")],
 )
-def test_a_damaged_header_is_told(tmp_path, text, said):
+def test_a_damaged_header_is_reported(tmp_path, text, said):
     save_file({"a": torch.zeros(1)}, tmp_path / "s", {"edm2_snapshot": text})
     with pytest.raises(ValueError, match=f"s: the snapshot header is {said}"):
         read_header(tmp_path / "s")
@@ -148,7 +148,7 @@ def test_a_damaged_header_is_told(tmp_path, text, said):
 @pytest.mark.parametrize(
     "change", [{"num_blocks": 10**9}, {"img_channels": -1}, {"channels_per_head": 0}, {"channel_mult": "12"}]
 )
-def test_an_architecture_that_is_none_is_told_with_the_file(net, header, tmp_path, change):
+def test_an_impossible_architecture_is_reported_with_the_file(net, header, tmp_path, change):
     crooked = {**header.architecture, "num_blocks": 1, "channel_mult": [1, 2], "attn_resolutions": [8], **change}
     save_snapshot(tmp_path / "s", net.state_dict(), dataclasses.replace(header, architecture=crooked))
     with pytest.raises(ValueError, match=r"s: cannot build its network: .") as error:

@@ -60,7 +60,7 @@ def test_load_snapshot_takes_pickles_and_a_compute_dtype():
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [
         ("edm2-img512-xs-2147483-0.135.pkl", ("edm2-img512-xs", 2147483648, 0.135)),
         ("edm2-img64-xs-uncond-0134217-0.110.pkl", ("edm2-img64-xs-uncond", 134217728, 0.110)),
@@ -71,8 +71,8 @@ def test_load_snapshot_takes_pickles_and_a_compute_dtype():
         ("edm2-img512-xs-2147483-0.135.pkl.bak", None),
     ],
 )
-def test_file_names_tell_the_time(name, told):
-    assert published_time(name) == told
+def test_file_names_hold_the_time(name, expected):
+    assert published_time(name) == expected
 
 
 def test_the_rounding_of_names_is_undone_for_every_multiple_of_1024():
