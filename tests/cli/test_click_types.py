@@ -31,7 +31,7 @@ def test_sizes(text, count):
 
 
 @pytest.mark.parametrize("text", ["", "8M", "8 Mi B", "-1", "0.3", "1e3", "0.3Ki", "ten"])
-def test_sizes_that_are_none(text):
+def test_invalid_sizes(text):
     with pytest.raises(click.BadParameter):
         parsed(Size(), text)
 
@@ -45,7 +45,7 @@ def test_ranges_keep_the_order_written(text, numbers):
 
 
 @pytest.mark.parametrize("text", ["", "3-1", "a", "1-", "1,,2", "-5", "1.5"])
-def test_ranges_that_are_none(text):
+def test_invalid_ranges(text):
     with pytest.raises(click.BadParameter):
         parsed(IntRanges(), text)
 
@@ -98,13 +98,13 @@ def test_usage_errors_exit_with_2_and_bugs_keep_their_traceback():
         CliRunner().invoke(tool, ["fail", "--how", "bug"], catch_exceptions=False)
 
 
-def test_the_whole_traceback_on_request(monkeypatch):
+def test_the_full_traceback_on_request(monkeypatch):
     monkeypatch.setenv("EDM2_TRACEBACK", "1")
     with pytest.raises(ValueError, match="expected a cat"):
         CliRunner().invoke(tool, ["fail"], catch_exceptions=False)
 
 
-def test_a_single_command_tells_errors_the_same_way(monkeypatch):
+def test_a_single_command_reports_errors_the_same_way(monkeypatch):
     monkeypatch.delenv("EDM2_TRACEBACK", raising=False)
     alone = click.command(cls=Command)(lambda: (_ for _ in ()).throw(ValueError("one line")))
     result = CliRunner().invoke(alone, [])

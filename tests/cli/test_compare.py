@@ -129,7 +129,7 @@ def test_the_table_has_real_images_first_then_the_nearest(place, measured):
     assert all(0 <= float(cell) <= 1 for row in cells for cell in row[6:])
 
 
-def test_what_a_student_costs_and_gains_is_told(place, measured, tmp_path):
+def test_the_cost_and_gain_of_a_student_are_reported(place, measured, tmp_path):
     tiny.make_dataset(tmp_path / "data", 16)
     words = ["--net", place / "main", "--gnet", place / "guide", "--guidance", 3, "--steps", 4, "--interval", "0.2,20"]
     words += ["--data", tmp_path / "data", "--outdir", tmp_path / "run", "--batch", 16, "--duration", 32]

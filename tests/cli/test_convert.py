@@ -53,7 +53,7 @@ def test_a_url_into_a_folder(tmp_path, monkeypatch):
     assert (header.run_id, header.ema_std) == ("net", 0.05)
 
 
-def test_a_folder_is_continued_where_it_ended(folder, tmp_path):
+def test_a_folder_continues_where_it_stopped(folder, tmp_path):
     out = tmp_path / "out"
     assert f"Converted 3 snapshots to {out}; 0 already existed" in run("--source", folder, "--dest", out).output
     names = sorted(path.name for path in out.iterdir())
@@ -77,7 +77,7 @@ def test_a_broken_file_does_not_stop_the_others(folder, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
-def test_what_is_there_of_another_origin_is_not_taken_for_it(folder, tmp_path):
+def test_an_existing_file_of_another_origin_is_refused(folder, tmp_path):
     out = tmp_path / "a.safetensors"
     assert run("--source", DATA / "published_layout_rgb.pkl", "--dest", out).exit_code == 0
     result = run("--source", DATA / "published_layout_vae.pkl", "--dest", out)
@@ -101,7 +101,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_a_stopped_command_leaves_whole_files_only(folder, tmp_path):
+def test_a_stopped_command_leaves_complete_files_only(folder, tmp_path):
     line = ["--source", str(folder), "--dest", str(tmp_path / "out"), "--workers", "1"]
     code = STOPPED.format(root=str(tiny.ROOT))
     stopped = subprocess.run([sys.executable, "-c", code, *line], env=tiny.environment(), capture_output=True)
@@ -112,7 +112,7 @@ def test_a_stopped_command_leaves_whole_files_only(folder, tmp_path):
     assert f"Converted {3 - len(left)}" in run(*line).output
 
 
-def test_wrong_sources_are_told(folder, tmp_path):
+def test_wrong_sources_are_reported(folder, tmp_path):
     shutil.copy(DATA / "published_layout_rgb.pkl", tmp_path / "in.pkl")
     assert run("--source", tmp_path / "in.pkl", "--dest", tmp_path / "a.safetensors").exit_code == 0
     for arguments, said in (

@@ -82,7 +82,7 @@ def test_the_network_s_weights_are_where_it_starts_bit_for_bit(place, whole, mon
         assert torch.equal(trainer.net.eval()(x, torch.tensor(1.0), labels), main(x, torch.tensor(1.0), labels))
 
 
-def test_snapshots_know_their_teacher_and_draw_without_a_guide(place, whole, tmp_path):
+def test_snapshots_name_their_teacher_and_generate_without_a_guide(place, whole, tmp_path):
     path = whole / "network-snapshot-0000000-0.100.safetensors"
     header = read_header(path)
     teacher = header.training_config["teacher"]
@@ -95,7 +95,7 @@ def test_snapshots_know_their_teacher_and_draw_without_a_guide(place, whole, tmp
     assert len(list(tmp_path.glob("*.png"))) == 2
 
 
-def test_a_run_that_stopped_goes_on_to_the_same_bits(place, whole, tmp_path):
+def test_a_stopped_run_resumes_to_the_same_bits(place, whole, tmp_path):
     run(place, tmp_path / "run", "--duration", 96)
     run(place, tmp_path / "run")
     ours, theirs = final(tmp_path / "run"), final(whole)
@@ -151,6 +151,6 @@ def test_what_no_network_can_learn_is_refused(place, tmp_path, words, reason):
     assert not (tmp_path / "run").exists()
 
 
-def test_another_teacher_does_not_go_on_where_this_one_stopped(place, whole):
+def test_another_teacher_cannot_resume_the_run(place, whole):
     told = run(place, whole, guidance=("--guidance", 3), code=1)
     assert "holds a run with another teacher (teacher.guidance.weight 2.5, now 3.0)" in told

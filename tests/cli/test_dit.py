@@ -117,7 +117,7 @@ def test_guidance_that_needs_another_interior_refuses_in_one_line(place, method,
     assert "Traceback" not in output
 
 
-def test_training_goes_on_from_a_snapshot_with_other_classes(place):
+def test_training_continues_from_a_snapshot_with_other_classes(place):
     tiny.make_dataset(place / "six", num_classes=6)
     line = ("--data", place / "six", "--init-from", snapshots(place)[-1], "--outdir", place / "tuned", "--samples", 0)
     plain = {name: value for name, value in tiny.TINY.items() if name != "network"}

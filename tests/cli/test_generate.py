@@ -91,7 +91,7 @@ def test_the_batch_does_not_matter(nets, tmp_path):
     assert len({image.tobytes() for image in pixels(tmp_path / "1").values()}) == 9
 
 
-def test_two_ranks_make_what_one_makes(nets, tmp_path):
+def test_two_ranks_generate_the_images_of_one(nets, tmp_path):
     arguments = (*guided(nets), "--seeds", "0-4", "--batch", "2")
     assert run(*arguments, "--outdir", tmp_path / "one", net=nets / "main")[0] == 0
     common = ("--net", nets / "main", "--steps", "3", "--device", "cpu")
@@ -114,7 +114,7 @@ def test_a_rank_without_work_waits_for_the_others(nets, tmp_path):
     assert sorted(contents(tmp_path)) == ["three.npz", "three.npz.json"]
 
 
-def test_a_second_run_makes_only_what_is_missing(nets, tmp_path, monkeypatch):
+def test_a_second_run_generates_only_missing_images(nets, tmp_path, monkeypatch):
     arguments = ("--seeds", "0-5", "--outdir", tmp_path)
     assert run(*arguments, net=nets / "main")[0] == 0
     first = contents(tmp_path)
@@ -136,7 +136,7 @@ def test_a_second_run_makes_only_what_is_missing(nets, tmp_path, monkeypatch):
     }
 
 
-def test_a_run_that_was_cut_off_continues(nets, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues(nets, tmp_path, monkeypatch):
     arguments = ("--seeds", "0-5", "--batch", "2", "--npz", tmp_path / "six.npz")
     draw = Engine.generate
 
@@ -183,7 +183,7 @@ def test_an_npz_of_other_settings_or_seeds_is_refused(nets, tmp_path):
     assert np.load(file)["seeds"].tolist() == [0, 1, 2]
 
 
-def test_forced_classes_take_turns_and_are_known_by_name(nets, tmp_path):
+def test_classes_cycle_by_seed_and_have_names(nets, tmp_path):
     code, output = run("--class", "goldfish,1", "--seeds", "0-3", "--npz", tmp_path / "a.npz", net=nets / "main")
     assert code == 0
     assert "3 (goldfish), 1 (dog)" in output

@@ -65,12 +65,12 @@ def test_an_interval_gates_the_pair(snapshots):
     assert generation.settings["guidance"]["steps"] == [1, 2]
 
 
-def test_an_interval_without_steps_is_warned_of(snapshots, capsys):
+def test_an_interval_without_steps_warns(snapshots, capsys):
     prepare(request(snapshots, "guide", interval=(20.0, 20.1)), CPU)
     assert "contains no step" in capsys.readouterr().err
 
 
-def test_the_settings_are_json_and_tell_requests_apart(snapshots):
+def test_the_settings_are_json_and_differ_between_requests(snapshots):
     requests = [
         request(snapshots),
         request(snapshots, "guide"),
@@ -84,7 +84,7 @@ def test_the_settings_are_json_and_tell_requests_apart(snapshots):
     assert json.loads(texts[0])["sampler"]["churn"]["S_max"] == "inf"
 
 
-def test_the_settings_tell_weights_apart_that_have_the_same_header(snapshots, tmp_path):
+def test_the_settings_differ_for_weights_with_the_same_header(snapshots, tmp_path):
     twin = tiny_snapshot(tmp_path / "main", seed=9, label_names=NAMES)
     nets = [prepare(Request(str(path)), CPU).settings["net"] for path in (snapshots["main"], twin)]
     assert [key for key in nets[0] if nets[0][key] != nets[1][key]] == ["sha256"]
@@ -104,7 +104,7 @@ def test_networks_are_frozen(snapshots):
         assert not any(name.endswith("weight") for name in net.state_dict())
 
 
-def test_a_precision_that_makes_this_machine_slower_is_warned_of(snapshots, capsys, monkeypatch):
+def test_a_precision_that_is_slow_on_this_machine_warns(snapshots, capsys, monkeypatch):
     monkeypatch.setattr(
         "edm2kit.cli.generation.slow_precision", lambda dtype, device: dtype == torch.bfloat16 and "slow"
     )
@@ -135,7 +135,7 @@ def test_a_conditional_guide_does_not_fit_an_unconditional_net(snapshots):
         prepare(Request(str(snapshots["uncond"]), str(snapshots["guide"]), choice), CPU)
 
 
-def test_a_guide_whose_decoder_lies_elsewhere_fits(tmp_path):
+def test_a_guide_with_its_decoder_in_another_place_fits(tmp_path):
     spec = {"kind": "vae", "vae_name": "here"}
     main, gmain, shifted = (
         load_snapshot(tiny_snapshot(tmp_path / str(k), img_channels=4, encoder={**spec, **change}))
@@ -146,7 +146,7 @@ def test_a_guide_whose_decoder_lies_elsewhere_fits(tmp_path):
         check_pair(main, shifted)
 
 
-def test_channels_that_make_no_picture_are_refused_before_sampling(snapshots):
+def test_unsuitable_channels_are_refused_before_sampling(snapshots):
     with pytest.raises(ValueError, match="images of 4 channels; expected 1"):
         prepare(Request(str(snapshots["four"])), CPU)
 

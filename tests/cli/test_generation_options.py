@@ -47,7 +47,7 @@ def test_time_travel_has_settings_of_its_own():
     assert (code, "belong to --solver time-travel, not heun" in output) == (2, True)
 
 
-def test_a_guide_network_means_a_pair():
+def test_a_guide_network_means_autoguidance():
     assert parse("--gnet", "b", "--guidance", "2.1")[0].guidance == Choice("autoguidance", 2.1)
     interval = parse("--gnet", "b", "--guidance", "2", "--interval", "0.28,inf")[0].guidance.interval
     assert interval == (0.28, math.inf)
@@ -125,7 +125,7 @@ def test_a_method_has_its_published_weight():
     assert parse("--guidance-method", "pag", "--guidance", "2")[0].guidance.weight == 2
 
 
-def test_an_unconditional_network_beside_the_guide():
+def test_an_unconditional_network_in_addition_to_the_guide():
     request = parse("--gnet", "b", "--uncond", "c", "--guidance-method", "cfg-plus-autoguidance", "--guidance", "2")[0]
     assert (request.gnet, request.uncond, request.guidance.options) == ("b", "c", {"cfg_plus_autoguidance_share": 0.5})
 
@@ -187,7 +187,7 @@ def test_the_table_needs_no_network():
         assert method.evaluations in output
 
 
-def test_words_make_a_request_without_a_command_around_them():
+def test_words_make_a_request_without_a_command():
     words = ["--net", "a", "--gnet", "b", "--guidance", "2", "--interval", "0.2,5", "--steps", "8"]
     request = parse_request(words)
     assert (request.net, request.gnet, request.sampler.num_steps) == ("a", "b", 8)

@@ -60,7 +60,7 @@ def test_an_image_depends_on_its_seed_alone(name, nets, plain, tmp_path):
     assert any((pixels != plain[file]).any() for file, pixels in whole.items())
 
 
-def test_two_ranks_draw_the_same_images_with_a_random_method(nets, tmp_path):
+def test_two_ranks_generate_the_same_images_with_a_random_method(nets, tmp_path):
     arguments = ["--guidance-method", "tsg", "--guidance", "3", "--tsg-scale", "1"]
     one, _ = draw(tmp_path / "one", nets, *arguments)
     words = ["--net", nets / "main", "--steps", 3, "--device", "cpu", "--seeds", "0-4", "--outdir", tmp_path / "two"]
@@ -90,7 +90,7 @@ def test_both_guides_are_loaded_checked_and_recorded(nets, tmp_path):
     assert record["settings"]["guidance"]["options"] == {"cfg_plus_autoguidance_share": 0.5}
 
 
-def test_what_is_asked_is_on_record_and_an_older_record_stays_true(nets, tmp_path):
+def test_settings_are_recorded_and_older_records_stay_valid(nets, tmp_path):
     draw(tmp_path / "sum", nets, *METHODS["sum"].split(), "--guidance-rule", "rescale")
     asked = json.loads(next((tmp_path / "sum").glob("*.json")).read_text())["settings"]["guidance"]
     assert asked["also"] == [["pag", 3.0], ["icg", 1.5]]
@@ -100,7 +100,7 @@ def test_what_is_asked_is_on_record_and_an_older_record_stays_true(nets, tmp_pat
     assert set(asked) == {"method", "weight", "interval", "options", "steps"}
 
 
-def test_cfg_by_a_network_that_never_went_without_labels_is_warned_of(nets, tmp_path):
+def test_cfg_with_a_network_trained_only_with_labels_warns(nets, tmp_path):
     assert (
         "was not trained without labels" in draw(tmp_path / "out", nets, "--guidance-method", "cfg", "--guidance", 2)[1]
     )

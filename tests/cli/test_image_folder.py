@@ -1,4 +1,4 @@
-"""Images on disk, and when they are believed."""
+"""Folders of generated images, and when their images are reused."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_images_of_no_class_have_none(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut short", "one bit", "not an image"])
-def test_an_image_that_is_not_whole_counts_as_missing(tmp_path, damage):
+def test_an_incomplete_image_counts_as_missing(tmp_path, damage):
     folder = filled(tmp_path)
     assert folder.missing((0, 1, 2, 3)) == [3]
     whole = folder.file(1).read_bytes()

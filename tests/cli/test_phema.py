@@ -75,7 +75,7 @@ def test_batches_of_outputs_give_the_same_files(folder, tmp_path):
         assert all(torch.allclose(one[key], many[key], rtol=1e-3, atol=1e-6) for key in one)
 
 
-def test_dry_run_writes_nothing_and_warns_of_what_cannot_be_had(folder, tmp_path):
+def test_dry_run_writes_nothing_and_warns_of_poor_fits(folder, tmp_path):
     code, output = run("--indir", folder, "--outdir", tmp_path / "out", "--outstd", "0.01,0.07", "--dry-run")
     assert code == 0
     assert not (tmp_path / "out").exists()
@@ -102,7 +102,7 @@ def test_inputs_are_chosen_by_prefix_and_length(walk, folder, tmp_path):
     assert "EMA 0.1 has no snapshot at 1 of these times (the first is 240000)" in run(*common, "--inprefix", "net")[1]
 
 
-def test_skip_keeps_what_is_there_whole_and_made_from_the_same(walk, folder, tmp_path):
+def test_skip_keeps_complete_outputs_of_the_same_inputs(walk, folder, tmp_path):
     common = ("--indir", folder, "--outdir", tmp_path / "out", "--outstd", "0.06,0.07,0.08", "--skip")
     assert "Wrote 3" in run(*common)[1]
     paths = sorted((tmp_path / "out").iterdir())
@@ -160,7 +160,7 @@ def test_wrong_options_are_one_line(folder, tmp_path, arguments, code, reason):
     assert not (tmp_path / "out").exists()
 
 
-def test_times_that_share_a_name_are_told_apart_or_refused(walk, tmp_path):
+def test_times_that_share_a_name_are_distinguished_or_refused(walk, tmp_path):
     shifted = [
         changed(w, name=f"{w.header.nimg}-{w.header.ema_std}.safetensors", nimg=1_000_000 + w.header.nimg // 1000)
         for w in walk.snapshots[-4:]

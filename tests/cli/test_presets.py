@@ -57,7 +57,7 @@ def test_a_preset_is_its_row_of_the_published_table(row):
     assert (load_presets()[name].metric, load_presets()[name].value) == (metric, float(value))
 
 
-def test_the_published_table_is_whole():
+def test_the_published_table_is_complete():
     names = [row[0] for row in rows_of("published_presets.md")]
     assert len(set(names)) == 36
     assert [name for name in load_presets() if "interval" not in name] == names
@@ -90,12 +90,12 @@ def test_options_override_a_preset():
     assert asked_for(*preset, "--interval", "0.1,1").guidance.interval == (0.1, 1.0)
 
 
-def test_another_way_to_guide_takes_only_the_main_network_of_a_preset():
+def test_another_method_takes_only_the_main_network_of_a_preset():
     request = asked_for("--preset", "edm2-img512-s-guid-interval-fid", "--guidance-method", "none")
     assert (request.gnet, request.guidance) == (None, Choice())
 
 
-def test_a_misspelt_preset_is_answered_with_the_nearest():
+def test_a_misspelt_preset_suggests_the_nearest():
     assert "did you mean 'edm2-img512-s-autog-fid'" in refusal("--preset", "edm2-img512-s-auto-fid")
 
 

@@ -119,7 +119,7 @@ def signalled_at(nimg: int, name: str, *arguments: object) -> subprocess.Complet
     return subprocess.run(line, capture_output=True, text=True, env=tiny.environment(), timeout=240)
 
 
-def test_killed_run_goes_on_to_the_same_bits(uninterrupted, data, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bits(uninterrupted, data, tmp_path):
     network = {**tiny.TINY["network"], "dropout": 0.1}
     arguments = [*options(tmp_path, data, network=network), "--outdir", tmp_path / "run"]
     killed = signalled_at(96, "SIGKILL", *arguments, "--workers", 1)
@@ -152,7 +152,7 @@ def test_two_ranks_reach_the_weights_of_one(data, tmp_path):
     assert len(sheets[0]) == pytest.approx(len(sheets[1]), rel=0.05)
 
 
-def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(uninterrupted, data, tmp_path):
+def test_sigterm_saves_and_the_run_resumes_to_the_same_bits(uninterrupted, data, tmp_path):
     network = {**tiny.TINY["network"], "dropout": 0.1}
     arguments = [*options(tmp_path, data, network=network), "--outdir", tmp_path / "run"]
     stopped = signalled_at(48, "SIGTERM", *arguments)
@@ -205,7 +205,7 @@ def test_resuming_on_other_images_is_refused(uninterrupted, data, tmp_path):
     assert "differs in num_images, sha256" in refused.output
 
 
-def test_a_precision_that_makes_this_machine_slower_is_warned_of(data, tmp_path, monkeypatch):
+def test_a_precision_that_is_slow_on_this_machine_warns(data, tmp_path, monkeypatch):
     monkeypatch.setattr(training_run, "slow_precision", lambda dtype, device: dtype == torch.bfloat16 and "slow")
     arguments = [*options(tmp_path, data), "--outdir", tmp_path / "run", "--dry-run"]
     assert "slow" not in invoke(*arguments).output
