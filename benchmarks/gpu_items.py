@@ -22,7 +22,7 @@ from edm2kit.models.edm2 import freeze_
 from edm2kit.models.preconditioning import PRECISIONS
 from edm2kit.sampling.solvers import edm_sampler
 from edm2kit.training.config import TrainConfig
-from edm2kit.training.forecast import make_forecast
+from edm2kit.training.log import make_forecast
 from edm2kit.training.loop import Trainer
 
 GOALS = {"training": 2.0, "guided": 2.5}  # ratios to plain, by the fastest way

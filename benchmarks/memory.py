@@ -18,7 +18,7 @@ from edm2kit.models import full_architecture
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import provenance
 from edm2kit.training.config import TrainConfig
-from edm2kit.training.forecast import make_forecast
+from edm2kit.training.log import make_forecast
 
 # name -> (ranks, options of the run)
 SETTINGS = {

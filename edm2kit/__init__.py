@@ -18,16 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edm2kit.conditions import ClassLabels, Condition, FloatVectors
-    from edm2kit.data.dataset import ImageDataset, Source
-    from edm2kit.data.sources import open_source
+    from edm2kit.data.dataset import ImageDataset, Source, open_source
     from edm2kit.denoiser import Denoiser, Wrapper
     from edm2kit.ema.power_function import (
+        PowerFunctionEMA,
         exp_to_std,
         power_function_beta,
         solve_posthoc_coefficients,
         std_to_exp,
     )
-    from edm2kit.ema.tracking import PowerFunctionEMA
     from edm2kit.guidance.base import Option, Parts
     from edm2kit.guidance.combine import Guided
     from edm2kit.guidance.interval import GuidanceInterval
@@ -55,10 +54,10 @@ _HOMES = {
     "FloatVectors": "conditions",
     "ImageDataset": "data.dataset",
     "Source": "data.dataset",
-    "open_source": "data.sources",
+    "open_source": "data.dataset",
     "Denoiser": "denoiser",
     "Wrapper": "denoiser",
-    "PowerFunctionEMA": "ema.tracking",
+    "PowerFunctionEMA": "ema.power_function",
     "exp_to_std": "ema.power_function",
     "power_function_beta": "ema.power_function",
     "solve_posthoc_coefficients": "ema.power_function",

@@ -61,7 +61,7 @@ LOOK_UPS = {
     "dit": "models/dit.py",
     "preconditioning": "models/preconditioning.py",
     "vae": "models/vae.py",
-    "ema": "ema/tracking.py",
+    "ema": "ema/power_function.py",
     "power function": "ema/power_function.py",
     "phema": "cli/phema.py",
     "snapshot": "snapshots/file_format.py",

@@ -12,8 +12,7 @@ import torch
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.field_options import options_from
 from edm2kit.data.batches import GlobalOrder, training_batches
-from edm2kit.data.dataset import Source
-from edm2kit.data.sources import open_source
+from edm2kit.data.dataset import Source, open_source
 from edm2kit.guidance.classifier.noise_classifier import ClassifierHeader, NoiseClassifier, save_classifier
 from edm2kit.models.encoders import Encoder, make_encoder
 from edm2kit.torch_utils import dist

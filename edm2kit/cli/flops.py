@@ -7,7 +7,7 @@ import click
 
 from edm2kit.cli.click_types import AtLeast, Command
 from edm2kit.cli.presets import summary
-from edm2kit.models import full_architecture, network_kind
+from edm2kit.models import full_architecture
 from edm2kit.models.cost import Cost, evaluation_cost
 from edm2kit.snapshots.loading import open_weights
 from edm2kit.training.config import config_from_dict, preset_names, preset_path, read_yaml
@@ -51,7 +51,7 @@ def find_architecture(network: str, data: Mapping[str, int]) -> tuple[Mapping[st
     path = network if network.endswith((".yaml", ".yml")) else preset_path(network)
     config = config_from_dict(read_yaml(path), str(path))
     architecture = full_architecture(**data, sigma_data=config.sigma_data, network=config.network)
-    return architecture, network_kind(config.network)
+    return architecture, config.network_kind
 
 
 def print_layers(cost: Cost) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from edm2kit.data.archive import open_archive
+from edm2kit.data.dataset import open_source, split_kind
 from edm2kit.data.image_files import IMAGE_EXTENSIONS, open_image, to_8bit
-from edm2kit.data.sources import open_source, split_kind
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.arrays import BROKEN
 from edm2kit.torch_utils.dist import progress_bar
@@ -60,7 +60,7 @@ class ArchiveImages:
 
 
 class SourceImages:
-    """The pixels of a training set that is not made of image files (see `edm2kit.data.sources`).
+    """The pixels of a training set that is not made of image files (see `edm2kit.data.dataset`).
 
     Raises ValueError if there is no data set, or if it contains latents.
     """

@@ -9,10 +9,17 @@ import click
 import numpy as np
 
 from edm2kit.data.archive import FolderArchive, ZipArchive, open_archive
-from edm2kit.data.dataset import CONVERT_HINT, FILE_EXTENSIONS, ImageDataset, Source, check_item
+from edm2kit.data.dataset import (
+    CONVERT_HINT,
+    FILE_EXTENSIONS,
+    ImageDataset,
+    Source,
+    check_item,
+    open_source,
+    split_kind,
+)
 from edm2kit.data.image_files import decode_array
 from edm2kit.data.labels import ConditionSpace, Labels, read_labels
-from edm2kit.data.sources import open_source, split_kind
 from edm2kit.data.workers import run_in_order
 from edm2kit.torch_utils.dist import progress_bar
 

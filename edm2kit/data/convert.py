@@ -10,11 +10,11 @@ import numpy as np
 
 from edm2kit.data.archive import FolderArchive, ZipArchive, open_archive
 from edm2kit.data.crops import TRANSFORMS
+from edm2kit.data.dataset import split_kind
 from edm2kit.data.hugging_face import SavedTable
 from edm2kit.data.image_files import IMAGE_EXTENSIONS, encode_png, is_grey, open_header, open_image, to_8bit
 from edm2kit.data.labels import LABELS_FILE, RECORD, Labels, folder_labels, noted_labels, read_labels
 from edm2kit.data.output import PartialDataset, is_finished
-from edm2kit.data.sources import split_kind
 from edm2kit.data.workers import run_in_order
 from edm2kit.torch_utils.dist import progress_bar
 

@@ -1,4 +1,4 @@
-"""Data sets that training reads: the Source protocol, and ImageDataset for folders and zip files of images."""
+"""Data sets that training reads: the Source protocol, ImageDataset for image files, and SOURCES, every kind by name."""
 
 import hashlib
 import json
@@ -15,6 +15,7 @@ from edm2kit.data.labels import ConditionSpace, Labels, read_labels
 
 FILE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".npy")
 ENCODER_FILE = "encoder.json"
+_HUGGING_FACE_FILES = ("dataset_dict.json", "state.json")  # save_to_disk writes one of them into each folder
 CONVERT_HINT = (
     "make a training set of the images with "
     "`python scripts/dataset_tool.py convert --source=... --dest=... --resolution=64x64 --transform=center-crop`"
@@ -23,7 +24,7 @@ CONVERT_HINT = (
 
 class Source(Protocol):
     """A data set for training. Subclass it for a new kind of data and register it with
-    `edm2kit.data.sources.register_source`.
+    `edm2kit.data.dataset.register_source`.
 
     `item_shape` is (C, H, W) and `item_dtype` uint8 for pixels 0 ... 255, or float32 for raw latents (the means of the
     encoder, then its standard deviations). `labels` are classes, int64 [N], vectors, float32 [N, D], or None;
@@ -251,6 +252,71 @@ def labels_identity(source: Source, digest: "hashlib._Hash") -> dict[str, Any]:
     if vectors:
         identity["label_kind"] = "vectors"
     return identity
+
+
+class SourceOpener(Protocol):
+    """Opens a data set; called by position. `max_images` keeps that many items, evenly spread."""
+
+    def __call__(self, path: str, max_images: int | None, use_labels: bool, /) -> Source: ...
+
+
+def open_arrays(path: str, max_images: int | None, use_labels: bool) -> Source:
+    """Open .npy files of many items each."""
+    from edm2kit.data.array_dataset import ArrayDataset  # that file builds on this one
+
+    return ArrayDataset(path, max_images, use_labels)
+
+
+def open_hugging_face(path: str, max_images: int | None, use_labels: bool) -> Source:
+    """Open a folder that Hugging Face's `save_to_disk` has written."""
+    from edm2kit.data.hugging_face import HuggingFaceDataset  # that file builds on this one
+
+    return HuggingFaceDataset(path, max_images, use_labels)
+
+
+SOURCES: dict[str, SourceOpener] = {"image_files": ImageDataset, "arrays": open_arrays, "hf": open_hugging_face}
+
+
+def register_source(name: str, opener: SourceOpener) -> None:
+    """Make a kind of data set available as `name`: `--data name:PATH` calls `opener(PATH, max_images, use_labels)`.
+
+    Registering the same opener again does nothing. Raises ValueError if the name is taken by another kind.
+    """
+    if SOURCES.setdefault(name, opener) is not opener:
+        raise ValueError(f"a kind of data set called {name!r} exists already; choose another name")
+
+
+def open_source(path: str | Path, max_images: int | None = None, use_labels: bool = True) -> Source:
+    """Open the data set at `path`.
+
+    A prefix names the kind, as in `hf:FOLDER?image=photo` or `arrays:FOLDER`. Without a prefix, the kind depends on
+    what is at the path: a .npy file or a folder of .npy files with four dimensions (arrays), a folder written by
+    Hugging Face's `save_to_disk` (hf), or a folder or zip of images (image_files). `max_images` keeps that many items,
+    evenly spread; `use_labels=False` ignores labels. Raises ValueError if there is no data set.
+
+    Example::
+
+        source = open_source("img64.zip")
+        pixels = source.read(np.arange(32))  # uint8 [32, 3, 64, 64]
+        labels = source.read_labels(np.arange(32))  # float32 [32, source.label_dim]
+    """
+    kind, rest = split_kind(path)
+    return SOURCES[kind](rest, max_images, use_labels)
+
+
+def split_kind(path: str | Path) -> tuple[str, str]:
+    """The key of SOURCES for `path`, and the path without its prefix; image_files if nothing else fits."""
+    kind, _, rest = str(path).partition(":")
+    if kind in SOURCES:
+        return kind, rest
+    from edm2kit.data.array_dataset import is_array_dataset
+    from edm2kit.data.hugging_face import is_saved_dataset
+
+    folder = Path(str(path).partition("?")[0])
+    if any((folder / name).is_file() for name in _HUGGING_FACE_FILES) and is_saved_dataset(folder):
+        return "hf", str(path)
+    has_arrays = folder.suffix == ".npy" or next(folder.glob("*.npy"), None) is not None
+    return "arrays" if has_arrays and is_array_dataset(Path(path)) else "image_files", str(path)
 
 
 @dataclass(frozen=True)

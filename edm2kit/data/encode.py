@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from edm2kit.data.dataset import ENCODER_FILE, EncoderRecord, Source, read_encoder_record
+from edm2kit.data.dataset import ENCODER_FILE, EncoderRecord, Source, open_source, read_encoder_record
 from edm2kit.data.image_files import encode_npy, encode_png
 from edm2kit.data.labels import Labels
 from edm2kit.data.output import PartialDataset, is_finished
-from edm2kit.data.sources import open_source
 from edm2kit.models.encoders import to_image
 from edm2kit.models.vae import STABILITY_VAE, load_vae, vae_decode, vae_encode, vae_sha256
 from edm2kit.torch_utils import dist

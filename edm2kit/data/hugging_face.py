@@ -14,8 +14,6 @@ from edm2kit.data.labels import Labels, labels_of_array
 _LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
 _OPTIONS = ("split", "image", "label")
 
-SAVED_FILES = ("dataset_dict.json", "state.json")  # one of them is in each folder that save_to_disk has written
-
 
 class SavedTable:
     """The image files and labels in a folder written by `save_to_disk`, as they are stored.

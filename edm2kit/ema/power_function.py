@@ -1,14 +1,18 @@
-"""Power-function EMA profiles: pure mathematics (Karras et al. 2023, Section 3 and Appendix C).
+"""Power-function EMA: its profiles, which are pure mathematics, and running averages of any PyTorch module.
 
 The profile with exponent gamma that ends at time t weighs the weights of time s <= t by (gamma + 1) s^gamma /
 t^(gamma + 1). Its relative standard deviation ("length") is its standard deviation divided by t. Times count training
 images.
 """
 
+import copy
 import math
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
+from torch import nn
 
 MAX_STD = 12**-0.5  # the relative standard deviation of a plain average, gamma = 0
 
@@ -106,3 +110,55 @@ def profile_fit(
     variance = coefficients @ (in_ofs**2 * (exp + 1) / (exp + 3)) - mean**2
     std = math.sqrt(variance) / out_ofs if variance > 0 else None
     return math.sqrt(max(distance, 0.0) / own), std
+
+
+class PowerFunctionEMA:
+    """Running power-function averages of a module's parameters, one per relative standard deviation. Eq. 127.
+
+    `averages` holds a frozen copy of the module for each of `stds`. Buffers are copied, not averaged. Raises
+    ValueError if a length is out of range.
+
+    Example:
+
+        ema = PowerFunctionEMA(net, stds=(0.05, 0.10))
+        for nimg in range(batch_size, duration + 1, batch_size):
+            train_step(net)
+            ema.update(nimg, batch_size)
+        net_for_sampling = ema.network(1)
+    """
+
+    def __init__(self, net: nn.Module, stds: Sequence[float] = (0.050, 0.100)):
+        std_to_exp(stds)  # refuses impossible lengths now, not at the first update
+        self.net, self.stds = net, tuple(stds)
+        self.averages = [copy.deepcopy(net).eval().requires_grad_(False) for _ in self.stds]
+
+    @torch.no_grad()
+    def update(self, nimg: int, batch_size: int) -> None:
+        """Add the current parameters: `nimg` images seen so far, `batch_size` of them since the last update."""
+        parameters: list[torch.Tensor] = list(self.net.parameters())
+        for std, average in zip(self.stds, self.averages, strict=True):
+            beta = power_function_beta(std, t_next=nimg, t_delta=batch_size)
+            averaged: list[torch.Tensor] = list(average.parameters())
+            torch._foreach_lerp_(averaged, parameters, 1 - beta)
+            for target, source in zip(average.buffers(), self.net.buffers(), strict=True):
+                target.copy_(source)
+
+    def weights(self, number: int) -> dict[str, torch.Tensor]:
+        """The state dict of average `number`."""
+        return self.averages[number].state_dict()
+
+    def network(self, number: int) -> nn.Module:
+        """Average `number` as a module to call."""
+        return self.averages[number]
+
+    def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The state dict of every average, by its length in three decimals."""
+        return {f"{std:.3f}": self.weights(number) for number, std in enumerate(self.stds)}
+
+    def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Restore the averages that `state_dict` returned; raises ValueError if the lengths differ."""
+        names = [f"{std:.3f}" for std in self.stds]
+        if sorted(state) != sorted(names):
+            raise ValueError(f"the checkpoint holds EMA lengths {sorted(state)}; this run tracks {names}")
+        for name, average in zip(names, self.averages, strict=True):
+            average.load_state_dict(state[name])

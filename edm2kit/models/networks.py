@@ -1,49 +1,14 @@
 """The kinds of networks that can be trained, stored and guided, by name."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
-
-from torch import nn
 
 from edm2kit.models.dit import DIT_DEFAULTS, build_dit, freeze_dit_
 from edm2kit.models.edm2 import Precond, UNet, count_blocks, freeze_
-from edm2kit.models.layers import normalize_weights_
-from edm2kit.models.preconditioning import Preconditioner
+from edm2kit.models.preconditioning import NetworkKind, Preconditioner
 
 DEFAULT_NETWORK = "edm2"
-_LOGVAR_CHANNELS = 128
-
-
-def evaluation_only_(net: nn.Module) -> nn.Module:
-    """Switch to eval mode, without gradients of weights; returns `net`."""
-    return net.eval().requires_grad_(False)
-
-
-@dataclass(frozen=True)
-class NetworkKind:
-    """How to make, train and evaluate one kind of network.
-
-    - `build(img_resolution, img_channels, label_dim, sigma_data, logvar_channels, **arguments)` returns the denoiser;
-      raises ValueError or TypeError for arguments that do not fit.
-    - `defaults` holds every argument of its own with its default, so that snapshots record the complete architecture.
-    - `label_weights` is the end of the names of the weights whose shape depends on the number of classes. Fine-tuning
-      on other classes starts these at random.
-    - `count_blocks(architecture)` is the number of blocks that `build` would make; a damaged file may ask for billions.
-    - `normalize_weights_(net)` is called before each training step. By default it normalises `MPConv` layers, as the
-      uncertainty head of `Preconditioner` has one, and leaves all others.
-    - `freeze_(net)` prepares a network for evaluation only, in `net.compute_dtype`, and returns it. By default it turns
-      on eval mode and turns off gradients.
-    """
-
-    build: Callable[..., Preconditioner]
-    defaults: Mapping[str, Any]
-    label_weights: str
-    count_blocks: Callable[[Mapping[str, Any]], int]
-    normalize_weights_: Callable[[nn.Module], None] = normalize_weights_
-    freeze_: Callable[[Any], Any] = evaluation_only_
 
 
 def keyword_defaults(network: Callable[..., Any]) -> dict[str, Any]:
@@ -90,38 +55,16 @@ def network_kind(network: Mapping[str, Any]) -> str:
     return kind
 
 
-def check_network_arguments(network: Mapping[str, Any]) -> None:
-    """Raise ValueError for a key of `network` (a configuration's mapping) that its kind of network does not take."""
-    kind = network_kind(network)
-    known = [*NETWORKS[kind].defaults, "logvar_channels"]
-    for name in network:
-        if name == "kind" or name in known:
-            continue
-        close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]!r}?" if close else f"available: {', '.join(known)}"
-        raise ValueError(f"unknown network argument {name!r} ({kind}); {hint}")
-
-
 def full_architecture(
     img_resolution: int, img_channels: int, label_dim: int, sigma_data: float, network: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All arguments of `NETWORKS[kind].build`, defaults written out, so that a later default changes nothing.
+    """All arguments of `NETWORKS[kind].build`, for the kind that `network` names; see `NetworkKind.full_architecture`.
 
-    `network` holds the arguments that differ from their defaults, and possibly `kind`. Values are plain lists and
-    numbers. Raises ValueError for an unknown kind or argument.
+    Raises ValueError for an unknown kind or argument.
     """
-    check_network_arguments(network)
-    architecture = {
-        "img_resolution": img_resolution,
-        "img_channels": img_channels,
-        "label_dim": label_dim,
-        "sigma_data": sigma_data,
-        "logvar_channels": _LOGVAR_CHANNELS,
-        **NETWORKS[network_kind(network)].defaults,
-        **network,
-    }
-    architecture.pop("kind", None)
-    return {name: list(value) if isinstance(value, tuple | list) else value for name, value in architecture.items()}
+    kind = network_kind(network)
+    NETWORKS[kind].check_arguments(network, kind)
+    return NETWORKS[kind].full_architecture(img_resolution, img_channels, label_dim, sigma_data, network)
 
 
 def build_network(architecture: Mapping[str, Any], kind: str = DEFAULT_NETWORK) -> Preconditioner:

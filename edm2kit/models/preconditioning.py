@@ -3,6 +3,7 @@
 F may compute in half precision; PRECISIONS names what it can compute in.
 """
 
+import difflib
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +15,12 @@ from torch import nn
 
 from edm2kit.conditions import ConditionLike, condition_tensor
 from edm2kit.denoiser import AttentionRole
-from edm2kit.models.layers import MPConv, MPFourier
+from edm2kit.models.layers import MPConv, MPFourier, normalize_weights_
 
 # the names that command lines, configs and records use
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+LOGVAR_CHANNELS = 128  # default width of the uncertainty head
 
 # dtype -> functions of torch.cpu that report fast instructions for it; older versions of torch lack some of them
 _FAST_IF = {
@@ -245,3 +248,62 @@ def slow_precision(dtype: torch.dtype, device: torch.device | str = "cpu") -> st
             return None
     name = str(dtype).removeprefix("torch.")
     return f"this CPU has no instructions for {name}, which makes it many times slower than float32; use fp32"
+
+
+def evaluation_only_(net: nn.Module) -> nn.Module:
+    """Switch to eval mode, without gradients of weights; returns `net`."""
+    return net.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class NetworkKind:
+    """How to make, train and evaluate one kind of network.
+
+    - `build(img_resolution, img_channels, label_dim, sigma_data, logvar_channels, **arguments)` returns the denoiser;
+      raises ValueError or TypeError for arguments that do not fit.
+    - `defaults` holds every argument of its own with its default, so that snapshots record the complete architecture.
+    - `label_weights` is the end of the names of the weights whose shape depends on the number of classes. Fine-tuning
+      on other classes starts these at random.
+    - `count_blocks(architecture)` is the number of blocks that `build` would make; a damaged file may ask for billions.
+    - `normalize_weights_(net)` is called before each training step. By default it normalises `MPConv` layers, as the
+      uncertainty head of `Preconditioner` has one, and leaves all others.
+    - `freeze_(net)` prepares a network for evaluation only, in `net.compute_dtype`, and returns it. By default it turns
+      on eval mode and turns off gradients.
+    """
+
+    build: Callable[..., Preconditioner]
+    defaults: Mapping[str, Any]
+    label_weights: str
+    count_blocks: Callable[[Mapping[str, Any]], int]
+    normalize_weights_: Callable[[nn.Module], None] = normalize_weights_
+    freeze_: Callable[[Any], Any] = evaluation_only_
+
+    def check_arguments(self, network: Mapping[str, Any], name: str) -> None:
+        """Raise ValueError for a key of `network` (a configuration's mapping) that this kind, `name`, does not take."""
+        known = [*self.defaults, "logvar_channels"]
+        for argument in network:
+            if argument == "kind" or argument in known:
+                continue
+            close = difflib.get_close_matches(str(argument), known, n=1, cutoff=0.4)
+            hint = f"did you mean {close[0]!r}?" if close else f"available: {', '.join(known)}"
+            raise ValueError(f"unknown network argument {argument!r} ({name}); {hint}")
+
+    def full_architecture(
+        self, img_resolution: int, img_channels: int, label_dim: int, sigma_data: float, network: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """All arguments of `build`, with defaults written out, so that a later change of a default changes nothing.
+
+        `network` holds the arguments that differ from their defaults, and possibly `kind`. Values are plain lists and
+        numbers.
+        """
+        architecture = {
+            "img_resolution": img_resolution,
+            "img_channels": img_channels,
+            "label_dim": label_dim,
+            "sigma_data": sigma_data,
+            "logvar_channels": LOGVAR_CHANNELS,
+            **self.defaults,
+            **network,
+        }
+        architecture.pop("kind", None)
+        return {name: list(value) if isinstance(value, tuple | list) else value for name, value in architecture.items()}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from edm2kit.ema.tracking import PowerFunctionEMA
+from edm2kit.ema.power_function import PowerFunctionEMA
 from edm2kit.torch_utils.files import atomic_write
 
 _NAME = re.compile(r"training-state-(\d+)\.pt")

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from edm2kit.ema.power_function import std_to_exp
-from edm2kit.models.networks import DEFAULT_NETWORK, check_network_arguments
+from edm2kit.models.networks import DEFAULT_NETWORK, NETWORKS
 from edm2kit.models.preconditioning import PRECISIONS
 from edm2kit.snapshots.file_format import STORED_DTYPES
 from edm2kit.torch_utils.files import atomic_write
@@ -149,7 +149,14 @@ class TrainConfig:
         if not self.ema_stds or len({f"{std:.3f}" for std in self.ema_stds}) < len(self.ema_stds):
             raise ValueError(f"ema_stds must be lengths that differ in three decimals; got {list(self.ema_stds)}")
         std_to_exp(self.ema_stds)
-        check_network_arguments(self.network)
+        if self.network_kind not in NETWORKS:
+            raise ValueError(f"unknown kind of network {self.network_kind!r}; known kinds: {', '.join(NETWORKS)}")
+        NETWORKS[self.network_kind].check_arguments(self.network, self.network_kind)
+
+    @property
+    def network_kind(self) -> str:
+        """The kind of network to train, a key of `NETWORKS`."""
+        return self.network.get("kind", DEFAULT_NETWORK)
 
 
 def option_of(name: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from edm2kit.models.encoders import make_encoder
-from edm2kit.models.networks import DEFAULT_NETWORK, NETWORKS, network_kind
+from edm2kit.models.networks import DEFAULT_NETWORK, NETWORKS
 from edm2kit.models.preconditioning import Preconditioner
 from edm2kit.snapshots.file_format import Header, network_on_meta
 from edm2kit.snapshots.loading import load_snapshot, open_weights
@@ -30,7 +30,7 @@ def adopt_source(config: TrainConfig) -> TrainConfig:
             "configuration); this is another snapshot"
         )
     header = open_weights(config.init_from).header
-    if "kind" in config.network and network_kind(config.network) != header.network:
+    if "kind" in config.network and config.network_kind != header.network:
         raise ValueError(
             f"--init-from {config.init_from} is a network of kind {header.network!r}; the configuration asks for "
             f"{config.network['kind']!r}. Change one of them"

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from edm2kit.data.batches import MicroBatch
-from edm2kit.ema.tracking import PowerFunctionEMA
+from edm2kit.ema.power_function import PowerFunctionEMA
 from edm2kit.models.encoders import Encoder
 from edm2kit.models.networks import NETWORKS
 from edm2kit.models.preconditioning import PRECISIONS, Preconditioner

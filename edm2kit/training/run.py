@@ -19,18 +19,16 @@ import torch
 from torch import nn
 
 from edm2kit.data.batches import GlobalOrder, micro_batch_sizes, training_batches
-from edm2kit.data.dataset import Source, read_encoder_record
-from edm2kit.data.sources import open_source
+from edm2kit.data.dataset import Source, open_source, read_encoder_record
 from edm2kit.models.encoders import ENCODERS, Encoder, make_encoder
-from edm2kit.models.networks import full_architecture, network_kind
+from edm2kit.models.networks import NETWORKS
 from edm2kit.models.preconditioning import PRECISIONS, slow_precision
 from edm2kit.snapshots.file_format import Header
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write, differences, exclusive, provenance
 from edm2kit.training.config import TrainConfig, config_to_dict, read_yaml, refuse_changes, run_id, write_config
 from edm2kit.training.fine_tuning import adopt_source, check_source
-from edm2kit.training.forecast import make_forecast
-from edm2kit.training.log import RunLog
+from edm2kit.training.log import RunLog, make_forecast
 from edm2kit.training.loop import Trainer, training_loop
 from edm2kit.training.loss import TrainingLoss
 
@@ -168,7 +166,7 @@ def resolve(
     config = dataclasses.replace(config, encoder=encoder.spec())
     if config.init_from is not None:
         config = adopt_source(config)
-    architecture = full_architecture(
+    architecture = NETWORKS[config.network_kind].full_architecture(
         img_resolution=dataset.resolution,
         img_channels=dataset.num_channels if config.encoder["kind"] == "rgb" else dataset.num_channels // 2,
         label_dim=dataset.label_dim if config.cond else 0,
@@ -187,7 +185,7 @@ def resolve(
         dtype=config.snapshot_dtype,
         run_id=run_id(config, identity),
         training_config=training_config,
-        network=network_kind(config.network),
+        network=config.network_kind,
         label_kind="vectors" if config.cond and dataset.condition_space.kind == "vectors" else "classes",
     )
     sizes = micro_batch_sizes(config.batch_size, dist.world_size(), config.batch_gpu)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from edm2kit.ema.tracking import PowerFunctionEMA
+from edm2kit.ema.power_function import PowerFunctionEMA
 from edm2kit.torch_utils import dist
 
 

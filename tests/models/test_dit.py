@@ -8,7 +8,7 @@ import torch
 
 from edm2kit.conditions import ClassLabels
 from edm2kit.models import NETWORKS, Edits, build_network, evaluation_cost, full_architecture
-from edm2kit.training.forecast import activation_bytes
+from edm2kit.training.log import activation_bytes
 from edm2kit.training.loss import EDM2Loss
 
 ARGUMENTS = {"kind": "dit", "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8}

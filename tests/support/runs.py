@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from edm2kit.ema.tracking import PowerFunctionEMA
+from edm2kit.ema.power_function import PowerFunctionEMA
 from edm2kit.models.edm2 import Precond
 from edm2kit.snapshots.file_format import Header, save_snapshot, snapshot_name
 from edm2kit.snapshots.loading import Weights

@@ -5,7 +5,7 @@ import torch
 
 from edm2kit.models import Precond, full_architecture
 from edm2kit.training.config import TrainConfig
-from edm2kit.training.forecast import Forecast, activation_bytes, make_forecast, shares
+from edm2kit.training.log import Forecast, activation_bytes, make_forecast, shares
 from edm2kit.training.loss import EDM2Loss
 from tests.support import golden
 from tests.support.memory import PeakBytes

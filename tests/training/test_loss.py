@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from edm2kit.ema.tracking import PowerFunctionEMA
+from edm2kit.ema.power_function import PowerFunctionEMA
 from edm2kit.models import normalize_weights_
 from edm2kit.torch_utils.rng import StackedGenerator
 from edm2kit.training.learning_rate import learning_rate

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from edm2kit.ema.tracking import PowerFunctionEMA
+from edm2kit.ema.power_function import PowerFunctionEMA
 from edm2kit.experiments.toy.mixture import Mixture
 from edm2kit.experiments.toy.model import ToyNet
 from edm2kit.experiments.toy.tree import components

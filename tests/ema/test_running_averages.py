@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from edm2kit.ema.tracking import PowerFunctionEMA
+from edm2kit.ema.power_function import PowerFunctionEMA
 
 
 class OneHotWeights(nn.Module):

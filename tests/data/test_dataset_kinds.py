@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edm2kit.data import sources
+from edm2kit.data import dataset as sources
 from edm2kit.data.array_dataset import ArrayDataset
 from edm2kit.data.batches import GlobalOrder, training_batches
-from edm2kit.data.dataset import ENCODER_FILE, EncoderRecord, ImageDataset, read_encoder_record
+from edm2kit.data.dataset import ENCODER_FILE, SOURCES, EncoderRecord, ImageDataset, open_source, read_encoder_record
 from edm2kit.data.hugging_face import HuggingFaceDataset
 from edm2kit.data.labels import ConditionSpace
-from edm2kit.data.sources import SOURCES, open_source
 from tests.support.hostile_arrays import HOSTILE
 from tests.support.pictures import encoded, npy, picture, some_files, with_labels, write_folder
 from tests.support.tiny import make_dataset
@@ -62,8 +61,8 @@ def path(kind, tmp_path):
 
 
 def test_the_content_of_a_path_decides_the_source(kind, path):
-    assert type(open_source(path)) is SOURCES[kind]
-    assert type(open_source(f"{kind}:{path}")) is SOURCES[kind]
+    assert type(open_source(path)) is type(SOURCES[kind](str(path), None, True))
+    assert type(open_source(f"{kind}:{path}")) is type(open_source(path))
 
 
 def test_items_and_labels_are_the_same_from_every_source(path):
