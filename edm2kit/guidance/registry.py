@@ -14,7 +14,18 @@ from edm2kit.guidance.interval import GuidanceInterval
 from edm2kit.guidance.losses import loss_guidance
 from edm2kit.guidance.network_call import Perturbed
 from edm2kit.guidance.own_network import dropout_and_noise, icg, pag, sag, seg, sliding_window, truncation, tsg
-from edm2kit.guidance.rules import apg, rescale
+from edm2kit.guidance.rules import (
+    adg,
+    apg,
+    cfg_zero_star,
+    fdg,
+    mambo_g,
+    pmc,
+    power_law,
+    renorm,
+    rescale,
+    tcfg,
+)
 from edm2kit.guidance.second_network import autoguidance, cfg, cfg_plus_autoguidance
 from edm2kit.guidance.weight_schedule import SCHEDULES, WeightSchedule
 from edm2kit.torch_utils import dist
@@ -85,6 +96,14 @@ RULES: dict[str, Rule] = {
     ),
     "apg": apg.RULE,
     "rescale": rescale.RULE,
+    "power-law": power_law.RULE,
+    "cfg-zero-star": cfg_zero_star.RULE,
+    "fdg": fdg.RULE,
+    "tcfg": tcfg.RULE,
+    "mambo-g": mambo_g.RULE,
+    "adg": adg.RULE,
+    "renorm": renorm.RULE,
+    "pmc": pmc.RULE,
 }
 
 # names of the previous release -> current names; to be removed with the next release
