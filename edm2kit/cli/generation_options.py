@@ -145,7 +145,7 @@ def _sections() -> list[cli.Decorator]:
                 "--guidance-schedule",
                 "schedule",
                 metavar="NAME",
-                type=click.Choice(list(SCHEDULES)),
+                type=click.Choice(SCHEDULES),
                 default=Choice.schedule,
                 help=f"How weights vary: {', '.join(SCHEDULES)}",
             ),

@@ -14,20 +14,9 @@ from edm2kit.guidance.interval import GuidanceInterval
 from edm2kit.guidance.losses import loss_guidance
 from edm2kit.guidance.network_call import Perturbed
 from edm2kit.guidance.own_network import dropout_and_noise, icg, pag, sag, seg, sliding_window, truncation, tsg
-from edm2kit.guidance.rules import (
-    adg,
-    apg,
-    cfg_zero_star,
-    fdg,
-    mambo_g,
-    pmc,
-    power_law,
-    renorm,
-    rescale,
-    tcfg,
-)
+from edm2kit.guidance.rules import adg, apg, cfg_zero_star, fdg, mambo_g, pmc, power_law, renorm, rescale, tcfg
 from edm2kit.guidance.second_network import autoguidance, cfg, cfg_plus_autoguidance
-from edm2kit.guidance.weight_schedule import SCHEDULES, WeightSchedule
+from edm2kit.guidance.weight_schedule import SCHEDULES, with_schedule
 from edm2kit.torch_utils import dist
 
 ENTRY_POINTS = "edm2kit.guidance"  # packages offer a Method or Rule under its name in this entry-point group
@@ -42,7 +31,7 @@ class Choice:
     - `options`: those of the methods and of the rule, by keyword; what is left out has its default.
     - `also`: further methods, each with its weight.
     - `rule`: a key of RULES, how the results are combined.
-    - `schedule`: a key of SCHEDULES, how the weights follow the noise level.
+    - `schedule`: one of SCHEDULES, how the weights follow the noise level.
 
     Example: `Choice("cfg", 1.5, also=(("pag", 3.0),), rule="rescale")`.
     """
@@ -299,14 +288,14 @@ def guide(choice: Choice, parts: Parts) -> Denoiser:
     guided = parts.net
     if negatives:
         rule = RULES[choice.rule].make(**options["rule"])
-        guided = _scheduled(_combined(parts.net, negatives, rule), choice)
+        guided = with_schedule(_combined(parts.net, negatives, rule), choice.schedule, choice.method)
     elif choice.rule != "linear":
         raise ValueError(f"a rule needs a weighted difference; guidance method {choice.method} has none")
     for name in rest:
         build = METHODS[name].build
         assert build is not None
         own_parts = replace(parts_for(name, weights, parts), net=guided)
-        guided = _scheduled(build(own_parts, weights[name], **options[name]), choice)
+        guided = with_schedule(build(own_parts, weights[name], **options[name]), choice.schedule, name)
     if choice.interval is None:
         return guided
     return GuidanceInterval(guided, parts.net, *choice.interval)
@@ -317,14 +306,6 @@ def _combined(net: Denoiser, negatives: list[Negative], rule: Combine) -> Guided
     if len(negatives) == 1 and rule is linear and not isinstance(only.source, DerivedNegative | Perturbed):
         return Guided(net, only.source, only.weight)
     return Combination(net, tuple(negatives), rule)
-
-
-def _scheduled(guided: Any, choice: Choice) -> Denoiser:
-    if choice.schedule == "constant":
-        return guided
-    if not hasattr(guided, "scaled"):
-        raise ValueError(f"a schedule needs a weight to change; guidance method {choice.method} has none")
-    return WeightSchedule(guided, SCHEDULES[choice.schedule])
 
 
 def _check_parts(names: Iterable[str], parts: Parts) -> None:

@@ -39,9 +39,9 @@ def test_there_are_five_recipes():
 
 
 def test_the_method_and_the_rule_change_the_images(followed):
-    sharpened, zero_star = images(followed / "runs" / "sharpened"), images(followed / "runs" / "zero-star")
-    assert sharpened.shape == zero_star.shape == (4, 32, 32, 3)
-    assert (sharpened != zero_star).any()
+    sharpened, clipped = images(followed / "runs" / "sharpened"), images(followed / "runs" / "clipped")
+    assert sharpened.shape == clipped.shape == (4, 32, 32, 3)
+    assert (sharpened != clipped).any()
 
 
 def test_the_network_trains_and_generates(followed):
@@ -73,4 +73,4 @@ def test_an_installed_package_offers_its_method_and_rule_without_further_ado(fol
     (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
     output = run_commands("python generate.py --list-guidance\npython generate.py --help-guidance sharpen", followed)
     assert "--sharpen-radius" in output
-    assert "cfg-zero-star" in output
+    assert "rule clip" in output or "clip:" in output
