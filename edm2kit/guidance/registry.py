@@ -13,7 +13,19 @@ from edm2kit.guidance.combine import Combination, Combine, DerivedNegative, Guid
 from edm2kit.guidance.interval import GuidanceInterval
 from edm2kit.guidance.losses import loss_guidance
 from edm2kit.guidance.network_call import Perturbed
-from edm2kit.guidance.own_network import dropout_and_noise, icg, pag, sag, seg, sliding_window, truncation, tsg
+from edm2kit.guidance.own_network import (
+    dropout_and_noise,
+    icg,
+    pag,
+    s2,
+    sag,
+    seg,
+    slg,
+    sliding_window,
+    tpg,
+    truncation,
+    tsg,
+)
 from edm2kit.guidance.rules import adg, apg, cfg_zero_star, fdg, mambo_g, pmc, power_law, renorm, rescale, tcfg
 from edm2kit.guidance.second_network import autoguidance, cfg, cfg_plus_autoguidance
 from edm2kit.guidance.weight_schedule import SCHEDULES, with_schedule
@@ -70,6 +82,9 @@ METHODS: dict[str, Method] = {
     "icg": icg.METHOD,
     "tsg": tsg.METHOD,
     "sliding-window": sliding_window.METHOD,
+    "slg": slg.METHOD,
+    "s2": s2.METHOD,
+    "tpg": tpg.METHOD,
     "classifier": classifier_guidance.METHOD,
     "loss": loss_guidance.METHOD,
     "dropout": dropout_and_noise.DROPOUT,

@@ -9,7 +9,12 @@ from tests.support import guidance_checks
 from tests.support.guidance_checks import Case, Nets
 
 ARGUMENTS = {"kind": "dit", "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8}
-REFUSED = {"tsg": "supports the edit embedding", "dropout": "supports the edit dropout"}
+REFUSED = {
+    "tsg": "supports the edit embedding",
+    "dropout": "supports the edit dropout",
+    "slg": "the edit dropout",
+    "s2": "the edit dropout",
+}
 
 
 def random_transformer(seed: int, label_dim: int = 4):

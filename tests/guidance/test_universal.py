@@ -193,6 +193,9 @@ NEUTRAL = {
     "sliding-window": Neutral({"sliding_window_size": 16}),
     "dropout": Neutral({"dropout_rate": 0.0}),
     "input-noise": Neutral({"input_noise_delta": 0.0}),
+    "slg": Neutral({"slg_blocks": ()}),
+    "s2": Neutral({"s2_share": 0.0}),
+    "tpg": Neutral({"tpg_blocks": ()}),
 }
 
 
@@ -258,6 +261,9 @@ PINNED = {
     "sliding-window": [-0.008547747, 0.5383838, 0.6685704],
     "dropout": [-0.009078891, 0.5238252, 0.6123187],
     "input-noise": [-0.002641278, 0.6394369, 0.7536359],
+    "slg": [-0.006761364, 0.515669, 0.6481912],
+    "s2": [-0.003169913, 0.5161374, 0.6481912],
+    "tpg": [-0.009171311, 0.5169609, 0.6172436],
 }
 
 
