@@ -100,6 +100,8 @@ def check_request(request: Request) -> None:
         raise ValueError("the network learns all labels of --data; leave out --class, --balanced and --labels")
     if request.guidance.options.get("apg_momentum"):
         raise ValueError("a single network cannot learn momentum, which depends on earlier steps; add --apg-momentum 0")
+    if request.guidance.rule == "fbg":
+        raise ValueError("a single network cannot learn feedback, which depends on earlier steps; choose another rule")
 
 
 def check_teacher(teacher: Denoiser, sigmas: torch.Tensor, shape: tuple[int, int, int], label_dim: int) -> None:

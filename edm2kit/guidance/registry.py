@@ -26,7 +26,7 @@ from edm2kit.guidance.own_network import (
     truncation,
     tsg,
 )
-from edm2kit.guidance.rules import adg, apg, cfg_zero_star, fdg, mambo_g, pmc, power_law, renorm, rescale, tcfg
+from edm2kit.guidance.rules import RULES
 from edm2kit.guidance.second_network import autoguidance, cfg, cfg_plus_autoguidance
 from edm2kit.guidance.weight_schedule import SCHEDULES, with_schedule
 from edm2kit.torch_utils import dist
@@ -89,25 +89,6 @@ METHODS: dict[str, Method] = {
     "loss": loss_guidance.METHOD,
     "dropout": dropout_and_noise.DROPOUT,
     "input-noise": dropout_and_noise.INPUT_NOISE,
-}
-
-RULES: dict[str, Rule] = {
-    "linear": Rule(
-        "the sum over the negatives",
-        lambda: linear,
-        formula="D + sum of (w_i - 1) (D - D_neg_i)",
-        pick_when="always, unless large weights spoil the contrast",
-    ),
-    "apg": apg.RULE,
-    "rescale": rescale.RULE,
-    "power-law": power_law.RULE,
-    "cfg-zero-star": cfg_zero_star.RULE,
-    "fdg": fdg.RULE,
-    "tcfg": tcfg.RULE,
-    "mambo-g": mambo_g.RULE,
-    "adg": adg.RULE,
-    "renorm": renorm.RULE,
-    "pmc": pmc.RULE,
 }
 
 # names of the previous release -> current names; to be removed with the next release
