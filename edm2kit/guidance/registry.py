@@ -14,12 +14,14 @@ from edm2kit.guidance.interval import GuidanceInterval
 from edm2kit.guidance.losses import loss_guidance
 from edm2kit.guidance.network_call import Perturbed
 from edm2kit.guidance.own_network import (
+    cads,
     dropout_and_noise,
     icg,
     pag,
     s2,
     sag,
     seg,
+    self_guidance,
     slg,
     sliding_window,
     tpg,
@@ -85,10 +87,12 @@ METHODS: dict[str, Method] = {
     "slg": slg.METHOD,
     "s2": s2.METHOD,
     "tpg": tpg.METHOD,
+    "self-guidance": self_guidance.METHOD,
     "classifier": classifier_guidance.METHOD,
     "loss": loss_guidance.METHOD,
     "dropout": dropout_and_noise.DROPOUT,
     "input-noise": dropout_and_noise.INPUT_NOISE,
+    "cads": cads.METHOD,
 }
 
 # names of the previous release -> current names; to be removed with the next release

@@ -196,6 +196,7 @@ NEUTRAL = {
     "slg": Neutral({"slg_blocks": ()}),
     "s2": Neutral({"s2_share": 0.0}),
     "tpg": Neutral({"tpg_blocks": ()}),
+    "self-guidance": Neutral({"self_guidance_shift": 0.0}),
 }
 
 
@@ -264,6 +265,7 @@ PINNED = {
     "slg": [-0.006761364, 0.515669, 0.6481912],
     "s2": [-0.003169913, 0.5161374, 0.6481912],
     "tpg": [-0.009171311, 0.5169609, 0.6172436],
+    "self-guidance": [-0.009833564, 0.5201491, 0.6532518],
 }
 
 
