@@ -68,6 +68,16 @@ class MicroBatch(NamedTuple):
     labels: torch.Tensor
     positions: torch.Tensor
 
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same with `raw` and `labels` on `device`; the host does not wait for the copy to a GPU."""
+        return MicroBatch(_copied(self.raw, device), _copied(self.labels, device), self.positions)
+
+
+def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # only copies from pinned memory run beside the host
+    return tensor.to(device, non_blocking=True)
+
 
 def micro_batch_sizes(batch_size: int, world_size: int, batch_gpu: int | None = None) -> list[int]:
     """The micro-batches of each rank for one global batch: at most `batch_gpu` images each (None: one micro-batch).

@@ -73,6 +73,7 @@ class StabilityVAEEncoder:
         bias = np.float32(final_mean) - np.asarray(raw_mean, dtype=np.float32) * scale
         self.scale = torch.from_numpy(scale).reshape(1, -1, 1, 1)
         self.bias = torch.from_numpy(bias).reshape(1, -1, 1, 1)
+        self._on_device = {torch.device("cpu"): (self.scale, self.bias)}
 
     def encode(self, raw: torch.Tensor, rng: RandomSource | None = None) -> torch.Tensor:
         """Sample from the stored posterior and normalise: [N, 8, h, w] -> float32 [N, 4, h, w]."""
@@ -83,7 +84,8 @@ class StabilityVAEEncoder:
             )
         mean, std = raw.float().chunk(2, dim=1)
         noise = torch.randn_like(mean) if rng is None else rng.randn_like(mean)
-        return (mean + std * noise) * self.scale.to(raw.device) + self.bias.to(raw.device)
+        scale, bias = self._constants(raw.device)
+        return (mean + std * noise) * scale + bias
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pixels uint8 [N, 3, 8h, 8w] of normalised latents [N, 4, h, w]."""
@@ -94,7 +96,14 @@ class StabilityVAEEncoder:
         return vae_pixels(load_vae(self.vae_name, latents.device), self._raw(latents))
 
     def _raw(self, latents: torch.Tensor) -> torch.Tensor:
-        return (latents.float() - self.bias.to(latents.device)) / self.scale.to(latents.device)
+        scale, bias = self._constants(latents.device)
+        return (latents.float() - bias) / scale
+
+    def _constants(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and bias on `device`, copied there once: each copy makes the host wait."""
+        if device not in self._on_device:
+            self._on_device[device] = self.scale.to(device), self.bias.to(device)
+        return self._on_device[device]
 
     def spec(self) -> dict[str, Any]:
         return {

@@ -23,36 +23,83 @@ from edm2kit.training.loss import EDM2Loss
 
 STATS_NAME = "stats.jsonl"
 _GB = 1e9
+_MAX_PENDING = 8192  # values on the device, each at least half a KB there
 
 
 class RunningStats:
     """Mean and count of named quantities since the last `collect`.
 
-    `add` does not wait for the device. Sums are float64, on the CPU if the device does not support it.
+    `add` only keeps the values; the host waits for the device in `collect`, once, and sums in float64 on the CPU.
     """
 
-    def __init__(self, device: torch.device):
-        self._device = torch.device("cpu") if device.type == "mps" else device
+    def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
+        self._pending: list[tuple[str, torch.Tensor | float, tuple[float, torch.Tensor, float] | None]] = []
 
-    def add(self, name: str, values: torch.Tensor | float, where: torch.Tensor | None = None) -> None:
-        """Add all of `values`, or those at which the boolean tensor `where` (same shape) is true."""
-        values = torch.as_tensor(values).detach().to(self._device, torch.float64)
-        mask = torch.ones_like(values) if where is None else where.to(self._device, torch.float64)
-        moments = torch.stack([mask.sum(), torch.where(mask > 0, values, 0).sum()])
-        self._sums[name] = self._sums[name] + moments if name in self._sums else moments
+    def add(
+        self,
+        name: str,
+        values: torch.Tensor | float,
+        between: tuple[float, torch.Tensor, float] | None = None,
+    ) -> None:
+        """Add all of `values`, or with `between` = (low, x, high) those with low <= x < high, x shaped as `values`.
+
+        The tensors must not change afterwards.
+        """
+        if isinstance(values, torch.Tensor) and values.requires_grad:
+            values = values.detach()
+        self._pending.append((name, values, between))
+        if len(self._pending) >= _MAX_PENDING:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        """Add the values kept so far to the sums."""
+        kept: dict[int, torch.Tensor] = {}
+        for _, values, between in self._pending:
+            for tensor in (values, between[1] if between else None):
+                if isinstance(tensor, torch.Tensor):
+                    kept[id(tensor)] = tensor
+        on_host = dict(zip(kept, _on_host(list(kept.values())), strict=True))
+        for name, values, between in self._pending:
+            if isinstance(values, torch.Tensor):
+                numbers = on_host[id(values)].double()
+            else:
+                numbers = torch.tensor(values, dtype=torch.float64)
+            if between is not None:
+                low, x, high = between
+                numbers = numbers[(on_host[id(x)] >= low) & (on_host[id(x)] < high)]
+            moments = torch.stack([torch.tensor(float(numbers.numel()), dtype=torch.float64), numbers.sum()])
+            self._sums[name] = self._sums[name] + moments if name in self._sums else moments
+        self._pending = []
 
     def collect(self) -> dict[str, tuple[float, int]]:
         """(mean, count) over all ranks by name, in the order first added; then start over.
 
         Every rank must have added the same names. The mean of no values is NaN.
         """
+        self._sum_up()
         if not self._sums:
             return {}
         names = list(self._sums)
         totals = dist.all_reduce_sum_(torch.stack(list(self._sums.values()))).tolist()
         self._sums = {}
         return {name: (s / c if c else float("nan"), int(c)) for name, (c, s) in zip(names, totals, strict=True)}
+
+
+def _on_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of `tensors` on the CPU; all tensors of one device and dtype come in a single copy."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(number)
+    copies = list(tensors)
+    for (device, _), numbers in groups.items():
+        if device.type == "cpu":
+            continue
+        # to the CPU first, float64 there: an Apple GPU has no float64
+        flat = torch.cat([tensors[number].flatten() for number in numbers]).cpu()
+        for number, part in zip(numbers, flat.split([tensors[n].numel() for n in numbers]), strict=True):
+            copies[number] = part.view(tensors[number].shape)
+    return copies
 
 
 class RunLog:

@@ -6,7 +6,7 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +69,20 @@ class Trainer:
             self.net.recompute_in_training_()
         self.optimizer, self.ema = _optimizer_and_averages(self.net, config, device)
         self.loss_fn = loss_fn or EDM2Loss(config.P_mean, config.P_std, config.sigma_data)
-        self.stats = RunningStats(device)
+        self.stats = RunningStats()
         self.nimg, self.elapsed_sec = 0, 0.0
         self.ddp = _distribute(self.net, device)
+        self._flat_gradient: torch.Tensor | None = None
+        if self.ddp is self.net and device.type != "cpu":
+            self._flat_gradient = _flatten_gradients_(self.net)
 
     def step(self, micro_batches: Iterator[MicroBatch], rounds: int) -> None:
         """One optimizer step over this rank's share of the next global batch, in `rounds` micro-batches."""
         self.kind.normalize_weights_(self.net)
-        self.optimizer.zero_grad(set_to_none=True)
+        if self._flat_gradient is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self._flat_gradient.zero_()
         for k in range(rounds):
             exchange: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if isinstance(self.ddp, DistributedDataParallel) and k < rounds - 1:
@@ -95,11 +101,12 @@ class Trainer:
         self.ema.update(self.nimg, self.config.batch_size)
 
     def _accumulate(self, batch: MicroBatch) -> None:
+        batch = batch.to(self.device)
         config, positions = self.config, batch.positions.tolist()
         rng = StackedGenerator(self.device, [derive_seed(config.seed, "image", p) for p in positions])
         torch.manual_seed(derive_seed(config.seed, "dropout", positions[0]))  # only dropout uses the global generator
-        images = self.encoder.encode(batch.raw.to(self.device), rng).contiguous(memory_format=torch.channels_last)
-        labels = batch.labels.to(self.device) if self.net.label_dim else None
+        images = self.encoder.encode(batch.raw, rng).contiguous(memory_format=torch.channels_last)
+        labels = batch.labels if self.net.label_dim else None
         if labels is not None and config.label_dropout:
             labels = drop_labels(labels, positions, config.label_dropout, config.seed)
         loss, sigma = self.loss_fn.terms(self.ddp, images, labels, rng)
@@ -110,21 +117,21 @@ class Trainer:
         self.stats.add("loss", image_loss)
         edges = [math.exp(config.P_mean + z * config.P_std) for z in _SIGMA_BINS]
         for low, high in zip([0.0, *edges], [*edges, math.inf], strict=True):
-            self.stats.add(f"loss/sigma_{low:.3g}_{high:.3g}", image_loss, where=(sigma >= low) & (sigma < high))
+            self.stats.add(f"loss/sigma_{low:.3g}_{high:.3g}", image_loss, between=(low, sigma, high))
 
     @torch.no_grad()
     def _sanitize_gradients(self) -> None:
         """Undo loss scaling, replace non-finite gradients by 0 and count them; call after the all-reduce."""
-        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        gradients = _joined(p.grad for p in self.net.parameters() if p.grad is not None)
         if self.config.loss_scaling != 1:
             torch._foreach_div_(gradients, self.config.loss_scaling)
-        norm = torch.stack(torch._foreach_norm(gradients)).norm()
-        count = torch.zeros([], device=self.device)
+        count: torch.Tensor | float = 0.0
         # with a finite norm there is nothing to replace, but looking at it would stall an accelerator
-        if self.device.type != "cpu" or not norm.isfinite():
-            count = torch.stack([(~g.isfinite()).sum() for g in gradients]).sum()
-            for gradient in gradients:
-                torch.nan_to_num(gradient, nan=0, posinf=0, neginf=0, out=gradient)
+        if self.device.type != "cpu":
+            count = torch.stack([_replace_nonfinite_(part) for part in gradients]).sum()
+        norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        if self.device.type == "cpu" and not norm.isfinite():
+            count = torch.stack([_replace_nonfinite_(part) for part in gradients]).sum()
             norm = torch.stack(torch._foreach_norm(gradients)).norm()
         self.stats.add("gradient_norm", norm)
         # all ranks hold the same gradients, so each adds its part of the count
@@ -169,6 +176,42 @@ def _optimizer_and_averages(
         optimizer = ShardedAdam(net.parameters(), **arguments)
         return optimizer, ShardedEMA(net, optimizer, config.ema_stds)
     return torch.optim.Adam(net.parameters(), **arguments), PowerFunctionEMA(net, config.ema_stds)
+
+
+def _flatten_gradients_(net: nn.Module) -> torch.Tensor:
+    """Make the gradients of `net` views of one buffer, which is returned, so that few kernels see all of them."""
+    # kernels read four numbers at a time if they start at a multiple of 16 bytes, so odd sizes come last
+    parameters = sorted((p for p in net.parameters() if p.requires_grad), key=lambda p: p.numel() % 4 != 0)
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        # in the memory layout of the parameter, which fused optimizers are fastest with
+        parameter.grad = part.as_strided(parameter.shape, parameter.stride())
+    return flat
+
+
+def _joined(gradients: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The same memory as `gradients` in fewer tensors: gradients that fill one buffer become slices of it.
+
+    Slices have at most 64 Mi elements, so that temporary results stay small.
+    """
+    by_buffer: dict[int, list[torch.Tensor]] = {}
+    for gradient in gradients:
+        by_buffer.setdefault(gradient.untyped_storage()._cdata, []).append(gradient)
+    parts: list[torch.Tensor] = []
+    for found in by_buffer.values():
+        size = found[0].untyped_storage().nbytes() // found[0].element_size()
+        if sum(gradient.numel() for gradient in found) == size:
+            parts += found[0].as_strided([size], [1], 0).split(1 << 26)
+        else:
+            parts += found
+    return parts
+
+
+def _replace_nonfinite_(values: torch.Tensor) -> torch.Tensor:
+    """Replace NaN and infinity in `values` by 0, in place; returns their number, without waiting for the device."""
+    nonzero = values.count_nonzero()
+    torch.nan_to_num(values, nan=0, posinf=0, neginf=0, out=values)
+    return nonzero - values.count_nonzero()
 
 
 def _distribute(net: Preconditioner, device: torch.device) -> nn.Module:

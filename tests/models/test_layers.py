@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from edm2kit.models import layers
 from edm2kit.models.layers import convolve, mp_cat, mp_silu, mp_sum, normalize
 
 
@@ -30,3 +31,25 @@ def test_convolutions_have_the_gradients_of_torch_whatever_the_size(side):
     frozen = last[0].detach().requires_grad_()
     (convolve(frozen, weight.detach()) * factor).sum().backward()  # a loss that guides asks for this
     assert torch.allclose(frozen.grad, x.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "dims", "magnitude"), [([6, 4, 3, 3], None, 0.2), ([2, 5, 3, 2, 8], [4], 1.0)])
+def test_the_form_of_normalize_for_gpus_is_the_same_function(shape, dims, magnitude):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x[0] = 0  # a zero vector stays zero, and its gradient is finite
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for compute in (layers.normalize, lambda *args: layers._Normalized.apply(*args)[0]):
+        leaf = x.clone().requires_grad_()
+        y = compute(leaf, dims or [1, 2, 3], 1e-4, magnitude)
+        y.backward(grad)
+        found += [y.detach(), leaf.grad]
+    assert torch.allclose(found[0], found[2], rtol=1e-6, atol=1e-7)
+    assert torch.allclose(found[1], found[3], rtol=1e-5, atol=1e-5 * found[1].abs().max().item())
+
+
+def test_the_form_of_normalize_for_gpus_compiles_as_one_graph():
+    x = torch.ones(4, 8, requires_grad=True)
+    compiled = torch.compile(lambda x: layers._Normalized.apply(x, [1], 1e-4, 1.0)[0], backend="eager", fullgraph=True)
+    compiled(x).sum().backward()
+    assert x.grad is not None

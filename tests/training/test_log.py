@@ -54,13 +54,14 @@ def test_memory_is_of_this_process():
 
 
 def test_means_and_counts_since_the_last_look():
-    stats = RunningStats(torch.device("cpu"))
+    stats = RunningStats()
     assert stats.collect() == {}
     stats.add("a", torch.tensor([1.0, 2.0]))
     stats.add("a", 6.0)
     values = torch.tensor([1.0, float("inf"), 3.0])
-    stats.add("b", values, where=torch.tensor([True, False, True]))
-    stats.add("c", values, where=torch.zeros(3, dtype=torch.bool))
+    x = torch.tensor([0.0, 2.0, 1.0])
+    stats.add("b", values, between=(0.0, x, 2.0))
+    stats.add("c", values, between=(3.0, x, math.inf))
     means = stats.collect()
     assert means["a"] == (3.0, 3)
     assert means["b"] == (2.0, 2)

@@ -7,12 +7,19 @@ import torch
 from click.testing import CliRunner
 
 from edm2kit.cli import train
+from edm2kit.data.batches import MicroBatch
+from edm2kit.models.encoders import make_encoder
+from edm2kit.models.networks import NETWORKS
+from edm2kit.snapshots.file_format import Header
 from edm2kit.training import loop
-from edm2kit.training.config import TrainConfig
-from edm2kit.training.loop import drop_labels
+from edm2kit.training.config import TrainConfig, config_from_dict, preset_path, read_yaml
+from edm2kit.training.loop import Trainer, drop_labels
 from tests.support import tiny
+from tests.support.fake_gpu import DEVICE, FakeGPU
 
 NUM = 2000
+# kernels of a training step of EDM2-S with 32 images: lower the number when a step gets leaner, and do not raise it
+STEP_LAUNCHES = 5258
 LABELS = torch.eye(4)[torch.arange(NUM) % 4]
 
 
@@ -63,3 +70,51 @@ def test_train_py_drops_labels_in_the_loss_and_keeps_the_noise(tmp_path, monkeyp
         assert torch.equal(sigma, same)
         assert torch.equal(dropped, drop_labels(labels, range(16 * k, 16 * k + 16), 0.5, seed=0))
         assert 0 < (dropped.sum(dim=1) == 0).sum() < 16
+
+
+def trainer_on(device, preset, encoder, **changes):
+    """A trainer of a preset with images of 64x64, without data."""
+    config = config_from_dict({**read_yaml(preset_path(preset)), **changes}, preset)
+    architecture = NETWORKS[config.network_kind].full_architecture(
+        img_resolution=64,
+        img_channels=4 if encoder == "vae" else 3,
+        label_dim=1000,
+        sigma_data=0.5,
+        network=config.network,
+    )
+    spec = make_encoder({"kind": encoder}).spec()
+    header = Header(architecture, spec, 0, None, None, "float16", "run", {}, network=config.network_kind)
+    with device:
+        return Trainer(config, header, make_encoder(spec), device)
+
+
+def test_a_step_on_a_gpu_waits_for_nothing_and_launches_few_kernels():
+    batch = MicroBatch(torch.zeros(32, 8, 64, 64), torch.zeros(32, 1000), torch.arange(32))
+    with FakeGPU() as gpu:
+        trainer = trainer_on(DEVICE, "edm2-img512-s", "vae", batch_size=32, precision="fp16", loss_scaling=100.0)
+        trainer.step(iter([batch]), 1)
+        gpu.clear()
+        trainer.step(iter([batch]), 1)
+    assert gpu.mixed == gpu.waits == []
+    assert gpu.num_launches <= STEP_LAUNCHES, gpu.launches.most_common()
+    gpu.clear()
+    with gpu:
+        trainer.stats.collect()
+    assert len(gpu.waits) == 2  # float32 and int64 values
+
+
+def test_gradients_are_views_of_one_buffer_in_the_layout_of_their_parameters():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Conv2d(5, 2, 1)).to(memory_format=torch.channels_last)
+    flat = loop._flatten_gradients_(net)
+    net(torch.ones(1, 3, 4, 4)).sum().backward()
+    gradients = [parameter.grad for parameter in net.parameters()]
+    assert [part.data_ptr() for part in loop._joined(gradients)] == [flat.data_ptr()]
+    assert all(gradient.stride() == p.stride() for gradient, p in zip(gradients, net.parameters(), strict=True))
+    assert flat.square().sum().item() == pytest.approx(sum(gradient.square().sum().item() for gradient in gradients))
+    assert len(loop._joined([torch.ones(2), torch.ones(3)[:2]])) == 2
+
+
+def test_nonfinite_values_are_replaced_and_counted_without_waiting():
+    values = torch.tensor([1.0, math.nan, 0.0, math.inf, -math.inf, -2.0])
+    assert loop._replace_nonfinite_(values).item() == 3
+    assert values.tolist() == [1, 0, 0, 0, 0, -2]
