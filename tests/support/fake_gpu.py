@@ -24,13 +24,47 @@ DEVICE = torch.device("meta")
 
 # operations that only make or change a view, or allocate: nothing runs on the device
 _NO_KERNEL = frozenset(
-    "_has_same_storage_numel _reshape_alias _unsafe_view alias as_strided chunk detach diagonal empty empty_like "
-    "empty_strided expand is_pinned is_same_size lift_fresh new_empty new_empty_strided permute record_stream reshape "
-    "resize_ select set_ slice split split_with_sizes squeeze sym_numel sym_size t transpose unbind unfold unsqueeze "
-    "view view_as".split()
+    [
+        "_has_same_storage_numel",
+        "_reshape_alias",
+        "_unsafe_view",
+        "alias",
+        "as_strided",
+        "chunk",
+        "detach",
+        "diagonal",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "expand",
+        "is_pinned",
+        "is_same_size",
+        "lift_fresh",
+        "new_empty",
+        "new_empty_strided",
+        "permute",
+        "record_stream",
+        "reshape",
+        "resize_",
+        "select",
+        "set_",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "sym_numel",
+        "sym_size",
+        "t",
+        "transpose",
+        "unbind",
+        "unfold",
+        "unsqueeze",
+        "view",
+        "view_as",
+    ]
 )
 # operations whose result has a shape that depends on values, so the host has to wait for them
-_SHAPE_FROM_VALUES = frozenset("masked_select nonzero _unique2 unique_consecutive unique_dim".split())
+_SHAPE_FROM_VALUES = frozenset(["masked_select", "nonzero", "_unique2", "unique_consecutive", "unique_dim"])
 # a launch of torch's multi-tensor kernels takes this many tensors, by the number of lists (multi_tensor_apply.cuh),
 # and this many chunks of so many elements
 _TENSORS_PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
@@ -66,7 +100,7 @@ class FakeGPU(TorchDispatchMode):
         self.launches.clear()
 
     def __enter__(self) -> "FakeGPU":
-        import torch._dynamo  # noqa: F401  # imported by torch itself on the way, which fails on a patched torch
+        import torch._dynamo  # imported by torch itself on the way, which fails on a patched torch
 
         self._patches.enter_context(mock.patch.object(torch, "Generator", _Generator))
         for module in ("torch.optim.adam", "torch.optim.optimizer", "torch.utils._foreach_utils"):
