@@ -37,10 +37,7 @@ class RunningStats:
         self._pending: list[tuple[str, torch.Tensor | float, tuple[float, torch.Tensor, float] | None]] = []
 
     def add(
-        self,
-        name: str,
-        values: torch.Tensor | float,
-        between: tuple[float, torch.Tensor, float] | None = None,
+        self, name: str, values: torch.Tensor | float, between: tuple[float, torch.Tensor, float] | None = None
     ) -> None:
         """Add all of `values`, or with `between` = (low, x, high) those with low <= x < high, x shaped as `values`.
 
@@ -54,17 +51,11 @@ class RunningStats:
 
     def _sum_up(self) -> None:
         """Add the values kept so far to the sums."""
-        kept: dict[int, torch.Tensor] = {}
-        for _, values, between in self._pending:
-            for tensor in (values, between[1] if between else None):
-                if isinstance(tensor, torch.Tensor):
-                    kept[id(tensor)] = tensor
+        used = [x for _, values, between in self._pending for x in (values, between and between[1])]
+        kept = {id(x): x for x in used if isinstance(x, torch.Tensor)}
         on_host = dict(zip(kept, _on_host(list(kept.values())), strict=True))
         for name, values, between in self._pending:
-            if isinstance(values, torch.Tensor):
-                numbers = on_host[id(values)].double()
-            else:
-                numbers = torch.tensor(values, dtype=torch.float64)
+            numbers = on_host.get(id(values), torch.as_tensor(values)).double()
             if between is not None:
                 low, x, high = between
                 numbers = numbers[(on_host[id(x)] >= low) & (on_host[id(x)] < high)]
@@ -87,19 +78,11 @@ class RunningStats:
 
 
 def _on_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Copies of `tensors` on the CPU; all tensors of one device and dtype come in a single copy."""
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for number, tensor in enumerate(tensors):
-        groups.setdefault((tensor.device, tensor.dtype), []).append(number)
-    copies = list(tensors)
-    for (device, _), numbers in groups.items():
-        if device.type == "cpu":
-            continue
-        # to the CPU first, float64 there: an Apple GPU has no float64
-        flat = torch.cat([tensors[number].flatten() for number in numbers]).cpu()
-        for number, part in zip(numbers, flat.split([tensors[n].numel() for n in numbers]), strict=True):
-            copies[number] = part.view(tensors[number].shape)
-    return copies
+    """`tensors` of one device as float32 on the CPU, in a single copy; an Apple GPU has no float64."""
+    if not tensors:
+        return []
+    flat = torch.cat([tensor.flatten().float() for tensor in tensors]).cpu()
+    return [p.view(t.shape) for p, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
 class RunLog:
