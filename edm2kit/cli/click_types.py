@@ -56,9 +56,10 @@ class _Base(click.Command):
             title = getattr(parameter, "section", OTHER)
             sections.setdefault(title, []).append(line)
         last = sections.pop(OTHER, [])
-        sections = {title: lines for title, lines in sections.items() if lines}
-        sections[OTHER if sections else "Options"] = last
-        for title, lines in sections.items():
+        filled = [(title, lines) for title, lines in sections.items() if lines]
+        last_title = OTHER if filled else "Options"
+        filled.append((last_title, last))
+        for title, lines in filled:
             with formatter.section(title):
                 formatter.write_dl(lines, col_max=26)
 

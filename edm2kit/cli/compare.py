@@ -233,7 +233,12 @@ def sheet(outdir: Path, images: int, dest: Path | None, device: str, **given: An
     with dist.session(device) as picked:
         lines = []
         for row in rows:
-            strips = [_strip(row, weight, networks, images, picked) for weight in row.weights or (None,)]
+            strips = []
+            for weight in row.weights or (None,):
+                generation = prepare(row.request(weight, networks, "--balanced"), picked)
+                pixels = [one for batch in generation.batches(range(images), images) for one in batch.images.numpy()]
+                title = "" if weight is None else f"w = {weight:g}"
+                strips.append(Strip(title, [to_image(one) for one in pixels]))
             lines.append((row.title, strips))
         with atomic_write(path) as file:
             draw_sheet(lines).save(file, "PNG", optimize=True)
@@ -269,14 +274,6 @@ def _best_weight(row: ComparisonRow, outdir: Path, seeds: Sequence[int]) -> floa
     if not row.weights:
         return None
     return best_weight(row.name, read_record(outdir / "tune" / f"{row.name}.json"), row.weights, seeds, METRIC)
-
-
-def _strip(
-    row: ComparisonRow, weight: float | None, networks: Mapping[str, str], count: int, device: torch.device
-) -> Strip:
-    generation = prepare(row.request(weight, networks, "--balanced"), device)
-    images = [to_image(pixels) for batch in generation.batches(range(count), count) for pixels in batch.images.numpy()]
-    return Strip("" if weight is None else f"w = {weight:g}", images)
 
 
 if __name__ == "__main__":

@@ -60,19 +60,20 @@ def main(source: str, dest: Path, workers: int, overwrite: bool) -> None:
 def find_pickles(source: str, dest: Path) -> Sequence[tuple[Path, Path]]:
     """(pickle, snapshot to write) for each file. Raises ValueError if there is none."""
     path = fetch(source)
-    if path.is_dir():
-        if dest.suffix == ".safetensors" or dest.is_file():
-            raise ValueError(f"{source} is a folder, so --dest must be a folder too; got {dest}")
-        pickles = [file for file in sorted(path.glob("*.pkl")) if file.is_file()]
-        if not pickles:
-            raise ValueError(f"{source}: no .pkl file in this folder")
-    elif is_published_pickle(path):
-        pickles = [path]
-    else:
-        raise ValueError(f"{source} is not a pickle; only published .pkl snapshots need converting")
-    if dest.suffix == ".safetensors":
-        return [(path, dest)]
-    return [(file, dest / f"{file.stem}.safetensors") for file in pickles]
+    if not path.is_dir():
+        if not is_published_pickle(path):
+            raise ValueError(f"{source} is not a pickle; only published .pkl snapshots need converting")
+        target = dest if dest.suffix == ".safetensors" else dest / f"{path.stem}.safetensors"
+        return [(path, target)]
+    if dest.suffix == ".safetensors" or dest.is_file():
+        raise ValueError(f"{source} is a folder, so --dest must be a folder too; got {dest}")
+    jobs = []
+    for file in sorted(path.glob("*.pkl")):
+        if file.is_file():
+            jobs.append((file, dest / f"{file.stem}.safetensors"))
+    if not jobs:
+        raise ValueError(f"{source}: no .pkl file in this folder; give one with published snapshots")
+    return jobs
 
 
 def convert(path: Path, target: Path, overwrite: bool) -> bool:

@@ -79,7 +79,8 @@ def value_text(value: Any, metavar: str | None = None) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, tuple):
-        return ",".join(f"{number:g}" for number in value)
+        numbers = [f"{number:g}" for number in value]
+        return ",".join(numbers)
     return str(value)
 
 

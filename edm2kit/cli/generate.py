@@ -78,19 +78,22 @@ class ImageFolder:
         folder never holds a mixture. To be called on rank 0. Raises ValueError with the differences.
         """
         old = read_record(self.path / RECORD)
+        reasons = []
         if old is not None:
             reasons = settings_differences(old["settings"], self.all_settings)
         else:
             existing = [self.file(seed) for seed in seeds if self.file(seed).exists()]
-            reasons = [f"{existing[0].name} without {RECORD}"] if existing else []
-        if reasons and not overwrite:
-            raise ValueError(
-                f"{self.path} holds images made with other settings ({'; '.join(reasons[:4])}); "
-                "choose another folder, or use --overwrite to replace them"
-            )
-        if overwrite:
-            self._remove(seeds)
-        if overwrite and reasons and old is not None:
+            if existing:
+                reasons = [f"{existing[0].name} without {RECORD}"]
+        if not overwrite:
+            if reasons:
+                raise ValueError(
+                    f"{self.path} holds images made with other settings ({'; '.join(reasons[:4])}); "
+                    "choose another folder, or use --overwrite to replace them"
+                )
+            return
+        self._remove(seeds)
+        if old is not None and reasons:
             before = ImageFolder(self.path, old["settings"].get("subdirs", False), {})
             for run in old["runs"]:
                 before._remove(cli.IntRanges().convert(run["seeds"], None, None))
@@ -208,9 +211,14 @@ def main(
         --guidance 2 --seeds 0-63 --outdir out
     torchrun --standalone --nproc-per-node 8 generate.py --net ... --outdir out
     """
-    path = _folder_of(outdir, npz)
+    if outdir is not None and npz is None:
+        path = outdir
+    elif npz is not None and outdir is None:
+        path = npz.with_name(f"{npz.name}.parts")  # until all images are complete
+    else:
+        raise click.UsageError("give one of --outdir (a PNG per seed) and --npz (one file)")
     if subdirs and outdir is None:
-        raise click.UsageError("--subdirs goes with --outdir")
+        raise click.UsageError("--subdirs goes with --outdir; --npz writes a single file")
     for seed, count in Counter(seeds).items():
         if count > 1:
             raise click.UsageError(f"--seeds names {seed} more than once")
@@ -228,15 +236,6 @@ def main(
             dist.on_rank0(_write_grid, grid, folder, seeds)
         if npz is not None:
             dist.on_rank0(_pack, npz, folder, seeds)
-
-
-def _folder_of(outdir: Path | None, npz: Path | None) -> Path:
-    """The folder that images are written to: --outdir, or one beside --npz until all images are complete."""
-    if outdir is not None and npz is None:
-        return outdir
-    if npz is not None and outdir is None:
-        return npz.with_name(f"{npz.name}.parts")
-    raise click.UsageError("give one of --outdir (a PNG per seed) and --npz (one file)")
 
 
 def _generate(

@@ -142,7 +142,7 @@ def prepare(request: Request, device: torch.device, labels_from_data: bool = Fal
     settings = {
         **{name: None for name in ("net", "gnet", "uncond")},
         **{name: _identity(getattr(request, name), snapshot) for name, snapshot in snapshots.items()},
-        "guidance": {**_settings_of(request.guidance), "steps": _guided_steps(request)},
+        "guidance": _guidance_settings(request),
         "sampler": plain_json(dataclasses.asdict(request.sampler)),
         "classes": None if classes is None or vectors is not None else list(classes),
         "vae_sha256": vae_sha256(main.encoder.vae_name) if isinstance(main.encoder, StabilityVAEEncoder) else None,
@@ -273,23 +273,19 @@ def _identity(source: str, snapshot: Snapshot) -> dict[str, Any]:
     return plain_json({"sha256": sha256_of(local_file(source)), **known})
 
 
-def _settings_of(choice: Choice) -> dict[str, Any]:
-    settings = dict(vars(choice))
+def _guidance_settings(request: Request) -> dict[str, Any]:
+    """The guidance as records hold it; `steps` are the steps inside the interval, None without an interval."""
+    settings = dict(vars(request.guidance))
     # records from before these settings existed lack them, and must stay equal
     for name, default in {"also": (), "rule": "linear", "schedule": "constant"}.items():
         if settings[name] == default:
             del settings[name]
+    settings["steps"] = None
+    if request.guidance.interval is not None:
+        settings["steps"] = list(guided_steps(request.sampler.sigmas(), *request.guidance.interval))
+        if not settings["steps"]:
+            dist.warn0("the guidance interval contains no step of this schedule, so nothing is guided")
     return plain_json(settings)
-
-
-def _guided_steps(request: Request) -> list[int] | None:
-    """The numbers of the steps inside the guidance interval; None without an interval."""
-    if request.guidance.interval is None:
-        return None
-    steps = guided_steps(request.sampler.sigmas(), *request.guidance.interval)
-    if not steps:
-        dist.warn0("the guidance interval contains no step of this schedule, so nothing is guided")
-    return list(steps)
 
 
 def _summary(request: Request, snapshots: Mapping[str, Snapshot], classes: Sequence[int] | None, precision: str) -> str:

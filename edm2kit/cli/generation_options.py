@@ -73,7 +73,7 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         request = _take_request(options)
         return command(request=request, **options)
 
-    for section in reversed(_sections()):
+    for section in reversed(_option_sections()):
         with_request = section(with_request)
     return with_request
 
@@ -92,7 +92,7 @@ def parse_request(words: Sequence[str]) -> Request:
         raise ValueError(f"{' '.join(words)!r} asks for no images: {error.format_message()}") from error
 
 
-def _sections() -> list[cli.Decorator]:
+def _option_sections() -> list[cli.Decorator]:
     return [
         cli.section(
             "Networks",
@@ -223,7 +223,7 @@ def _take_request(options: dict[str, Any]) -> Request:
     """Remove the options that belong to a request from `options`, and return the request."""
     name = options.pop("preset")
     if name is not None:
-        _fill_in(options, name)
+        _apply_preset(options, name)
     if options["net"] is None:
         raise click.UsageError("give --net, or --preset")
     if options.pop("balanced"):
@@ -234,7 +234,7 @@ def _take_request(options: dict[str, Any]) -> Request:
     return Request(guidance=guidance, sampler=sampler, **cli.given_options(options, _FIELDS[Request]))
 
 
-def _fill_in(options: dict[str, Any], preset_name: str) -> None:
+def _apply_preset(options: dict[str, Any], preset_name: str) -> None:
     """Give the options that were left open the values of a preset."""
     try:
         preset = find_preset(preset_name)
@@ -272,7 +272,13 @@ def _take_guidance(options: dict[str, Any]) -> Choice:
     also, rule, schedule = options.pop("also"), options.pop("rule"), options.pop("schedule")
     names = [method, *(name for name, _ in also)]
     own_options = _take_method_options(options, {**{name: METHODS[name] for name in names}, rule: RULES[rule]})
-    _check_networks(names, options["gnet"], options["uncond"])
+    for name in names:
+        if METHODS[name].needs_gnet and options["gnet"] is None:
+            raise click.UsageError(f"--guidance-method {name} needs --gnet")
+    if options["gnet"] is not None and not any(METHODS[name].needs_gnet or METHODS[name].takes_gnet for name in names):
+        raise click.UsageError(f"--guidance-method {method} takes no --gnet")
+    if options["uncond"] is not None and not any(METHODS[name].takes_uncond for name in names):
+        raise click.UsageError(f"--guidance-method {method} takes no --uncond")
     weight, interval = options.pop("weight"), options.pop("interval")
     if method == "none":
         if weight not in (None, 1) or interval is not None:
@@ -305,18 +311,3 @@ def _take_method_options(options: dict[str, Any], chosen: dict[str, Method | Rul
             kind = "method" if name in METHODS else "rule"
             raise click.UsageError(f"--{option.name} belongs to --guidance-{kind} {name}, not {', '.join(chosen)}")
     return taken
-
-
-def _check_networks(names: Sequence[str], gnet: str | None, uncond: str | None) -> None:
-    """Refuse a network that is missing or would not be used."""
-    takes_gnet = takes_uncond = False
-    for name in names:
-        method = METHODS[name]
-        if method.needs_gnet and gnet is None:
-            raise click.UsageError(f"--guidance-method {name} needs --gnet")
-        takes_gnet |= method.needs_gnet or method.takes_gnet
-        takes_uncond |= method.takes_uncond
-    if gnet is not None and not takes_gnet:
-        raise click.UsageError(f"--guidance-method {names[0]} takes no --gnet")
-    if uncond is not None and not takes_uncond:
-        raise click.UsageError(f"--guidance-method {names[0]} takes no --uncond")

@@ -161,19 +161,16 @@ def _nimg_of(kimg: int, inputs: Sequence[Weights]) -> int:
 
 def _check_overwriting(inputs: Sequence[Weights], outputs: Sequence[Output], paths: Sequence[Path]) -> None:
     """Raise ValueError if an output would replace anything but an earlier version of itself."""
-    input_paths = {weights.path.resolve() for weights in inputs if weights.path}
+    input_paths = [weights.path.resolve() for weights in inputs if weights.path]
     for output, path in zip(outputs, paths, strict=True):
         if path.resolve() in input_paths:
             raise ValueError(f"{path} is one of the inputs; choose another --outprefix or --outdir")
-        existing = _header_of(path)
-        if existing is not None and not _is_version_of(existing, output.header):
+        existing, wanted = _header_of(path), output.header
+        if existing is None:
+            continue
+        same = (existing.run_id, existing.nimg, existing.ema_std) == (wanted.run_id, wanted.nimg, wanted.ema_std)
+        if existing.recipe is None or not same:
             raise ValueError(f"{path} holds another network; choose another --outprefix or --outdir")
-
-
-def _is_version_of(existing: Header, wanted: Header) -> bool:
-    """Whether both are rebuilt EMAs of the same length at the same time of one run."""
-    same = (existing.run_id, existing.nimg, existing.ema_std) == (wanted.run_id, wanted.nimg, wanted.ema_std)
-    return same and existing.recipe is not None
 
 
 def _header_of(path: Path) -> Header | None:
@@ -193,7 +190,7 @@ def _is_complete(path: Path, output: Output) -> bool:
 
 
 def _report(plan: Plan) -> None:
-    """Print what the input holds, and a line for each output with its expected quality."""
+    """Print what the input holds and how well each output can be rebuilt; warn of those unlike their names."""
     headers = [weights.header for weights in plan.inputs]
     nimg = sorted({header.nimg for header in headers})
     stds = sorted({_std_of(header) for header in headers})
@@ -215,18 +212,13 @@ def _report(plan: Plan) -> None:
             f"{output.header.nimg:>12} {output.header.ema_std:>7.4g} {width:>7} {fit.error:>10.3%} "
             f"{fit.rounding:>9.3%}  {path.name}{note}"
         )
-    _warn(plan.outputs)
-
-
-def _warn(outputs: Sequence[Output]) -> None:
-    """Warn of outputs that differ from what their names promise."""
-    poor = {_std_of(output.header) for output in outputs if output.fit.error > _POOR_FIT}
+    poor = {_std_of(output.header) for output in plan.outputs if output.fit.error > _POOR_FIT}
     if poor:
         dist.warn0(
             f"fit error above {_POOR_FIT:.0%} for {_lengths(poor)}: these averages differ from what their names say. "
             "The snapshots are too few or too far apart for such lengths"
         )
-    coarse = {_std_of(output.header) for output in outputs if output.fit.rounding > _COARSE}
+    coarse = {_std_of(output.header) for output in plan.outputs if output.fit.rounding > _COARSE}
     if coarse:
         dist.warn0(
             f"rounding above {_COARSE:.0%} for {_lengths(coarse)}: rebuilding magnifies the rounding error of the "

@@ -105,8 +105,14 @@ def plan(
             tflops = measure_flops(cells[0], picked, resolved, batch) / 1e12
             dist.print0(f"measured on {cells[0].net.run}: {tflops:.3g} Tflop/s, {resolved}, batch {batch}\n")
         costs = [cell_cost(cell, loaded.sampler) for cell in cells]
-        for line in [*_cost_lines(costs, num * seeds, tflops), "", *_file_lines(costs), *_rebuilding_lines(costs)]:
+        for line in [*_cost_lines(costs, num * seeds, tflops), "", *_file_lines(costs)]:
             dist.print0(line)
+        for network in {network.name: network for cell in cells for network in cell.networks}.values():
+            if network.fit is not None:
+                dist.print0(
+                    f"{network.name} will be rebuilt from {len(network.urls)} raw snapshots, "
+                    f"fit error {network.fit.error:.2g}"
+                )
 
 
 def _cost_lines(costs: Sequence[CellCost], images: int, tflops: float | None) -> list[str]:
@@ -133,36 +139,27 @@ def _file_lines(costs: Sequence[CellCost]) -> list[str]:
     missing = [file for file in files.values() if not file.is_here]
     size = sum(file.num_bytes or 0 for file in missing)
     free = free_bytes(cache_folder())
-    verdict = ": not enough" if size > free else ""
+    verdict = f"{free / 1e9:.2f} GB free"
+    if size > free:
+        verdict += ": not enough"
     lines = [
         f"{len(files)} files, {len(missing)} of them to download, about {size / 1e9:.2f} GB, to {cache_folder()} "
-        f"({free / 1e9:.2f} GB free{verdict}):"
+        f"({verdict}):"
     ]
     by_place: dict[str, list[NeededFile]] = {}
     for file in files.values():
-        by_place.setdefault(_place(file.url), []).append(file)
-    return lines + [_place_line(place, group) for place, group in by_place.items()]
-
-
-def _place(url: str) -> str:
-    """The URL, or its folder for raw snapshots, which are many."""
-    return url.rsplit("/", 1)[0] + "/" if "/raw-snapshots/" in url else url
-
-
-def _place_line(place: str, files: Sequence[NeededFile]) -> str:
-    sizes = [file.num_bytes for file in files if file.num_bytes is not None]
-    shown = f"{sum(sizes) / 1e9:.3f} GB" if len(sizes) == len(files) else "size unknown"
-    here = sum(file.is_here for file in files)
-    return f"  {here} of {len(files)} here{shown:>15s}  {place}"
-
-
-def _rebuilding_lines(costs: Sequence[CellCost]) -> list[str]:
-    networks = {network.name: network for cost in costs for network in cost.cell.networks}
-    return [
-        f"{network.name} will be rebuilt from {len(network.urls)} raw snapshots, fit error {network.fit.error:.2g}"
-        for network in networks.values()
-        if network.fit is not None
-    ]
+        place = file.url
+        if "/raw-snapshots/" in place:  # these are many: a line for their folder
+            place = place.rsplit("/", 1)[0] + "/"
+        by_place.setdefault(place, []).append(file)
+    for place, group in by_place.items():
+        sizes = [file.num_bytes for file in group if file.num_bytes is not None]
+        shown = f"{sum(sizes) / 1e9:.3f} GB"
+        if len(sizes) < len(group):
+            shown = "size unknown"
+        here = sum(file.is_here for file in group)
+        lines.append(f"  {here} of {len(group)} here{shown:>15s}  {place}")
+    return lines
 
 
 @main.command()

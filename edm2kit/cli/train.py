@@ -107,7 +107,7 @@ def compose_config(preset: str | None, config_file: str | None, options: Mapping
     if preset and config_file:
         raise ValueError("--preset and --config both name a configuration; give one")
     path = preset_path(preset) if preset else config_file
-    values = read_yaml(path) if path else {}
+    values = {} if path is None else read_yaml(path)
     given = {name: value for name, value in options.items() if value is not None}
     if "fp16" in given:
         if "precision" in given:
@@ -117,11 +117,11 @@ def compose_config(preset: str | None, config_file: str | None, options: Mapping
         encoder = values.get("encoder") or {}
         values["encoder"] = {**encoder, "kind": "vae", "vae_name": given.pop("vae")}
     network = dict(values.get("network") or {})
-    if "channels" in given:
-        network["model_channels"] = given.pop("channels")
-    if "dropout" in given:
-        network["dropout"] = given.pop("dropout")
-    return config_from_dict({**values, **given, "network": network}, str(path or "options"))
+    for option, argument in (("channels", "model_channels"), ("dropout", "dropout")):
+        if option in given:
+            network[argument] = given.pop(option)
+    where = "options" if path is None else str(path)
+    return config_from_dict({**values, **given, "network": network}, where)
 
 
 def check_decoder(run: Run, device: torch.device) -> None:

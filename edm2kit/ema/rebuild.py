@@ -168,14 +168,16 @@ def check_inputs(inputs: Sequence[Weights]) -> None:
 def _check_same_network(weights: Weights, first: Weights) -> None:
     for field in ("network", "architecture", "encoder", "run_id"):
         # a header made in memory may hold tuples where one from a file has lists
-        theirs, ours = (json.loads(json.dumps(getattr(w.header, field))) for w in (weights, first))
+        theirs = json.loads(json.dumps(getattr(weights.header, field)))
+        ours = json.loads(json.dumps(getattr(first.header, field)))
+        if theirs == ours:
+            continue
         where = f"{weights.name} and {first.name} differ in {field}"
-        if isinstance(ours, dict):
-            for key in {**theirs, **ours}:
-                if theirs.get(key) != ours.get(key):
-                    raise ValueError(f"{where}: {key} is {theirs.get(key)}, not {ours.get(key)}")
-        elif theirs != ours:
+        if not isinstance(ours, dict):
             raise ValueError(f"{where}: {theirs!r}, not {ours!r}")
+        keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+        if keys:
+            raise ValueError(f"{where}: {keys[0]} is {theirs.get(keys[0])}, not {ours.get(keys[0])}")
 
 
 def _output_header(inputs: Sequence[Weights], coefficients: np.ndarray, nimg: int, std: float, dtype: str) -> Header:

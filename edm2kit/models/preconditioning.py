@@ -88,8 +88,9 @@ class RawNetwork(nn.Module):
 
     def recomputes(self, x: torch.Tensor, edits: Edits) -> bool:
         """Whether a forward pass with input `x` should store no activations of its blocks."""
-        runs_once = bool(edits.dropout or edits.return_attention)  # draws random numbers, or collects maps
-        if runs_once or not torch.is_grad_enabled():
+        if edits.dropout or edits.return_attention:
+            return False  # a second pass would use other random numbers, or collect the maps twice
+        if not torch.is_grad_enabled():
             return False
         if self.training:
             return self.recompute_in_training

@@ -123,7 +123,13 @@ def open_sources(sources: Sequence[str | Path], prefix: str = "", stds: Iterable
         condition = f" with names that start with {prefix!r}" if prefix else ""
         raise ValueError(f"found no training snapshots{condition} in {where}")
     if stds is not None:
-        found = _with_stds(found, set(stds), where)
+        wanted = set(stds)
+        available = {weights.header.ema_std for weights in found if weights.header.ema_std is not None}
+        missing = wanted - available
+        if missing:
+            lengths = ", ".join(map(str, sorted(available)))
+            raise ValueError(f"no snapshot in {where} has the EMA length {min(missing)}; available: {lengths}")
+        found = [weights for weights in found if weights.header.ema_std in wanted]
     return sorted(found, key=lambda weights: (weights.header.nimg, weights.header.ema_std or 0))
 
 
@@ -138,15 +144,6 @@ def _training_snapshots(folder: Path, prefix: str) -> list[Weights]:
         if weights.header.recipe is None:
             found.append(weights)
     return found
-
-
-def _with_stds(found: list[Weights], stds: set[float], where: str) -> list[Weights]:
-    available = {weights.header.ema_std for weights in found if weights.header.ema_std is not None}
-    missing = stds - available
-    if missing:
-        lengths = ", ".join(map(str, sorted(available)))
-        raise ValueError(f"no snapshot in {where} has the EMA length {min(missing)}; available: {lengths}")
-    return [weights for weights in found if weights.header.ema_std in stds]
 
 
 class WeightReader:
@@ -187,16 +184,14 @@ class WeightReader:
         tensor = self.weights.tensors[name]
         assert isinstance(tensor, TensorInFile)
         offset = tensor.offset + start * tensor.dtype.itemsize
+        assert self._file is not None
         while out:
-            count = self._read_some(out, offset)
+            if hasattr(os, "preadv"):
+                count = os.preadv(self._file.fileno(), [out], offset)
+            else:
+                with self._lock:
+                    self._file.seek(offset)
+                    count = self._file.readinto(out) or 0
             if not count:
                 raise ValueError(f"{self.weights.path} was truncated while it was being read; copy or write it again")
             out, offset = out[count:], offset + count
-
-    def _read_some(self, out: memoryview, offset: int) -> int:
-        assert self._file is not None
-        if hasattr(os, "preadv"):
-            return os.preadv(self._file.fileno(), [out], offset)
-        with self._lock:
-            self._file.seek(offset)
-            return self._file.readinto(out) or 0

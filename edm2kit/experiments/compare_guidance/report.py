@@ -57,23 +57,23 @@ def document_parts(record: Record) -> dict[str, str]:
 
 def score_table(record: Record) -> str:
     """Markdown table of the rows at their best weights: real images first, then by distance."""
-    rows = sorted(record["rows"], key=lambda row: (row["name"] != REAL.name, _mean(row["points"], METRIC)))
+    rows = []
+    for row in sorted(record["rows"], key=lambda row: (row["name"] != REAL.name, _mean(row["points"], METRIC))):
+        weight = row["points"][0]["weight"]
+        tried = dict.fromkeys(point["weight"] for point in row["tuning"] if point["weight"] is not None)
+        rows.append(
+            [
+                row["title"],
+                "" if weight is None else f"{weight:g}",
+                ", ".join(f"{one:g}" for one in tried),
+                row["cost"],
+                f"{_mean(row['points'], METRIC):.3f}",
+                ", ".join(f"{point['results'][METRIC]:.3f}" for point in row["points"]),
+                *(f"{_mean(row['points'], f'{METRIC}.{share}'):.2f}" for share in SHARES),
+            ]
+        )
     head = [f"{record['num_images']} images each", "w", "of", "evaluations", METRIC, "each", *SHARES]
-    return markdown_table(head, [_score_cells(row) for row in rows], "lrllrlrrr")
-
-
-def _score_cells(row: Record) -> list[str]:
-    weight = row["points"][0]["weight"]
-    tried = dict.fromkeys(point["weight"] for point in row["tuning"] if point["weight"] is not None)
-    return [
-        row["title"],
-        "" if weight is None else f"{weight:g}",
-        ", ".join(f"{one:g}" for one in tried),
-        row["cost"],
-        f"{_mean(row['points'], METRIC):.3f}",
-        ", ".join(f"{point['results'][METRIC]:.3f}" for point in row["points"]),
-        *(f"{_mean(row['points'], f'{METRIC}.{share}'):.2f}" for share in SHARES),
-    ]
+    return markdown_table(head, rows, "lrllrlrrr")
 
 
 def _mean(points: Sequence[Point], metric: str) -> float:

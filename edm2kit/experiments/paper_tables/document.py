@@ -6,7 +6,7 @@ from typing import Any
 
 from edm2kit.experiments.documents import markdown_table
 from edm2kit.experiments.paper_tables.networks import PublishedNetwork, profile_fit_of
-from edm2kit.experiments.paper_tables.plan import CellCost, cell_cost
+from edm2kit.experiments.paper_tables.plan import cell_cost
 from edm2kit.experiments.paper_tables.tables import Table, load_table, table_names
 from edm2kit.torch_utils.files import provenance
 
@@ -36,26 +36,23 @@ def _table_record(table: Table) -> dict[str, Any]:
     cells = []
     for cell in table.cells():
         cost = cell_cost(cell, table.sampler)
-        cells.append(_cell_record(cost))
         sizes |= {file.url: file.num_bytes or 0 for file in cost.files}
+        urls = {url for network in cell.networks for url in network.urls}
+        cells.append(
+            {
+                "name": cell.name,
+                "published": cell.value,
+                "networks": [network.name for network in cell.networks],
+                "network_files": len(urls),
+                "network_bytes": sum(sizes[url] for url in urls),
+                "evaluations": [cost.net_evaluations, cost.gnet_evaluations],
+                "multiply_adds": cost.multiply_adds,
+            }
+        )
     return {
         "bytes": sum(sizes.values()),
         "bytes_of_raw_snapshots": sum(size for url, size in sizes.items() if "/raw-snapshots/" in url),
         "cells": cells,
-    }
-
-
-def _cell_record(cost: CellCost) -> dict[str, Any]:
-    urls = {url for network in cost.cell.networks for url in network.urls}
-    sizes = {file.url: file.num_bytes or 0 for file in cost.files}
-    return {
-        "name": cost.cell.name,
-        "published": cost.cell.value,
-        "networks": [network.name for network in cost.cell.networks],
-        "network_files": len(urls),
-        "network_bytes": sum(sizes[url] for url in urls),
-        "evaluations": [cost.net_evaluations, cost.gnet_evaluations],
-        "multiply_adds": cost.multiply_adds,
     }
 
 

@@ -2,12 +2,11 @@
 
 import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edm2kit.experiments.documents import markdown_table
-from edm2kit.experiments.paper_tables.networks import ProfileFit, PublishedNetwork
 from edm2kit.experiments.paper_tables.run import describe, read_record
 from edm2kit.experiments.paper_tables.tables import Cell, Table, TableRow
 
@@ -23,34 +22,25 @@ def lines_of(table: Table, outdir: Path) -> Sequence[Line]:
     """
     lines = []
     for row in table.rows:
-        for cell in row.cells:
-            lines.append(_line(table, row, cell, _read(table, cell, outdir)))
-    for column in list(lines[0]):
-        if not any(line[column] for line in lines):
-            for line in lines:
-                del line[column]
-    return lines
+        lines += [_line(table, row, cell, _read(table, cell, outdir)) for cell in row.cells]
+    used = [column for column in lines[0] if any(line[column] for line in lines)]
+    return [{column: line[column] for column in used} for line in lines]
 
 
 def notes_of(table: Table, outdir: Path) -> list[str]:
     """What a reader has to know besides the numbers."""
     notes = [f"{row.group}, {row.setting}: {row.note}." for row in table.rows if row.note]
-    for cell in table.cells():
-        for network in cell.networks:
-            if network.fit is not None:
-                notes.append(_fit_note(network, network.fit))
+    for network in [network for cell in table.cells() for network in cell.networks]:
+        if network.fit is not None:
+            notes.append(
+                f"{network.name} is not published. It was rebuilt from {len(network.urls)} raw snapshots; relative "
+                f"error of the EMA profile: {network.fit.error:.2g}."
+            )
     for cell in table.cells():
         record = _read(table, cell, outdir)
         if record is not None:
             notes += _comparison_notes(record)
     return list(dict.fromkeys(notes))
-
-
-def _fit_note(network: PublishedNetwork, fit: ProfileFit) -> str:
-    return (
-        f"{network.name} is not published. It was rebuilt from {len(network.urls)} raw snapshots; relative error of "
-        f"the EMA profile: {fit.error:.2g}."
-    )
 
 
 def _comparison_notes(record: Record) -> list[str]:
@@ -76,7 +66,11 @@ def html_page(table: Table, lines: Sequence[Line], notes: Sequence[str]) -> str:
     """The report as a self-contained page."""
     title = html.escape(table.title)
     head = "".join(f"<th>{html.escape(column)}</th>" for column in lines[0])
-    rows = "\n".join(f"<tr>{_html_cells(line.values())}</tr>" for line in lines)
+    body = []
+    for line in lines:
+        cells = "".join(f"<td>{html.escape(text)}</td>" for text in line.values())
+        body.append(f"<tr>{cells}</tr>")
+    rows = "\n".join(body)
     listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
@@ -85,10 +79,6 @@ def html_page(table: Table, lines: Sequence[Line], notes: Sequence[str]) -> str:
         f"<body><h1>{title}</h1><p>{html.escape(table.source)}</p>\n<table>\n<tr>{head}</tr>\n{rows}\n</table>\n"
         f"<ul>{listed}</ul></body></html>\n"
     )
-
-
-def _html_cells(texts: Iterable[str]) -> str:
-    return "".join(f"<td>{html.escape(text)}</td>" for text in texts)
 
 
 def _read(table: Table, cell: Cell, outdir: Path) -> Record | None:

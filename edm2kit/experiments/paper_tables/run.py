@@ -128,7 +128,8 @@ def measure_cell(table: Table, cell: Cell, options: MeasureOptions, outdir: Path
     for first in missing:
         found = _measure_range(record, generation, scorer, options, partial_path, first)
         record["runs"][str(first)] = found
-        dist.on_rank0(_finish_range, path, partial_path, record)
+        dist.on_rank0(write_json, path, record)
+        dist.on_rank0(partial_path.unlink, True)
         last = first + options.num - 1
         dist.print0(f"{cell.name}, seeds {first}-{last}: {found['value']:.6g} (published {cell.value})")
     return None
@@ -207,8 +208,8 @@ def _measure_range(
     """The value of the images of seeds first ... first + options.num - 1, resumed from `path` if possible."""
     metric = record["asked"]["metric"]
     owner = json.loads(json.dumps({"asked": record["asked"], "settings": generation.settings, "first_seed": first}))
-    state: list[PartialStatistics] = []  # one element, on rank 0 only
-    done, save_every = dist.on_rank0(_start, state, path, owner, options.save_every)
+    saved = SavedRange(path)
+    done, save_every = dist.on_rank0(saved.open, owner, options.save_every)
     made_by = {**provenance(scorer.device), "processes": dist.world_size(), "batch": options.batch}
     if done:
         dist.print0(f"Resuming after {done} of {options.num} images")
@@ -219,14 +220,38 @@ def _measure_range(
         batches = (batch.images for batch in generation.batches(range(first + done, first + stop), options.batch))
         count, statistics = image_statistics(batches, scorer.detectors, scorer.device)
         elapsed_sec = time.monotonic() - started
-        dist.on_rank0(_extend, state, path, count, statistics[metric], elapsed_sec, made_by)
+        dist.on_rank0(saved.extend, count, statistics[metric], elapsed_sec, made_by)
         done = stop
-    return dist.on_rank0(_result, state, scorer.reference, metric, first)
+    return dist.on_rank0(saved.result, scorer.reference, metric, first)
 
 
-def _start(state: list[PartialStatistics], path: Path, owner: Mapping[str, Any], save_every: int) -> tuple[int, int]:
-    state.append(load_partial(path, owner, save_every))
-    return state[0].done, state[0].save_every
+class SavedRange:
+    """The images of one seed range measured so far, kept in the file `path`; used on rank 0 only."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.partial = PartialStatistics({}, 0)
+
+    def open(self, owner: Mapping[str, Any], save_every: int) -> tuple[int, int]:
+        """Read what the file holds of `owner`; returns the number of images and the distance between saves."""
+        self.partial = load_partial(self.path, owner, save_every)
+        return self.partial.done, self.partial.save_every
+
+    def extend(self, count: int, statistics: FeatureStatistics, elapsed_sec: float, made_by: Mapping[str, Any]) -> None:
+        """Add the next `count` images and save."""
+        self.partial = self.partial.plus(count, statistics, elapsed_sec, made_by)
+        self.partial.save(self.path)
+
+    def result(self, reference: Reference, metric: str, first: int) -> dict[str, Any]:
+        """The value of the range, which starts at seed `first`, for the record of the cell."""
+        return {
+            "value": self.partial.value(reference, metric),
+            "first_seed": first,
+            "num_images": self.partial.done,
+            "elapsed_sec": self.partial.elapsed_sec,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "made_by": list(self.partial.made_by),
+        }
 
 
 def save_points(num: int, save_every: int) -> list[int]:
@@ -236,31 +261,3 @@ def save_points(num: int, save_every: int) -> list[int]:
     """
     parts = max(1, num // max(save_every, 2))
     return [num * (k + 1) // parts for k in range(parts)]
-
-
-def _extend(
-    state: list[PartialStatistics],
-    path: Path,
-    count: int,
-    statistics: FeatureStatistics,
-    elapsed_sec: float,
-    made_by: Mapping[str, Any],
-) -> None:
-    state[0] = state[0].plus(count, statistics, elapsed_sec, made_by)
-    state[0].save(path)
-
-
-def _result(state: list[PartialStatistics], reference: Reference, metric: str, first: int) -> dict[str, Any]:
-    return {
-        "value": state[0].value(reference, metric),
-        "first_seed": first,
-        "num_images": state[0].done,
-        "elapsed_sec": state[0].elapsed_sec,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "made_by": list(state[0].made_by),
-    }
-
-
-def _finish_range(path: Path, partial_path: Path, record: Mapping[str, Any]) -> None:
-    write_json(path, record)
-    partial_path.unlink(missing_ok=True)

@@ -78,9 +78,11 @@ class Table:
         for name in rows or ():
             if name not in by_name:
                 raise ValueError(f"table {self.name} has no row {name!r}{nearest(name, list(by_name))}")
-        picked = []
+        picked: list[Cell] = []
         for name in rows or by_name:
-            picked += [cell for cell in by_name[name] if not metrics or cell.metric in metrics]
+            picked += by_name[name]
+        if metrics:
+            picked = [cell for cell in picked if cell.metric in metrics]
         if not picked:
             raise ValueError(f"none of these rows has a value of {', '.join(metrics or ())}")
         return picked
@@ -179,29 +181,17 @@ def _guidance(fields: Mapping[str, Any]) -> Choice:
     method = ALIASES.get(method, method)
     if method not in METHODS:
         raise ValueError(f"unknown guidance method {method!r}{nearest(method, list(METHODS))}")
-    _check_gnet(method, has_gnet)
-    return Choice(
-        method,
-        float(fields.get("guidance", 1.0)),
-        _interval(fields.get("interval")),
-        _options(method, fields.get("options", {})),
-    )
-
-
-def _check_gnet(method: str, has_gnet: bool) -> None:
-    needs_gnet, takes_gnet = METHODS[method].needs_gnet, METHODS[method].takes_gnet
+    needs_gnet = METHODS[method].needs_gnet
     if needs_gnet and not has_gnet:
         raise ValueError(f"method {method} needs a gnet")
-    if has_gnet and not (needs_gnet or takes_gnet):
+    if has_gnet and not (needs_gnet or METHODS[method].takes_gnet):
         raise ValueError(f"method {method} takes no gnet")
-
-
-def _interval(ends: Any) -> tuple[float, float] | None:
-    if ends is None:
-        return None
-    if not isinstance(ends, list | tuple) or len(ends) != 2:
-        raise ValueError(f"interval is {ends!r}; expected two noise levels, such as [0.28, 2.90]")
-    return float(ends[0]), float(ends[1])
+    interval = fields.get("interval")
+    if interval is not None:
+        if not isinstance(interval, list | tuple) or len(interval) != 2:
+            raise ValueError(f"interval is {interval!r}; expected two noise levels, such as [0.28, 2.90]")
+        interval = float(interval[0]), float(interval[1])
+    return Choice(method, float(fields.get("guidance", 1.0)), interval, _options(method, fields.get("options", {})))
 
 
 def _options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -114,4 +114,7 @@ def summary(record: Mapping[str, Any], method: str, weight: float) -> dict[str, 
     rows = [row for row in record["rows"] if (row["method"], row["weight"]) == (method, weight)]
     if not rows:
         raise ValueError(f"the record has no row of {method} at weight {weight:g}. Evaluate again")
-    return {name: Spread.of([row[name] for row in rows]) for name in MEASURES}
+    spreads = {}
+    for name in MEASURES:
+        spreads[name] = Spread.of([row[name] for row in rows])
+    return spreads

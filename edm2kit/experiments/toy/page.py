@@ -29,11 +29,18 @@ def write(nets: Nets, seed: int, path: Path, num: int = 2048) -> None:
     yardstick = Yardstick.of(truth, num, seed)
     plain = _slider_stop(sample(nets.main, noise), yardstick)
     exact = _slider_stop(truth.sample(num, torch.Generator().manual_seed(derive_seed(seed, "toy exact"))), yardstick)
+    methods: dict[str, Any] = {}
+    for name, method in TOY_METHODS.items():
+        weights = page_weights(method)
+        stops = [plain]
+        for weight in weights[1:]:
+            stops.append(_slider_stop(sample(method.denoiser(nets, weight), noise), yardstick))
+        methods[name] = {"title": method.title, "weights": weights, "stops": [asdict(stop) for stop in stops]}
     data = {
         "window": [TREE_WINDOW.left, TREE_WINDOW.right, TREE_WINDOW.bottom, TREE_WINDOW.top],
         "units": _UNITS,
         "outlines": {"A": _outline("A"), "B": _outline("B")},
-        "methods": {name: _method_data(method, nets, noise, yardstick, plain) for name, method in TOY_METHODS.items()},
+        "methods": methods,
         # with so few samples thin branches are empty by chance; the measures of exact samples show how much
         "about": {"samples": num, "seed": seed, "commit": code_commit()[:12], "exact": exact.measured},
     }
@@ -49,7 +56,10 @@ def page_weights(method: ToyMethod) -> list[float]:
 
 @dataclass(frozen=True)
 class SliderStop:
-    """One stop of the slider: samples as text, indices of those outside the 99% level, and two measures."""
+    """One stop of the slider: samples, indices of those outside the 99% level, and two measures.
+
+    `points` is base64 of little-endian int16: x, y, x, y, ... in 1/8192 of a unit.
+    """
 
     points: str
     outliers: list[int]
@@ -57,25 +67,11 @@ class SliderStop:
 
 
 def _slider_stop(x: torch.Tensor, yardstick: Yardstick) -> SliderStop:
-    found = yardstick.measure(x)
-    outliers = (yardstick.truth.logp(x) < yardstick.level).nonzero()[:, 0].tolist()
-    return SliderStop(
-        _packed(x), outliers, {"outside": round(found["outside"], 4), "lost": round(found["lost_mass"], 4)}
-    )
-
-
-def _method_data(
-    method: ToyMethod, nets: Nets, noise: torch.Tensor, yardstick: Yardstick, plain: SliderStop
-) -> dict[str, Any]:
-    weights = page_weights(method)
-    guided = [_slider_stop(sample(method.denoiser(nets, weight), noise), yardstick) for weight in weights[1:]]
-    return {"title": method.title, "weights": weights, "stops": [asdict(stop) for stop in (plain, *guided)]}
-
-
-def _packed(x: torch.Tensor) -> str:
-    """Points [N,2] as base64 of little-endian int16: x, y, x, y, ..."""
     units = (x * _UNITS).round().clamp(-32768, 32767).numpy().astype("<i2")
-    return base64.b64encode(units.tobytes()).decode("ascii")
+    points = base64.b64encode(units.tobytes()).decode("ascii")
+    outliers = (yardstick.truth.logp(x) < yardstick.level).nonzero()[:, 0].tolist()
+    found = yardstick.measure(x)
+    return SliderStop(points, outliers, {"outside": round(found["outside"], 4), "lost": round(found["lost_mass"], 4)})
 
 
 def _outline(classes: str) -> list[list[float]]:

@@ -28,10 +28,15 @@ HIGHLIGHTS = (
 
 def document_parts(record: Mapping[str, Any]) -> dict[str, str]:
     """The generated parts of docs/toy.md by name."""
+    seeds = len(record["training_seeds"])
+    caption = (
+        f"Mean and standard deviation over {seeds} training {'seed' if seeds == 1 else 'seeds'}, "
+        f"{record['num_samples']} samples each."
+    )
     curves = [(name, weight) for name, method in TOY_METHODS.items() for weight in method.weights]
     return {
         "findings": _findings(record),
-        "highlights": f"{table(record)}\n\n{_caption(record)}",
+        "highlights": f"{table(record)}\n\n{caption}",
         "origin": _origin(record),
         "every weight": table(record, [(TRUTH, 1.0), (UNGUIDED, 1.0), *curves]),
     }
@@ -66,14 +71,6 @@ def _findings(record: Mapping[str, Any]) -> str:
         f"their share. Classifier-free guidance with w = 4 loses {percent('cfg', 4, 'lost_mass')} and leaves "
         f"{percent('cfg', 4, 'outside')} outside; naive truncation with w = 1.4 loses "
         f"{percent('truncation', 1.4, 'lost_mass')}."
-    )
-
-
-def _caption(record: Mapping[str, Any]) -> str:
-    seeds = len(record["training_seeds"])
-    return (
-        f"Mean and standard deviation over {seeds} training {'seed' if seeds == 1 else 'seeds'}, "
-        f"{record['num_samples']} samples each."
     )
 
 

@@ -83,16 +83,15 @@ def components(name: str) -> Components:
     # each level of the tree has half the mass per length of the level before it
     mass = np.array([np.hypot(*b.span) * 0.5**b.depth for b in branches]).repeat(GAUSSIANS_PER_BRANCH)
     mu = [b.start + _ROW[:, None] * b.span for b in branches]
-    Sigma = [_covariance(b, data["thickness"]) for b in branches]
+    Sigma = []
+    for b in branches:
+        along = _ELONGATION * b.span
+        normal = np.array([-b.span[1], b.span[0]])
+        across = data["thickness"] * _THINNING**b.depth * normal / np.hypot(*b.span)
+        Sigma.append(np.outer(along, along) + np.outer(across, across))
     return Components(
         phi=mass / mass.sum(),
         mu=origin + stretch * np.concatenate(mu),
         Sigma=(np.stack(Sigma) * np.outer(stretch, stretch)).repeat(GAUSSIANS_PER_BRANCH, axis=0),
         branch=np.arange(len(branches)).repeat(GAUSSIANS_PER_BRANCH),
     )
-
-
-def _covariance(branch: Branch, thickness: float) -> np.ndarray:
-    along = _ELONGATION * branch.span
-    across = thickness * _THINNING**branch.depth * np.array([-branch.span[1], branch.span[0]]) / np.hypot(*branch.span)
-    return np.outer(along, along) + np.outer(across, across)
