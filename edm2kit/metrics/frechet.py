@@ -2,8 +2,11 @@
 
 import numpy as np
 import scipy.linalg
+import torch
 from numpy.typing import ArrayLike
 from scipy.linalg import lapack
+
+from edm2kit.metrics.moments import FeatureStatistics
 
 # The fast path is used if its expected rounding error is below this fraction of tr S1 + tr S2, ...
 _FAST_PATH_ERROR = 1e-9
@@ -13,6 +16,7 @@ _MARGIN = 10
 # ... and if every eigenvalue is at least this many times the rounding error of the largest; the estimate fails below.
 _MIN_EIGENVALUE_IN_ERRORS = 500
 _TILE = 256
+_INFLUENCE_ROWS = 4096
 
 
 def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
@@ -35,6 +39,29 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
         root = _trace_sqrt_singular(cov1, cov2)
     # rounding can turn a distance of zero into a small negative number
     return max(float(np.sum((mean1 - mean2) ** 2) + traces - 2 * root), 0.0)
+
+
+def frechet_influence(
+    features: torch.Tensor, statistics: FeatureStatistics, reference: FeatureStatistics
+) -> torch.Tensor:
+    """How the squared distance changes, to first order, with the weight of each image, times their number: [N] float64.
+
+    `features` [N, F] have the given `statistics`; the reference does not change. With T, the map that transports one
+    Gaussian to the other, an image x at d = x - mu1 has the effect 2 d (mu1 - mu2) + d^T (I - T) d; the mean over all
+    images is subtracted.
+    """
+    root = _square_root(reference.covariance)
+    values, vectors = scipy.linalg.eigh(root.T @ statistics.covariance @ root, check_finite=False, driver="evd")
+    kept = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0)
+    # T = B (B^T S B)^(-1/2) B^T = C C^T, with the reference's covariance B B^T
+    factor = torch.from_numpy(root @ (vectors[:, kept] * values[kept] ** -0.25))
+    shift = torch.from_numpy(2 * (statistics.mean - reference.mean))
+    effects = []
+    for rows in features.split(_INFLUENCE_ROWS):
+        d = rows.cpu().double() - torch.from_numpy(statistics.mean)
+        effects.append(d @ shift + d.square().sum(dim=1) - (d @ factor).square().sum(dim=1))
+    effect = torch.cat(effects)
+    return effect - effect.mean()
 
 
 def _checked(mu: ArrayLike, sigma: ArrayLike, which: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Mean and covariance of features, in float64: accumulated batch by batch, summed over ranks, merged."""
+"""Features of images: kept, or reduced to mean and covariance in float64, batch by batch and over all ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from edm2kit.metrics.detectors.registry import Detector, detect
 from edm2kit.torch_utils import dist
 
 _BUFFER_ROWS = 1024  # large matrix products are several times faster than one per batch
@@ -60,11 +61,14 @@ class Moments:
         """Add rows, float32 [N, F]; N may be 0. Raises ValueError for another shape."""
         if features.ndim != 2 or features.shape[1] != self.num_features:
             raise ValueError(f"features have shape {list(features.shape)}; expected [N, {self.num_features}]")
-        for part in features.detach().to(self._device).split(_BUFFER_ROWS):
-            if self._buffered_rows + len(part) > _BUFFER_ROWS:
-                self._flush()
+        rest = features.detach().to(self._device)
+        while len(rest) > 0:
+            # the buffer is filled to the last row, so that the sums do not depend on the batches
+            part, rest = rest[: _BUFFER_ROWS - self._buffered_rows], rest[_BUFFER_ROWS - self._buffered_rows :]
             self._buffer[self._buffered_rows : self._buffered_rows + len(part)] = part
             self._buffered_rows += len(part)
+            if self._buffered_rows == _BUFFER_ROWS:
+                self._flush()
 
     def _flush(self) -> None:
         if self._buffered_rows == 0:
@@ -105,3 +109,50 @@ def sum_over_ranks_(moments: Sequence[Moments]) -> None:
         for part in (one._sum, one._outer):
             part.copy_(packed[position : position + part.numel()].view_as(part))
             position += part.numel()
+
+
+class FeaturePass:
+    """Runs images through detectors: their moments on this rank, or, with `keep`, the features themselves.
+
+    Kept features need 400 MB for 50,000 images of Inception; detectors that share a network run once.
+    """
+
+    def __init__(self, detectors: Sequence[Detector], device: torch.device, keep: bool = False) -> None:
+        self.detectors, self.device, self.keep = detectors, device, keep
+        self._moments = [] if keep else [Moments(detector.num_features, device) for detector in detectors]
+        self._kept: list[list[torch.Tensor]] = [[] for _ in detectors]
+
+    def add(self, images: torch.Tensor) -> None:
+        """Add a batch, uint8 [N, 1 or 3, H, W]."""
+        found = detect(self.detectors, images.to(self.device))
+        if self.keep:
+            for rows, features in zip(self._kept, found, strict=True):
+                rows.append(features.cpu())
+        for moments, features in zip(self._moments, found, strict=False):
+            moments.add(features)
+
+    def statistics(self) -> tuple[int, dict[str, FeatureStatistics]]:
+        """Count and statistics of all ranks' images. Every rank must call this, once. Only without `keep`."""
+        sum_over_ranks_(self._moments)
+        return statistics_of(self.detectors, self._moments)
+
+    def features(self) -> dict[str, torch.Tensor]:
+        """All ranks' features, in the order of the images, on rank 0. Every rank must call this. Only with `keep`."""
+        result = {}
+        for detector, rows in zip(self.detectors, self._kept, strict=True):
+            by_rank = dist.gather_on_rank0(rows)
+            rounds = range(max(map(len, by_rank), default=0))
+            batches = [batches[k] for k in rounds for batches in by_rank if k < len(batches)]
+            result[detector.name] = torch.cat([torch.empty(0, detector.num_features), *batches])
+        return result
+
+
+def statistics_of(
+    detectors: Sequence[Detector], moments: Sequence[Moments]
+) -> tuple[int, dict[str, FeatureStatistics]]:
+    """Count and statistics by detector. Raises ValueError for fewer than two images, or features not finite."""
+    count, statistics = 0, {}
+    for detector, one in zip(detectors, moments, strict=True):
+        count, mean, covariance = one.mean_and_covariance()
+        statistics[detector.name] = FeatureStatistics(mean, covariance, detector.fingerprint)
+    return count, statistics

@@ -62,8 +62,27 @@ def save_reference(path: str | Path, reference: Reference) -> None:
         np.savez(file, **arrays)
 
 
+def save_adm_reference(path: str | Path, reference: Reference, images: np.ndarray) -> None:
+    """Write a reference batch as the evaluation of ADM reads it (arXiv 2105.05233).
+
+    `images` are uint8 [N, H, W, 3], stored as `arr_0`; the statistics of "fid" and "sfid" as mu, sigma, mu_s, sigma_s.
+    Raises ValueError if the reference lacks one of them.
+    """
+    pool, spatial = reference.of("fid"), reference.of("sfid")
+    with atomic_write(path) as file:
+        np.savez(
+            file,
+            arr_0=images,
+            mu=pool.mean,
+            sigma=pool.covariance,
+            mu_s=spatial.mean,
+            sigma_s=spatial.covariance,
+        )
+
+
 def load_reference(path: str | Path) -> Reference:
-    """Read reference statistics: this project's .npz, EDM2's .pkl, or the older .npz of `mu` and `sigma` (fid only).
+    """Read reference statistics: this project's .npz, EDM2's .pkl, ADM's .npz (fid and sfid), or the older .npz of
+    `mu` and `sigma` (fid only).
 
     Nothing in the file is executed. Raises ValueError, in one line, if the file is of another kind or damaged, and
     OSError if it cannot be opened.
@@ -89,7 +108,12 @@ def load_reference(path: str | Path) -> Reference:
 def _read_npz(path: str | Path) -> Reference:
     arrays = read_npz(path)
     if "header" not in arrays:
-        return Reference(None, {"fid": _statistics(arrays["mu"], arrays["sigma"], None)})
+        if "mu" not in arrays and "arr_0" in arrays:
+            raise ValueError("it holds images without statistics; compute them with `calculate_metrics.py ref --data`")
+        statistics = {"fid": _statistics(arrays["mu"], arrays["sigma"], None)}
+        if "mu_s" in arrays:
+            statistics["sfid"] = _statistics(arrays["mu_s"], arrays["sigma_s"], None)
+        return Reference(None, statistics)
     header = json.loads(str(arrays["header"]))
     if header["format_version"] != FORMAT_VERSION:
         raise ValueError(f"its format is version {header['format_version']}; this program reads {FORMAT_VERSION}")

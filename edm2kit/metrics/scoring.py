@@ -1,23 +1,29 @@
-"""Scores of images: Frechet distances by several metrics in one pass, shared among ranks, and a table of them."""
+"""Scores of images: one pass through every detector, shared among ranks, then all metrics of its features."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
-from edm2kit.metrics.detectors.registry import Detector, load_detector
-from edm2kit.metrics.frechet import frechet_distance
-from edm2kit.metrics.moments import FeatureStatistics, Moments, sum_over_ranks_
-from edm2kit.metrics.precision_recall import neighbour_scores
+from edm2kit.metrics import registry
+from edm2kit.metrics.detectors.registry import Detector, load_detectors
+from edm2kit.metrics.frechet import frechet_distance, frechet_influence
+from edm2kit.metrics.frechet_variants import fdr
+from edm2kit.metrics.moments import FeaturePass, FeatureStatistics, Moments, statistics_of
 from edm2kit.metrics.reference import Reference, load_reference
+from edm2kit.metrics.score import Sample, Score
 from edm2kit.torch_utils import dist
 
+REPLICATES = 1000  # of the bootstrap
+CONFIDENCE = 0.95
 _BATCH = 32  # images at once, if they come as one tensor
+_BLOCK_REPLICATES = 50
+_NEIGHBOUR_METRICS = ("precision", "recall", "density", "coverage")
 
 Images = torch.Tensor | Iterable[torch.Tensor]  # uint8 [N, 1 or 3, H, W]: one tensor, or batches
-Runs = Mapping[str, Mapping[str, float]]  # run -> metric -> value
 
 
 def measure_reference(images: Images, metrics: Sequence[str], device: torch.device | str = "cpu") -> Reference:
@@ -26,10 +32,10 @@ def measure_reference(images: Images, metrics: Sequence[str], device: torch.devi
     `images` are uint8 [N, 1 or 3, H, W], one tensor or batches; `metrics` are keys of DETECTORS. Raises ValueError for
     an unknown metric, weights that cannot be loaded, and fewer than two images.
 
-    Example: `reference = measure_reference(real_images, ["fd_random"])`
+    Example: `reference = measure_reference(real_images, ["fd_lite0"])`
     """
     device = torch.device(device)
-    return Reference(*image_statistics(images, [load_detector(name, device) for name in metrics], device))
+    return Reference(*image_statistics(images, load_detectors(metrics, device), device))
 
 
 def score_images(
@@ -37,15 +43,21 @@ def score_images(
     reference: Reference | str | Path,
     metrics: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
+    real: Images | None = None,
 ) -> dict[str, float]:
-    """The Frechet distance of images from a reference, by metric; lower is better.
+    """The Frechet distance of images from a reference, by detector (lower is better), and further metrics.
 
-    `images` as in `measure_reference`; `reference`, or the path of one; `metrics`, by default all in the reference.
-    Raises ValueError if the reference lacks a metric, weights cannot be loaded, or there are fewer than two images.
+    `images` as in `measure_reference`; `reference`, or the path of one; `metrics` are names as for `--metrics`, by
+    default all detectors in the reference. `real` images are needed for metrics that compare image by image. Raises
+    ValueError if the reference lacks a metric, weights cannot be loaded, or there are fewer than two images.
 
     Example: `score_images(generated_images, "real.npz")` returns `{"fid": 3.2, "fd_dinov2": 81.5}`.
     """
-    return make_scorer(reference, torch.device(device), metrics).score(images)
+    scorer = make_scorer(reference, torch.device(device), metrics)
+    if real is not None:
+        features = image_features(real, scorer.detectors, scorer.device)
+        scorer = Scorer(scorer.reference, scorer.detectors, scorer.device, features, names=scorer.names)
+    return scorer.score(images)
 
 
 def image_statistics(
@@ -56,79 +68,218 @@ def image_statistics(
     `images`: those of this rank, uint8 [N, 1 or 3, H, W], one tensor or batches, possibly none. Every rank must call
     this; a ValueError or OSError on one rank is raised on all. Raises ValueError for fewer than two images.
     """
-    count, statistics, _ = _measure(images, detectors, device, keep_features=False)
-    return count, statistics
+    return _run(FeaturePass(detectors, device), images).statistics()
 
 
 def image_features(images: Images, detectors: Sequence[Detector], device: torch.device) -> dict[str, torch.Tensor]:
     """The features of all ranks' images by metric, float32 [N, F] on the CPU of rank 0; [0, F] on other ranks.
 
-    Arguments and errors as for `image_statistics`. The order of the images is not kept.
+    Arguments and errors as for `image_statistics`. If batch k is on rank k modulo the number of ranks, the images are
+    in order.
     """
-    return _measure(images, detectors, device, keep_features=True)[2]
+    return _run(FeaturePass(detectors, device, keep=True), images).features()
 
 
-def _measure(
-    images: Images, detectors: Sequence[Detector], device: torch.device, keep_features: bool
-) -> tuple[int, dict[str, FeatureStatistics], dict[str, torch.Tensor]]:
-    """Count, statistics and, with `keep_features`, features of all ranks' images; 400 MB for 50,000 by Inception."""
-    moments = [Moments(detector.num_features, device) for detector in detectors]
-    kept = [[torch.empty(0, detector.num_features)] for detector in detectors]
+def _run(features: FeaturePass, images: Images) -> FeaturePass:
     error = None
     try:
         for batch in images.split(_BATCH) if isinstance(images, torch.Tensor) else images:
-            batch = batch.to(device)
-            for detector, moment, rows in zip(detectors, moments, kept, strict=True):
-                features = detector(batch)
-                moment.add(features)
-                if keep_features:
-                    rows.append(features.cpu())
+            features.add(batch)
     except (ValueError, OSError) as caught:
         error = caught
     dist.raise_together(error)
-    sum_over_ranks_(moments)
-    count, statistics, features_of = 0, {}, {}
-    for detector, moment, rows in zip(detectors, moments, kept, strict=True):
-        count, mean, covariance = moment.mean_and_covariance()
-        statistics[detector.name] = FeatureStatistics(mean, covariance, detector.fingerprint)
-        if keep_features:
-            features_of[detector.name] = torch.cat([rows[0], *dist.gather_on_rank0(torch.cat(rows))])
-    return count, statistics, features_of
+    return features
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Values by metric, and the 95% interval of each for which one is known.
+
+    An interval says how much the value would vary with other generated images of the same number (for recall and
+    coverage: other real images). It does not contain the bias of a small number of images.
+    """
+
+    values: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]
+    num_images: int
 
 
 @dataclass(frozen=True)
 class Scorer:
     """Measures how far images are from reference statistics, by one or several metrics.
 
-    With `real`, the features of real images by metric from `image_features`, it also computes precision, recall,
-    density and coverage; that needs memory for the features of all images.
+    `names` as for `--metrics`. With `real` and `heldout`, the features of real images by detector from
+    `image_features`, metrics that compare image by image can be computed; that needs memory for the features of all
+    images. With `real` but without `names`, precision, recall, density and coverage are. `more` are further references
+    by name, whose distances are called "DETECTOR@NAME".
     """
 
     reference: Reference
     detectors: Sequence[Detector]
     device: torch.device
     real: Mapping[str, torch.Tensor] | None = None
+    heldout: Mapping[str, torch.Tensor] | None = None
+    names: tuple[str, ...] | None = None
+    more: Mapping[str, Reference] = field(default_factory=dict)
+    replicates: int = 0
 
     def score(self, images: Images) -> dict[str, float]:
-        """The Frechet distance by metric of the images of all ranks; arguments and errors as for `image_statistics`.
+        """The Frechet distance by detector of the images of all ranks; arguments and errors as for `image_statistics`.
 
-        With `real` also "METRIC.precision" and so on; see `edm2kit.metrics.precision_recall.neighbour_scores`.
+        Other metrics are called "DETECTOR.METRIC"; see `edm2kit.metrics.registry.METRICS`.
         """
-        count, statistics, features = _measure(images, self.detectors, self.device, self.real is not None)
+        return dict(self.measure(images).values)
+
+    def measure(self, images: Images) -> Measurement:
+        """The values as from `score`, with an interval for each if `replicates` is positive."""
+        metrics = self._metrics()
+        return self._finish(_run(self._feature_pass(metrics), images), metrics)
+
+    def check_names(self) -> None:
+        """Raise ValueError if a metric lacks what it needs, before any image is generated."""
+        self._metrics()
+
+    def _feature_pass(self, metrics: Mapping[str, Sequence[str]]) -> FeaturePass:
+        keep = self.replicates > 0 or any(metrics.values())
+        return FeaturePass(self.detectors, self.device, keep)
+
+    def _metrics(self) -> dict[str, tuple[str, ...]]:
+        detectors = [detector.name for detector in self.detectors]
+        if self.names is None or set(self.names) <= set(detectors):
+            return dict.fromkeys(detectors, _NEIGHBOUR_METRICS if self.real is not None else ())
+        given = {"reference", "head"}
+        given |= {name for name in ("real", "heldout") if getattr(self, name) is not None}
+        return registry.metrics_by_detector(self.names, detectors, given)
+
+    def _finish(self, images: FeaturePass, metrics: Mapping[str, Sequence[str]]) -> Measurement:
+        if not images.keep:
+            count, statistics = images.statistics()
+            self._check(count, statistics)
+            return Measurement(self._distances(statistics), {}, count)
+        return dist.on_rank0(self._measure_kept, images.features(), metrics)
+
+    def _measure_kept(self, features: Mapping[str, torch.Tensor], metrics: Mapping[str, Sequence[str]]) -> Measurement:
+        # On the CPU, in the order of the images: the same bits for any number of ranks and size of batches.
+        moments = []
+        for rows in features.values():
+            moments.append(Moments(rows.shape[1]))
+            moments[-1].add(rows)
+        count, statistics = statistics_of(self.detectors, moments)
+        self._check(count, statistics)
+        values = self._distances(statistics)
+        scores: dict[str, Score] = {name: Score(value) for name, value in values.items()}
+        if self.replicates > 0:
+            for name, value in values.items():
+                source, _, other = name.partition("@")
+                theirs = (self.more[other] if other else self.reference).of(source)
+                scores[name] = Score(value, frechet_influence(features[source], statistics[source], theirs))
         for detector in self.detectors:
+            sample = self._sample(detector, features[detector.name], statistics[detector.name])
+            for metric in metrics[detector.name]:
+                scores[f"{detector.name}.{metric}"] = registry.METRICS[metric].compute(sample)
+        if self._wants_fdr(statistics):
+            scores[registry.FDR] = fdr(scores)
+        intervals = poisson_intervals(scores, self.replicates) if self.replicates > 0 else {}
+        return Measurement({name: score.value for name, score in scores.items()}, intervals, count)
+
+    def _wants_fdr(self, statistics: Mapping[str, FeatureStatistics]) -> bool:
+        names = self.names or ()
+        return registry.FDR in names or (registry.ALL in names and {"fid", "fd_dinov2"} <= set(statistics))
+
+    def _sample(self, detector: Detector, rows: torch.Tensor, statistics: FeatureStatistics) -> Sample:
+        # mps has no float64
+        device = torch.device("cpu") if self.device.type == "mps" else self.device
+        head = getattr(detector.net, "fc", None)
+        return Sample(
+            rows.to(device),
+            statistics,
+            self.reference.of(detector.name),
+            real=None if self.real is None else self.real[detector.name].to(device),
+            heldout=None if self.heldout is None else self.heldout[detector.name].to(device),
+            head=head if isinstance(head, nn.Linear) else None,
+        )
+
+    def _check(self, count: int, statistics: Mapping[str, FeatureStatistics]) -> None:
+        for detector in self.detectors:
+            if not statistics[detector.name].covariance.any():
+                raise ValueError(
+                    f"all {count} images have equal {detector.name} features: they are copies of one image"
+                )
             if count <= detector.num_features:
                 dist.warn0(
                     f"{detector.name} has {detector.num_features} features: a distance from only {count} images is far "
                     "too large; compare it with distances from the same number of images only"
                 )
+
+    def _distances(self, statistics: Mapping[str, FeatureStatistics]) -> dict[str, float]:
         result = distances(statistics, self.reference)
-        if self.real is not None:
-            compute_device = torch.device("cpu") if self.device.type == "mps" else self.device  # mps has no float64
-            for name, rows in features.items():
-                real = self.real[name].to(compute_device)
-                scores = dist.on_rank0(neighbour_scores, real, rows.to(compute_device))
-                result |= {f"{name}.{score}": value for score, value in scores.items()}
+        for name, reference in self.more.items():
+            result |= {f"{metric}@{name}": value for metric, value in distances(statistics, reference).items()}
         return result
+
+
+class Evaluator:
+    """Scores images that come batch by batch, for example in a training loop.
+
+    `scorer` from `make_scorer` says what to measure. Every rank must call `compute`.
+
+    Example:
+
+        evaluator = Evaluator(make_scorer("real.npz", torch.device("cuda")))
+        for images in batches:  # uint8 [N, 3, H, W]
+            evaluator.update(images)
+        print(evaluator.compute())  # {"fid": 3.2}
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all images."""
+        self._metrics = self.scorer._metrics()
+        self._pass = self.scorer._feature_pass(self._metrics)
+
+    def update(self, images: torch.Tensor) -> None:
+        """Add a batch of this rank, uint8 [N, 1 or 3, H, W]."""
+        self._pass.add(images)
+
+    def compute(self) -> dict[str, float]:
+        """The values of all images since the last `compute` or `reset`, as from `Scorer.score`; then forgets them."""
+        measured = self.scorer._finish(self._pass, self._metrics)
+        self.reset()
+        return dict(measured.values)
+
+
+def poisson_intervals(scores: Mapping[str, Score], replicates: int, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """95% intervals of scores by the Poisson bootstrap of their first-order expansions.
+
+    In each replicate every image has a Poisson(1) weight, and the score changes by the weighted mean of the influences.
+    Unlike drawing images again, which makes copies, this neither shifts a Frechet distance upwards nor empties
+    neighbourhoods, and it costs one product for all replicates. Scores without an influence have no interval unless
+    they have an `extra_variance`.
+    """
+    rng = np.random.default_rng(seed)
+    sizes = sorted({len(score.influence) for score in scores.values() if score.influence is not None})
+    changes: dict[str, np.ndarray] = {}
+    for size in sizes:
+        ours = {k: s.influence for k, s in scores.items() if s.influence is not None and len(s.influence) == size}
+        effects = torch.stack(list(ours.values()), dim=1).double().numpy()
+        blocks = []
+        for start in range(0, replicates, _BLOCK_REPLICATES):
+            weights = rng.poisson(1, [min(_BLOCK_REPLICATES, replicates - start), size])
+            blocks.append(weights @ effects / np.maximum(weights.sum(axis=1, keepdims=True), 1))
+        changes |= dict(zip(ours, np.concatenate(blocks).T, strict=True))
+    intervals = {}
+    for name, score in scores.items():
+        change = changes.get(name, np.zeros(replicates))
+        if score.extra_variance > 0:
+            change = change + np.sqrt(score.extra_variance) * rng.standard_normal(replicates)
+        elif name not in changes:
+            continue
+        low, high = np.quantile(change, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        intervals[name] = (score.value + float(low), score.value + float(high))
+    return intervals
 
 
 def distances(statistics: Mapping[str, FeatureStatistics], reference: Reference) -> dict[str, float]:
@@ -146,38 +297,17 @@ def make_scorer(
     metrics: Sequence[str] | None = None,
     weights_dir: str | Path | None = None,
 ) -> Scorer:
-    """A scorer for `metrics`, by default all in the reference (or the file of one).
+    """A scorer for `metrics`, by default all detectors in the reference (or the file of one).
 
-    Raises ValueError, before any weights are loaded, if the reference lacks a metric.
+    `metrics` may name detectors ("fid"), metrics ("kid"), one of one detector ("fid.kid") and "all". Raises ValueError,
+    before any weights are loaded, if the reference lacks a detector.
     """
     if not isinstance(reference, Reference):
         reference = load_reference(reference)
-    names = tuple(reference.statistics) if metrics is None else tuple(metrics)
-    for name in names:
+    names = None if metrics is None else tuple(metrics)
+    detectors = tuple(reference.statistics) if names is None else registry.detectors_of(names)
+    if detectors is None:
+        detectors = tuple(reference.statistics)
+    for name in detectors:
         reference.of(name)
-    return Scorer(reference, [load_detector(name, device, weights_dir) for name in names], device)
-
-
-def summary(runs: Runs) -> dict[str, dict[str, Any]]:
-    """Minimum, mean and all values by metric; papers report the minimum of three runs."""
-    result = {}
-    for metric in next(iter(runs.values())):
-        values = {run: by_metric[metric] for run, by_metric in runs.items()}
-        result[metric] = {"min": min(values.values()), "mean": sum(values.values()) / len(values), "values": values}
-    return result
-
-
-def table(runs: Runs) -> str:
-    """One line per run and one column per metric, followed by minimum and mean if there are several runs."""
-    rows = {run: list(by_metric.values()) for run, by_metric in runs.items()}
-    columns = summary(runs)
-    if len(runs) > 1:
-        rows["min"] = [column["min"] for column in columns.values()]
-        rows["mean"] = [column["mean"] for column in columns.values()]
-    name_width = max(map(len, rows))
-    lines = [" " * name_width, *(name.ljust(name_width) for name in rows)]
-    for metric, values in zip(columns, zip(*rows.values(), strict=True), strict=True):
-        cells = [metric, *(f"{value:.6g}" for value in values)]
-        width = max(map(len, cells))
-        lines = [f"{line}  {cell.rjust(width)}" for line, cell in zip(lines, cells, strict=True)]
-    return "\n".join(lines)
+    return Scorer(reference, load_detectors(detectors, device, weights_dir), device, names=names)

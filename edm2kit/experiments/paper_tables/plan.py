@@ -13,7 +13,7 @@ from edm2kit.denoiser import AttentionRole, for_images
 from edm2kit.experiments.paper_tables.networks import PublishedNetwork
 from edm2kit.experiments.paper_tables.tables import Cell, ReferenceSet
 from edm2kit.guidance.registry import Parts, guide
-from edm2kit.metrics.detectors.registry import DETECTORS
+from edm2kit.metrics.detectors.registry import DETECTORS, WeightFile
 from edm2kit.models import Precond, full_architecture
 from edm2kit.models.cost import Cost, evaluation_cost
 from edm2kit.models.edm2 import freeze_
@@ -115,7 +115,7 @@ def other_files(cell: Cell) -> dict[str, int | None]:
     """What a cell needs besides its networks: URLs, with the size in bytes if it follows from the content."""
     files: dict[str, int | None] = {cell.dataset.reference: _REFERENCE_BYTES}
     weights = DETECTORS[cell.metric].weights
-    if weights is not None:
+    if isinstance(weights, WeightFile):
         files[weights.url] = None
     if _architecture(cell.net, cell.dataset)["img_channels"] == 4:
         files |= dict.fromkeys(_VAE_URLS)

@@ -31,6 +31,8 @@ class Pool(NamedTuple):
     kind: str
 
 
+_SPATIAL_CHANNELS = 7  # of sFID
+
 AVERAGE, MAX, SHRINK = Pool("average"), Pool("max"), Pool("shrink")
 Branch = list[Conv | Fork | Pool]
 
@@ -182,6 +184,8 @@ class InceptionV3(nn.Module):
     Example: `InceptionV3()(torch.zeros(8, 3, 64, 64, dtype=torch.uint8)).shape` is [8, 2048].
     """
 
+    num_spatial = 17 * 17 * 7
+
     def __init__(self) -> None:
         super().__init__()
         channels = _add_convs(self, STEM, 3)
@@ -194,8 +198,19 @@ class InceptionV3(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.outputs(images)["features"]
+
+    def outputs(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Two outputs of one pass: `features` [N, 2048] as above, and `spatial` [N, 2023] for sFID.
+
+        `spatial` are the first 7 channels of the 17x17 branch that TensorFlow calls mixed_6/conv, channels last as in
+        the published references. Nash et al. 2021 (arXiv 2103.03841); Dhariwal and Nichol 2021 (arXiv 2105.05233).
+        """
         x = (resize_bilinear_tf1(as_rgb(images).float(), 299) - 128) / 128
         x = _run_branch(self, STEM, x.contiguous(memory_format=torch.channels_last))
+        spatial = x
         for name in MIXED:
             x = self.get_submodule(name)(x)
-        return x.mean(dim=(2, 3))
+            if name == "Mixed_6d":
+                spatial = x[:, :_SPATIAL_CHANNELS]  # branch1x1 is the first of the concatenated branches
+        return {"features": x.mean(dim=(2, 3)), "spatial": spatial.permute(0, 2, 3, 1).flatten(1)}

@@ -1,0 +1,69 @@
+"""Variants of the Frechet distance: extrapolated to endless images, and averaged over encoders."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from edm2kit.metrics.frechet import frechet_distance, frechet_influence
+from edm2kit.metrics.score import Sample, Score
+from edm2kit.torch_utils import dist
+
+_POINTS = 15
+_MIN_IMAGES = 5000
+
+# distances of the ImageNet validation set from the training set at 256 pixels
+FD_VALIDATION = {"fid": 1.68, "fd_dinov2": 14.19}
+
+
+def fd_infinity(sample: Sample) -> Score:
+    """The Frechet distance of endlessly many images, extrapolated: distances at 15 sizes against 1 / n, intercept.
+
+    The sizes are evenly spaced from 5000 (half of all images if there are fewer than 10,000) to all images; the subsets
+    are nested in a random order. Chong and Forsyth 2020 (arXiv 1911.07023).
+    """
+    rows, reference = sample.generated.double(), sample.reference_statistics
+    smallest = min(_MIN_IMAGES, len(rows) // 2)
+    if smallest < 2:
+        raise ValueError(f"fd_infinity needs at least 4 images; got {len(rows)}")
+    if smallest <= rows.shape[1]:
+        dist.warn0(
+            f"fd_infinity extrapolates from {smallest} images with {rows.shape[1]} features: a distance from so few "
+            "does not yet fall as 1 / n, so the value is a rough guess. Use more images"
+        )
+    sizes = np.unique(np.linspace(smallest, len(rows), _POINTS).astype(int))
+    order = torch.from_numpy(np.random.default_rng(sample.seed).permutation(len(rows)))
+    rows = rows[order.to(rows.device)]
+    shift = rows.mean(dim=0)
+    rows = rows - shift
+    total = torch.zeros_like(shift)
+    outer = torch.zeros(len(shift), len(shift), dtype=torch.float64, device=rows.device)
+    distances, start = [], 0
+    for size in sizes:
+        part, start = rows[start:size], size
+        total += part.sum(dim=0)
+        outer.addmm_(part.T, part)
+        covariance = (outer - torch.outer(total, total) / size) / (size - 1)
+        mean = total / size + shift
+        distances.append(
+            frechet_distance(mean.cpu(), (covariance + covariance.T).cpu() / 2, reference.mean, reference.covariance)
+        )
+    design = np.stack([np.ones(len(sizes)), 1 / sizes], axis=1)
+    (intercept, _), *_ = np.linalg.lstsq(design, np.array(distances), rcond=None)
+    return Score(float(intercept), frechet_influence(sample.generated, sample.statistics, reference))
+
+
+def fdr(scores: Mapping[str, Score]) -> Score:
+    """The mean of distances divided by those of the ImageNet validation set, over the encoders with such a value.
+
+    `scores` are Frechet distances by detector. Only meaningful for ImageNet at 256 pixels. Raises ValueError if fewer
+    than two detectors have a value.
+    """
+    parts = {name: score for name, score in scores.items() if name in FD_VALIDATION}
+    if len(parts) < 2:
+        raise ValueError(f"fdr needs the distances of at least two of {', '.join(FD_VALIDATION)}; got {list(parts)}")
+    value = float(np.mean([score.value / FD_VALIDATION[name] for name, score in parts.items()]))
+    influences = [score.influence / FD_VALIDATION[name] for name, score in parts.items() if score.influence is not None]
+    if len(influences) < len(parts):
+        return Score(value)
+    return Score(value, torch.stack(influences).mean(dim=0))

@@ -1,0 +1,136 @@
+"""The metrics by name, and which of them a run computes.
+
+To add one, write a function from a `Sample` to a `Score` and enter it in METRICS.
+"""
+
+import difflib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from edm2kit.metrics.detectors.registry import DETECTORS, check_names
+from edm2kit.metrics.frechet_variants import fd_infinity
+from edm2kit.metrics.inception_score import classifier_score, inception_score
+from edm2kit.metrics.kernel_distance import cmmd, kid
+from edm2kit.metrics.memorization import authpct, ct_score
+from edm2kit.metrics.mind import mind
+from edm2kit.metrics.precision_recall import coverage, density, precision, recall
+from edm2kit.metrics.score import Sample, Score
+from edm2kit.metrics.vendi import vendi
+
+ALL = "all"
+FDR = "fdr"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How to compute a metric, and what its value means.
+
+    `needs` are fields of `Sample` besides the generated features; `detectors` those it is defined for, all if empty.
+    `better` says which values are good.
+    """
+
+    compute: Callable[[Sample], Score]
+    text: str
+    better: str
+    needs: tuple[str, ...] = ()
+    detectors: tuple[str, ...] = ()
+
+
+_LITE = ("fd_lite0", "fd_lite1", "fd_lite2")
+
+METRICS: dict[str, Metric] = {
+    "precision": Metric(precision, "share of generated images inside real neighbourhoods (k = 3)", "higher", ("real",)),
+    "recall": Metric(recall, "share of real images inside generated neighbourhoods (k = 3)", "higher", ("real",)),
+    "density": Metric(density, "real neighbourhoods around a generated image, divided by k = 5", "near 1", ("real",)),
+    "coverage": Metric(coverage, "share of real neighbourhoods (k = 5) with a generated image", "higher", ("real",)),
+    "kid": Metric(kid, "kernel distance from real images, cubic kernel (KDD on DINOv2)", "lower", ("real",)),
+    "mmd": Metric(cmmd, "kernel distance of CMMD (Gaussian, times 1000); CMMD itself uses CLIP", "lower", ("real",)),
+    "mind": Metric(mind, "sliced Wasserstein distance of generated from real images", "lower", ("real",)),
+    "fd_infinity": Metric(fd_infinity, "Frechet distance extrapolated to endless images", "lower", ("reference",)),
+    "vendi": Metric(vendi, "effective number of different generated images", "near that of real images"),
+    "authpct": Metric(
+        authpct, "percentage of generated images that are not near-copies of real ones", "near 50 or above", ("real",)
+    ),
+    "ct": Metric(
+        ct_score, "below 0: generated images are nearer to real training images than held-out ones", "near 0",
+        ("real", "heldout"),
+    ),
+    "inception_score": Metric(
+        inception_score, "Inception Score of generated images, without the bias", "higher", ("head",), ("fid",)
+    ),
+    "classifier_score": Metric(
+        classifier_score, "like an Inception Score, by this detector's classes; not IS", "higher", ("head",), _LITE
+    ),
+}  # fmt: skip
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Raise ValueError if a name is not a detector, a metric, DETECTOR.METRIC, or "all"; suggests the nearest one."""
+    for name in names:
+        detector, _, metric = name.partition(".")
+        if name in (ALL, FDR) or name in METRICS:
+            continue
+        if metric:
+            check_names([detector])
+            if metric not in METRICS:
+                raise ValueError(f"metric {name!r} is unknown; {_hint(metric, METRICS)}")
+        elif detector not in DETECTORS:
+            raise ValueError(f"metric {name!r} is unknown; {_hint(name, [*DETECTORS, *METRICS, FDR, ALL])}")
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"available metrics: {', '.join(known)}"
+
+
+def detectors_of(names: Sequence[str]) -> tuple[str, ...] | None:
+    """The detectors that `names` mention, in order; None if they leave the choice to the reference."""
+    named = [name.partition(".")[0] for name in names if name not in METRICS and name not in (ALL, FDR)]
+    return tuple(dict.fromkeys(named)) or None
+
+
+def applies(metric: str, detector: str) -> bool:
+    """Whether `metric` is defined for the features of `detector`."""
+    only = METRICS[metric].detectors
+    if only:
+        return detector in only
+    # spatial features serve sFID alone
+    return detector not in DETECTORS or DETECTORS[detector].output == "features"
+
+
+def metrics_by_detector(
+    names: Sequence[str], detectors: Sequence[str], given: Collection[str]
+) -> dict[str, tuple[str, ...]]:
+    """The metrics besides the Frechet distance to compute with each of `detectors`.
+
+    `given` are the fields of `Sample` that the run has. "all" means those that apply and need no more than that. Raises
+    ValueError if a metric was named whose inputs are missing, or that applies to none of the detectors.
+    """
+    wanted: dict[str, list[str]] = {detector: [] for detector in detectors}
+    for name in names:
+        detector, _, metric = name.partition(".")
+        if name == ALL:
+            for one in detectors:
+                wanted[one] += [
+                    known for known in METRICS if applies(known, one) and set(METRICS[known].needs) <= set(given)
+                ]
+        elif metric:
+            wanted[detector].append(_checked(metric, [detector], given))
+        elif name in METRICS:
+            _checked(name, detectors, given)
+            for one in detectors:
+                wanted[one] += [name] if applies(name, one) else []
+    return {detector: tuple(metric for metric in METRICS if metric in found) for detector, found in wanted.items()}
+
+
+def _checked(metric: str, detectors: Sequence[str], given: Collection[str]) -> str:
+    if not any(applies(metric, detector) for detector in detectors):
+        only = METRICS[metric].detectors
+        raise ValueError(
+            f"{metric} is not defined for {', '.join(detectors)}; use {', '.join(only) or 'another detector'}"
+        )
+    options = {"real": "--real PATH", "heldout": "--heldout PATH", "reference": "--ref NPZ"}
+    for need in METRICS[metric].needs:
+        if need in options and need not in given:
+            raise ValueError(f"{metric} needs {need} images; give {options[need]}")
+    return metric

@@ -1,0 +1,24 @@
+"""The Vendi score: how many different images there are, in effect."""
+
+import torch
+
+from edm2kit.metrics.score import Sample, Score
+
+
+def vendi(sample: Sample) -> Score:
+    """exp of the entropy of the eigenvalues of the similarity matrix (cosines of features) divided by n.
+
+    1 if all images are alike, n if all differ completely; real images have a value too, to compare with. Friedman and
+    Dieng 2022 (arXiv 2210.02410).
+    """
+    x = torch.nn.functional.normalize(sample.generated.double(), dim=1)
+    # the same eigenvalues as those of the n x n similarities, apart from zeros
+    matrix = x.T @ x / len(x)
+    values, vectors = torch.linalg.eigh(matrix)
+    values = values.clamp(min=0)
+    entropy = -torch.special.xlogy(values, values).sum()
+    value = entropy.exp()
+    projected = (x @ vectors).square()
+    logs = torch.where(values > 1e-14, values, torch.ones_like(values)).log()
+    effect = -value * (projected @ (logs + 1))
+    return Score(float(value), (effect - effect.mean()).cpu())
