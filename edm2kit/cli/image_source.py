@@ -82,7 +82,7 @@ class SourceImages:
 
 
 class NpzImages:
-    """The array `images`, uint8 [N, H, W, 1 or 3], of an uncompressed .npz, memory-mapped.
+    """The array `images`, uint8 [N, H, W, 1 or 3], of an uncompressed .npz, memory-mapped; `arr_0` in those of ADM.
 
     Raises ValueError if there is no such array.
     """
@@ -90,7 +90,9 @@ class NpzImages:
     def __init__(self, path: Path):
         self._path = path
         try:
-            self._images = _map_member(path, "images.npy")
+            with zipfile.ZipFile(path) as archive:
+                is_adm = "images.npy" not in archive.namelist() and "arr_0.npy" in archive.namelist()
+            self._images = _map_member(path, "arr_0.npy" if is_adm else "images.npy")
         except BROKEN as error:
             raise ValueError(f"{path}: contains no array of images, or is damaged: {error}") from error
         if self._images.dtype != np.uint8 or self._images.ndim != 4 or self._images.shape[3] not in (1, 3):

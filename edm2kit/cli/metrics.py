@@ -18,10 +18,11 @@ from edm2kit.cli import click_types as cli
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.cli.generation_options import generation_options
 from edm2kit.cli.image_source import image_batches, open_images
-from edm2kit.metrics.card import cautions, explain, markdown, read_card, results, run_line, scores_side_by_side, table
+from edm2kit.cli.metrics_reports import explain_command, list_command
+from edm2kit.metrics.card import cautions, intervals, markdown, run_line, summary, table
 from edm2kit.metrics.detectors.registry import DETECTORS, check_names, load_detectors
 from edm2kit.metrics.reference import Reference, load_reference, save_adm_reference, save_reference
-from edm2kit.metrics.registry import ALL, METRICS, check_metrics
+from edm2kit.metrics.registry import ALL, check_metrics
 from edm2kit.metrics.scoring import REPLICATES, Scorer, image_features, image_statistics, make_scorer
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.cache import fetch
@@ -94,27 +95,27 @@ _scoring_options = cli.section(
         metavar="PATH|URL",
         required=True,
         multiple=True,
-        help="Reference statistics: an .npz of `ref` or of ADM, or a .pkl of EDM2. Give several to compare with each",
+        help="Reference statistics: an .npz of `ref` or ADM, or a .pkl of EDM2; repeat for several",
     ),
     click.option(
         "--metrics",
         metavar="NAMES",
         type=MetricNames(),
-        help=f"{_DETECTORS}. Or {', '.join(METRICS)}, of all detectors, one such as fid.kid, or {ALL}  "
-        "[default: the distances of all detectors in --ref]",
+        help=f"Detectors ({', '.join(DETECTORS)}), metrics (kid, or fid.kid for one detector; `calculate_metrics.py "
+        f"list` shows them), or {ALL}; separated by commas  [default: the distances of all detectors in --ref]",
     ),
     click.option(
         "--real",
         metavar="PATH",
-        help="Real images (folder, .zip or .npz), --num of them; by default adds precision, recall, density and coverage",
+        help="Real images (folder, .zip, .npz), --num of them; by default adds precision, recall, density, coverage",
     ),
-    click.option("--heldout", metavar="PATH", help="Real images that the network was not trained on, for ct"),
+    click.option("--heldout", metavar="PATH", help="Real images not trained on, for ct"),
     click.option(
         "--bootstrap",
         metavar="N",
         type=cli.AtLeast(int, 0),
         default=REPLICATES,
-        help="Replicates for the 95% interval of each value; 0 shows none and keeps no features in memory",
+        help="Replicates for 95% intervals; 0: none, and no features kept in memory",
     ),
     click.option(
         "--record", metavar="JSON", type=_file, help="Write the score card: results and settings, here and as .md"
@@ -263,7 +264,9 @@ def _score(
         "started": started,
         "elapsed_sec": time.monotonic() - begin_sec,
         **origin,
-        "results": results(measured, scorer.detectors),
+        "results": summary({name: one.values for name, one in measured.items()}),
+        "intervals": intervals(measured),
+        "cautions": {detector.name: detector.caution for detector in scorer.detectors if detector.caution},
         "detectors": {detector.name: detector.fingerprint for detector in scorer.detectors},
         "reference": references[0],
         "more_references": references[1:],
@@ -322,10 +325,8 @@ def ref(
         batches = image_batches(source, range(len(source)), batch, workers)
         count, statistics = image_statistics(batches, detectors, where)
         height, width = source.read(0).shape[1:]
-        origin = {
-            "command": shlex.join(sys.argv), "data": data, "image_size": [height, width], **provenance(where)
-        }  # fmt: skip
-        reference = Reference(count, statistics, origin)
+        origin = {"command": shlex.join(sys.argv), "data": data, "image_size": [height, width]}
+        reference = Reference(count, statistics, {**origin, **provenance(where)})
         dist.on_rank0(save_reference, dest, reference)
         dist.print0(f"{dest}: {', '.join(metrics)} of {count} images")
         if adm is not None:
@@ -336,15 +337,8 @@ def ref(
             dist.print0(f"{adm}: {len(picked)} images, statistics of fid and sfid")
 
 
-@main.command(name="explain")
-@click.argument("first", metavar="A.json", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.argument("second", metavar="B.json", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-def explain_command(first: Path, second: Path) -> None:
-    """Show what differs between two score cards, and which way that usually moves a score."""
-    records = [read_card(first), read_card(second)]
-    for line in scores_side_by_side(*records):
-        click.echo(line)
-    click.echo("\n".join(explain(*records)) or "Nothing that decides a score differs.")
+main.add_command(explain_command)
+main.add_command(list_command)
 
 
 if __name__ == "__main__":

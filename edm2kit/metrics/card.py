@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from edm2kit.metrics.detectors.registry import Detector
-from edm2kit.metrics.scoring import CONFIDENCE, Measurement
+from edm2kit.metrics.scoring import Measurement
+
+_TABLED = ("results", "intervals", "cautions")  # shown in the first table of a card
 
 Runs = Mapping[str, Mapping[str, float]]  # run -> metric -> value
 
@@ -58,17 +60,12 @@ def cautions(detectors: Sequence[Detector]) -> str:
     return "\n".join(f"{', '.join(names)}: {caution}" for caution, names in by_caution.items())
 
 
-def results(measured: Mapping[str, Measurement], detectors: Sequence[Detector]) -> dict[str, Any]:
-    """The part of a record that `summary` makes, with intervals and cautions by metric."""
-    found = summary({run: one.values for run, one in measured.items()})
-    caution_of = {detector.name: detector.caution for detector in detectors}
-    for metric, entry in found.items():
-        intervals = {run: list(one.intervals[metric]) for run, one in measured.items() if metric in one.intervals}
-        if intervals:
-            entry["interval"] = {"confidence": CONFIDENCE, **intervals}
-        caution = caution_of.get(metric.partition("@")[0].partition(".")[0], "")
-        if caution:
-            entry["caution"] = caution
+def intervals(measured: Mapping[str, Measurement]) -> dict[str, dict[str, list[float]]]:
+    """The 95% intervals by metric and run, [low, high] each."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for run, one in measured.items():
+        for metric, (low, high) in one.intervals.items():
+            found.setdefault(metric, {})[run] = [low, high]
     return found
 
 
@@ -76,13 +73,15 @@ def markdown(record: Mapping[str, Any]) -> str:
     """The card of a record as Markdown: a table of values, then everything that decides them."""
     lines = ["# Score card", "", "| metric | value | 95 % interval | remark |", "|---|---|---|---|"]
     for metric, entry in record["results"].items():
-        intervals = {run: ends for run, ends in entry.get("interval", {}).items() if run != "confidence"}
+        detector = metric.partition("@")[0].partition(".")[0]
+        caution = record.get("cautions", {}).get(detector, "")
         for run, value in entry["values"].items():
-            low_high = " to ".join(f"{end:.6g}" for end in intervals.get(run, ()))
+            ends = record.get("intervals", {}).get(metric, {}).get(run, ())
+            low_high = " to ".join(f"{end:.6g}" for end in ends)
             name = metric if len(entry["values"]) == 1 else f"{metric} ({run})"
-            lines.append(f"| {name} | {value:.6g} | {low_high} | {entry.get('caution', '')} |")
+            lines.append(f"| {name} | {value:.6g} | {low_high} | {caution} |")
     lines += ["", "| what | |", "|---|---|"]
-    for name, value in _flat({key: value for key, value in record.items() if key != "results"}):
+    for name, value in _flat({key: value for key, value in record.items() if key not in _TABLED}):
         lines.append(f"| {name} | {str(value).replace('|', '/')} |")
     return "\n".join(lines) + "\n"
 
@@ -105,7 +104,7 @@ class Effect:
     source: str
 
 
-_IGNORED = ("command", "started", "elapsed_sec", "results", "batch", "processes", "commit")
+_IGNORED = (*_TABLED, "command", "started", "elapsed_sec", "batch", "processes", "commit")
 
 # the first that fits a difference explains it
 EFFECTS: tuple[Effect, ...] = (
@@ -213,7 +212,7 @@ def scores_side_by_side(first: Mapping[str, Any], second: Mapping[str, Any]) -> 
         if theirs is None:
             continue
         line = f"{metric}: {ours['min']:.6g} and {theirs['min']:.6g}"
-        ends = [_interval_of_least(entry) for entry in (ours, theirs)]
+        ends = [_interval_of_least(record, metric) for record in (first, second)]
         if None not in ends:
             (low, high), (other_low, other_high) = (end for end in ends if end is not None)
             line += "; intervals apart" if high < other_low or other_high < low else "; intervals overlap"
@@ -221,9 +220,9 @@ def scores_side_by_side(first: Mapping[str, Any], second: Mapping[str, Any]) -> 
     return lines
 
 
-def _interval_of_least(entry: Mapping[str, Any]) -> tuple[float, float] | None:
-    least = min(entry["values"], key=entry["values"].get)
-    ends = entry.get("interval", {}).get(least)
+def _interval_of_least(record: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
+    values = record["results"][metric]["values"]
+    ends = record.get("intervals", {}).get(metric, {}).get(min(values, key=values.get))
     return None if ends is None else (ends[0], ends[1])
 
 

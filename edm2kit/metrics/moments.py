@@ -121,9 +121,11 @@ class FeaturePass:
         self.detectors, self.device, self.keep = detectors, device, keep
         self._moments = [] if keep else [Moments(detector.num_features, device) for detector in detectors]
         self._kept: list[list[torch.Tensor]] = [[] for _ in detectors]
+        self.image_size: list[int] | None = None  # height and width of the latest images
 
     def add(self, images: torch.Tensor) -> None:
         """Add a batch, uint8 [N, 1 or 3, H, W]."""
+        self.image_size = list(images.shape[2:])
         found = detect(self.detectors, images.to(self.device))
         if self.keep:
             for rows, features in zip(self._kept, found, strict=True):

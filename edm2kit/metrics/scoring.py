@@ -152,6 +152,12 @@ class Scorer:
         return registry.metrics_by_detector(self.names, detectors, given)
 
     def _finish(self, images: FeaturePass, metrics: Mapping[str, Sequence[str]]) -> Measurement:
+        expected = self.reference.source.get("image_size")
+        if expected is not None and images.image_size not in (None, expected):
+            dist.warn0(
+                f"the images are {images.image_size} pixels (height, width), those of the reference were {expected}: "
+                "the distance contains the difference in sharpness; resize one of them with scripts/dataset_tool.py"
+            )
         if not images.keep:
             count, statistics = images.statistics()
             self._check(count, statistics)

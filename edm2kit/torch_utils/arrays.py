@@ -3,6 +3,7 @@
 import struct
 import zipfile
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from tokenize import TokenError
 
@@ -16,8 +17,8 @@ BROKEN = (
 )
 
 
-def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of the .npz file at `path`, by name.
+def read_npz(path: str | Path, skip: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """The arrays of the .npz file at `path`, by name, without those in `skip`, which may be of any size.
 
     Raises ValueError if the file is damaged, contains objects, or claims more than 1 GiB; the message is one line
     with the reason, to which the caller adds the name of the file. Raises OSError if it cannot be opened.
@@ -25,13 +26,16 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     with open(path, "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
-                claimed = sum(info.file_size for info in archive.infolist())
+                read = [info for info in archive.infolist() if info.filename.removesuffix(".npy") not in skip]
+                claimed = sum(info.file_size for info in read)
             if claimed > _MAX_BYTES:
                 raise ValueError(f"its arrays have {claimed} bytes; the limit is {_MAX_BYTES}")
             file.seek(0)
             found = {}
             with np.load(file, allow_pickle=False) as arrays:
                 for name in arrays.files:
+                    if name in skip:
+                        continue
                     found[name] = arrays[name]
                     if not isinstance(found[name], np.ndarray):  # numpy returns other members as bytes
                         raise ValueError(f"its entry {name!r:.60} is not an array")

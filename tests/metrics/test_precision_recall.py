@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from edm2kit.metrics import precision_recall as neighbours
+from edm2kit.metrics import neighbours
 from edm2kit.metrics.precision_recall import neighbour_scores
 
 

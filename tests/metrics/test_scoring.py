@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from edm2kit.metrics.card import summary, table
 from edm2kit.metrics.detectors.registry import load_detector
 from edm2kit.metrics.frechet import frechet_distance
 from edm2kit.metrics.moments import FeatureStatistics
@@ -15,8 +16,6 @@ from edm2kit.metrics.scoring import (
     make_scorer,
     measure_reference,
     score_images,
-    summary,
-    table,
 )
 
 CPU = torch.device("cpu")

@@ -1,0 +1,43 @@
+"""The parts of edm2kit-metrics that compute nothing: the list of metrics, and what differs between two score cards."""
+
+from pathlib import Path
+
+import click
+
+from edm2kit.cli import click_types as cli
+from edm2kit.metrics.card import explain, read_card, scores_side_by_side
+from edm2kit.metrics.detectors.registry import DETECTORS
+from edm2kit.metrics.registry import METRICS
+
+_card = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+
+@click.command(name="list", cls=cli.Command)
+def list_command() -> None:
+    """Show all detectors and metrics, what their values mean, and what they need."""
+    click.echo("Detectors: their Frechet distance from the reference (lower is better)")
+    for name, spec in DETECTORS.items():
+        click.echo(f"  {name:17} {spec.num_features} features; {spec.preprocessing}")
+        if spec.caution:
+            click.echo(f"  {'':17} {spec.caution}")
+    click.echo("Metrics of the features of a detector")
+    for name, metric in METRICS.items():
+        click.echo(f"  {name:17} {metric.text} ({metric.better})")
+        if options := [f"--{need}" for need in metric.needs if need in ("real", "heldout")]:
+            click.echo(f"  {'':17} needs {' and '.join(options)}")
+        if metric.detectors:
+            click.echo(f"  {'':17} only with {', '.join(metric.detectors)}")
+    click.echo(
+        "  fdr               distances divided by those of ImageNet's validation set, mean over encoders (lower)"
+    )
+
+
+@click.command(name="explain", cls=cli.Command)
+@click.argument("first", metavar="A.json", type=_card)
+@click.argument("second", metavar="B.json", type=_card)
+def explain_command(first: Path, second: Path) -> None:
+    """Show what differs between two score cards, and which way that usually moves a score."""
+    records = [read_card(first), read_card(second)]
+    for line in scores_side_by_side(*records):
+        click.echo(line)
+    click.echo("\n".join(explain(*records)) or "Nothing that decides a score differs.")
