@@ -115,11 +115,9 @@ _scoring_options = cli.section(
         metavar="N",
         type=cli.AtLeast(int, 0),
         default=REPLICATES,
-        help="Replicates for 95% intervals; 0: none, and no features kept in memory",
+        help="Replicates for 95% intervals; 0 for none",
     ),
-    click.option(
-        "--record", metavar="JSON", type=_file, help="Write the score card: results and settings, here and as .md"
-    ),
+    click.option("--record", metavar="JSON", type=_file, help="Write the score card: values and settings; also as .md"),
     _weights_dir,
 )
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from edm2kit.metrics.frechet import frechet_distance, frechet_influence
+from edm2kit.metrics.frechet import frechet_distance
 from edm2kit.metrics.score import Sample, Score
 from edm2kit.torch_utils import dist
 
@@ -50,7 +50,7 @@ def fd_infinity(sample: Sample) -> Score:
         )
     design = np.stack([np.ones(len(sizes)), 1 / sizes], axis=1)
     (intercept, _), *_ = np.linalg.lstsq(design, np.array(distances), rcond=None)
-    return Score(float(intercept), frechet_influence(sample.generated, sample.statistics, reference))
+    return Score(float(intercept), sample.influence)
 
 
 def fdr(scores: Mapping[str, Score]) -> Score:

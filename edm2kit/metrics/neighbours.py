@@ -9,7 +9,10 @@ from edm2kit.torch_utils import dist
 
 MANIFOLD_NEIGHBOURS = 3  # Kynkaanniemi et al. 2019 (arXiv 1904.06991)
 COVERAGE_NEIGHBOURS = 5  # Naeem et al. 2020 (arXiv 2002.09797)
+_ROUNDING = 1e-12  # of the squared length: what is left of the distance between copies
 _BLOCK_ELEMENTS = 1 << 24  # distances computed at once: 128 MiB
+_TILE_ROWS = 2048
+_SHOWN_TILES = 8
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def neighbourhood(
     real, generated = real.double() - centre, generated.double() - centre
     real_manifold, real_coverage, real_nearest = _squared_radii(real, [manifold_neighbours, coverage_neighbours, 1])
     (generated_manifold,) = _squared_radii(generated, [manifold_neighbours])
-    _warn_of_copies(generated_manifold)
+    _warn_of_copies(generated_manifold, generated.square().sum(dim=1).mean())
 
     is_precise = torch.zeros(len(generated), dtype=torch.bool, device=generated.device)
     num_balls = torch.zeros(len(generated), dtype=torch.int64, device=generated.device)
@@ -82,8 +85,8 @@ def neighbourhood(
     )
 
 
-def _warn_of_copies(squared_radii: torch.Tensor) -> None:
-    copies = int((squared_radii == 0).sum())
+def _warn_of_copies(squared_radii: torch.Tensor, squared_length: torch.Tensor) -> None:
+    copies = int((squared_radii <= _ROUNDING * squared_length).sum())
     if copies:
         dist.warn0(
             f"{copies} of {len(squared_radii)} generated images have {MANIFOLD_NEIGHBOURS} exact copies among them: "
@@ -106,14 +109,31 @@ def nearest_indices(points: torch.Tensor, others: torch.Tensor, neighbours: int)
 
 
 def _squared_radii(points: torch.Tensor, neighbours: Sequence[int]) -> torch.Tensor:
-    """Squared distance of each point [N, F] to its k-th nearest neighbour, for each k: [len(neighbours), N]."""
-    radii = []
-    for start, squared_distances in _distance_blocks(points, points):
-        rows = torch.arange(len(squared_distances), device=points.device)
-        squared_distances[rows, start + rows] = torch.inf  # a point is not its own neighbour
-        nearest = squared_distances.topk(max(neighbours), dim=1, largest=False).values
-        radii.append(nearest[:, [k - 1 for k in neighbours]])
-    return torch.cat(radii).T
+    """Squared distance of each point [N, F] to its k-th nearest neighbour, for each k: [len(neighbours), N].
+
+    Distances are symmetric, so only square tiles on and above the diagonal are computed.
+    """
+    most = max(neighbours)
+    tiles = points.split(_TILE_ROWS)
+    lengths = [tile.square().sum(dim=1) for tile in tiles]
+    nearest = [torch.full([len(tile), most], torch.inf, dtype=points.dtype, device=points.device) for tile in tiles]
+    with dist.progress_bar(len(tiles), "tile", what="neighbours", hidden=len(tiles) <= _SHOWN_TILES) as bar:
+        for a, rows in enumerate(tiles):
+            for b in range(a, len(tiles)):
+                squared = torch.addmm(lengths[b], rows, tiles[b].T, alpha=-2).add_(lengths[a][:, None]).clamp_(min=0)
+                if a == b:
+                    squared.fill_diagonal_(torch.inf)  # a point is not its own neighbour
+                else:
+                    nearest[b] = _least(nearest[b], squared.T, most)
+                nearest[a] = _least(nearest[a], squared, most)
+            bar.update()
+    return torch.cat(nearest)[:, [k - 1 for k in neighbours]].T
+
+
+def _least(known: torch.Tensor, more: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` least of each row of both, sorted."""
+    fresh = more.topk(min(count, more.shape[1]), dim=1, largest=False).values
+    return torch.cat([known, fresh], dim=1).sort(dim=1).values[:, :count]
 
 
 def _distance_blocks(points: torch.Tensor, others: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

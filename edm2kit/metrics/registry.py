@@ -26,7 +26,7 @@ class Metric:
     """How to compute a metric, and what its value means.
 
     `needs` are fields of `Sample` besides the generated features; `detectors` those it is defined for, all if empty.
-    `better` says which values are good.
+    `better` says which values are good. "all" leaves those out that are not `in_all`.
     """
 
     compute: Callable[[Sample], Score]
@@ -34,6 +34,7 @@ class Metric:
     better: str
     needs: tuple[str, ...] = ()
     detectors: tuple[str, ...] = ()
+    in_all: bool = True
 
 
 _LITE = ("fd_lite0", "fd_lite1", "fd_lite2")
@@ -44,7 +45,7 @@ METRICS: dict[str, Metric] = {
     "density": Metric(density, "real neighbourhoods around a generated image, divided by k = 5", "near 1", ("real",)),
     "coverage": Metric(coverage, "share of real neighbourhoods (k = 5) with a generated image", "higher", ("real",)),
     "kid": Metric(kid, "kernel distance from real images, cubic kernel (KDD on DINOv2)", "lower", ("real",)),
-    "mmd": Metric(cmmd, "kernel distance of CMMD (Gaussian, times 1000); CMMD itself uses CLIP", "lower", ("real",)),
+    "mmd": Metric(cmmd, "the kernel distance of CMMD, which uses CLIP", "lower", ("real",), in_all=False),
     "mind": Metric(mind, "sliced Wasserstein distance of generated from real images", "lower", ("real",)),
     "fd_infinity": Metric(fd_infinity, "Frechet distance extrapolated to endless images", "lower", ("reference",)),
     "vendi": Metric(vendi, "effective number of different generated images", "near that of real images"),
@@ -108,14 +109,16 @@ def metrics_by_detector(
     """
     wanted: dict[str, list[str]] = {detector: [] for detector in detectors}
     for name in names:
-        detector, _, metric = name.partition(".")
+        detector, _, own = name.partition(".")
         if name == ALL:
             for one in detectors:
                 wanted[one] += [
-                    known for known in METRICS if applies(known, one) and set(METRICS[known].needs) <= set(given)
+                    known
+                    for known, metric in METRICS.items()
+                    if metric.in_all and applies(known, one) and set(metric.needs) <= set(given)
                 ]
-        elif metric:
-            wanted[detector].append(_checked(metric, [detector], given))
+        elif own:
+            wanted[detector].append(_checked(own, [detector], given))
         elif name in METRICS:
             _checked(name, detectors, given)
             for one in detectors:

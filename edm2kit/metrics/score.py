@@ -36,6 +36,7 @@ class Sample:
 
     `generated` are those to judge, `real` those of real images, `heldout` those of real images that the network was
     not trained on, `reference` the statistics of all real images, `head` the classifier of the detector.
+    `influence` [N] are the effects of the generated images on the Frechet distance, if intervals are wanted.
     """
 
     generated: torch.Tensor
@@ -44,6 +45,7 @@ class Sample:
     real: torch.Tensor | None = None
     heldout: torch.Tensor | None = None
     head: nn.Linear | None = None
+    influence: torch.Tensor | None = None
     seed: int = 0
 
     @cached_property

@@ -21,6 +21,7 @@ REPLICATES = 1000  # of the bootstrap
 CONFIDENCE = 0.95
 _BATCH = 32  # images at once, if they come as one tensor
 _BLOCK_REPLICATES = 50
+_NO_VARIANCE = 1e-12  # of the squared mean: what rounding leaves of equal images
 _NEIGHBOUR_METRICS = ("precision", "recall", "density", "coverage")
 
 Images = torch.Tensor | Iterable[torch.Tensor]  # uint8 [N, 1 or 3, H, W]: one tensor, or batches
@@ -174,13 +175,15 @@ class Scorer:
         self._check(count, statistics)
         values = self._distances(statistics)
         scores: dict[str, Score] = {name: Score(value) for name, value in values.items()}
-        if self.replicates > 0:
-            for name, value in values.items():
-                source, _, other = name.partition("@")
-                theirs = (self.more[other] if other else self.reference).of(source)
-                scores[name] = Score(value, frechet_influence(features[source], statistics[source], theirs))
         for detector in self.detectors:
-            sample = self._sample(detector, features[detector.name], statistics[detector.name])
+            rows, own = features[detector.name], statistics[detector.name]
+            if self.replicates > 0:
+                references = {"": self.reference, **{f"@{name}": one for name, one in self.more.items()}}
+                for suffix, reference in references.items():
+                    name = f"{detector.name}{suffix}"
+                    scores[name] = Score(values[name], frechet_influence(rows, own, reference.of(detector.name)))
+            if metrics[detector.name]:
+                sample = self._sample(detector, rows, own, scores[detector.name].influence)
             for metric in metrics[detector.name]:
                 scores[f"{detector.name}.{metric}"] = registry.METRICS[metric].compute(sample)
         if self._wants_fdr(statistics):
@@ -192,7 +195,9 @@ class Scorer:
         names = self.names or ()
         return registry.FDR in names or (registry.ALL in names and {"fid", "fd_dinov2"} <= set(statistics))
 
-    def _sample(self, detector: Detector, rows: torch.Tensor, statistics: FeatureStatistics) -> Sample:
+    def _sample(
+        self, detector: Detector, rows: torch.Tensor, statistics: FeatureStatistics, influence: torch.Tensor | None
+    ) -> Sample:
         # mps has no float64
         device = torch.device("cpu") if self.device.type == "mps" else self.device
         head = getattr(detector.net, "fc", None)
@@ -203,11 +208,13 @@ class Scorer:
             real=None if self.real is None else self.real[detector.name].to(device),
             heldout=None if self.heldout is None else self.heldout[detector.name].to(device),
             head=head if isinstance(head, nn.Linear) else None,
+            influence=influence,
         )
 
     def _check(self, count: int, statistics: Mapping[str, FeatureStatistics]) -> None:
         for detector in self.detectors:
-            if not statistics[detector.name].covariance.any():
+            found = statistics[detector.name]
+            if found.covariance.trace() <= _NO_VARIANCE * (found.mean @ found.mean):
                 raise ValueError(
                     f"all {count} images have equal {detector.name} features: they are copies of one image"
                 )
@@ -270,7 +277,7 @@ def poisson_intervals(scores: Mapping[str, Score], replicates: int, seed: int = 
     changes: dict[str, np.ndarray] = {}
     for size in sizes:
         ours = {k: s.influence for k, s in scores.items() if s.influence is not None and len(s.influence) == size}
-        effects = torch.stack(list(ours.values()), dim=1).double().numpy()
+        effects = torch.stack(list(ours.values()), dim=1).double().cpu().numpy()
         blocks = []
         for start in range(0, replicates, _BLOCK_REPLICATES):
             weights = rng.poisson(1, [min(_BLOCK_REPLICATES, replicates - start), size])
