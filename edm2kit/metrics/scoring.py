@@ -185,7 +185,13 @@ class Scorer:
             if metrics[detector.name]:
                 sample = self._sample(detector, rows, own, scores[detector.name].influence)
             for metric in metrics[detector.name]:
-                scores[f"{detector.name}.{metric}"] = registry.METRICS[metric].compute(sample)
+                name = f"{detector.name}.{metric}"
+                try:
+                    scores[name] = registry.METRICS[metric].compute(sample)
+                except ValueError as error:
+                    if self.names is None or {metric, name} & set(self.names) or registry.ALL not in self.names:
+                        raise
+                    dist.warn0(f"{name} is left out: {error}")
         if self._wants_fdr(statistics):
             scores[registry.FDR] = fdr(scores)
         intervals = poisson_intervals(scores, self.replicates) if self.replicates > 0 else {}

@@ -10,7 +10,9 @@ from PIL import Image
 
 from edm2kit.cli import generate
 from edm2kit.cli import metrics as calculate_metrics
+from edm2kit.metrics.detectors.registry import DETECTORS
 from edm2kit.metrics.reference import load_reference, save_reference
+from edm2kit.metrics.registry import METRICS
 from tests.support.fakes import tiny_snapshot
 from tests.support.pictures import encoded, picture, some_files, write_folder, write_zip
 from tests.support.tiny import run as run_script
@@ -257,3 +259,117 @@ def test_missing_weights_are_told_offline(place, monkeypatch, tmp_path):
     assert code == 1
     assert "fid needs pt_inception-2015-12-05-6726825d.pth" in output
     assert "--weights-dir" in output
+
+
+def test_all_metrics_of_a_pass_are_recorded_with_intervals(place):
+    record = score(
+        "calc", place, "--images", place / "fake", "--real", place / "real", "--heldout", place / "real.zip",
+        "--metrics", "all,fd_random.mmd",
+    )  # fmt: skip
+    names = [
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        "kid",
+        "mmd",
+        "mind",
+        "fd_infinity",
+        "vendi",
+        "authpct",
+        "ct",
+    ]
+    assert list(record["results"]) == ["fd_random", *(f"fd_random.{name}" for name in names)]
+    for name, entry in record["results"].items():
+        low, high = record["intervals"][name]["selection 0"]
+        assert low <= entry["min"] <= high
+    assert record["cautions"] == {"fd_random": "not FID; compares only with itself"}
+
+
+def test_what_cannot_be_computed_is_left_out_of_all_but_refused_by_name(place):
+    words = ["calc", place, "--images", place / "fake", "--real", place / "real", "--heldout", place / "real.zip"]
+    assert "fd_random.ct" not in score(*words, "--metrics", "all")["results"]
+    assert "no cell with 20 generated" in score(*words, "--metrics", "ct", code=1)
+
+
+def test_every_number_carries_its_caution_and_interval(place):
+    code, output = run("calc", "--images", place / "fake", "--ref", place / "ref.npz", "--num", NUM)
+    assert code == 0
+    assert "fd_random: not FID; compares only with itself" in output
+    assert re.search(r"selection 0: fd_random [\d.]+ \[[\d.]+, [\d.]+\]", output)
+    _, plain = run("calc", "--images", place / "fake", "--ref", place / "ref.npz", "--num", NUM, "--bootstrap", 0)
+    assert re.search(r"selection 0: fd_random [\d.]+$", plain, re.MULTILINE)
+
+
+def test_several_references_make_several_columns(place):
+    assert run("ref", "--data", place / "fake", "--dest", place / "fake.npz", "--metrics", "fd_random")[0] == 0
+    record = score("calc", place, "--images", place / "fake", "--ref", place / "fake.npz")
+    assert list(record["results"]) == ["fd_random", "fd_random@fake.npz"]
+    assert record["results"]["fd_random@fake.npz"]["min"] < 1e-9 < value(record)
+    assert [one["path"] for one in record["more_references"]] == [str(place / "fake.npz")]
+
+
+def test_a_metric_without_its_images_is_refused_before_images_are_made(place):
+    told = score("gen", place, "--net", place / "main", "--metrics", "fd_random.kid", code=1)
+    assert "kid needs real images; give --real PATH" in told
+
+
+@pytest.mark.parametrize("metrics", ["fd_random", "all"])
+def test_ranks_and_batches_give_the_same_bits(place, tmp_path, metrics):
+    words = ["calc", "--images", place / "fake", "--real", place / "real", "--metrics", metrics]
+    alone = score(*[words[0], place, *words[1:]], "--batch", 30)
+    done = run_script(
+        "calculate_metrics.py", *words, "--ref", place / "ref.npz", "--num-images", NUM, "--batch", 4,
+        "--device", "cpu", "--record", tmp_path / "record.json", ranks=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    together = json.loads((tmp_path / "record.json").read_text())
+    assert together["results"] == alone["results"]
+    assert together["intervals"] == alone["intervals"]
+
+
+def test_the_card_is_written_as_markdown_beside_the_record(place):
+    score("calc", place, "--images", place / "fake")
+    card = (place / "record.md").read_text()
+    assert re.search(r"\| fd_random \| [\d.]+ \| [\d.]+ to [\d.]+ \| not FID; compares only with itself \|", card)
+    for name in ("num_images", "reference.sha256", "detectors.fd_random", "torch", "hardware"):
+        assert f"| {name} |" in card
+
+
+def test_explain_says_what_differs_and_which_way_it_moves_the_score(place):
+    first, second = place / "first.json", place / "second.json"
+    for path, num in ((first, 30), (second, 20)):
+        run("calc", "--images", place / "fake", "--ref", place / "ref.npz", "--num", num, "--record", path)
+    shown = CliRunner().invoke(calculate_metrics.main, ["explain", str(first), str(second)]).output
+    assert re.search(r"^fd_random: [\d.]+ and [\d.]+; intervals (overlap|apart)$", shown, re.MULTILINE)
+    assert "num_images: 30 -> 20" in shown
+    assert "fewer images give a larger Frechet distance" in shown
+    assert "arXiv 1911.07023" in shown
+    same = CliRunner().invoke(calculate_metrics.main, ["explain", str(first), str(first)]).output
+    assert "Nothing that decides a score differs." in same
+    (place / "no.json").write_text("[]")
+    refused = CliRunner().invoke(calculate_metrics.main, ["explain", str(first), str(place / "no.json")])
+    assert refused.exit_code == 1
+    assert "not a score card" in refused.output
+
+
+def test_the_list_names_every_detector_and_metric():
+    shown = CliRunner().invoke(calculate_metrics.main, ["list"]).output
+    for name in [*DETECTORS, *METRICS, "fdr"]:
+        assert f"\n  {name} " in shown
+
+
+def test_adm_reference_batches_need_both_statistics(place):
+    code, output = run(
+        "ref", "--data", place / "real", "--dest", place / "x.npz", "--metrics", "fd_random", "--adm", place / "a.npz"
+    )
+    assert code == 2
+    assert "needs the statistics of fid and sfid" in output
+
+
+def test_images_of_an_adm_batch_are_scored(place):
+    pixels = [np.asarray(picture(100 + k)) for k in range(NUM)]
+    np.savez(place / "adm.npz", arr_0=np.stack(pixels))
+    assert value(score("calc", place, "--images", place / "adm.npz")) == value(
+        score("calc", place, "--images", place / "fake")
+    )

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from edm2kit.metrics.card import summary, table
 from edm2kit.metrics.detectors.registry import load_detector
 from edm2kit.metrics.frechet import frechet_distance
 from edm2kit.metrics.moments import FeatureStatistics
@@ -99,22 +98,3 @@ def test_distances_refuse_statistics_of_another_detector(detector):
     other = {"fd_random": FeatureStatistics(*vars_of(real), "another")}
     with pytest.raises(ValueError, match="another detector"):
         distances(real, Reference(40, other))
-
-
-RUNS = {"seeds 0-9": {"fid": 2.0, "fd_dinov2": 50.25}, "seeds 10-19": {"fid": 3.0, "fd_dinov2": 40.0}}
-
-
-def test_summary_keeps_every_value():
-    assert summary(RUNS)["fid"] == {"min": 2, "mean": 2.5, "values": {"seeds 0-9": 2, "seeds 10-19": 3}}
-    assert summary(RUNS)["fd_dinov2"]["min"] == 40
-
-
-def test_table_lines_up():
-    assert table(RUNS).splitlines() == [
-        "             fid  fd_dinov2",
-        "seeds 0-9      2      50.25",
-        "seeds 10-19    3         40",
-        "min            2         40",
-        "mean         2.5     45.125",
-    ]
-    assert len(table({"one": {"fid": 1.0}}).splitlines()) == 2

@@ -1,0 +1,101 @@
+"""Score cards: what differs between two, and which way that moves a score."""
+
+import json
+
+import pytest
+
+from edm2kit.metrics.card import EFFECTS, explain, markdown, read_card, run_line, scores_side_by_side, summary, table
+from edm2kit.metrics.scoring import Measurement
+
+RUNS = {"seeds 0-9": {"fid": 2.0, "fd_dinov2": 50.25}, "seeds 10-19": {"fid": 3.0, "fd_dinov2": 40.0}}
+
+
+def card(**changes):
+    settings = {"guidance": {"weight": 1.4}, "sampler": {"num_steps": 32}, "classes": None, "precision": "fp32"}
+    return {
+        "command": "x",
+        "results": summary({"seeds 0-9": {"fid": 2.0}}),
+        "intervals": {"fid": {"seeds 0-9": [1.9, 2.1]}},
+        "num_images": 50000,
+        "settings": settings,
+        "reference": {"path": "a.npz", "sha256": "1"},
+        "detectors": {"fid": "one"},
+        "torch": "2.5",
+        **changes,
+    }
+
+
+def test_summary_keeps_every_value():
+    assert summary(RUNS)["fid"] == {"min": 2, "mean": 2.5, "values": {"seeds 0-9": 2, "seeds 10-19": 3}}
+    assert summary(RUNS)["fd_dinov2"]["min"] == 40
+
+
+def test_table_lines_up():
+    assert table(RUNS).splitlines() == [
+        "             fid  fd_dinov2",
+        "seeds 0-9      2      50.25",
+        "seeds 10-19    3         40",
+        "min            2         40",
+        "mean         2.5     45.125",
+    ]
+    assert len(table({"one": {"fid": 1.0}}).splitlines()) == 2
+
+
+def test_a_line_shows_intervals_where_known():
+    found = Measurement({"fid": 2.0, "fid.kid": 0.5}, {"fid": (1.9, 2.125)}, 10)
+    assert run_line(found) == "fid 2 [1.9, 2.125], fid.kid 0.5"
+
+
+def test_equal_cards_differ_in_nothing():
+    assert explain(card(), card(command="another", results={})) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "difference", "effect"),
+    [
+        ({"num_images": 5000}, "num_images: 50000 -> 5000", "larger Frechet distance"),
+        ({"reference": {"path": "a.npz", "sha256": "2"}}, "reference.sha256: 1 -> 2", "another reference"),
+        ({"detectors": {"fid": "two"}}, "detectors.fid: one -> two", "cannot be compared"),
+        ({"settings": {**card()["settings"], "guidance": {"weight": 2}}}, "weight: 1.4 -> 2", "raises precision"),
+        ({"settings": {**card()["settings"], "sampler": {"num_steps": 8}}}, "num_steps: 32 -> 8", "fewer steps"),
+        ({"settings": {**card()["settings"], "classes": [0]}}, "classes: None -> [0]", "lower FID than random labels"),
+        ({"torch": "2.6"}, "torch: 2.5 -> 2.6", "round differently"),
+        ({"novelty": 1}, "novelty: absent -> 1", "no usual effect known"),
+    ],
+)
+def test_a_difference_comes_with_the_way_it_moves_the_score(change, difference, effect):
+    lines = explain(card(), card(**change))
+    assert difference in lines[0]
+    assert effect in lines[1]
+    assert len(lines) == 2
+
+
+def test_effects_name_their_sources():
+    assert all(effect.source or "other images" in effect.text for effect in EFFECTS)
+
+
+def test_scores_stand_side_by_side():
+    other = card(results=summary({"a": {"fid": 3.0, "kid": 1.0}}), intervals={"fid": {"a": [2.9, 3.1]}})
+    assert scores_side_by_side(card(), other) == ["fid: 2 and 3; intervals apart"]
+    other["intervals"]["fid"]["a"] = [2.05, 3.9]
+    assert scores_side_by_side(card(), other) == ["fid: 2 and 3; intervals overlap"]
+    assert scores_side_by_side(card(), card(intervals={})) == ["fid: 2 and 2"]
+
+
+def test_markdown_has_values_and_all_settings():
+    text = markdown(card(cautions={"fid": "careful"}))
+    assert "| fid | 2 | 1.9 to 2.1 | careful |" in text
+    assert "| settings.guidance.weight | 1.4 |" in text
+    assert "| reference.sha256 | 1 |" in text
+
+
+def test_cards_are_read_and_other_files_refused(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(card()))
+    assert read_card(path) == card()
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        read_card(path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="not a score card"):
+        read_card(path)
