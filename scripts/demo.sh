@@ -63,12 +63,12 @@ say "Generating the same seeds without and with guidance"
 run generate.py "${alone[@]}" --seeds 0-79 --balanced --outdir "$out/unguided"
 run generate.py "${guided[@]}" --seeds 0-79 --balanced --outdir "$out/autoguided"
 
-say "Scoring both, and fresh real pictures, against the training set"
+say "Scoring both, and pictures of the training set, against fresh pictures: ImageNet features, which see content"
 [[ -e $out/reference.npz ]] ||
-    run calculate_metrics.py ref --data "$out/pictures.zip" --dest "$out/reference.npz" --metrics fd_random
-score=(--ref "$out/reference.npz" --metrics fd_random --num "$num_scored")
+    run calculate_metrics.py ref --data "$out/fresh" --dest "$out/reference.npz" --metrics fd_lite0,fd_random
+score=(--ref "$out/reference.npz" --metrics fd_lite0,fd_random --num "$num_scored")
 [[ -e $out/real.json ]] ||
-    run calculate_metrics.py calc --images "$out/fresh" "${score[@]}" --seed 0,1 --record "$out/real.json"
+    run calculate_metrics.py calc --images "$out/pictures.zip" "${score[@]}" --seed 0,1 --record "$out/real.json"
 [[ -e $out/unguided.json ]] ||
     run calculate_metrics.py gen "${alone[@]}" "${score[@]}" --seed "$score_seeds" --record "$out/unguided.json"
 [[ -e $out/autoguided.json ]] ||

@@ -11,7 +11,7 @@ import click
 try:
     from edm2kit.cli import click_types as cli
     from edm2kit.cli.field_options import settings_table
-    from edm2kit.experiments import documents
+    from edm2kit.experiments import documents, lite_features
     from edm2kit.experiments.compare_guidance import report as comparison
     from edm2kit.experiments.demo import report as demo
     from edm2kit.experiments.paper_tables import document as paper_tables
@@ -39,6 +39,7 @@ def _guidance_parts() -> Parts:
 DOCUMENTS: dict[str, Callable[[], Parts]] = {
     "README.md": lambda: demo.document_parts(_record(demo.FOLDER / demo.RECORDS_NAME)),
     "docs/guidance.md": _guidance_parts,
+    "docs/metrics.md": lambda: lite_features.document_parts(_record(lite_features.RECORD)),
     "docs/reproduction.md": lambda: paper_tables.document_parts(_record(paper_tables.RECORD)),
     "docs/toy.md": lambda: toy.document_parts(_record(toy.FOLDER / toy.RECORD_NAME)),
     "docs/train-config.md": lambda: {"settings": settings_table(TrainConfig)},

@@ -1,10 +1,10 @@
-"""Frechet distances, precision and recall of generated images.
+"""Scores of generated images: Frechet distances and the other metrics of the field.
 
 Example:
 
     from edm2kit.metrics import measure_reference, score_images
 
-    reference = measure_reference(real_images, ["fd_random"])  # uint8 [N, 3, H, W]
+    reference = measure_reference(real_images, ["fd_lite0"])  # uint8 [N, 3, H, W]
     print(score_images(generated_images, reference))
 """
 
@@ -15,7 +15,11 @@ from edm2kit.metrics.frechet import frechet_distance
 from edm2kit.metrics.moments import FeatureStatistics, Moments, merge_statistics
 from edm2kit.metrics.precision_recall import neighbour_scores
 from edm2kit.metrics.reference import Reference, load_reference, save_reference
+from edm2kit.metrics.registry import METRICS, Metric
+from edm2kit.metrics.score import Sample, Score
 from edm2kit.metrics.scoring import (
+    Evaluator,
+    Measurement,
     Scorer,
     image_features,
     image_statistics,
@@ -26,12 +30,18 @@ from edm2kit.metrics.scoring import (
 
 __all__ = [
     "DETECTORS",
+    "METRICS",
     "DINOv2ViT",
     "Detector",
+    "Evaluator",
     "FeatureStatistics",
     "InceptionV3",
+    "Measurement",
+    "Metric",
     "Moments",
     "Reference",
+    "Sample",
+    "Score",
     "Scorer",
     "frechet_distance",
     "image_features",

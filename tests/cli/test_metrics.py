@@ -264,7 +264,7 @@ def test_all_metrics_of_a_pass_are_recorded_with_intervals(place):
         "calc", place, "--images", place / "fake", "--real", place / "real", "--heldout", place / "real.zip",
         "--metrics", "all,fd_random.mmd",
     )  # fmt: skip
-    names = "precision recall density coverage kid mmd mind fd_infinity vendi authpct".split()
+    names = ["precision", "recall", "density", "coverage", "kid", "mmd", "mind", "fd_infinity", "vendi", "authpct"]
     assert list(record["results"]) == ["fd_random", *(f"fd_random.{name}" for name in names)]
     for name, entry in record["results"].items():
         low, high = record["intervals"][name]["selection 0"]
