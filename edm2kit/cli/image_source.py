@@ -13,6 +13,7 @@ import torch
 from edm2kit.data.archive import open_archive
 from edm2kit.data.dataset import open_source, split_kind
 from edm2kit.data.image_files import IMAGE_EXTENSIONS, open_image, to_8bit
+from edm2kit.data.labels import Labels, folder_labels, noted_labels, read_labels
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.arrays import BROKEN
 from edm2kit.torch_utils.dist import progress_bar
@@ -49,6 +50,10 @@ class ArchiveImages:
 
     def __len__(self) -> int:
         return len(self._archive.names)
+
+    def labels(self) -> Labels | None:
+        """The label of each image, or None."""
+        return read_labels(self._archive) or folder_labels(self._archive.names) or noted_labels(self._archive)
 
     def where(self, index: int) -> str:
         return self._archive.where(index)
@@ -139,6 +144,27 @@ def open_images(path: str | Path) -> ScoredImages:
         return NpzImages(Path(path))
     kind, rest = split_kind(path)
     return ArchiveImages(Path(rest)) if kind == "image_files" else SourceImages(str(path))
+
+
+def image_classes(images: ScoredImages) -> torch.Tensor | None:
+    """The class of every image, int64 [N]: from dataset.json, class folders, or notes of generate.py; None if unknown.
+
+    Raises ValueError if only some of the images have one.
+    """
+    found = images.labels() if isinstance(images, ArchiveImages) else None
+    if found is None or found.values.ndim != 1:
+        return None
+    return torch.from_numpy(found.values)
+
+
+def labelled_batches(
+    images: ScoredImages, indices: Sequence[int], classes: torch.Tensor | None, batch_size: int, workers: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """This rank's batches as from `image_batches`, with the classes of their images, picked from those of all."""
+    batches = image_batches(images, indices, batch_size, workers)
+    starts = range(0, len(indices), batch_size)[dist.rank() :: dist.world_size()]
+    for start, pixels in zip(starts, batches, strict=True):
+        yield pixels, None if classes is None else classes[indices[start : start + batch_size]]
 
 
 def image_batches(

@@ -4,7 +4,7 @@ import itertools
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,13 +17,13 @@ import torch
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.cli.generation_options import generation_options
-from edm2kit.cli.image_source import image_batches, open_images
+from edm2kit.cli.image_source import image_batches, image_classes, labelled_batches, open_images
 from edm2kit.cli.metrics_reports import explain_command, list_command
 from edm2kit.metrics.card import cautions, intervals, markdown, run_line, summary, table
 from edm2kit.metrics.detectors.registry import DETECTORS, check_names, load_detectors
 from edm2kit.metrics.reference import Reference, load_reference, save_adm_reference, save_reference
 from edm2kit.metrics.registry import ALL, check_metrics
-from edm2kit.metrics.scoring import REPLICATES, Scorer, image_features, image_statistics, make_scorer
+from edm2kit.metrics.scoring import REPLICATES, Images, Scorer, image_features, image_statistics, make_scorer
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.cache import fetch
 from edm2kit.torch_utils.files import provenance, sha256_of, write_json
@@ -162,12 +162,18 @@ def calc(images: str, num: int, seeds: tuple[int, ...], workers: int, device: st
             raise ValueError(f"{images} has {len(source)} images, but --num asks for {num}; add images or lower --num")
         if len(source) == num and len(seeds) > 1:
             raise ValueError(f"{images} has exactly --num images, so every --seed selects the same; give one seed")
-        runs = {
-            f"selection {seed}": image_batches(source, _select(len(source), num, seed), options.batch, workers)
-            for seed in seeds
-        }
+        classes = image_classes(source) if _wants_classes(options.metrics) else None
+        runs = {}
+        for seed in seeds:
+            picked = _select(len(source), num, seed)
+            runs[f"selection {seed}"] = labelled_batches(source, picked, classes, options.batch, workers)
         origin = {"images": images, "num_images": num, "seeds": list(seeds)}
         _score(options, _make_scorer(options, where), runs, origin)
+
+
+def _wants_classes(metrics: tuple[str, ...] | None) -> bool:
+    """Whether classes are worth reading, which may open every image."""
+    return any(name == ALL or name.endswith("knn_agreement") for name in metrics or ())
 
 
 def _select(available: int, num: int, seed: int) -> list[int]:
@@ -205,7 +211,7 @@ def gen(request: Request, num: int, seeds: tuple[int, ...], device: str, **scori
         dist.print0(generation.summary)
         runs = {
             f"seeds {start}-{start + num - 1}": (
-                batch.images for batch in generation.batches(range(start, start + num), options.batch)
+                (batch.images, batch.classes) for batch in generation.batches(range(start, start + num), options.batch)
             )
             for start in seeds
         }
@@ -231,13 +237,14 @@ def _make_scorer(options: ScoreOptions, device: torch.device) -> Scorer:
         batches = image_batches(source, picked, options.batch, _REAL_WORKERS)
         features = image_features(batches, scorer.detectors, device)
         scorer = replace(scorer, real=features) if side == "real" else replace(scorer, heldout=features)
+        if side == "real" and _wants_classes(options.metrics):
+            classes = image_classes(source)
+            scorer = replace(scorer, real_labels=None if classes is None else classes[picked])
     scorer.check_names()
     return scorer
 
 
-def _score(
-    options: ScoreOptions, scorer: Scorer, runs: Mapping[str, Iterable[torch.Tensor]], origin: Mapping[str, Any]
-) -> None:
+def _score(options: ScoreOptions, scorer: Scorer, runs: Mapping[str, Images], origin: Mapping[str, Any]) -> None:
     """Score each run, print the values, and write the record."""
     started, begin_sec = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     measured = {}

@@ -121,10 +121,13 @@ class FeaturePass:
         self.detectors, self.device, self.keep = detectors, device, keep
         self._moments = [] if keep else [Moments(detector.num_features, device) for detector in detectors]
         self._kept: list[list[torch.Tensor]] = [[] for _ in detectors]
+        self._labels: list[torch.Tensor] = []
         self.image_size: list[int] | None = None  # height and width of the latest images
 
-    def add(self, images: torch.Tensor) -> None:
-        """Add a batch, uint8 [N, 1 or 3, H, W]."""
+    def add(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> None:
+        """Add a batch, uint8 [N, 1 or 3, H, W], and its classes, int64 [N], if they are known."""
+        if labels is not None:
+            self._labels.append(labels.cpu())
         self.image_size = list(images.shape[2:])
         found = detect(self.detectors, images.to(self.device))
         if self.keep:
@@ -142,11 +145,19 @@ class FeaturePass:
         """All ranks' features, in the order of the images, on rank 0. Every rank must call this. Only with `keep`."""
         result = {}
         for detector, rows in zip(self.detectors, self._kept, strict=True):
-            by_rank = dist.gather_on_rank0(rows)
-            rounds = range(max(map(len, by_rank), default=0))
-            batches = [batches[k] for k in rounds for batches in by_rank if k < len(batches)]
-            result[detector.name] = torch.cat([torch.empty(0, detector.num_features), *batches])
+            result[detector.name] = torch.cat([torch.empty(0, detector.num_features), *_gathered(rows)])
         return result
+
+    def labels(self) -> torch.Tensor:
+        """All ranks' classes, in the same order, on rank 0; int64 [0] if none are known. Every rank must call this."""
+        return torch.cat([torch.empty(0, dtype=torch.int64), *_gathered(self._labels)])
+
+
+def _gathered(batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """All ranks' batches on rank 0, in order if batch k is on rank k modulo the number of ranks."""
+    by_rank = dist.gather_on_rank0(batches)
+    rounds = range(max(map(len, by_rank), default=0))
+    return [found[k] for k in rounds for found in by_rank if k < len(found)]
 
 
 def statistics_of(

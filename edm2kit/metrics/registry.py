@@ -11,6 +11,7 @@ from edm2kit.metrics.detectors.registry import DETECTORS, check_names
 from edm2kit.metrics.frechet_variants import fd_infinity
 from edm2kit.metrics.inception_score import classifier_score, inception_score
 from edm2kit.metrics.kernel_distance import cmmd, kid
+from edm2kit.metrics.label_agreement import knn_agreement
 from edm2kit.metrics.memorization import authpct, ct_score
 from edm2kit.metrics.mind import mind
 from edm2kit.metrics.precision_recall import coverage, density, precision, recall
@@ -48,6 +49,10 @@ METRICS: dict[str, Metric] = {
     "mmd": Metric(cmmd, "the kernel distance of CMMD, which uses CLIP", "lower", ("real",), in_all=False),
     "mind": Metric(mind, "sliced Wasserstein distance of generated from real images", "lower", ("real",)),
     "fd_infinity": Metric(fd_infinity, "Frechet distance extrapolated to endless images", "lower", ("reference",)),
+    "knn_agreement": Metric(
+        knn_agreement, "share of generated images of the class that 10 real neighbours vote for", "higher",
+        ("real", "real_labels"),
+    ),
     "vendi": Metric(vendi, "effective number of different generated images", "near that of real images"),
     "authpct": Metric(
         authpct, "percentage of generated images that are not near-copies of real ones", "near 50 or above", ("real",)
@@ -132,8 +137,12 @@ def _checked(metric: str, detectors: Sequence[str], given: Collection[str]) -> s
         raise ValueError(
             f"{metric} is not defined for {', '.join(detectors)}; use {', '.join(only) or 'another detector'}"
         )
-    options = {"real": "--real PATH", "heldout": "--heldout PATH", "reference": "--ref NPZ"}
+    options = {
+        "real": "real images; give --real PATH",
+        "heldout": "heldout images; give --heldout PATH",
+        "real_labels": "classes of the real images: class folders or a dataset.json",
+    }
     for need in METRICS[metric].needs:
         if need in options and need not in given:
-            raise ValueError(f"{metric} needs {need} images; give {options[need]}")
+            raise ValueError(f"{metric} needs {options[need]}")
     return metric

@@ -36,7 +36,8 @@ class Sample:
 
     `generated` are those to judge, `real` those of real images, `heldout` those of real images that the network was
     not trained on, `reference` the statistics of all real images, `head` the classifier of the detector.
-    `influence` [N] are the effects of the generated images on the Frechet distance, if intervals are wanted.
+    `labels` and `real_labels`, int64 [N], are classes. `influence` [N] are the effects of the generated images on the
+    Frechet distance, if intervals are wanted.
     """
 
     generated: torch.Tensor
@@ -46,6 +47,8 @@ class Sample:
     heldout: torch.Tensor | None = None
     head: nn.Linear | None = None
     influence: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    real_labels: torch.Tensor | None = None
     seed: int = 0
 
     @cached_property

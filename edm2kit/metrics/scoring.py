@@ -24,7 +24,8 @@ _BLOCK_REPLICATES = 50
 _NO_VARIANCE = 1e-12  # of the squared mean: what rounding leaves of equal images
 _NEIGHBOUR_METRICS = ("precision", "recall", "density", "coverage")
 
-Images = torch.Tensor | Iterable[torch.Tensor]  # uint8 [N, 1 or 3, H, W]: one tensor, or batches
+# uint8 [N, 1 or 3, H, W]: one tensor, or batches, which may be pairs with classes, int64 [N]
+Images = torch.Tensor | Iterable[torch.Tensor] | Iterable[tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def measure_reference(images: Images, metrics: Sequence[str], device: torch.device | str = "cpu") -> Reference:
@@ -85,7 +86,7 @@ def _run(features: FeaturePass, images: Images) -> FeaturePass:
     error = None
     try:
         for batch in images.split(_BATCH) if isinstance(images, torch.Tensor) else images:
-            features.add(batch)
+            features.add(*batch) if isinstance(batch, tuple) else features.add(batch)
     except (ValueError, OSError) as caught:
         error = caught
     dist.raise_together(error)
@@ -111,8 +112,9 @@ class Scorer:
 
     `names` as for `--metrics`. With `real` and `heldout`, the features of real images by detector from
     `image_features`, metrics that compare image by image can be computed; that needs memory for the features of all
-    images. With `real` but without `names`, precision, recall, density and coverage are. `more` are further references
-    by name, whose distances are called "DETECTOR@NAME".
+    images. `real_labels`, int64 [N], are the classes of the real images. With `real` but without `names`, precision,
+    recall, density and coverage are computed. `more` are further references by name, whose distances are called
+    "DETECTOR@NAME".
     """
 
     reference: Reference
@@ -120,6 +122,7 @@ class Scorer:
     device: torch.device
     real: Mapping[str, torch.Tensor] | None = None
     heldout: Mapping[str, torch.Tensor] | None = None
+    real_labels: torch.Tensor | None = None
     names: tuple[str, ...] | None = None
     more: Mapping[str, Reference] = field(default_factory=dict)
     replicates: int = 0
@@ -149,7 +152,7 @@ class Scorer:
         if self.names is None or set(self.names) <= set(detectors):
             return dict.fromkeys(detectors, _NEIGHBOUR_METRICS if self.real is not None else ())
         given = {"reference", "head"}
-        given |= {name for name in ("real", "heldout") if getattr(self, name) is not None}
+        given |= {name for name in ("real", "heldout", "real_labels") if getattr(self, name) is not None}
         return registry.metrics_by_detector(self.names, detectors, given)
 
     def _finish(self, images: FeaturePass, metrics: Mapping[str, Sequence[str]]) -> Measurement:
@@ -163,9 +166,11 @@ class Scorer:
             count, statistics = images.statistics()
             self._check(count, statistics)
             return Measurement(self._distances(statistics), {}, count)
-        return dist.on_rank0(self._measure_kept, images.features(), metrics)
+        return dist.on_rank0(self._measure_kept, images.features(), images.labels(), metrics)
 
-    def _measure_kept(self, features: Mapping[str, torch.Tensor], metrics: Mapping[str, Sequence[str]]) -> Measurement:
+    def _measure_kept(
+        self, features: Mapping[str, torch.Tensor], labels: torch.Tensor, metrics: Mapping[str, Sequence[str]]
+    ) -> Measurement:
         # On the CPU, in the order of the images: the same bits for any number of ranks and size of batches.
         moments = []
         for rows in features.values():
@@ -183,7 +188,8 @@ class Scorer:
                     name = f"{detector.name}{suffix}"
                     scores[name] = Score(values[name], frechet_influence(rows, own, reference.of(detector.name)))
             if metrics[detector.name]:
-                sample = self._sample(detector, rows, own, scores[detector.name].influence)
+                influence = scores[detector.name].influence
+                sample = self._sample(detector, rows, own, influence, labels if len(labels) == count else None)
             for metric in metrics[detector.name]:
                 name = f"{detector.name}.{metric}"
                 try:
@@ -202,7 +208,12 @@ class Scorer:
         return registry.FDR in names or (registry.ALL in names and {"fid", "fd_dinov2"} <= set(statistics))
 
     def _sample(
-        self, detector: Detector, rows: torch.Tensor, statistics: FeatureStatistics, influence: torch.Tensor | None
+        self,
+        detector: Detector,
+        rows: torch.Tensor,
+        statistics: FeatureStatistics,
+        influence: torch.Tensor | None,
+        labels: torch.Tensor | None,
     ) -> Sample:
         # mps has no float64
         device = torch.device("cpu") if self.device.type == "mps" else self.device
@@ -215,6 +226,8 @@ class Scorer:
             heldout=None if self.heldout is None else self.heldout[detector.name].to(device),
             head=head if isinstance(head, nn.Linear) else None,
             influence=influence,
+            labels=labels,
+            real_labels=self.real_labels,
         )
 
     def _check(self, count: int, statistics: Mapping[str, FeatureStatistics]) -> None:
@@ -259,9 +272,9 @@ class Evaluator:
         self._metrics = self.scorer._metrics()
         self._pass = self.scorer._feature_pass(self._metrics)
 
-    def update(self, images: torch.Tensor) -> None:
-        """Add a batch of this rank, uint8 [N, 1 or 3, H, W]."""
-        self._pass.add(images)
+    def update(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> None:
+        """Add a batch of this rank, uint8 [N, 1 or 3, H, W], and its classes, int64 [N], if they are known."""
+        self._pass.add(images, labels)
 
     def compute(self) -> dict[str, float]:
         """The values of all images since the last `compute` or `reset`, as from `Scorer.score`; then forgets them."""

@@ -272,6 +272,17 @@ def test_all_metrics_of_a_pass_are_recorded_with_intervals(place):
     assert record["cautions"] == {"fd_random": "not FID; compares only with itself"}
 
 
+def test_classes_of_real_and_generated_images_may_agree(place, tmp_path):
+    files = {f"{k % 2}/img{k:08d}.png": encoded(picture(k)) for k in range(NUM)}
+    write_folder(tmp_path / "labelled", files)
+    words = ["calc", place, "--images", tmp_path / "labelled", "--real", tmp_path / "labelled", "--metrics"]
+    record = score(*words, "knn_agreement")
+    assert 0.3 < record["results"]["fd_random.knn_agreement"]["min"] <= 1
+    assert "fd_random.knn_agreement" in score(*words, "all")["results"]
+    words[3] = place / "fake"
+    assert "needs the classes" in score(*words, "knn_agreement", code=1)
+
+
 def test_what_cannot_be_computed_is_left_out_of_all_but_refused_by_name(place):
     words = ["calc", place, "--images", place / "fake", "--real", place / "real", "--heldout", place / "real.zip"]
     assert "fd_random.ct" not in score(*words, "--metrics", "all")["results"]

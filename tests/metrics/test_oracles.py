@@ -12,6 +12,7 @@ from torch import nn
 from edm2kit.metrics.frechet_variants import FD_VALIDATION, fd_infinity, fdr
 from edm2kit.metrics.inception_score import classifier_score, inception_score
 from edm2kit.metrics.kernel_distance import cmmd, kid
+from edm2kit.metrics.label_agreement import knn_agreement
 from edm2kit.metrics.memorization import authpct, ct_score
 from edm2kit.metrics.mind import mind
 from edm2kit.metrics.moments import FeatureStatistics
@@ -184,6 +185,21 @@ def test_authpct_is_the_percentage_farther_from_a_real_image_than_that_is_from_a
     assert 0 < np.mean(authentic) < 1
     assert authpct(sample(x, y)).value == exact(100 * np.mean(authentic))
     assert authpct(sample(y + 1e-4, y)).value == 0  # copies
+
+
+def test_knn_agreement_is_the_share_that_ten_neighbours_vote_for():
+    x, y = normal(80, seed=1), normal(120, seed=2)
+    labels, real_labels = torch.arange(80) % 3, torch.arange(120) % 3
+    unit_x, unit_y = (v.double().numpy() / np.linalg.norm(v.double().numpy(), axis=1, keepdims=True) for v in (x, y))
+    agree = []
+    for row, label in zip(unit_x, labels.tolist(), strict=True):
+        nearest = np.argsort(-unit_y @ row)[:10]
+        agree.append(np.bincount(real_labels.numpy()[nearest], minlength=3).argmax() == label)
+    found = knn_agreement(sample(x, y, labels=labels, real_labels=real_labels))
+    assert 0 < np.mean(agree) < 1
+    assert found.value == exact(np.mean(agree))
+    with pytest.raises(ValueError, match="needs the classes"):
+        knn_agreement(sample(x, y, real_labels=real_labels))
 
 
 def plain_zu(generated, heldout, train):

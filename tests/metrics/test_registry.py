@@ -5,7 +5,7 @@ import pytest
 from edm2kit.metrics.registry import METRICS, check_metrics, detectors_of, metrics_by_detector
 
 IN_ALL = {name for name, metric in METRICS.items() if metric.in_all}
-EVERYTHING = {"reference", "head", "real", "heldout"}
+EVERYTHING = {"reference", "head", "real", "heldout", "real_labels"}
 
 
 def test_all_means_all_that_apply_and_have_what_they_need():
