@@ -127,13 +127,16 @@ def document_parts(record: Mapping[str, Any]) -> dict[str, str]:
         accuracy, speed = f"{found['neighbour_accuracy']:.2f}", f"{found['images_per_cpu_sec']:.0f}"
         rows.append((name, accuracy, *cells, speed))
     head = ("detector", "kNN-10 accuracy", "real", "blurred", "noisy", "images per core second")
-    seen = markdown_table(head, rows)
+    return {"lite": markdown_table(head, rows), "metrics": metrics_table()}
+
+
+def metrics_table() -> str:
+    """A Markdown table of METRICS."""
     metric_rows = []
     for name, metric in METRICS.items():
         needs = ", ".join(f"`--{need}`" for need in metric.needs if need in ("real", "heldout"))
         metric_rows.append((f"`{name}`", metric.text, metric.better, needs, ", ".join(metric.detectors) or "all"))
-    table = markdown_table(("metric", "what it is", "better", "needs", "detectors"), metric_rows)
-    return {"lite": seen, "metrics": table}
+    return markdown_table(("metric", "what it is", "better", "needs", "detectors"), metric_rows)
 
 
 @click.command(cls=cli.Command)

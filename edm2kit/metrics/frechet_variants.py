@@ -63,7 +63,9 @@ def fdr(scores: Mapping[str, Score]) -> Score:
     if len(parts) < 2:
         raise ValueError(f"fdr needs the distances of at least two of {', '.join(FD_VALIDATION)}; got {list(parts)}")
     value = float(np.mean([score.value / FD_VALIDATION[name] for name, score in parts.items()]))
-    influences = [score.influence / FD_VALIDATION[name] for name, score in parts.items() if score.influence is not None]
-    if len(influences) < len(parts):
-        return Score(value)
-    return Score(value, torch.stack(influences).mean(dim=0))
+    influence = torch.zeros(1, dtype=torch.float64)
+    for name, score in parts.items():
+        if score.influence is None:
+            return Score(value)
+        influence = influence + score.influence / FD_VALIDATION[name] / len(parts)
+    return Score(value, influence)

@@ -89,10 +89,17 @@ def _hint(name: str, known: Collection[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"available metrics: {', '.join(known)}"
 
 
-def detectors_of(names: Sequence[str]) -> tuple[str, ...] | None:
-    """The detectors that `names` mention, in order; None if they leave the choice to the reference."""
-    named = [name.partition(".")[0] for name in names if name not in METRICS and name not in (ALL, FDR)]
-    return tuple(dict.fromkeys(named)) or None
+def detectors_of(names: Sequence[str], available: Sequence[str]) -> tuple[str, ...]:
+    """The detectors that `names` need, in order.
+
+    If "all" or a metric comes without any detector's plain name, these are all `available` ones.
+    """
+    metrics_of_all = [name for name in names if name in METRICS or name in (ALL, FDR)]
+    named = [name.partition(".")[0] for name in names if name not in metrics_of_all]
+    has_plain_name = any(name in DETECTORS for name in names)
+    if metrics_of_all and not has_plain_name:
+        named = [*available, *named]
+    return tuple(dict.fromkeys(named))
 
 
 def applies(metric: str, detector: str) -> bool:
@@ -112,23 +119,31 @@ def metrics_by_detector(
     `given` are the fields of `Sample` that the run has. "all" means those that apply and need no more than that. Raises
     ValueError if a metric was named whose inputs are missing, or that applies to none of the detectors.
     """
-    wanted: dict[str, list[str]] = {detector: [] for detector in detectors}
+    wanted: dict[str, set[str]] = {detector: set() for detector in detectors}
     for name in names:
         detector, _, own = name.partition(".")
         if name == ALL:
             for one in detectors:
-                wanted[one] += [
-                    known
-                    for known, metric in METRICS.items()
-                    if metric.in_all and applies(known, one) and set(metric.needs) <= set(given)
-                ]
+                wanted[one] |= _all_of(one, given)
         elif own:
-            wanted[detector].append(_checked(own, [detector], given))
+            wanted[detector].add(_checked(own, [detector], given))
         elif name in METRICS:
             _checked(name, detectors, given)
             for one in detectors:
-                wanted[one] += [name] if applies(name, one) else []
-    return {detector: tuple(metric for metric in METRICS if metric in found) for detector, found in wanted.items()}
+                if applies(name, one):
+                    wanted[one].add(name)
+    # in the order of the table
+    return {detector: tuple(metric for metric in METRICS if metric in wanted[detector]) for detector in detectors}
+
+
+def _all_of(detector: str, given: Collection[str]) -> set[str]:
+    """What "all" means for a detector."""
+    found = set()
+    for name, metric in METRICS.items():
+        has_inputs = set(metric.needs) <= set(given)
+        if metric.in_all and has_inputs and applies(name, detector):
+            found.add(name)
+    return found
 
 
 def _checked(metric: str, detectors: Sequence[str], given: Collection[str]) -> str:

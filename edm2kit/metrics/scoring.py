@@ -148,11 +148,12 @@ class Scorer:
         return FeaturePass(self.detectors, self.device, keep)
 
     def _metrics(self) -> dict[str, tuple[str, ...]]:
+        """The metrics of each detector besides its distance."""
         detectors = [detector.name for detector in self.detectors]
         if self.names is None or set(self.names) <= set(detectors):
-            return dict.fromkeys(detectors, _NEIGHBOUR_METRICS if self.real is not None else ())
-        given = {"reference", "head"}
-        given |= {name for name in ("real", "heldout", "real_labels") if getattr(self, name) is not None}
+            return dict.fromkeys(detectors, () if self.real is None else _NEIGHBOUR_METRICS)
+        inputs = {"real": self.real, "heldout": self.heldout, "real_labels": self.real_labels}
+        given = {"reference", "head", *(name for name, value in inputs.items() if value is not None)}
         return registry.metrics_by_detector(self.names, detectors, given)
 
     def _finish(self, images: FeaturePass, metrics: Mapping[str, Sequence[str]]) -> Measurement:
@@ -337,9 +338,9 @@ def make_scorer(
     if not isinstance(reference, Reference):
         reference = load_reference(reference)
     names = None if metrics is None else tuple(metrics)
-    detectors = tuple(reference.statistics) if names is None else registry.detectors_of(names)
-    if detectors is None:
-        detectors = tuple(reference.statistics)
+    detectors = tuple(reference.statistics)
+    if names is not None:
+        detectors = registry.detectors_of(names, detectors)
     for name in detectors:
         reference.of(name)
     return Scorer(reference, load_detectors(detectors, device, weights_dir), device, names=names)

@@ -55,9 +55,13 @@ def test_known_names_are_accepted():
     check_metrics(["all", "fdr", "fid", "kid", "fd_lite0.recall"])
 
 
-def test_the_detectors_are_those_named_or_left_to_the_reference():
-    assert detectors_of(["fid.kid", "fd_lite0", "recall", "fid"]) == ("fid", "fd_lite0")
-    assert detectors_of(["all"]) is None
+def test_the_detectors_are_those_named_or_those_of_the_reference():
+    there = ("fid", "fd_random")
+    assert detectors_of(["fid.kid", "fd_lite0", "recall", "fid"], there) == ("fid", "fd_lite0")
+    assert detectors_of(["fd_lite0", "all"], there) == ("fd_lite0",)
+    assert detectors_of(["fid.kid"], there) == ("fid",)
+    for names in (["all"], ["kid"], ["fdr"], ["all", "fid.mmd"]):
+        assert detectors_of(names, there) == there
 
 
 def test_every_metric_says_what_it_means_and_what_is_good():

@@ -180,8 +180,9 @@ def detect(detectors: Sequence[Detector], images: torch.Tensor) -> list[torch.Te
     Detectors that share a network share its forward pass. On a CPU the features of an image do not depend on the other
     images in the batch, to the last bit.
     """
-    # for a single image, some kernels for the CPU sum in another order
-    batch = images.expand(2, -1, -1, -1) if len(images) == 1 and images.device.type == "cpu" else images
+    batch = images
+    if len(images) == 1 and images.device.type == "cpu":
+        batch = images.expand(2, -1, -1, -1)  # for a single image, some kernels sum in another order
     wanted: dict[nn.Module, set[str]] = {}
     for detector in detectors:
         wanted.setdefault(detector.net, set()).add(detector.output)
@@ -189,8 +190,12 @@ def detect(detectors: Sequence[Detector], images: torch.Tensor) -> list[torch.Te
     # by default, cuDNN rounds convolutions to TF32
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for net, outputs in wanted.items():
-            found[net] = {"features": net(batch)} if outputs == {"features"} else net.outputs(batch)  # type: ignore[operator]
-    return [found[detector.net][detector.output][: len(images)].float() for detector in detectors]
+            if outputs == {"features"}:
+                found[net] = {"features": net(batch)}
+            else:
+                found[net] = net.outputs(batch)  # type: ignore[operator]
+    rows = [found[detector.net][detector.output] for detector in detectors]
+    return [features[: len(images)].float() for features in rows]
 
 
 def check_names(names: Sequence[str]) -> None:
