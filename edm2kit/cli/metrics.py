@@ -101,13 +101,13 @@ _scoring_options = cli.section(
         "--metrics",
         metavar="NAMES",
         type=MetricNames(),
-        help=f"Detectors ({', '.join(DETECTORS)}), metrics (kid, or fid.kid for one detector; `calculate_metrics.py "
-        f"list` shows them), or {ALL}; separated by commas  [default: the distances of all detectors in --ref]",
+        help="Detectors such as fid, metrics such as kid (fid.kid for one detector), or all; `calculate_metrics.py list` "
+        "shows them  [default: detectors in --ref]",
     ),
     click.option(
         "--real",
         metavar="PATH",
-        help="Real images (folder, .zip, .npz), --num of them; by default adds precision, recall, density, coverage",
+        help="Real images (folder, .zip, .npz); by default adds precision, recall, density, coverage",
     ),
     click.option("--heldout", metavar="PATH", help="Real images not trained on, for ct"),
     click.option(
