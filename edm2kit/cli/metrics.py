@@ -101,15 +101,15 @@ _scoring_options = cli.section(
         "--metrics",
         metavar="NAMES",
         type=MetricNames(),
-        help="Detectors such as fid, metrics such as kid (fid.kid for one detector), or all; `calculate_metrics.py list` "
-        "shows them  [default: detectors in --ref]",
+        help="Detectors such as fid, metrics such as kid or fid.kid, or all; `calculate_metrics.py list` shows them  "
+        "[default: detectors in --ref]",
     ),
     click.option(
         "--real",
         metavar="PATH",
         help="Real images (folder, .zip, .npz); by default adds precision, recall, density, coverage",
     ),
-    click.option("--heldout", metavar="PATH", help="Real images not trained on, for ct"),
+    click.option("--heldout", metavar="PATH", help="Real images not trained on (for ct)"),
     click.option(
         "--bootstrap",
         metavar="N",
