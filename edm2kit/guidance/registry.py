@@ -29,7 +29,7 @@ from edm2kit.guidance.own_network import (
     tsg,
 )
 from edm2kit.guidance.rules import RULES
-from edm2kit.guidance.second_network import autoguidance, cfg, cfg_plus_autoguidance
+from edm2kit.guidance.second_network import autoguidance, cfg, cfg_plus_autoguidance, reg
 from edm2kit.guidance.weight_schedule import SCHEDULES, with_schedule
 from edm2kit.torch_utils import dist
 
@@ -77,6 +77,7 @@ METHODS: dict[str, Method] = {
     "autoguidance": autoguidance.METHOD,
     "cfg": cfg.METHOD,
     "cfg-plus-autoguidance": cfg_plus_autoguidance.METHOD,
+    "reg": reg.METHOD,
     "truncation": truncation.METHOD,
     "pag": pag.METHOD,
     "seg": seg.METHOD,

@@ -41,6 +41,10 @@ METHODS = {
     "apg": "--guidance-method seg --guidance-rule apg --guidance-schedule cosine",
     "loss": "--guidance-method loss --loss-kind colour --loss-colour 200,30,30 --loss-augment 2 --loss-average 3",
     "erk": "--guidance-method sag --solver erk",
+    "fbg": "--guidance-method cfg --guidance 2 --guidance-rule fbg --S_churn 2",
+    "cfg-plus-plus": "--guidance-method cfg --guidance 1.6 --guidance-schedule cfg-plus-plus --solver euler",
+    "reg": "--guidance-method reg --guidance 2 --guidance-schedule c2fg",
+    "random": "--guidance-method s2 --guidance 2 --guidance-also icg=2 --guidance-also cads=2",
 }
 
 
