@@ -26,7 +26,7 @@ from edm2kit.torch_utils.files import atomic_write, provenance
 )
 @click.option("--minutes", default=24.0, help="Time limit for all items together")
 @click.option("--only", multiple=True, metavar="ITEM", help="Only this item; may be repeated")
-@click.option("--again", is_flag=True, help="Measure again what the record already has")
+@click.option("--again", is_flag=True, help="Repeat items that the record already has")
 @click.option("--toy", is_flag=True, help="Use tiny networks on the CPU, to test the script")
 @click.option("--item", hidden=True, help="Measure this item in this process")
 def main(out: Path, minutes: float, only: tuple[str, ...], again: bool, toy: bool, item: str | None) -> None:

@@ -223,7 +223,7 @@ def xxl_memory(setting: Setting) -> Iterator[Result]:
 
 
 def two_steps(setting: Setting, config: TrainConfig) -> Callable[[], object]:
-    """A step, and one more to come: Adam's moments are there from the second on."""
+    """A training step after a first one: Adam's moments exist from the second on."""
     trainer = setting.trainer(config, "img512-xxl")
     step = partial(trainer.step, images_for(trainer, 1), 1)
     step()

@@ -32,15 +32,15 @@ Records = Mapping[str, Record]
     "folder",
     type=click.Path(path_type=Path, file_okay=False),
     default=harness.RECORDS,
-    help="Folder of the records.  [default: benchmarks/records]",
+    help="Folder of the records  [default: benchmarks/records]",
 )
 @click.option(
     "--docs",
     type=click.Path(path_type=Path, file_okay=False),
     default=DOCS,
-    help="Folder of the documents.  [default: docs]",
+    help="Folder of the documents  [default: docs]",
 )
-@click.option("--check", is_flag=True, help="Write nothing; fail if a document differs from the records.")
+@click.option("--check", is_flag=True, help="Write nothing; fail if a document differs from the records")
 def main(folder: Path, docs: Path, check: bool) -> None:
     """Update docs/performance.md and docs/scaling.md from the records of the benchmarks."""
     records = read_records(folder)

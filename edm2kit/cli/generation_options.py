@@ -272,13 +272,7 @@ def _take_guidance(options: dict[str, Any]) -> Choice:
     also, rule, schedule = options.pop("also"), options.pop("rule"), options.pop("schedule")
     names = [method, *(name for name, _ in also)]
     own_options = _take_method_options(options, {**{name: METHODS[name] for name in names}, rule: RULES[rule]})
-    for name in names:
-        if METHODS[name].needs_gnet and options["gnet"] is None:
-            raise click.UsageError(f"--guidance-method {name} needs --gnet")
-    if options["gnet"] is not None and not any(METHODS[name].needs_gnet or METHODS[name].takes_gnet for name in names):
-        raise click.UsageError(f"--guidance-method {method} takes no --gnet")
-    if options["uncond"] is not None and not any(METHODS[name].takes_uncond for name in names):
-        raise click.UsageError(f"--guidance-method {method} takes no --uncond")
+    _check_networks(names, options["gnet"], options["uncond"])
     weight, interval = options.pop("weight"), options.pop("interval")
     if method == "none":
         if weight not in (None, 1) or interval is not None:
@@ -298,6 +292,22 @@ def _take_guidance(options: dict[str, Any]) -> Choice:
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     return choice
+
+
+def _check_networks(names: Sequence[str], gnet: str | None, uncond: str | None) -> None:
+    """Refuse a network that is missing or would not be used."""
+    takes_gnet = takes_uncond = False
+    for name in names:
+        method = METHODS[name]
+        if method.needs_gnet and gnet is None:
+            raise click.UsageError(f"--guidance-method {name} needs --gnet")
+        takes_gnet |= method.needs_gnet
+        takes_gnet |= method.takes_gnet
+        takes_uncond |= method.takes_uncond
+    if gnet is not None and not takes_gnet:
+        raise click.UsageError(f"--guidance-method {names[0]} takes no --gnet")
+    if uncond is not None and not takes_uncond:
+        raise click.UsageError(f"--guidance-method {names[0]} takes no --uncond")
 
 
 def _take_method_options(options: dict[str, Any], chosen: dict[str, Method | Rule]) -> dict[str, Any]:

@@ -162,15 +162,16 @@ def _nimg_of(kimg: int, inputs: Sequence[Weights]) -> int:
 def _check_overwriting(inputs: Sequence[Weights], outputs: Sequence[Output], paths: Sequence[Path]) -> None:
     """Raise ValueError if an output would replace anything but an earlier version of itself."""
     input_paths = [weights.path.resolve() for weights in inputs if weights.path]
+    advice = "choose another --outprefix or --outdir"
     for output, path in zip(outputs, paths, strict=True):
         if path.resolve() in input_paths:
-            raise ValueError(f"{path} is one of the inputs; choose another --outprefix or --outdir")
+            raise ValueError(f"{path} is one of the inputs; {advice}")
         existing, wanted = _header_of(path), output.header
         if existing is None:
             continue
         same = (existing.run_id, existing.nimg, existing.ema_std) == (wanted.run_id, wanted.nimg, wanted.ema_std)
         if existing.recipe is None or not same:
-            raise ValueError(f"{path} holds another network; choose another --outprefix or --outdir")
+            raise ValueError(f"{path} holds another network; {advice}")
 
 
 def _header_of(path: Path) -> Header | None:

@@ -123,13 +123,7 @@ def open_sources(sources: Sequence[str | Path], prefix: str = "", stds: Iterable
         condition = f" with names that start with {prefix!r}" if prefix else ""
         raise ValueError(f"found no training snapshots{condition} in {where}")
     if stds is not None:
-        wanted = set(stds)
-        available = {weights.header.ema_std for weights in found if weights.header.ema_std is not None}
-        missing = wanted - available
-        if missing:
-            lengths = ", ".join(map(str, sorted(available)))
-            raise ValueError(f"no snapshot in {where} has the EMA length {min(missing)}; available: {lengths}")
-        found = [weights for weights in found if weights.header.ema_std in wanted]
+        found = _with_stds(found, set(stds), where)
     return sorted(found, key=lambda weights: (weights.header.nimg, weights.header.ema_std or 0))
 
 
@@ -144,6 +138,17 @@ def _training_snapshots(folder: Path, prefix: str) -> list[Weights]:
         if weights.header.recipe is None:
             found.append(weights)
     return found
+
+
+def _with_stds(found: list[Weights], stds: set[float], where: str) -> list[Weights]:
+    by_std: dict[float | None, list[Weights]] = {}
+    for weights in found:
+        by_std.setdefault(weights.header.ema_std, []).append(weights)
+    missing = stds - by_std.keys()
+    if missing:
+        lengths = ", ".join(str(std) for std in sorted(std for std in by_std if std is not None))
+        raise ValueError(f"no snapshot in {where} has the EMA length {min(missing)}; available: {lengths}")
+    return [weights for weights in found if weights.header.ema_std in stds]
 
 
 class WeightReader:

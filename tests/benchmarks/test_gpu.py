@@ -41,7 +41,7 @@ def test_the_real_items_fit_into_the_time_that_is_promised():
             assert {f"training-{preset}-{precision}", f"evaluation-{preset}-{precision}"} <= set(listed)
 
 
-def test_items_run_in_processes_and_a_second_run_goes_on(tmp_path):
+def test_items_run_in_processes_and_a_second_run_resumes(tmp_path):
     out = tmp_path / "gpu.json"
     first = invoke("--toy", "--only", "ceilings", "--out", out)
     assert first.exit_code == 0, first.output
@@ -61,7 +61,7 @@ def test_records_of_toys_and_of_machines_are_not_mixed(tmp_path):
     assert "was measured on a card. Move it" in refused.output
 
 
-def test_what_was_found_before_the_time_was_up_stays(tmp_path, monkeypatch):
+def test_results_found_before_the_time_limit_are_kept(tmp_path, monkeypatch):
     def slow(line, cwd, timeout):
         path = line[line.index("--out") + 1]
         gpu.save({"numbers": {"fast": 1.0}}, gpu.Path(path))

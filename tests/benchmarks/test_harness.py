@@ -31,7 +31,7 @@ def test_contenders_take_turns_and_warm_up_is_not_counted():
     assert [len(times) for times in seconds.values()] == [2, 2]
 
 
-def test_what_prepares_a_run_comes_before_each_and_outside_its_time(clock):
+def test_prepare_is_called_before_each_run_and_is_not_timed(clock):
     order = []
     ways = {way: (lambda way=way: (order.append(way), clock(1.0))) for way in ("plain", "fast")}
     job = Comparison("prepared", ways, prepare=lambda: (order.append("prepare"), clock(100.0)))
@@ -56,7 +56,7 @@ def test_a_contender_that_does_a_part_counts_as_often_as_there_are_parts(clock):
     assert record["times"] == {"plain": 8}
 
 
-def test_work_is_told_per_second_and_as_a_share_of_the_ceiling(clock, monkeypatch):
+def test_work_is_reported_per_second_and_as_a_share_of_the_ceiling(clock, monkeypatch):
     monkeypatch.setattr(harness, "ceiling", lambda name, device: 100.0)
     job = Comparison("work", {"plain": lambda: clock(2.0)}, work=Work(50, "bytes", "memory_copy"))
     row = harness.measure(job, runs=1, warmup=0)["contenders"]["plain"]

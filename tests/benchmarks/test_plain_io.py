@@ -40,7 +40,7 @@ def test_averages_in_one_pass_are_those_made_one_after_another(tmp_path):
                 torch.testing.assert_close(ours[name], plain[name].float(), atol=2e-3, rtol=2e-3)
 
 
-def test_a_network_comes_back_alike(tmp_path):
+def test_a_network_is_the_same_after_saving_and_loading(tmp_path):
     snapshot = load_snapshot(tiny_snapshot(tmp_path / "ours"))
     plain_io.save_network(tmp_path / "plain", snapshot.net)
     found = plain_io.load_network(tmp_path / "plain", **snapshot.header.architecture).state_dict()

@@ -44,7 +44,7 @@ def test_goals_stand_beside_results():
     assert "| **4.00** (3.50 to 4.50) |  | 1.0e-06" in rows["| free"]
 
 
-def test_a_goal_beyond_what_the_machine_computes_is_told():
+def test_a_goal_beyond_what_the_machine_computes_is_reported():
     record = comparison("unmet", 4.5) | {"work": {"unit": "multiply-adds"}}
     record["contenders"]["plain"]["share_of_ceiling"] = 0.25
     assert "4.5: **missed**, would be 112% of the ceiling" in comparison_table([record])
@@ -63,7 +63,7 @@ def test_what_was_not_measured_is_named_with_its_command():
     assert "memory" not in report.missing_text({"memory": {"command": "python -m benchmarks.memory"}})
 
 
-def test_half_precision_is_held_against_autocast_and_what_was_skipped_is_told():
+def test_half_precision_is_compared_with_autocast_and_skipped_items_are_reported():
     record = comparison("a", error_bf16=0.0123, error_autocast_bf16=0.0125, skipped={"bf16": "no instructions"})
     text = report.performance_text({"a": record})
     assert (

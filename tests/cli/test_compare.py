@@ -188,7 +188,7 @@ def test_every_row_of_the_project_can_be_asked_for(place, tmp_path):
         assert row.cost(files)
 
 
-def test_a_file_of_no_rows_is_refused(tmp_path):
+def test_a_file_without_rows_is_refused(tmp_path):
     (tmp_path / "rows.yaml").write_text("rows: {a: {title: x}}")
     with pytest.raises(ValueError, match="is not a list of rows to compare"):
         load_rows(tmp_path / "rows.yaml")

@@ -121,7 +121,7 @@ def test_max_images_keeps_the_class_numbers(tmp_path, source):
     assert ImageDataset(tmp_path / "out").labels.tolist() == [0, 0, 1]
 
 
-def test_what_the_tool_writes_it_reads(tmp_path, source):
+def test_the_tool_reads_what_it_writes(tmp_path, source):
     convert(source, tmp_path / "one.zip")
     convert(tmp_path / "one.zip", tmp_path / "two.zip")
     first, second = ImageDataset(tmp_path / "one.zip"), ImageDataset(tmp_path / "two.zip")

@@ -116,7 +116,7 @@ def test_two_ranks_learn_what_one_does(place, whole, tmp_path):
         torch.testing.assert_close(final(tmp_path / "run")["net"][name], value, atol=2e-3, rtol=2e-3, msg=name)
 
 
-def test_an_interval_and_random_draws_can_be_learnt(place, tmp_path):
+def test_an_interval_and_random_guidance_can_be_learned(place, tmp_path):
     run(place, tmp_path / "interval", "--interval", "0.3,5")
     words = ["--net", place / "main.safetensors", "--guidance-method", "tsg", "--guidance", 2, "--data", place / "data"]
     words += ["--outdir", tmp_path / "tsg", "--batch", 16, "--duration", 32, "--workers", 0, "--device", "cpu"]

@@ -106,7 +106,7 @@ dataset_tool.main(sys.argv[1:])
 """
 
 
-def test_a_killed_command_goes_on(vae, pixels, encoded, tmp_path):
+def test_a_killed_command_resumes(vae, pixels, encoded, tmp_path):
     line = arguments("encode", vae, pixels, tmp_path / "latents.zip")
     code = KILLED.format(root=str(tiny.ROOT))
     killed = subprocess.run([sys.executable, "-c", code, *line], env=tiny.environment(), capture_output=True)

@@ -70,7 +70,7 @@ def test_cost_of_a_network_counted_by_hand():
     assert cost.parameters == sum(layer.parameters for layer in cost.layers) + gains
 
 
-def test_counting_allocates_nothing_and_draws_nothing():
+def test_counting_allocates_nothing_and_uses_no_random_numbers():
     state = torch.random.get_rng_state()
     evaluation_cost(full_architecture(64, 4, 0, 0.5, {"model_channels": 4096}))  # a hundred billion parameters
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -87,7 +87,7 @@ def test_presets_are_compared_and_one_is_shown_by_layer(tmp_path):
     assert one.splitlines()[-1].startswith("total")
 
 
-def test_a_snapshot_says_its_own_shape(tmp_path):
+def test_a_snapshot_knows_its_own_shape(tmp_path):
     path = tiny_snapshot(tmp_path / "net.safetensors", label_dim=7)
     assert "3x8x8, 7 classes" in invoke(path, "--classes", 3)
 

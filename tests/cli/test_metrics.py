@@ -58,7 +58,7 @@ def network(place):
     return ["--net", place / "main", "--gnet", place / "guide", "--guidance", "2", "--steps", "2"]
 
 
-def test_reference_tells_what_made_it(place):
+def test_a_reference_records_what_made_it(place):
     reference = load_reference(place / "ref.npz")
     assert reference.num_images == NUM
     assert reference.source["data"] == str(place / "real")
@@ -98,7 +98,7 @@ def test_help_comes_in_sections_of_at_most_80_lines(command):
     assert "[default: 32]" in shown
 
 
-def test_guided_images_score_the_same_drawn_and_written(place, tmp_path):
+def test_guided_images_score_the_same_in_memory_and_from_files(place, tmp_path):
     record = score("gen", place, *network(place), "--seed", "5")
     words = [*network(place), "--seeds", f"5-{5 + NUM - 1}", "--device", "cpu"]
     for output in (["--outdir", tmp_path / "png"], ["--npz", tmp_path / "images.npz"]):
@@ -138,7 +138,7 @@ def test_a_seed_selects_a_subset(place):
     assert value(score("calc", place, "--images", place / "fake", "--seed", "1", num=20)) == values[1]
 
 
-def test_real_images_tell_precision_and_coverage_too(place):
+def test_real_images_add_precision_and_coverage(place):
     names = [f"fd_random.{name}" for name in ("precision", "recall", "density", "coverage")]
     same = score("calc", place, "--images", place / "real", "--real", place / "real.zip")["results"]
     assert list(same) == ["fd_random", *names]
@@ -230,7 +230,7 @@ def test_grey_and_colour_images_may_be_mixed(place, tmp_path):
         (["ref", "--data", "empty", "--dest", "x.npz", "--metrics", "fd_random"], 1, "contains no images"),
     ],
 )
-def test_wrong_input_is_told_in_one_line(place, monkeypatch, words, code, reason):
+def test_wrong_input_is_reported_in_one_line(place, monkeypatch, words, code, reason):
     monkeypatch.chdir(place)
     (place / "empty").mkdir(exist_ok=True)
     found, output = run(*words)
@@ -250,7 +250,7 @@ def test_another_detector_is_refused_before_images_are_made(place):
     assert "another detector" in score("gen", place, *network(place), ref="other.npz", code=1)
 
 
-def test_missing_weights_are_told_offline(place, monkeypatch, tmp_path):
+def test_missing_weights_are_reported_offline(place, monkeypatch, tmp_path):
     monkeypatch.setenv("EDM2_OFFLINE", "1")
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
     code, output = run("ref", "--data", place / "real", "--dest", place / "x.npz")

@@ -193,7 +193,7 @@ def check_report(text: str, found: dict[str, float]) -> None:
         assert note in text
 
 
-def test_what_was_downloaded_serves_where_there_is_no_connection(table, tmp_path, mirror, monkeypatch):
+def test_downloaded_files_work_without_a_connection(table, tmp_path, mirror, monkeypatch):
     got = invoke("download", "--table", table, "--outdir", tmp_path / "out")
     assert got.exit_code == 0, got.output
     shown = [Path(path) for path in re.findall(rf"{tmp_path}\S+(?=\n)", got.output)]
@@ -208,7 +208,7 @@ def test_what_was_downloaded_serves_where_there_is_no_connection(table, tmp_path
     assert len(mirror.seen) == asked_for
 
 
-def test_a_file_that_cannot_be_had_does_not_stop_the_others(table, tmp_path, mirror):
+def test_a_failed_download_does_not_stop_the_others(table, tmp_path, mirror):
     missing = mirror.files.pop("/refs/toy.npz")
     try:
         got = invoke("download", "--table", table, "--outdir", tmp_path / "out")
@@ -220,7 +220,7 @@ def test_a_file_that_cannot_be_had_does_not_stop_the_others(table, tmp_path, mir
     assert (tmp_path / "out" / "networks" / f"{GUIDE}.safetensors").is_file()
 
 
-def test_a_network_that_cannot_be_had_costs_its_own_cells_only(table, tmp_path, mirror):
+def test_a_missing_network_skips_only_its_own_cells(table, tmp_path, mirror):
     raw = f"/edm2/raw-snapshots/toy/toy-{(2 << 25) // 1000:07d}-0.100.pkl"
     missing, line = mirror.files.pop(raw), options(table, tmp_path / "out", "--rows", "guided,plain", "--seeds", 1)
     try:
@@ -255,7 +255,7 @@ def test_a_value_is_the_distance_of_its_seeds(table, tmp_path):
         assert values(tmp_path / "out", "plain")[str(first)] == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_stopped_cell_goes_on_to_the_same_bits(table, tmp_path, monkeypatch):
+def test_a_stopped_cell_resumes_to_the_same_bits(table, tmp_path, monkeypatch):
     assert invoke(*options(table, tmp_path / "whole", "--rows", "plain")).exit_code == 0
     save, saves = run.PartialStatistics.save, []
 
@@ -291,7 +291,7 @@ def test_work_of_other_settings_is_refused(table, tmp_path):
     assert "is damaged" in invoke(*line).output
 
 
-def test_progress_is_whole_or_told(tmp_path):
+def test_progress_is_complete_or_damage_is_reported(tmp_path):
     statistics = FeatureStatistics(np.ones(2), np.eye(2), "x")
     progress = run.PartialStatistics({"first_seed": 0}, 8).plus(5, statistics, 1.5, {"commit": "c"})
     progress.save(tmp_path / "p.npz")

@@ -204,12 +204,12 @@ def told_in_one_line(result) -> str:
         (["all", "--samples", 1000], "1000 samples are too few to tell a lost branch from chance"),
     ],
 )
-def test_what_is_missing_or_too_little_is_told_in_one_line(tmp_path, arguments, wrong):
+def test_missing_or_too_few_inputs_are_reported_in_one_line(tmp_path, arguments, wrong):
     assert wrong in told_in_one_line(run(*arguments, "--outdir", tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
 
-def test_a_damaged_network_is_told_before_another_is_trained(outdir):
+def test_a_damaged_network_is_reported_before_another_is_trained(outdir):
     network_path(outdir, "main", 0).unlink()
     network_path(outdir, "both", 1).write_bytes(b"")
     assert "both-seed1.safetensors is not a complete network file" in told_in_one_line(
@@ -225,7 +225,7 @@ def test_pictures_without_matplotlib_are_refused_before_training(tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_record_is_told(tmp_path, record):
+def test_a_damaged_record_is_reported(tmp_path, record):
     evaluation.save_record(tmp_path, record)
     path = tmp_path / evaluation.RECORD_NAME
     path.write_bytes(path.read_bytes()[:-100])

@@ -61,7 +61,7 @@ def test_rebuilt_average_of_an_earlier_time_reads_nothing_later(walk):
 
 
 @pytest.mark.parametrize("std", STORED)
-def test_stored_profile_comes_out_as_it_is(walk, std):
+def test_a_stored_profile_is_returned_unchanged(walk, std):
     state, header = reconstruct(walk.snapshots, std, 64_000)
     [stored] = [w.tensors for w in walk.snapshots if (w.header.nimg, w.header.ema_std) == (64_000, std)]
     assert all(torch.equal(state[name], stored[name]) for name in stored)
@@ -220,7 +220,7 @@ def test_bad_values_are_refused_by_name(walk):
     refused([*others, changed(with_tensors(last, **{FREQS: freqs}), "x")], f"x and .* differ in the buffer {FREQS}")
 
 
-def test_bad_values_are_refused_where_the_first_output_has_no_use_for_them(walk, tmp_path):
+def test_bad_values_are_refused_even_if_the_first_output_does_not_use_them(walk, tmp_path):
     *others, last = walk.snapshots
     weight = last.tensors[WEIGHT].clone()
     weight[1, 2] = torch.inf

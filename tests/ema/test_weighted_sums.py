@@ -70,7 +70,7 @@ def test_inputs_of_several_dtypes_lose_nothing(walk, tmp_path, dtypes):
         assert torch.allclose(state[name].double(), truth, rtol=1e-4, atol=1e-6)
 
 
-def test_files_are_read_alike_where_the_system_has_no_positioned_reads(walk, tmp_path, monkeypatch):
+def test_files_are_read_the_same_on_systems_without_positioned_reads(walk, tmp_path, monkeypatch):
     """As on Windows: two threads share a file's position."""
     inputs = open_sources([runs.write(tmp_path, walk.snapshots)])
     whole, _ = reconstruct(inputs, 0.07)

@@ -105,11 +105,11 @@ def _first_images(folder: Path, count: int) -> list[Image.Image]:
     type=click.Path(path_type=Path, file_okay=False),
     default="demo-out",
     show_default=True,
-    help="Output folder of scripts/demo.sh.",
+    help="Output folder of scripts/demo.sh",
 )
-@click.option("--columns", type=click.IntRange(min=1), default=10, show_default=True, help="Images per row.")
-@click.option("--rows", type=click.IntRange(min=1), default=8, show_default=True, help="Rows of images.")
-@click.option("--publish", is_flag=True, help="Also update experiments/demo/ and README.md in the checkout.")
+@click.option("--columns", type=click.IntRange(min=1), default=10, show_default=True, help="Images per row")
+@click.option("--rows", type=click.IntRange(min=1), default=8, show_default=True, help="Rows of images")
+@click.option("--publish", is_flag=True, help="Also update experiments/demo/ and README.md in the checkout")
 def main(out: Path, columns: int, rows: int, publish: bool) -> None:
     """Write OUT/demo.png and OUT/table.md from the images and records in OUT."""
     records = read_records(out)

@@ -22,9 +22,15 @@ def lines_of(table: Table, outdir: Path) -> Sequence[Line]:
     """
     lines = []
     for row in table.rows:
-        lines += [_line(table, row, cell, _read(table, cell, outdir)) for cell in row.cells]
-    used = [column for column in lines[0] if any(line[column] for line in lines)]
-    return [{column: line[column] for column in used} for line in lines]
+        for cell in row.cells:
+            record = _read(table, cell, outdir)
+            lines.append(_line(table, row, cell, record))
+    for column in list(lines[0]):
+        texts = {line[column] for line in lines}
+        if texts == {""}:
+            for line in lines:
+                del line[column]
+    return lines
 
 
 def notes_of(table: Table, outdir: Path) -> list[str]:

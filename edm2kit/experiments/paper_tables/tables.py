@@ -75,11 +75,10 @@ class Table:
         Raises ValueError if the table has no row of a name, or if no cell is left.
         """
         by_name = {row.name: row.cells for row in self.rows}
-        for name in rows or ():
-            if name not in by_name:
-                raise ValueError(f"table {self.name} has no row {name!r}{nearest(name, list(by_name))}")
         picked: list[Cell] = []
         for name in rows or by_name:
+            if name not in by_name:
+                raise ValueError(f"table {self.name} has no row {name!r}{nearest(name, list(by_name))}")
             picked += by_name[name]
         if metrics:
             picked = [cell for cell in picked if cell.metric in metrics]

@@ -116,5 +116,6 @@ def summary(record: Mapping[str, Any], method: str, weight: float) -> dict[str, 
         raise ValueError(f"the record has no row of {method} at weight {weight:g}. Evaluate again")
     spreads = {}
     for name in MEASURES:
-        spreads[name] = Spread.of([row[name] for row in rows])
+        values = [row[name] for row in rows]
+        spreads[name] = Spread.of(values)
     return spreads

@@ -81,7 +81,7 @@ def test_a_plan_downloads_nothing_and_adds_up(monkeypatch, tmp_path):
     assert (found["img512.pkl"].num_bytes, found["img512.pkl"].is_here) == (5, True)
 
 
-def test_plan_tells_hours_for_a_given_throughput():
+def test_plan_reports_hours_for_a_given_throughput():
     result = invoke("plan", "--table", "autoguidance-1", "--rows", "img512-s", "--metrics", "fid", "--tflops", 100)
     assert result.exit_code == 0, result.output
     # 150,000 images of 63 evaluations of 100.8e9 multiply-adds, two operations each, at 100e12 a second
@@ -105,7 +105,7 @@ class Free:
     parameters = multiply_adds = 0
 
 
-def test_a_disk_too_small_for_the_files_is_told(monkeypatch, tmp_path):
+def test_a_disk_too_small_for_the_files_is_reported(monkeypatch, tmp_path):
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache" / "deep"))
     monkeypatch.setattr(plan, "evaluation_cost", lambda architecture: Free())
     line = ["plan", "--table", "edm2", "--rows", "img64-s", "--metrics", "fid"]

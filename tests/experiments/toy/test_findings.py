@@ -75,7 +75,7 @@ def all_cores():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("all_cores")
-def test_networks_trained_anew_show_the_findings(tmp_path):
+def test_newly_trained_networks_show_the_findings(tmp_path):
     seed = 5  # none of the record's
     for role, recipe in RECIPES.items():
         save_network(network_path(tmp_path, role, seed), train(recipe, seed, can_compile()), recipe, seed)
