@@ -97,7 +97,8 @@ def linear(
 class DerivedNegative(Protocol):
     """A negative that needs the positive result: `derive(D, maps, at)` returns D_neg.
 
-    `maps` holds the attention maps [N, heads, H*W, H*W] of the blocks named in `reads`, from the call that gave D.
+    `maps` holds the attention maps [N, heads, H*W, H*W] of the blocks named in `reads`, from the call that gave D. A
+    negative that differs if other methods are active at the same time may offer `in_combination()`, which returns it.
     """
 
     @property

@@ -279,13 +279,17 @@ def guide(choice: Choice, parts: Parts) -> Denoiser:
     _check_parts(weights, parts)
     options = _options_by_owner(choice, weights)
     negatives, rest = [], []
+    active = [weight for weight in weights.values() if weight != 1]
     for name, weight in weights.items():
         method = METHODS[name]
         if method.negative is None:
             rest.append(name)
         else:
             own_parts = parts_for(name, weights, parts)
-            negatives.append(Negative(method.negative(own_parts, **options[name]), weight))
+            source = method.negative(own_parts, **options[name])
+            if len(active) > 1 and hasattr(source, "in_combination"):
+                source = source.in_combination()
+            negatives.append(Negative(source, weight))
     guided = parts.net
     if negatives:
         rule = RULES[choice.rule].make(**options["rule"])

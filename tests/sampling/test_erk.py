@@ -22,6 +22,28 @@ def test_without_weight_it_is_heun_bitwise():
     assert torch.equal(erk(Gaussian(M, V), NOISE, SIGMAS, stiffness=off), heun(Gaussian(M, V), NOISE, SIGMAS))
 
 
+@pytest.mark.parametrize(
+    ("num_steps", "pair"),
+    [
+        (4, (0.5, 0.1)),
+        (8, (0.5, 0.1)),
+        (11, (0.5, 0.1)),
+        (12, (0.75, 0.3)),
+        (16, (0.75, 0.3)),
+        (22, (0.75, 0.3)),
+        (23, (2.0, 0.5)),
+        (32, (2.0, 0.5)),
+        (64, (2.0, 0.5)),
+    ],
+)
+def test_the_default_is_the_published_pair_for_the_number_of_steps(num_steps, pair):
+    sigmas = Sampler(num_steps, dtype=torch.float64).sigmas()
+    default = erk(Gaussian(M, V), NOISE, sigmas)
+    assert torch.equal(default, erk(Gaussian(M, V), NOISE, sigmas, stiffness=Stiffness(*pair)))
+    if num_steps > 4:
+        assert not torch.equal(default, heun(Gaussian(M, V), NOISE, sigmas))
+
+
 def test_below_the_threshold_it_is_heun_bitwise():
     calm = Stiffness(w_stiff=2.0, w_con=10.0)
     assert torch.equal(erk(Gaussian(M, V), NOISE, SIGMAS, stiffness=calm), heun(Gaussian(M, V), NOISE, SIGMAS))
@@ -46,7 +68,7 @@ def test_of_a_gaussian_every_step_is_known():
         if 0 < k < len(levels) - 2 and a > 0.25:
             step -= h * (w_stiff * h * a) ** 2 * a
         factor *= step
-    result = erk(Gaussian(M, V), NOISE[:, :1, :1, :1], SIGMAS, stiffness=Stiffness(w_stiff))
+    result = erk(Gaussian(M, V), NOISE[:, :1, :1, :1], SIGMAS, stiffness=Stiffness(w_stiff, 0.25))
     torch.testing.assert_close(result, M + factor * (x - M), atol=1e-10, rtol=1e-10)
     assert not torch.allclose(result, heun(Gaussian(M, V), NOISE[:, :1, :1, :1], SIGMAS), atol=1e-3)
 

@@ -1,10 +1,17 @@
-"""FreeDoM: Yu et al. 2023 (arXiv 2303.09833). Its time travel is a solver, `edm2kit.sampling.time_travel`."""
+"""FreeDoM: Yu et al. 2023 (arXiv 2303.09833). Its time travel is a solver, `edm2kit.sampling.solvers.time_travel`.
+
+The paper's x is variance-preserving, x' = x / sqrt(1 + sigma^2), and its losses are norms ||r||, not squares. Its rule
+for parsing maps and sketches moves x' by -step * sqrt(a) times the gradient by x', a = 1 / (1 + sigma^2). The gradient
+by x' is sqrt(1 + sigma^2) times that by x, which cancels sqrt(a); at the end of the step x = sqrt(1 + sigma_next^2) x'.
+What remains is step * sqrt(1 + sigma_next^2) * (gradient of ||r|| by x). Its rule for text fixes the length of the
+step, so neither the norm nor the variables matter.
+"""
 
 from dataclasses import dataclass
 
 import torch
 
-from edm2kit.guidance.losses.gradient_step import StepStart, image_norm, zero_where_flat
+from edm2kit.guidance.losses.gradient_step import StepStart, image_norm, norm_slope, zero_where_flat
 
 
 @dataclass(frozen=True)
@@ -23,9 +30,12 @@ class FreeDoMStep:
 
 @dataclass(frozen=True)
 class FreeDoMLevelStep:
-    """`step` * sqrt(1 + sigma_next^2) * g: the rule for parsing maps (0.2) and sketches (20). For `GradientStep`."""
+    """`step` * sqrt(1 + sigma_next^2) * (gradient of ||r||), the loss being ||r||^2. A rule of `GradientStep`.
+
+    The authors use steps of 0.2 for parsing maps and 20 for sketches.
+    """
 
     step: float = 0.2
 
     def __call__(self, at: StepStart, sigma_next: torch.Tensor) -> torch.Tensor:
-        return self.step * (1 + sigma_next**2).sqrt() * at.gradient
+        return self.step * (1 + sigma_next**2).sqrt() * norm_slope(at)

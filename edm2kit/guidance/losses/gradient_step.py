@@ -39,6 +39,19 @@ def image_norm(x: torch.Tensor) -> torch.Tensor:
     return column(torch.linalg.vector_norm(x.flatten(1), dim=1), x)
 
 
+def norm_slope(at: StepStart) -> torch.Tensor:
+    """The gradient of sqrt(loss) by x: that of the residual's norm ||r||, for a loss that is the sum of its squares.
+
+    Published rules differentiate the norm; gradient / (2 sqrt(loss)) is it. Zero for images whose gradient is too short
+    to have a direction. Raises ValueError if the loss is negative, which no square is.
+    """
+    if bool((at.loss < 0).any()):
+        raise ValueError(
+            "this step needs a loss that is a square, and the loss is negative; use --loss-rule score or freedom"
+        )
+    return zero_where_flat(at.gradient / (2 * column(at.loss, at.x).sqrt()), at.gradient)
+
+
 def zero_where_flat(shift: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """`shift`, or zero for images whose gradient is too short to have a direction."""
     return torch.where(image_norm(gradient) < _FLAT, torch.zeros_like(shift), shift)

@@ -1,7 +1,9 @@
 """Loss-guided diffusion (LGD): the loss averaged over clean images near the denoised one.
 
 Song et al. 2023 (Loss-Guided Diffusion Models for Plug-and-Play Controllable Generation). The images near D are taken
-from a Gaussian around it, whose standard deviation is c_out for data of deviation sigma_data. Without the average, the
+from a Gaussian around it, whose standard deviation is c_out for data of deviation sigma_data: sigma sigma_d /
+sqrt(sigma^2 + sigma_d^2). The paper's sigma / sqrt(1 + sigma^2) is the same for data of unit variance; the networks of
+this package have sigma_data = 0.5, for which the paper's spread would be up to twice too wide. Without the average, the
 guided samples of a Gaussian do not reach its posterior.
 """
 

@@ -130,10 +130,13 @@ def make_loss(settings: LossSettings, parts: Parts) -> Loss:
     return OnPixels(loss, parts.pixels)
 
 
-def averaged(loss: Loss, how: str) -> Loss:
-    """The loss averaged over clean images near the denoised one, by `how`; auto: if the average is known exactly."""
+def averaged(loss: Loss, how: str, rule: str) -> Loss:
+    """The loss averaged over clean images near the denoised one, by `how`.
+
+    auto: if the average is known exactly and `rule` is the score. The published steps take the loss of D itself.
+    """
     if how == "auto":
-        how = "exact" if isinstance(loss, Measurement) else "none"
+        how = "exact" if rule == "score" and isinstance(loss, Measurement) else "none"
     if how == "none":
         return loss
     if how != "exact":
@@ -159,7 +162,7 @@ def _build(parts: Parts, weight: float, **options: Any) -> Denoiser:
         if not backprop:
             tfg = replace(tfg, rho=0.0)
         return tfg.scaled(scale)
-    loss = averaged(loss, settings.loss_average)
+    loss = averaged(loss, settings.loss_average, rule)
     if rule == "score":
         return LossGuided(parts.net, loss, scale, backprop)
     step = STEP_RULES[rule]() if settings.loss_step is None else STEP_RULES[rule](settings.loss_step)
@@ -212,8 +215,8 @@ METHOD = Method(
             "loss-average",
             parse_average,
             "auto",
-            "Average of the loss over clean images near the denoised one (LGD): auto, none, exact, or a number of "
-            "samples",
+            "Average of the loss over clean images near the denoised one (LGD): none, exact, a number of samples, or "
+            "auto (for the score: exact, if it is known; for the steps, as published: none)",
         ),
         Option(
             "loss-augment", count(0), 0, "Number of random versions of each image whose losses are averaged; 0: none"

@@ -1,4 +1,17 @@
-"""Dropout guidance and input-noise guidance: away from the network degraded by dropout, or by noise on its input."""
+"""Dropout guidance and input-noise guidance: away from the network degraded by dropout, or by noise on its input.
+
+Dropout leaves x and the noise level as they are, so combining D is the same as combining scores or noise predictions.
+
+Input noise evaluates the network at another x and another noise level. Combining scores or noise predictions would then
+not be the same as combining D: the negative noise prediction (x_hat - D(x_hat)) / sigma_hat, x_hat = x + a n, contains
+the added noise n, which an extrapolation by w would add to the image with a factor of w - 1. Karras et al. degrade the
+denoiser and extrapolate D (their Eq. 3 and code): the degraded denoiser stands for a denoiser of x at sigma with a
+larger error, because it saw more noise. So D is the authors' space, and this file combines D without correction.
+
+Other methods differ: sag.py combines noise predictions at different inputs. Self-guidance evaluates the network at
+another noise level s but the same variance-preserving x, which here is x' = x sqrt((1 + s^2) / (1 + sigma^2)). Its
+noise prediction (x' - D(x'; s)) / s, in the place of that at sigma, stands for D_neg = x - sigma (x' - D(x'; s)) / s.
+"""
 
 import math
 from dataclasses import dataclass, field

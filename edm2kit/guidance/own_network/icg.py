@@ -1,4 +1,7 @@
-"""Independent-condition guidance (ICG): away from the answer to a random condition, unrelated to the image."""
+"""Independent-condition guidance (ICG): away from the answer to a random condition, unrelated to the image.
+
+Both evaluations have the same x and noise level, so combining D is the same as combining scores or noise predictions.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -16,12 +19,15 @@ KINDS = ("class", "gaussian")
 
 @dataclass(frozen=True)
 class RandomCondition(Wrapper):
-    """The change to a random condition for each image and step: another class, all equally likely, or Gaussian numbers.
+    """The change to a random condition for each image and step: a class, all equally likely, or Gaussian numbers.
 
-    Gaussian labels have the magnitude of one-hot ones. If there is a single class, nothing changes.
+    The paper draws from all K classes, so that 1 / K of the evaluations are unguided. Without `include_own` the image's
+    own class is left out, which makes the guidance K / (K - 1) times as strong on average; if there is a single class,
+    nothing changes. Gaussian labels have the magnitude of one-hot ones.
     """
 
     kind: str = "class"
+    include_own: bool = True
     random: StepGenerators = field(default_factory=StepGenerators)
 
     def __call__(self, call: NetworkCall) -> NetworkCall:
@@ -30,8 +36,7 @@ class RandomCondition(Wrapper):
         generators = self.random.generators()
         if self.kind == "gaussian":
             return call._replace(condition=gaussian_condition(call.condition, generators))
-        # the image's own class would leave it unguided
-        return call._replace(condition=other_conditions(call.condition, generators, include_own=False))
+        return call._replace(condition=other_conditions(call.condition, generators, self.include_own))
 
 
 def gaussian_condition(condition: ConditionLike, generators: StackedGenerator) -> ConditionLike:
@@ -47,21 +52,28 @@ def gaussian_condition(condition: ConditionLike, generators: StackedGenerator) -
     return values
 
 
-def _negative(parts: Parts, *, icg_kind: str) -> Denoiser:
+def _negative(parts: Parts, *, icg_kind: str, icg_own: str) -> Denoiser:
     if getattr(parts.net, "label_dim", None) == 0:
         raise ValueError(
             "independent-condition guidance needs a conditional network, and this one has no classes. "
             "Choose another guidance method"
         )
-    return Perturbed(parts.net, RandomCondition(icg_kind))
+    return Perturbed(parts.net, RandomCondition(icg_kind, icg_own == "yes"))
 
 
 METHOD = Method(
     "independent-condition guidance (ICG): away from a random condition",
     "2 main",
     negative=_negative,
+    weight=1.25,  # EDM2-XS; 1.05 for EDM, 1.4 for DiT-XL/2
     options=(
-        Option("icg-kind", one_of(*KINDS), "class", "Random condition: class (another class) or gaussian (numbers)"),
+        Option("icg-kind", one_of(*KINDS), "class", "Random condition: class (any class) or gaussian (numbers)"),
+        Option(
+            "icg-own",
+            one_of("yes", "no"),
+            "yes",
+            "Whether the random class may be the image's own, as published; no: K / (K - 1) times as strong",
+        ),
     ),
     term="D(x; sigma, random c)",
     source="Sadat et al. 2024 (arXiv 2407.02687)",

@@ -1,7 +1,14 @@
-"""Masked sliding-window guidance (M-SWG): away from the network evaluated on overlapping crops."""
+"""Masked sliding-window guidance (M-SWG): away from the network evaluated on overlapping crops.
+
+Every crop holds the pixels of x themselves at the same noise level, so at a pixel p the noise predicted from a crop is
+(x_p - D_p(crop)) / sigma with the same x_p for all crops and for the whole image: combining D is the same as combining
+scores or noise predictions.
+
+Alone, guidance acts where crops overlap. Combined with other guidance, the authors' code takes the crops everywhere.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,13 +26,19 @@ PER_SIDE = 2  # crops in each direction
 class SlidingWindows(Wrapper):
     """The negative that is the mean over crops of what `net` answers, where crops overlap; elsewhere D itself.
 
-    2 x 2 square crops of `size` pixels cover the image evenly. If `size` is None, it is 5/8 of the image's height,
-    rounded up to a size that the network can downsample. Raises ValueError if crops do not fit or leave gaps.
+    Without `masked` it is that mean everywhere, as in combinations with other methods (`in_combination`). 2 x 2 square
+    crops of `size` pixels cover the image evenly. If `size` is None, it is 5/8 of the image's height, rounded up to a
+    size that the network can downsample. Raises ValueError if crops do not fit or leave gaps.
     """
 
     net: Denoiser
     size: int | None = None
+    masked: bool = True
     reads: tuple[str, ...] = ()
+
+    def in_combination(self) -> "SlidingWindows":
+        """The same as one of several methods: without a mask."""
+        return replace(self, masked=False)
 
     def derive(self, D: torch.Tensor, maps: Mapping[str, torch.Tensor], at: Evaluation) -> torch.Tensor:
         corners, size = self.corners(*at.x.shape[2:])
@@ -38,7 +51,8 @@ class SlidingWindows(Wrapper):
         for (top, left), answer in zip(corners, answers.chunk(len(corners)), strict=True):
             total[:, :, top : top + size, left : left + size] += answer.to(D.dtype)
             coverage[:, :, top : top + size, left : left + size] += 1
-        return torch.where(coverage > 1, total / coverage, D)
+        mean = total / coverage
+        return torch.where(coverage > 1, mean, D) if self.masked else mean
 
     def corners(self, height: int, width: int) -> tuple[list[tuple[int, int]], int]:
         """The top left corners of the crops, (top, left), and the size of a crop, for an image of height x width."""
@@ -69,7 +83,8 @@ METHOD = Method(
     options=(
         Option("sliding-window-size", count(), None, "Height and width of a crop, in pixels; unset: 5/8 of the image"),
     ),
-    term="mean of D over 2x2 crops, where they overlap; else D",
-    source="Kaiser et al. 2024, 'The Unreasonable Effectiveness of Guidance for Diffusion Models' (arXiv 2411.10257)",
+    term="mean of D over 2x2 crops; alone, where they overlap, else D",
+    source="Adaloglou, Kaiser, Iagudin, Kollmann, 'Guiding a diffusion model with itself using sliding windows', BMVC "
+    "2025 (arXiv 2411.10257v3)",
     pick_when="you have a single convolutional network and want better global structure; works unconditionally",
 )

@@ -1,4 +1,20 @@
-"""Time-step guidance (TSG): away from a network whose noise embedding is perturbed."""
+"""Time-step guidance (TSG): away from a network whose noise embedding is perturbed.
+
+Only the embedding changes: x, the preconditioning and the noise level that turns a prediction into a step stay. With
+the same x and sigma, eps = (x - D) / sigma is affine in D, so combining D is the same as the paper's combination of
+noise predictions. (A method that evaluates the network at another noise level is different: see dropout_and_noise.py.)
+
+Published settings (t from 0 to 1000 is the time step of those networks):
+
+    DiT-XL/2, with classes     w 2.5  scale 2     power 1
+    DiT-XL/2, unconditional    w 5    scale 1     power 0, t in [200, 800]
+    Stable Diffusion, text     w 4    scale 3     power 0.25, t in [400, 1000]
+    Stable Diffusion, no text  w 3    scale 1.25  power 0, t in [100, 900]
+
+A range of t is an interval of noise levels here. None are published for EDM2, whose embedding may have another
+magnitude than theirs. The paper can also restrict the noise to the first layers of a transformer; here it enters all
+blocks, because an EDM2 network computes one embedding for all of them.
+"""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -55,9 +71,16 @@ METHOD = Method(
     "time-step guidance (TSG): away from the network with a perturbed noise embedding",
     "2 main",
     negative=_negative,
-    options=(  # the published values were not available; tune them per network
-        Option("tsg-scale", number(0), 0.3, "RMS of the noise added to the embedding, whose own RMS is 1"),
-        Option("tsg-power", number(0), 0.0, "Exponent p of t^p: the larger, the less noise at low noise levels"),
+    weight=2.5,
+    options=(  # as published for DiT-XL/2 with classes; tune them per network
+        Option(
+            "tsg-scale",
+            number(0),
+            2.0,
+            "RMS of the noise added to the embedding, whose own RMS is 1; published for DiT and Stable Diffusion: 1 to "
+            "3, none for EDM2",
+        ),
+        Option("tsg-power", number(0), 1.0, "Exponent p of t^p: the larger, the less noise at low noise levels"),
     ),
     term="D(x; sigma + noise in its embedding, c)",
     source="Sadat et al. 2024 (arXiv 2407.02687)",

@@ -90,7 +90,8 @@ def test_every_rule_brings_samples_nearer_to_what_the_loss_asks_for(rule):
 def test_x_is_moved_once_after_the_step_by_the_gradient_at_its_start(solver):
     two = torch.tensor([2.0, 1.0], dtype=torch.float64)
     at = StepStart(2 * X, torch.full([1, 1, 1, 1], 2.0), *slope(MIXTURE, SQUARES, 2 * X, two[0], None))
-    expected = solver(MIXTURE, X, two) - 0.3 * 0.2 * math.sqrt(2) * at.gradient
+    of_norm = at.gradient / (2 * at.loss.sqrt().reshape(-1, 1, 1, 1))
+    expected = solver(MIXTURE, X, two) - 0.3 * 0.2 * math.sqrt(2) * of_norm
     torch.testing.assert_close(solver(GradientStep(MIXTURE, SQUARES, FreeDoMLevelStep(0.2), 0.3), X, two), expected)
 
 
