@@ -112,9 +112,11 @@ def test_methods_add_up_under_a_rule_and_a_schedule():
         "pag_blocks": ("dec.8x8_in0",),
         "pag_match": "no",
         "icg_kind": "class",
+        "icg_own": "yes",
         "apg_parallel": 0.0,
-        "apg_norm": 15.0,
-        "apg_momentum": -0.5,
+        "apg_norm": 2.5,
+        "apg_momentum": -0.75,
+        "apg_update": "evaluation",
     }
 
 

@@ -73,12 +73,15 @@ _TRUNCATION_WEIGHTS = (1.02, 1.05, 1.1, 1.2, 1.4)
 _INTERVAL = (0.0, 0.3)  # the later half of the steps, when each sample is on its branch or next to it
 _NOISE = {"input_noise_delta": 0.2}
 
+# the settings of the published record; EDM2's norm means nothing in two dimensions
+_APG = {"apg_norm": 15.0, "apg_momentum": -0.5, "apg_update": "step"}
+
 # Methods that need attention, labels or the statistics of an image cannot act on the toy's networks.
 TOY_METHODS = {
     "autoguidance": ToyMethod("Autoguidance", Choice("autoguidance"), _autoguidance_parts, _WEIGHTS, 3.0),
     "cfg": ToyMethod("Classifier-free guidance", Choice("cfg"), _cfg_parts, _WEIGHTS, 4.0),
     "mixed": ToyMethod("CFG and autoguidance, half each", Choice("cfg-plus-autoguidance"), _all_parts, _FEW_WEIGHTS),
-    "cfg-apg": ToyMethod("CFG, projected (APG)", Choice("cfg", rule="apg"), _cfg_parts, _FEW_WEIGHTS),
+    "cfg-apg": ToyMethod("CFG, projected (APG)", Choice("cfg", options=_APG, rule="apg"), _cfg_parts, _FEW_WEIGHTS),
     "cfg-interval": ToyMethod("CFG at low noise", Choice("cfg", interval=_INTERVAL), _cfg_parts, _FEW_WEIGHTS),
     "auto-interval": ToyMethod(
         "Autoguidance at low noise", Choice("autoguidance", interval=_INTERVAL), _autoguidance_parts, _FEW_WEIGHTS

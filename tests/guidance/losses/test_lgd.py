@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from edm2kit.denoiser import for_images
-from edm2kit.guidance.losses.gradient import slope_at
+from edm2kit.guidance.losses.gradient import c_out, slope_at
 from edm2kit.guidance.losses.lgd import ClosedFormAverage, MonteCarloAverage
 from edm2kit.guidance.losses.restoration import InpaintingOperator, Measurement
 from edm2kit.guidance.losses.score import LossGuided
@@ -27,6 +27,13 @@ def sampled(loss, num_steps=32, backprop=True, count=2):
     x = edm_sampler(guided, noise, num_steps=num_steps, dtype=torch.float64).flatten()
     low, high = x[::2].mean().item(), x[1::2].mean().item()
     return (low + high) / 2, (high - low) / 2
+
+
+def test_the_spread_is_that_of_the_paper_for_data_of_unit_variance():
+    for sigma in (0.1, 1.0, 80.0):
+        level = torch.tensor(sigma)
+        assert c_out(level, 1.0).item() == pytest.approx(sigma / math.sqrt(1 + sigma**2))
+    assert c_out(torch.tensor(80.0), 0.5).item() == pytest.approx(0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("backprop", [True, False])

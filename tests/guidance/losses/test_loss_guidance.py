@@ -97,6 +97,8 @@ def test_rules(text, kind, rule):
 def test_averages():
     assert isinstance(guided("kind=colour colour=9,9,9").loss, ClosedFormAverage)
     assert isinstance(guided("kind=colour colour=9,9,9 average=none").loss.operator, MeanColourOperator)
+    for rule in ("dps", "freedom", "level", "polyak", "polyak-true"):  # published without an average
+        assert isinstance(guided(f"kind=colour colour=9,9,9 rule={rule}").loss.operator, MeanColourOperator)
     drawn = guided("kind=colour colour=9,9,9 average=7 augment=2").loss
     assert (type(drawn), drawn.count, type(drawn.loss)) == (MonteCarloAverage, 7, AugmentedLoss)
 

@@ -21,8 +21,31 @@ def labels_of(change, given=GIVEN, seeds=range(N)):
     return change(NetworkCall(torch.zeros(len(given), 1, 1, 1), torch.tensor(1.0), given)).condition
 
 
-def test_another_class_is_drawn_all_equally_likely():
+def test_any_class_is_drawn_all_equally_likely():
+    # as published: the image's own class is one of them
     drawn = labels_of(RandomCondition("class"))
+    assert torch.equal(drawn.sum(dim=1), torch.ones(N))
+    counts = GIVEN.T @ drawn  # given class, drawn class
+    assert ((counts - N / K / K).abs() < 5 * math.sqrt(N / K / K)).all()
+
+
+def test_without_its_own_class_guidance_is_k_over_k_minus_1_times_as_strong():
+    values = torch.arange(K).float().square()
+
+    def of_class(x, sigma, condition=None):
+        return (condition @ values).reshape(-1, 1, 1, 1).expand_as(x)
+
+    x, strengths = torch.zeros(N, 1, 1, 1), []
+    for own in ("yes", "no"):
+        guided = guide(Choice("icg", 2.0, options={"icg_own": own}), Parts(Flat(of_class, label_dim=K)))
+        step = for_step(for_images(guided, StackedGenerator("cpu", range(N))), 0, SIGMAS)
+        change = step(x, torch.tensor(1.0), GIVEN) - of_class(x, None, GIVEN)
+        strengths.append((GIVEN.T @ change.flatten())[-1].item())  # all other classes have lower values
+    assert strengths[1] / strengths[0] == pytest.approx(K / (K - 1), rel=0.1)
+
+
+def test_another_class_is_drawn_all_equally_likely():
+    drawn = labels_of(RandomCondition("class", include_own=False))
     assert drawn.dtype == torch.float32
     assert torch.equal(drawn.sum(dim=1), torch.ones(N))
     assert (drawn * GIVEN).sum() == 0
@@ -39,7 +62,8 @@ def test_gaussian_labels_are_as_large_as_one_hot_ones():
 
 def test_a_single_class_has_no_other():
     one = torch.ones(3, 1)
-    assert torch.equal(labels_of(RandomCondition("class"), one, range(3)), one)
+    for include_own in (True, False):
+        assert torch.equal(labels_of(RandomCondition("class", include_own), one, range(3)), one)
 
 
 def test_predictor_and_corrector_meet_the_same_label_and_the_next_step_another():

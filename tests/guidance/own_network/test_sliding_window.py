@@ -31,6 +31,19 @@ def test_overlaps_hold_the_mean_of_the_crops():
     torch.testing.assert_close(D_neg[:, 0, 0, 30], (top + right) / 2)
 
 
+def test_combined_with_other_guidance_the_crops_count_everywhere():
+    # as in the authors' code; a method at weight 1 is off and does not count
+    net, at = Flat(means), Evaluation(X, SIGMA)
+    D = torch.full_like(X, -5.0)
+    assert (SlidingWindows(net).in_combination().derive(D, {}, at) != D).all()
+    for others, masked in (((), True), ((("truncation", 1.0),), True), ((("truncation", 1.4),), False)):
+        guided = guide(Choice("sliding-window", 1.2, also=others), Parts(net))
+        assert guided.negatives[0].source.masked is masked
+    alone = guide(Choice("sliding-window", 1.2), Parts(net))
+    off = guide(Choice("sliding-window", 1.2, also=(("truncation", 1.0),)), Parts(net))
+    assert torch.equal(off(X, SIGMA), alone(X, SIGMA))
+
+
 def test_a_denoiser_of_single_pixels_is_left_alone():
     net = Flat(Gaussian(0.2, 0.25))
     guided = guide(Choice("sliding-window", 3.0), Parts(net))
