@@ -177,8 +177,10 @@ def _wants_classes(metrics: tuple[str, ...] | None) -> bool:
 
 
 def _select(available: int, num: int, seed: int) -> list[int]:
-    """Sorted positions of `num` of `available` images."""
-    return np.sort(np.random.default_rng(seed).permutation(available)[:num]).tolist()
+    """Sorted positions of `num` of `available` images, those that EDM2's code selects with this seed."""
+    positions = np.arange(available)
+    np.random.RandomState(seed % (1 << 31)).shuffle(positions)
+    return np.sort(positions[:num]).tolist()
 
 
 @main.command(sections=("Networks", "Scoring", "Seeds and output", "Guidance", "Sampler", "Speed"))

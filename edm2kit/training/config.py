@@ -106,13 +106,13 @@ class TrainConfig:
         2, "Processes that read images; 0 reads them in the main process", option="--workers", metavar="N", free=True
     )
     status_every_nimg: int = _setting(
-        128 << 10, "Images between status lines", option="--status", metavar="NIMG", free=True
+        128 << 10, "Images between status lines; 0: none", option="--status", metavar="NIMG", free=True
     )
     snapshot_every_nimg: int = _setting(
-        8 << 20, "Images between snapshots", option="--snapshot", metavar="NIMG", free=True
+        8 << 20, "Images between snapshots; 0: none", option="--snapshot", metavar="NIMG", free=True
     )
     checkpoint_every_nimg: int = _setting(
-        128 << 20, "Images between checkpoints", option="--checkpoint", metavar="NIMG", free=True
+        128 << 20, "Images between checkpoints; 0: none", option="--checkpoint", metavar="NIMG", free=True
     )
     keep_checkpoints: int = _setting(2, "Number of newest checkpoints to keep; 0 keeps all", free=True)
     snapshot_dtype: str = _setting("float16", "Data type of the weights in snapshots", choices=tuple(STORED_DTYPES))
@@ -129,10 +129,10 @@ class TrainConfig:
                 name = getattr(f.type, "__name__", f.type)
                 raise ValueError(f"{option_of(f.name)} must be {name}; got {value!r}")
         intervals = ("status_every_nimg", "snapshot_every_nimg", "checkpoint_every_nimg")
-        for name in ("batch_size", "duration_nimg", *intervals, "P_std", "ref_lr", "sigma_data", "loss_scaling"):
+        for name in ("batch_size", "duration_nimg", "P_std", "ref_lr", "sigma_data", "loss_scaling"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{option_of(name)} must be above 0; got {getattr(self, name)}")
-        for name in ("workers", "ref_batches", "rampup_nimg", "keep_checkpoints"):
+        for name in ("workers", "ref_batches", "rampup_nimg", "keep_checkpoints", *intervals):
             if getattr(self, name) < 0:
                 raise ValueError(f"{option_of(name)} must not be negative; got {getattr(self, name)}")
         if not 0 <= self.label_dropout <= 1:
@@ -141,7 +141,7 @@ class TrainConfig:
             choices, value = f.metadata.get("choices"), getattr(self, f.name)
             if choices and value not in choices:
                 raise ValueError(f"{option_of(f.name)} must be one of {', '.join(choices)}; got {value!r}")
-        if self.snapshot_every_nimg < 1000:
+        if 0 < self.snapshot_every_nimg < 1000:
             raise ValueError(
                 "--snapshot must be at least 1000 images: the file names of snapshots count thousands; "
                 f"got {self.snapshot_every_nimg}"

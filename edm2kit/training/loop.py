@@ -137,9 +137,11 @@ class Trainer:
         # all ranks hold the same gradients, so each adds its part of the count
         self.stats.add("nonfinite_gradients", count / dist.world_size())
 
-    def crossed(self, every_nimg: int) -> bool:
-        """Whether the last step reached or passed a multiple of `every_nimg`."""
-        return self.nimg // every_nimg > (self.nimg - self.config.batch_size) // every_nimg
+    def is_due(self, every_nimg: int, at_end: bool) -> bool:
+        """Whether the last step reached or passed a multiple of `every_nimg`, or is the end; never if that is 0."""
+        if every_nimg == 0:
+            return False
+        return at_end or self.nimg // every_nimg > (self.nimg - self.config.batch_size) // every_nimg
 
     def save_snapshots(self, run_dir: Path) -> None:
         """Write a snapshot of each EMA."""
@@ -267,15 +269,15 @@ def training_loop(
             trainer.elapsed_sec = time.monotonic() - started
             done = trainer.nimg >= config.duration_nimg
             stopping = dist.any_rank(should_stop())
-            if done or stopping or trainer.crossed(config.status_every_nimg):
+            if trainer.is_due(config.status_every_nimg, at_end=done or stopping):
                 log.status(trainer.nimg, trainer.elapsed_sec, trainer.stats.collect())
-            if done or trainer.crossed(config.snapshot_every_nimg):
+            if trainer.is_due(config.snapshot_every_nimg, at_end=done):
                 trainer.save_snapshots(run_dir)
                 if on_snapshot is not None:
                     on_snapshot(trainer.ema.network(len(config.ema_stds) - 1), trainer.nimg)
-            if done or stopping or trainer.crossed(config.checkpoint_every_nimg):
+            if trainer.is_due(config.checkpoint_every_nimg, at_end=done or stopping):
                 trainer.save_checkpoint(run_dir)
             if stopping and not done:
-                log.stopped(trainer.nimg)
+                log.stopped(trainer.nimg, is_saved=config.checkpoint_every_nimg > 0)
                 return
     log.finished(trainer.nimg)

@@ -38,6 +38,7 @@ def test_written_configuration_reads_back_equal(tmp_path):
         ({"network": 3}, "network must be a mapping"),
         ({"network": {"img_channels": 3}}, "unknown network argument 'img_channels'"),
         ({"workers": -1}, "--workers must not be negative"),
+        ({"snapshot_every_nimg": -1}, "--snapshot must not be negative"),
         ({"loss_scaling": 0}, "--ls must be above 0"),
     ],
 )

@@ -23,6 +23,24 @@ STEP_LAUNCHES = 5258
 LABELS = torch.eye(4)[torch.arange(NUM) % 4]
 
 
+@pytest.mark.parametrize("off", [(), ("status",), ("snapshot",), ("checkpoint",)])
+def test_an_interval_of_0_turns_it_off_even_at_the_end(tmp_path, off):
+    data = tiny.make_dataset(tmp_path / "data")
+    config = tiny.write_config(tmp_path / "tiny.yaml", duration_nimg=32)
+    command = ["--config", config, "--data", data, "--outdir", tmp_path / "run", "--samples", 0, "--device", "cpu"]
+    for name in off:
+        command += [f"--{name}", 0]
+    done = CliRunner().invoke(train.main, [str(word) for word in command])
+    assert done.exit_code == 0, done.output
+    files = [path.name for path in (tmp_path / "run").rglob("*")]
+    found = {
+        "snapshot": any(name.startswith("network-snapshot") for name in files),
+        "checkpoint": any(name.startswith("training-state") for name in files),
+        "status": "gradient_norm" in "".join(p.read_text() for p in (tmp_path / "run").rglob("*.jsonl")),
+    }
+    assert found == {name: name not in off for name in found}
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_the_share_of_empty_rows_is_binomial(share):
     dropped = drop_labels(LABELS, range(NUM), share, seed=0)
