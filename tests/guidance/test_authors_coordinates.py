@@ -1,11 +1,11 @@
 """Methods whose negative sees the same x: combining D is combining noise predictions, as their authors do.
 
-Methods that combine predictions at different inputs have such tests of their own: test_sag.py and those of losses/.
+Methods that combine predictions at different inputs have such tests of their own: test_sag.py, test_self_guidance.py and those of losses/.
 Input noise is combined in D by its authors, which is tested here too.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from edm2kit.guidance.attention_blocks import attend
 from edm2kit.guidance.registry import METHODS, Choice, Parts, guide
 from edm2kit.guidance.step_generators import StepGenerators
 from edm2kit.torch_utils.rng import StackedGenerator
-from tests.support import authors
-from tests.support.fakes import Flat, Gaussian, Mixture
+from tests.support import authors, golden
+from tests.support.fakes import CountingNetwork, Flat
 
 W, N, CLASSES, WIDTH = 1.7, 3, 4, 6
 GENERATOR = torch.Generator().manual_seed(0)
@@ -134,7 +134,8 @@ SAME_INPUT = {
     "sliding-window": windows,
     "dropout": dropped,
 }
-ELSEWHERE = {"sag", "input-noise"}  # test_sag.py, and below
+ELSEWHERE = {"sag", "self-guidance", "input-noise"}  # in tests of their own; the last one is below
+CHANGED_INSIDE = {"slg", "s2", "tpg"}  # blocks skipped or shuffled, in networks that have such blocks
 
 
 def guided_step(choice, sigma, sigma_next, x):
@@ -160,7 +161,35 @@ def test_a_step_is_that_of_combined_noise_predictions(name, sigma, sigma_next):
 
 
 def test_no_method_that_leads_away_from_something_is_left_out():
-    assert {name for name, method in METHODS.items() if method.negative is not None} <= {*SAME_INPUT, *ELSEWHERE}
+    tested = {*SAME_INPUT, *ELSEWHERE, *CHANGED_INSIDE}
+    assert {name for name, method in METHODS.items() if method.negative is not None} == tested
+
+
+@dataclass(frozen=True)
+class Recording(CountingNetwork):
+    """A network that also notes the x and noise levels of its evaluations."""
+
+    inputs: list = field(default_factory=list)
+
+    def __call__(self, x, sigma, labels=None, **edits):
+        self.inputs.append((x, torch.as_tensor(sigma).expand(len(x))))
+        return super().__call__(x, sigma, labels, **edits)
+
+
+@pytest.mark.parametrize("name", sorted(CHANGED_INSIDE))
+@pytest.mark.parametrize(("sigma", "sigma_next"), authors.STEPS)
+def test_methods_that_change_the_network_inside_see_the_same_input(name, sigma, sigma_next):
+    # so their noise predictions are affine in D with the same x and sigma, as in the steps above
+    arrays = golden.load("network_cond.npz")
+    net = Recording(golden.network("cond", golden.part(arrays, "state/")).requires_grad_(False))
+    x = sigma * arrays["x"]
+    run = for_images(guide(Choice(name, W), Parts(net)), StackedGenerator("cpu", range(N)))
+    D = for_step(run, 1, levels(sigma))(x, torch.tensor(sigma), arrays["labels"])
+    assert sum(net.images) == 2 * N
+    for seen, level in net.inputs:
+        assert torch.equal(seen, x.repeat(len(seen) // N, 1, 1, 1))
+        assert (level == torch.tensor(sigma)).all()
+    assert (D - net(x, torch.tensor(sigma), arrays["labels"])).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize(("sigma", "sigma_next"), authors.STEPS)
@@ -181,25 +210,3 @@ def test_input_noise_is_combined_in_the_denoised_image(sigma, sigma_next):
     share = ((other - D) * n).sum() / (n * n).sum()
     added = sigma * (W - 1) * math.sqrt((1 + delta) ** 2 - 1) / (1 + delta)
     assert share.item() == pytest.approx(added, rel=0.25)
-
-
-def self_guidance(net, x, sigma, other_sigma, w):
-    """Self-guidance (Li et al. 2024): the negative is the noise predicted in the same x at another time step."""
-    x_vp = authors.to_vp(x, sigma)
-    noise, negative = authors.predicted_noise(net, x_vp, sigma), authors.predicted_noise(net, x_vp, other_sigma)
-    return authors.predicted_image(x_vp, negative + w * (noise - negative), sigma)
-
-
-@pytest.mark.parametrize("net", [Gaussian(0.2, 0.3), Mixture(X, 0.2)], ids=["gaussian", "mixture"])
-@pytest.mark.parametrize(("sigma", "_"), authors.STEPS)
-def test_what_another_noise_level_stands_for(net, sigma, _):
-    # the derivation in dropout_and_noise.py: the same variance-preserving x is another x here
-    x, other_sigma = sigma * X + 0.3, 1.1 * sigma
-    moved = x * math.sqrt((1 + other_sigma**2) / (1 + sigma**2))
-    D, D_other = net(x, sigma), net(moved, other_sigma)
-    D_neg = x - sigma * (moved - D_other) / other_sigma
-    expected = self_guidance(net, x, sigma, other_sigma, W)
-    torch.testing.assert_close(D_neg + W * (D - D_neg), expected, atol=1e-6 * (1 + sigma), rtol=0)
-    # the network at the other level alone is another negative
-    naive = D_other + W * (D - D_other)
-    assert (naive - expected).abs().max() > 1e-4

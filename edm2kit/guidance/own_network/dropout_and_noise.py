@@ -8,9 +8,7 @@ the added noise n, which an extrapolation by w would add to the image with a fac
 denoiser and extrapolate D (their Eq. 3 and code): the degraded denoiser stands for a denoiser of x at sigma with a
 larger error, because it saw more noise. So D is the authors' space, and this file combines D without correction.
 
-Other methods differ: sag.py combines noise predictions at different inputs. Self-guidance evaluates the network at
-another noise level s but the same variance-preserving x, which here is x' = x sqrt((1 + s^2) / (1 + sigma^2)). Its
-noise prediction (x' - D(x'; s)) / s, in the place of that at sigma, stands for D_neg = x - sigma (x' - D(x'; s)) / s.
+Other methods differ: sag.py and self_guidance.py combine noise predictions at different inputs.
 """
 
 import math
