@@ -153,10 +153,8 @@ class RunLog:
 
     def stopped(self, nimg: int, is_saved: bool) -> None:
         """Report that the run was asked to stop, and whether it can be resumed."""
-        if is_saved:
-            dist.print0(f"Stopped at {nimg} images; state saved. Run the same command to resume.")
-        else:
-            dist.print0(f"Stopped at {nimg} images; nothing saved, because --checkpoint is 0.")
+        saved = "state saved. Run the same command to resume." if is_saved else "no state saved: --checkpoint is 0."
+        dist.print0(f"Stopped at {nimg} images; {saved}")
 
     def finished(self, nimg: int) -> None:
         """Report that the run is complete."""
@@ -271,8 +269,8 @@ def make_forecast(config: TrainConfig, architecture: dict[str, Any], micro_batch
         if (recompute, shard) != (config.recompute, config.shard):
             choices[options] = memory(recompute, shard)
     value_bytes = 4 if config.snapshot_dtype == "float32" else 2
-    snapshots = _number_of(config.snapshot_every_nimg, config.duration_nimg)
-    checkpoints = _number_of(config.checkpoint_every_nimg, config.duration_nimg)
+    snapshots = -(-config.duration_nimg // config.snapshot_every_nimg) if config.snapshot_every_nimg else 0
+    checkpoints = -(-config.duration_nimg // config.checkpoint_every_nimg) if config.checkpoint_every_nimg else 0
     return Forecast(
         parameters=parameters,
         steps=-(-config.duration_nimg // config.batch_size),
@@ -283,11 +281,6 @@ def make_forecast(config: TrainConfig, architecture: dict[str, Any], micro_batch
         checkpoint_bytes=parameters * 4 * (3 + num_averages),
         num_checkpoints=min(checkpoints, config.keep_checkpoints or checkpoints),
     )
-
-
-def _number_of(every_nimg: int, duration_nimg: int) -> int:
-    """How many files a run writes, one every `every_nimg` images and one at its end; none if that is 0."""
-    return -(-duration_nimg // every_nimg) if every_nimg else 0
 
 
 def shares(sizes: Sequence[int], world_size: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Methods whose negative sees the same x: combining D is combining noise predictions, as their authors do.
 
-Methods that combine predictions at different inputs have such tests of their own: test_sag.py, test_self_guidance.py and those of losses/.
-Input noise is combined in D by its authors, which is tested here too.
+Methods that combine predictions at different inputs have such tests of their own: test_sag.py, test_self_guidance.py
+and those of losses/. Input noise is combined in D by its authors, which is tested here too.
 """
 
 import math
