@@ -178,9 +178,7 @@ def _wants_classes(metrics: tuple[str, ...] | None) -> bool:
 
 def _select(available: int, num: int, seed: int) -> list[int]:
     """Sorted positions of `num` of `available` images, those that EDM2's code selects with this seed."""
-    positions = np.arange(available)
-    np.random.RandomState(seed % (1 << 31)).shuffle(positions)
-    return np.sort(positions[:num]).tolist()
+    return np.sort(np.random.RandomState(seed % (1 << 31)).permutation(available)[:num]).tolist()
 
 
 @main.command(sections=("Networks", "Scoring", "Seeds and output", "Guidance", "Sampler", "Speed"))
