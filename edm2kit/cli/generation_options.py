@@ -25,7 +25,7 @@ from edm2kit.guidance.registry import (
     methods_of,
 )
 from edm2kit.guidance.table import method_lines, table_text
-from edm2kit.guidance.weight_schedule import SCHEDULES
+from edm2kit.guidance.weight_schedule import CFG_PLUS_PLUS, SCHEDULES
 from edm2kit.sampling.solvers import Churn, Sampler, TimeTravel
 
 SECTIONS = ("Networks", "Seeds and output", "Guidance", "Sampler")  # the order of --help
@@ -231,6 +231,10 @@ def _take_request(options: dict[str, Any]) -> Request:
             raise click.UsageError("--balanced cycles through all classes, --class through a list; give one")
         options["classes"] = ALL_CLASSES
     guidance, sampler = _take_guidance(options), _take_sampler(options)
+    if guidance.schedule == CFG_PLUS_PLUS and sampler.solver != "euler":
+        raise click.UsageError(
+            f"--guidance-schedule {CFG_PLUS_PLUS} is CFG++ with --solver euler only, not {sampler.solver}"
+        )
     return Request(guidance=guidance, sampler=sampler, **cli.given_options(options, _FIELDS[Request]))
 
 

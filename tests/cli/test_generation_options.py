@@ -135,6 +135,7 @@ def test_an_unconditional_network_in_addition_to_the_guide():
 @pytest.mark.parametrize(
     ("arguments", "wrong"),
     [
+        ("--gnet b --guidance 1.6 --guidance-schedule cfg-plus-plus", "is CFG++ with --solver euler only, not heun"),
         ("--guidance-method pag --guidance-also pag=2", "pag is named twice"),
         ("--guidance-method pag --guidance-also pair=2", "autoguidance needs --gnet"),
         ("--guidance-method pag --guidance-also pug=2", "there is no guidance method 'pug'"),
