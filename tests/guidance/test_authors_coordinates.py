@@ -12,6 +12,7 @@ import torch
 
 from edm2kit.denoiser import for_images, for_step
 from edm2kit.guidance.attention_blocks import attend
+from edm2kit.guidance.classifier.classifier_guidance import ClassifierGuided
 from edm2kit.guidance.registry import METHODS, Choice, Parts, guide
 from edm2kit.guidance.step_generators import StepGenerators
 from edm2kit.torch_utils.rng import StackedGenerator
@@ -210,3 +211,24 @@ def test_input_noise_is_combined_in_the_denoised_image(sigma, sigma_next):
     share = ((other - D) * n).sum() / (n * n).sum()
     added = sigma * (W - 1) * math.sqrt((1 + delta) ** 2 - 1) / (1 + delta)
     assert share.item() == pytest.approx(added, rel=0.25)
+
+
+@pytest.mark.parametrize(("sigma", "sigma_next"), authors.STEPS)
+def test_classifier_guidance_is_the_authors_ddim_step(sigma, sigma_next):
+    # Dhariwal & Nichol 2021, Alg. 2: eps - scale sqrt(1 - a) (gradient by x of log p), all variance-preserving
+    x, classes = sigma * X + 0.3, torch.tensor([0, 3, 1])
+    pulls = torch.randn([CLASSES, *X.shape[1:]], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def classifier(images, level):
+        return torch.einsum("nchw,kchw->nk", images / (1 + sigma**2) ** 0.5, pulls)
+
+    leaf = authors.to_vp(x, sigma).requires_grad_()
+    log_p = classifier(authors.from_vp(leaf, sigma), sigma).log_softmax(dim=1)[range(N), classes]
+    gradient = torch.autograd.grad(log_p.sum(), leaf)[0]
+    x_vp = leaf.detach()
+    noise = noise_of(x_vp, sigma) - 0.7 * (1 - authors.alpha_bar(sigma)).sqrt() * gradient
+    theirs = authors.ddim(x_vp, noise, sigma, sigma_next)
+    guided = ClassifierGuided(NET, classifier, 0.7)
+    ours = x + (sigma_next - sigma) / sigma * (x - guided(x, torch.tensor(sigma, dtype=torch.float64), LABELS))
+    authors.assert_same_displacement(ours, theirs, x, sigma_next)
+    assert gradient.norm() > 0
