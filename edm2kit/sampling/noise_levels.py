@@ -1,8 +1,14 @@
-"""Noise levels at which a solver evaluates the denoiser."""
+"""Noise levels at which a solver evaluates the denoiser: from a formula, a published table or the denoiser itself."""
 
+import itertools
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+
+from edm2kit.conditions import ConditionLike
+from edm2kit.denoiser import Denoiser, after_step, for_step
 
 
 def karras_sigmas(
@@ -31,3 +37,127 @@ def karras_sigmas(
     first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     sigmas = (first + fraction * (last - first)) ** rho
     return torch.cat([sigmas, sigmas.new_zeros(1)]).to(dtype).to(device)
+
+
+# Sabour et al. 2024, "Align Your Steps" (arXiv 2404.14507): the published levels for 10 steps
+AYS: dict[str, tuple[float, ...]] = {
+    "ays-sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152),
+    "ays-sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113),
+    "ays-svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034),
+}
+TEACHER_STEPS = 60  # of GITS
+LEVELS = ("karras", *AYS, "gits")  # names of schedules
+
+
+def ays_sigmas(
+    table: str,
+    num_steps: int,
+    sigma_min: float,
+    sigma_max: float,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """The levels of a published table (a key of AYS), from `sigma_max` to `sigma_min`, followed by 0.
+
+    Other numbers of steps than 10 interpolate log(sigma) linearly, as the authors recommend. Then log(sigma) is
+    stretched to the two ends; with those of the table, the levels are the published ones. Tables were optimized for
+    other networks: latents of half their standard deviation, as EDM2's are of Stable Diffusion's, call for half the
+    levels. Returns [num_steps + 1]. Raises ValueError if the levels would not fall. Sabour et al. 2024 (AYS).
+
+    Example: `ays_sigmas("ays-sd15", 10, 0.152 / 2, 14.615 / 2)`
+    """
+    karras_sigmas(num_steps, sigma_min, sigma_max, 1.0)  # refuses what does not fall
+    logs = np.log(AYS[table])
+    logs = np.interp(np.linspace(0, 1, num_steps), np.linspace(0, 1, len(logs)), logs)
+    if num_steps > 1:
+        logs = (logs - logs[-1]) / (logs[0] - logs[-1])
+    else:
+        logs = np.ones(1)
+    levels = sigma_min * (sigma_max / sigma_min) ** logs
+    return listed_sigmas(levels.tolist(), dtype, device)
+
+
+def listed_sigmas(
+    levels: Sequence[float], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """`levels` followed by 0. Raises ValueError if they do not fall, or one is not a finite number above 0.
+
+    Example: `listed_sigmas([80, 10, 2, 0.5, 0.1, 0.002])`
+    """
+    falls = all(high > low for high, low in itertools.pairwise(levels))
+    if not levels or not falls or not all(0 < level < math.inf for level in levels):
+        raise ValueError(f"the noise levels {', '.join(f'{level:g}' for level in levels)} do not fall; each above 0")
+    return torch.tensor([*levels, 0.0], dtype=torch.float64).to(dtype).to(device)
+
+
+def parse_levels(text: str) -> str | tuple[float, ...]:
+    """A name in LEVELS, or noise levels separated by commas. Raises ValueError if the text is neither."""
+    if text in LEVELS:
+        return text
+    try:
+        levels = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{text!r} is not a list of noise levels, nor one of {', '.join(LEVELS)}") from None
+    listed_sigmas(levels)
+    return levels
+
+
+@torch.no_grad()
+def gits_sigmas(
+    denoiser: Denoiser,
+    noise: torch.Tensor,
+    condition: ConditionLike,
+    num_steps: int,
+    teacher: torch.Tensor,
+    coefficient: float = 1.15,
+) -> torch.Tensor:
+    """`num_steps` of the teacher's noise levels at which Euler steps of this denoiser go least astray, followed by 0.
+
+    `teacher` [M + 1] are finely spaced levels that end with 0; 60 Euler steps are published. Its trajectories from
+    `noise` [N,C,H,W], of unit variance, take M evaluations. The cost of a step from level i to level j is the mean
+    distance between an Euler step and the teacher's point at j. Dynamic programming finds the levels of least total
+    cost, in which the cost of each later step counts `coefficient` times more. The first level, the last one and 0
+    are always among them. Returns [num_steps + 1], in the dtype of `teacher`. Raises ValueError unless num_steps is
+    from 2 to M. Chen et al. 2024 (GITS, arXiv 2405.11326).
+
+    Example: `gits_sigmas(net, torch.randn(256, 3, 64, 64), labels, 10, karras_sigmas(60, 0.002, 80, 7))`
+    """
+    count = len(teacher) - 1
+    if not 2 <= num_steps <= count:
+        raise ValueError(f"steps is {num_steps}; GITS expected 2 to {count}, the number of its teacher's steps")
+    points, slopes = _teacher_run(denoiser, noise, condition, teacher)
+    cost = np.full([count, count], math.inf)
+    for i in range(count):
+        for j in range(i + 1, count):
+            off = points[i] + (teacher[j] - teacher[i]) * slopes[i] - points[j]
+            cost[i, j] = float(off.flatten(1).norm(dim=1).mean())
+    return torch.cat([teacher[_cheapest_path(cost, num_steps - 1, coefficient)], teacher[-1:]])
+
+
+def _teacher_run(
+    denoiser: Denoiser, noise: torch.Tensor, condition: ConditionLike, sigmas: torch.Tensor
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """x and (x - D) / sigma at each noise level above 0, along Euler steps."""
+    x = noise.to(sigmas.dtype) * sigmas[0]
+    points, slopes = [], []
+    for i in range(len(sigmas) - 1):
+        D = for_step(denoiser, i, sigmas)
+        d = (x - D(x, sigmas[i], condition).to(x.dtype)) / sigmas[i]
+        points.append(x)
+        slopes.append(d)
+        x = after_step(D, x + (sigmas[i + 1] - sigmas[i]) * d, i, sigmas)
+    return points, slopes
+
+
+def _cheapest_path(cost: np.ndarray, steps: int, coefficient: float) -> list[int]:
+    """The nodes of the cheapest path from the first to the last in `steps` steps; `cost` [M, M] is inf backwards."""
+    best = cost[:, -1]  # from each node to the end, in one step
+    choices: list[np.ndarray] = []
+    for _ in range(steps - 1):
+        totals = cost + coefficient * best[None, :]
+        choices.append(totals.argmin(axis=1))
+        best = totals.min(axis=1)
+    path = [0]
+    for choice in reversed(choices):
+        path.append(int(choice[path[-1]]))
+    return [*path, len(cost) - 1]

@@ -1,64 +1,31 @@
-"""Solvers, from noise to an image: Heun, Euler (deterministic DDIM), ERK-Guid and time travel, all with optional churn.
+"""Solvers, from noise to an image: Heun, Euler (deterministic DDIM), ERK-Guid and time travel, with optional churn.
 
 A solver is a function `(denoiser, noise, sigmas, condition, randn_like) -> x0`. It knows nothing about networks,
-weights or guidance. To add one, write such a function and enter it in SOLVERS.
+weights or guidance. To add one, write such a function and enter it in SOLVERS. Solvers that remember evaluations of
+earlier steps are in multistep.py, restart sampling is in restart.py.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from edm2kit.conditions import ConditionLike
 from edm2kit.denoiser import Denoiser, after_step, for_step
-from edm2kit.sampling.noise_levels import karras_sigmas
-
-RandnLike = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _refuse_negative(settings: "Churn | Stiffness") -> None:
-    for name, value in asdict(settings).items():
-        if not value >= 0:  # also refuses NaN
-            raise ValueError(f"{name} is {value:g}; expected a number of at least 0")
-
-
-@dataclass(frozen=True)
-class Churn:
-    """Noise added before each step, which turns a solver of the ODE into one of an SDE; none by default.
-
-    `S_churn` is spread over the steps with sigma in [S_min, S_max]; `S_noise` scales the added noise. Raises
-    ValueError on a negative setting. The metadata of a field describes its command-line option. Karras et al. 2022
-    (EDM), Alg. 2.
-    """
-
-    S_churn: float = field(
-        default=0.0, metadata={"option": "--S_churn", "help": "Amount of added noise; 0: none", "min": 0}
-    )
-    S_min: float = field(
-        default=0.0, metadata={"option": "--S_min", "help": "Lowest noise level that gets noise", "min": 0}
-    )
-    S_max: float = field(
-        default=math.inf, metadata={"option": "--S_max", "help": "Highest noise level that gets noise", "min": 0}
-    )
-    S_noise: float = field(default=1.0, metadata={"option": "--S_noise", "help": "Scale of the added noise", "min": 0})
-
-    def __post_init__(self) -> None:
-        _refuse_negative(self)
-
-    def raise_noise(
-        self, x: torch.Tensor, i: int, sigmas: torch.Tensor, randn_like: RandnLike
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x` at the start of step i with noise added, and its new noise level."""
-        sigma, num_steps = sigmas[i], len(sigmas) - 1
-        if self.S_churn == 0 or not self.S_min <= float(sigma) <= self.S_max:
-            return x, sigma
-        sigma_hat = sigma * (1 + min(self.S_churn / num_steps, math.sqrt(2) - 1))
-        return x + self.S_noise * (sigma_hat**2 - sigma**2).sqrt() * randn_like(x), sigma_hat
-
-
-NO_CHURN = Churn()
+from edm2kit.sampling.churn import NO_CHURN, Churn, RandnLike, refuse_churn, refuse_negative
+from edm2kit.sampling.multistep import deis, dpmpp2m, dpmpp3m, ipndm, unipc
+from edm2kit.sampling.noise_levels import (
+    AYS,
+    LEVELS,
+    TEACHER_STEPS,
+    ays_sigmas,
+    gits_sigmas,
+    karras_sigmas,
+    listed_sigmas,
+    parse_levels,
+)
+from edm2kit.sampling.restart import Restart, restart
 
 
 @torch.no_grad()
@@ -126,7 +93,7 @@ class Stiffness:
     w_con: float = 0.5
 
     def __post_init__(self) -> None:
-        _refuse_negative(self)
+        refuse_negative(self)
 
     @classmethod
     def published(cls, num_steps: int) -> "Stiffness":
@@ -260,9 +227,17 @@ SOLVERS: dict[str, Callable[..., torch.Tensor]] = {
     "euler": euler,
     "erk": erk,
     "time-travel": time_travel,
+    "dpmpp2m": dpmpp2m,
+    "dpmpp3m": dpmpp3m,
+    "unipc": unipc,
+    "deis": deis,
+    "ipndm": ipndm,
+    "restart": restart,
 }
+# solvers whose evaluations must not be taken apart by churn
+WITHOUT_CHURN = ("dpmpp2m", "dpmpp3m", "unipc", "deis", "ipndm", "restart")
 # the settings of a solver's own, which it takes as its last argument
-SETTINGS: dict[str, type] = {"erk": Stiffness, "time-travel": TimeTravel}
+SETTINGS: dict[str, type] = {"erk": Stiffness, "time-travel": TimeTravel, "restart": Restart}
 
 
 @dataclass(frozen=True)
@@ -270,9 +245,10 @@ class Sampler:
     """A solver with its noise levels: a callable (denoiser, noise, condition, randn_like) -> x0, in `dtype`.
 
     The defaults are those of the published EDM2 results. `settings` are those of the solver itself, such as a
-    `TimeTravel`; None means its defaults. Raises ValueError on an unknown solver, settings of another solver, noise
-    levels that do not fall, or a `dtype` other than float32 and float64. The metadata of a field describes its
-    command-line option.
+    `TimeTravel`; None means its defaults. `levels` is one of LEVELS or a list of num_steps noise levels. Raises
+    ValueError on an unknown solver, settings of another solver, churn with a solver that cannot take it, noise levels
+    that do not fall, or a `dtype` other than float32 and float64. The metadata of a field describes its command-line
+    option.
 
     Example: `images = Sampler(num_steps=18, solver="euler")(denoiser, noise, labels)`
     """
@@ -287,10 +263,19 @@ class Sampler:
     churn: Churn = NO_CHURN
     solver: str = field(
         default="heun",
-        metadata={"option": "--solver", "metavar": "NAME", "choices": tuple(SOLVERS), "help": ", ".join(SOLVERS)},
+        metadata={"option": "--solver", "metavar": "NAME", "choices": tuple(SOLVERS), "help": "See --help-solver list"},
     )
     dtype: torch.dtype = torch.float32
     settings: Any = None
+    levels: str | tuple[float, ...] = field(
+        default="karras",
+        metadata={
+            "option": "--levels",
+            "metavar": "NAME|LIST",
+            "parse": parse_levels,
+            "help": "Noise levels: 80,9,1,0.1 or a name, see --help-solver levels",
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
@@ -299,11 +284,29 @@ class Sampler:
             raise ValueError(f"the solver's dtype is {self.dtype}; expected torch.float32 or torch.float64")
         if self.settings is not None and type(self.settings) is not SETTINGS.get(self.solver):
             raise ValueError(f"settings {self.settings} do not belong to the solver {self.solver}")
-        self.sigmas()
+        if self.solver in WITHOUT_CHURN:
+            refuse_churn(self.solver, self.churn)
+        if isinstance(self.levels, str) and self.levels not in LEVELS:
+            raise ValueError(f"noise levels {self.levels!r} are unknown; expected one of {', '.join(LEVELS)}")
+        if not isinstance(self.levels, str) and len(self.levels) != self.num_steps:
+            raise ValueError(f"{len(self.levels)} noise levels for {self.num_steps} steps; expected one for each step")
+        (self if self.levels != "gits" else replace(self, levels="karras")).sigmas()
 
     def sigmas(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The noise levels, [num_steps + 1]."""
+        """The noise levels, [num_steps + 1]. Raises ValueError for "gits", which depends on the denoiser."""
+        if not isinstance(self.levels, str):
+            return listed_sigmas(self.levels, self.dtype, device)
+        if self.levels == "gits":
+            raise ValueError("the noise levels of GITS depend on the denoiser; use with_fitted_levels first")
+        if self.levels in AYS:
+            return ays_sigmas(self.levels, self.num_steps, self.sigma_min, self.sigma_max, self.dtype, device)
         return karras_sigmas(self.num_steps, self.sigma_min, self.sigma_max, self.rho, self.dtype, device)
+
+    def with_fitted_levels(self, denoiser: Denoiser, noise: torch.Tensor, condition: ConditionLike = None) -> "Sampler":
+        """The same with a list of levels that `gits_sigmas` finds for this denoiser; see there."""
+        teacher = karras_sigmas(TEACHER_STEPS, self.sigma_min, self.sigma_max, self.rho, self.dtype, noise.device)
+        fitted = gits_sigmas(denoiser, noise, condition, self.num_steps, teacher)
+        return replace(self, levels=tuple(fitted[:-1].tolist()))
 
     def __call__(
         self,
