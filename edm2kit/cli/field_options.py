@@ -19,6 +19,7 @@ def options_from(config: type, *names: str, defaults: Mapping[str, Any] | None =
     - `option`: its name on the command line; without it the field has none. `help`: its help text.
     - `metavar`: NIMG stands for a number of images such as 128Ki or 8Mi. A bool without a metavar is a flag.
     - `choices`, `min`, or `parse` (a function from text that raises ValueError), if the type does not say enough.
+    - `hidden`: --help leaves it out, because another option describes it.
     - `default_shown`, if the default itself does not tell the reader what happens.
 
     An option has the value None unless it is given, so that a default stays in the dataclass alone; --help shows it, or
@@ -36,6 +37,7 @@ def options_from(config: type, *names: str, defaults: Mapping[str, Any] | None =
         if default and not is_flag:
             help_text = f"{help_text}  [default: {default}]"
         settings: dict[str, Any] = {"metavar": metadata.get("metavar"), "help": help_text}
+        settings["hidden"] = metadata.get("hidden", False)
         if is_flag:
             settings |= {"is_flag": True, "default": None}
         else:

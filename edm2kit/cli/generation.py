@@ -20,11 +20,13 @@ from edm2kit.data.labels import read_label_vectors
 from edm2kit.guidance.base import Parts
 from edm2kit.guidance.interval import guided_steps
 from edm2kit.guidance.registry import NO_GUIDANCE, Choice, drops_condition, guide, methods_of, name_by_networks
+from edm2kit.guidance.reuse import NO_REUSE
 from edm2kit.models.encoders import RGBEncoder, StabilityVAEEncoder, make_encoder
 from edm2kit.models.networks import NETWORKS
 from edm2kit.models.preconditioning import PRECISIONS, compile_, resolve_precision, slow_precision
 from edm2kit.models.vae import vae_sha256
 from edm2kit.sampling.engine import Engine, ImageBatch, share_of_rank
+from edm2kit.sampling.fitted_levels import with_fitted_levels
 from edm2kit.sampling.solvers import PUBLISHED, Sampler
 from edm2kit.snapshots.loading import Snapshot, load_snapshot, local_file
 from edm2kit.torch_utils import dist
@@ -129,8 +131,9 @@ def prepare(request: Request, device: torch.device, labels_from_data: bool = Fal
     net = main.net
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     _check_decoder(main, shape, device)
+    denoiser = guide(request.guidance, parts)
     engine = Engine(
-        guide(request.guidance, parts),
+        denoiser,
         main.encoder.decode,
         request.sampler,
         shape,
@@ -139,11 +142,14 @@ def prepare(request: Request, device: torch.device, labels_from_data: bool = Fal
         classes,
         vectors,
     )
+    if request.sampler.levels == "gits" and not labels_from_data:
+        request = dataclasses.replace(request, sampler=dist.on_rank0(with_fitted_levels, engine, request.sampler))
+        engine = dataclasses.replace(engine, sampler=request.sampler)
     settings = {
         **{name: None for name in ("net", "gnet", "uncond")},
         **{name: _identity(getattr(request, name), snapshot) for name, snapshot in snapshots.items()},
         "guidance": _guidance_settings(request),
-        "sampler": plain_json(dataclasses.asdict(request.sampler)),
+        "sampler": _settings_of_sampler(request.sampler),
         "classes": None if classes is None or vectors is not None else list(classes),
         "vae_sha256": vae_sha256(main.encoder.vae_name) if isinstance(main.encoder, StabilityVAEEncoder) else None,
         "precision": precision,
@@ -280,11 +286,21 @@ def _guidance_settings(request: Request) -> dict[str, Any]:
     for name, default in {"also": (), "rule": "linear", "schedule": "constant"}.items():
         if settings[name] == default:
             del settings[name]
+    reuse = settings.pop("reuse")
+    if reuse != NO_REUSE:
+        settings["reuse"] = dataclasses.asdict(reuse)
     settings["steps"] = None
     if request.guidance.interval is not None:
         settings["steps"] = list(guided_steps(request.sampler.sigmas(), *request.guidance.interval))
         if not settings["steps"]:
             dist.warn0("the guidance interval contains no step of this schedule, so nothing is guided")
+    return plain_json(settings)
+
+
+def _settings_of_sampler(sampler: Sampler) -> dict[str, Any]:
+    settings = dataclasses.asdict(sampler)
+    if settings["levels"] == Sampler.levels:  # as above
+        del settings["levels"]
     return plain_json(settings)
 
 
@@ -323,6 +339,8 @@ def _describe_guidance(choice: Choice) -> str:
     for word, default in ((choice.rule, "linear"), (choice.schedule, "constant")):
         if word != default:
             text += f", {word}"
+    if choice.reuse != NO_REUSE:
+        text += f", {choice.reuse}"
     if choice.interval is not None:
         text += " for sigma in ({:g}, {:g}]".format(*choice.interval)
     return text

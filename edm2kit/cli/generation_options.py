@@ -11,6 +11,7 @@ from edm2kit.cli import click_types as cli
 from edm2kit.cli.field_options import option_fields, options_from
 from edm2kit.cli.generation import ALL_CLASSES, Request
 from edm2kit.cli.presets import find_preset, load_presets
+from edm2kit.cli.sampler_options import sampler_options, take_sampler
 from edm2kit.guidance.base import Method, Option, Rule
 from edm2kit.guidance.registry import (
     ALIASES,
@@ -24,12 +25,12 @@ from edm2kit.guidance.registry import (
     method_name,
     methods_of,
 )
+from edm2kit.guidance.reuse import NO_REUSE, Reuse
 from edm2kit.guidance.table import method_lines, table_text
 from edm2kit.guidance.weight_schedule import CFG_PLUS_PLUS, SCHEDULES
-from edm2kit.sampling.solvers import Churn, Sampler, TimeTravel
 
 SECTIONS = ("Networks", "Seeds and output", "Guidance", "Sampler")  # the order of --help
-_FIELDS = {config: option_fields(config) for config in (Request, Sampler, Churn, TimeTravel)}
+_FIELDS = {config: option_fields(config) for config in (Request, Reuse)}
 _WITH_GUIDE = "autoguidance"  # the method if --gnet is given and no method is named
 
 
@@ -117,9 +118,7 @@ def _option_sections() -> list[cli.Decorator]:
                 type=float,
                 help="Weight; 1 is off  [default: published, if any]",
             ),
-            click.option(
-                "--interval", type=cli.Interval(), help="Guide only at noise levels in (LO, HI]  [default: all]"
-            ),
+            click.option("--interval", type=cli.Interval(), help="Only at noise levels in (LO, HI]  [default: all]"),
             click.option(
                 "--guidance-method",
                 "method",
@@ -139,7 +138,7 @@ def _option_sections() -> list[cli.Decorator]:
                 type=click.Choice(list(all_rules())),
                 default=Choice.rule,
                 metavar="NAME",
-                help=f"How guidance terms combine: {', '.join(RULES)}",
+                help="How terms combine: --help-guidance list",
             ),
             click.option(
                 "--guidance-schedule",
@@ -149,6 +148,7 @@ def _option_sections() -> list[cli.Decorator]:
                 default=Choice.schedule,
                 help=f"How weights vary: {', '.join(SCHEDULES)}",
             ),
+            *options_from(Reuse),
             cli.printing_option(
                 "--help-guidance",
                 method_help,
@@ -162,15 +162,7 @@ def _option_sections() -> list[cli.Decorator]:
         cli.section("Guidance", *(_method_option(name, option) for name, option in all_options())),
         cli.section(
             "Sampler",
-            *options_from(Sampler, "num_steps", "solver", "sigma_min", "sigma_max", "rho"),
-            *options_from(Churn),
-            *options_from(TimeTravel),
-            click.option(
-                "--travel-interval",
-                type=cli.Interval(),
-                help="Noise levels whose steps time-travel repeats"
-                f"  [default: {TimeTravel.sigma_lo:g},{TimeTravel.sigma_hi:g}]",
-            ),
+            *sampler_options(),
         ),
     ]
 
@@ -230,7 +222,7 @@ def _take_request(options: dict[str, Any]) -> Request:
         if options["classes"] is not None:
             raise click.UsageError("--balanced cycles through all classes, --class through a list; give one")
         options["classes"] = ALL_CLASSES
-    guidance, sampler = _take_guidance(options), _take_sampler(options)
+    guidance, sampler = _take_guidance(options), take_sampler(options)
     if guidance.schedule == CFG_PLUS_PLUS and sampler.solver != "euler":
         raise click.UsageError(
             f"--guidance-schedule {CFG_PLUS_PLUS} is CFG++ with --solver euler only, not {sampler.solver}"
@@ -253,21 +245,6 @@ def _apply_preset(options: dict[str, Any], preset_name: str) -> None:
             options[name] = value
 
 
-def _take_sampler(options: dict[str, Any]) -> Sampler:
-    churn = Churn(**cli.given_options(options, _FIELDS[Churn]))
-    steps = cli.given_options(options, _FIELDS[Sampler])
-    travel = cli.given_options(options, _FIELDS[TimeTravel])
-    interval = options.pop("travel_interval")
-    if interval is not None:
-        travel["sigma_lo"], travel["sigma_hi"] = interval
-    solver = steps.get("solver", Sampler.solver)
-    if solver == "time-travel":
-        return Sampler(**steps, churn=churn, settings=TimeTravel(**travel))
-    if travel:
-        raise click.UsageError(f"--travel-times and --travel-interval belong to --solver time-travel, not {solver}")
-    return Sampler(**steps, churn=churn)
-
-
 def _take_guidance(options: dict[str, Any]) -> Choice:
     """Remove the guidance options from `options`, except the networks, and return the choice that they describe."""
     method = options.pop("method")
@@ -278,6 +255,15 @@ def _take_guidance(options: dict[str, Any]) -> Choice:
     own_options = _take_method_options(options, {**{name: METHODS[name] for name in names}, rule: RULES[rule]})
     _check_networks(names, options["gnet"], options["uncond"])
     weight, interval = options.pop("weight"), options.pop("interval")
+    try:
+        reuse = Reuse(**cli.given_options(options, _FIELDS[Reuse]))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    if reuse != NO_REUSE and all(METHODS[name].negative is None for name in names):
+        raise click.UsageError(
+            "--guidance-every, --guidance-stop and --guidance-once reuse a weighted difference; "
+            f"guidance method {method} has none"
+        )
     if method == "none":
         if weight not in (None, 1) or interval is not None:
             given = "--interval" if weight in (None, 1) else f"--guidance {weight:g}"
@@ -290,7 +276,7 @@ def _take_guidance(options: dict[str, Any]) -> Choice:
     for number in (weight, *(value for _, value in also)):
         if not math.isfinite(number):
             raise click.UsageError(f"--guidance {number} is not a finite number")
-    choice = Choice(method, weight, interval, own_options, also, rule, schedule)
+    choice = Choice(method, weight, interval, own_options, also, rule, schedule, reuse)
     try:
         methods_of(choice)
     except ValueError as error:

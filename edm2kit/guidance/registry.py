@@ -28,6 +28,7 @@ from edm2kit.guidance.own_network import (
     truncation,
     tsg,
 )
+from edm2kit.guidance.reuse import NO_REUSE, Reuse, Reusing
 from edm2kit.guidance.rules import RULES
 from edm2kit.guidance.second_network import autoguidance, cfg, cfg_plus_autoguidance, reg
 from edm2kit.guidance.weight_schedule import SCHEDULES, with_schedule
@@ -46,6 +47,7 @@ class Choice:
     - `also`: further methods, each with its weight.
     - `rule`: a key of RULES, how the results are combined.
     - `schedule`: one of SCHEDULES, how the weights follow the noise level.
+    - `reuse`: how often the negatives are evaluated.
 
     Example: `Choice("cfg", 1.5, also=(("pag", 3.0),), rule="rescale")`.
     """
@@ -57,6 +59,7 @@ class Choice:
     also: tuple[tuple[str, float], ...] = ()
     rule: str = "linear"
     schedule: str = "constant"
+    reuse: Reuse = NO_REUSE
 
 
 NO_GUIDANCE = Choice()
@@ -293,9 +296,11 @@ def guide(choice: Choice, parts: Parts) -> Denoiser:
     guided = parts.net
     if negatives:
         rule = RULES[choice.rule].make(**options["rule"])
-        guided = with_schedule(_combined(parts.net, negatives, rule), choice.schedule, choice.method)
+        guided = with_schedule(_combined(parts.net, negatives, rule, choice.reuse), choice.schedule, choice.method)
     elif choice.rule != "linear":
         raise ValueError(f"a rule needs a weighted difference; guidance method {choice.method} has none")
+    elif choice.reuse != NO_REUSE:
+        raise ValueError(f"only a weighted difference can be reused; guidance method {choice.method} has none")
     for name in rest:
         build = METHODS[name].build
         assert build is not None
@@ -306,7 +311,9 @@ def guide(choice: Choice, parts: Parts) -> Denoiser:
     return GuidanceInterval(guided, parts.net, *choice.interval)
 
 
-def _combined(net: Denoiser, negatives: list[Negative], rule: Combine) -> Guided | Combination:
+def _combined(net: Denoiser, negatives: list[Negative], rule: Combine, reuse: Reuse) -> Guided | Combination:
+    if reuse != NO_REUSE:
+        return Reusing(net, tuple(negatives), rule, reuse=reuse)
     only = negatives[0]
     if len(negatives) == 1 and rule is linear and not isinstance(only.source, DerivedNegative | Perturbed):
         return Guided(net, only.source, only.weight)

@@ -103,50 +103,48 @@ def parse_levels(text: str) -> str | tuple[float, ...]:
 
 
 @torch.no_grad()
+def euler_deviations(
+    denoiser: Denoiser, noise: torch.Tensor, condition: ConditionLike, teacher: torch.Tensor
+) -> np.ndarray:
+    """How far one Euler step from level i to level j goes astray, float64 [M, M]; infinite unless i < j.
+
+    `teacher` [M + 1] are fine noise levels that end with 0. The deviation is the distance from the teacher's point at
+    level j, on trajectories of M Euler steps from `noise` [N,C,H,W] of unit variance: the mean over the images.
+    """
+    x = noise.to(teacher.dtype) * teacher[0]
+    points, slopes = [], []
+    for i in range(len(teacher) - 1):
+        D = for_step(denoiser, i, teacher)
+        d = (x - D(x, teacher[i], condition).to(x.dtype)) / teacher[i]
+        points.append(x)
+        slopes.append(d)
+        x = after_step(D, x + (teacher[i + 1] - teacher[i]) * d, i, teacher)
+    count = len(points)
+    deviations = np.full([count, count], math.inf)
+    for i in range(count):
+        for j in range(i + 1, count):
+            off = points[i] + (teacher[j] - teacher[i]) * slopes[i] - points[j]
+            deviations[i, j] = float(off.flatten(1).norm(dim=1).mean())
+    return deviations
+
+
 def gits_sigmas(
-    denoiser: Denoiser,
-    noise: torch.Tensor,
-    condition: ConditionLike,
-    num_steps: int,
-    teacher: torch.Tensor,
-    coefficient: float = 1.15,
+    deviations: np.ndarray, num_steps: int, teacher: torch.Tensor, coefficient: float = 1.15
 ) -> torch.Tensor:
-    """`num_steps` of the teacher's noise levels at which Euler steps of this denoiser go least astray, followed by 0.
+    """`num_steps` of the teacher's noise levels between which Euler steps go least astray, followed by 0.
 
-    `teacher` [M + 1] are finely spaced levels that end with 0; 60 Euler steps are published. Its trajectories from
-    `noise` [N,C,H,W], of unit variance, take M evaluations. The cost of a step from level i to level j is the mean
-    distance between an Euler step and the teacher's point at j. Dynamic programming finds the levels of least total
-    cost, in which the cost of each later step counts `coefficient` times more. The first level, the last one and 0
-    are always among them. Returns [num_steps + 1], in the dtype of `teacher`. Raises ValueError unless num_steps is
-    from 2 to M. Chen et al. 2024 (GITS, arXiv 2405.11326).
+    `deviations` [M, M] are those of `euler_deviations` for the levels `teacher` [M + 1]. Dynamic programming finds the
+    levels of the least total deviation, in which each later step counts `coefficient` times more. The first level and
+    the last one above 0 are always among them. Returns [num_steps + 1], in the dtype of `teacher`. Raises ValueError
+    unless num_steps is from 2 to M. Chen et al. 2024 (GITS, arXiv 2405.11326).
 
-    Example: `gits_sigmas(net, torch.randn(256, 3, 64, 64), labels, 10, karras_sigmas(60, 0.002, 80, 7))`
+    Example: `gits_sigmas(euler_deviations(net, noise, labels, teacher), 10, teacher)`
     """
     count = len(teacher) - 1
     if not 2 <= num_steps <= count:
         raise ValueError(f"steps is {num_steps}; GITS expected 2 to {count}, the number of its teacher's steps")
-    points, slopes = _teacher_run(denoiser, noise, condition, teacher)
-    cost = np.full([count, count], math.inf)
-    for i in range(count):
-        for j in range(i + 1, count):
-            off = points[i] + (teacher[j] - teacher[i]) * slopes[i] - points[j]
-            cost[i, j] = float(off.flatten(1).norm(dim=1).mean())
-    return torch.cat([teacher[_cheapest_path(cost, num_steps - 1, coefficient)], teacher[-1:]])
-
-
-def _teacher_run(
-    denoiser: Denoiser, noise: torch.Tensor, condition: ConditionLike, sigmas: torch.Tensor
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """x and (x - D) / sigma at each noise level above 0, along Euler steps."""
-    x = noise.to(sigmas.dtype) * sigmas[0]
-    points, slopes = [], []
-    for i in range(len(sigmas) - 1):
-        D = for_step(denoiser, i, sigmas)
-        d = (x - D(x, sigmas[i], condition).to(x.dtype)) / sigmas[i]
-        points.append(x)
-        slopes.append(d)
-        x = after_step(D, x + (sigmas[i + 1] - sigmas[i]) * d, i, sigmas)
-    return points, slopes
+    path = _cheapest_path(deviations, num_steps - 1, coefficient)
+    return torch.cat([teacher[path], teacher[-1:]])
 
 
 def _cheapest_path(cost: np.ndarray, steps: int, coefficient: float) -> list[int]:

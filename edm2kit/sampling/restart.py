@@ -32,9 +32,9 @@ class Restart:
 
     When the run reaches `sigma_lo`, moved to the nearest noise level of the run, noise leads back to `sigma_hi` and
     Heun steps over `levels` noise levels down to `sigma_lo` again, `times` times. The default is the authors' setting
-    for ImageNet-64 and 36 steps, 203 evaluations in all. What is above the first noise level of the run is left out, and
-    an interval that has no room between two levels of the run. Raises ValueError if an interval has fewer than 2 levels or
-    is not in order.
+    for ImageNet-64 and 36 steps, 203 evaluations in all. What is above the first noise level of the run is left out,
+    and so is an interval without room between two levels of the run. Raises ValueError if an interval has fewer than
+    2 levels or is not in order.
     """
 
     intervals: tuple[Interval, ...] = field(

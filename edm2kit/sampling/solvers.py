@@ -6,7 +6,7 @@ earlier steps are in multistep.py, restart sampling is in restart.py.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from edm2kit.sampling.noise_levels import (
     LEVELS,
     TEACHER_STEPS,
     ays_sigmas,
-    gits_sigmas,
     karras_sigmas,
     listed_sigmas,
     parse_levels,
@@ -174,7 +173,7 @@ class TimeTravel:
     """
 
     times: int = field(
-        default=10, metadata={"option": "--travel-times", "help": "How often time-travel takes a step", "min": 1}
+        default=10, metadata={"option": "--travel-times", "help": "How often to take a step", "min": 1, "hidden": True}
     )
     sigma_lo: float = 3.4
     sigma_hi: float = 26.0
@@ -273,7 +272,7 @@ class Sampler:
             "option": "--levels",
             "metavar": "NAME|LIST",
             "parse": parse_levels,
-            "help": "Noise levels: 80,9,1,0.1 or a name, see --help-solver levels",
+            "help": "List, or a name: --help-solver levels",
         },
     )
 
@@ -290,23 +289,20 @@ class Sampler:
             raise ValueError(f"noise levels {self.levels!r} are unknown; expected one of {', '.join(LEVELS)}")
         if not isinstance(self.levels, str) and len(self.levels) != self.num_steps:
             raise ValueError(f"{len(self.levels)} noise levels for {self.num_steps} steps; expected one for each step")
-        (self if self.levels != "gits" else replace(self, levels="karras")).sigmas()
+        if self.levels != "gits":
+            self.sigmas()
+        elif not 2 <= self.num_steps <= TEACHER_STEPS:
+            raise ValueError(f"steps is {self.num_steps}; the noise levels of GITS take 2 to {TEACHER_STEPS} steps")
 
     def sigmas(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The noise levels, [num_steps + 1]. Raises ValueError for "gits", which depends on the denoiser."""
         if not isinstance(self.levels, str):
             return listed_sigmas(self.levels, self.dtype, device)
         if self.levels == "gits":
-            raise ValueError("the noise levels of GITS depend on the denoiser; use with_fitted_levels first")
+            raise ValueError("the noise levels of GITS depend on the denoiser; see gits_sigmas")
         if self.levels in AYS:
             return ays_sigmas(self.levels, self.num_steps, self.sigma_min, self.sigma_max, self.dtype, device)
         return karras_sigmas(self.num_steps, self.sigma_min, self.sigma_max, self.rho, self.dtype, device)
-
-    def with_fitted_levels(self, denoiser: Denoiser, noise: torch.Tensor, condition: ConditionLike = None) -> "Sampler":
-        """The same with a list of levels that `gits_sigmas` finds for this denoiser; see there."""
-        teacher = karras_sigmas(TEACHER_STEPS, self.sigma_min, self.sigma_max, self.rho, self.dtype, noise.device)
-        fitted = gits_sigmas(denoiser, noise, condition, self.num_steps, teacher)
-        return replace(self, levels=tuple(fitted[:-1].tolist()))
 
     def __call__(
         self,

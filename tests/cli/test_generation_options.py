@@ -10,7 +10,10 @@ from edm2kit.cli.generation import Request
 from edm2kit.cli.generation_options import generation_options, parse_request
 from edm2kit.guidance.combine import Guided
 from edm2kit.guidance.registry import METHODS, NO_GUIDANCE, RULES, Choice, Method, Option
-from edm2kit.sampling.solvers import Churn, Sampler, TimeTravel
+from edm2kit.guidance.reuse import Reuse
+from edm2kit.sampling.noise_levels import LEVELS
+from edm2kit.sampling.restart import Restart
+from edm2kit.sampling.solvers import SOLVERS, Churn, Sampler, TimeTravel
 
 
 def parse(*arguments):
@@ -47,6 +50,44 @@ def test_time_travel_has_settings_of_its_own():
     assert (code, "belong to --solver time-travel, not heun" in output) == (2, True)
 
 
+def test_restart_has_settings_of_its_own():
+    assert parse("--solver", "restart")[0].sampler.settings == Restart()
+    given = parse("--solver", "restart", "--restart-intervals", "3,2,0.5,2 4,1,1,9")
+    assert given[0].sampler.settings == Restart(((3, 2, 0.5, 2.0), (4, 1, 1.0, 9.0)))
+    _, code, output = parse("--restart-intervals", "3,2,0.5,2")
+    assert (code, "belong to --solver restart, not heun" in output) == (2, True)
+
+
+def test_noise_levels_by_name_and_as_a_list():
+    assert parse("--levels", "ays-svd", "--steps", "10")[0].sampler == Sampler(10, levels="ays-svd")
+    listed = parse("--levels", "9,3,1", "--solver", "dpmpp2m")[0].sampler
+    assert listed == Sampler(3, 1.0, 9.0, solver="dpmpp2m", levels=(9.0, 3.0, 1.0))
+    assert parse("--levels", "9,3,1", "--steps", "3")[0].sampler.num_steps == 3
+
+
+def test_cheaper_guidance():
+    arguments = "--gnet b --guidance 2 --guidance-every 3 --guidance-stop 0.99 --guidance-once"
+    assert parse(*arguments.split())[0].guidance.reuse == Reuse(3, 0.99, True)
+    assert parse("--gnet", "b", "--guidance", "2", "--guidance-every", "1")[0].guidance == Choice("autoguidance", 2.0)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_help_for_a_solver_shows_its_own_options(name):
+    _, exit_code, output = parse("--help-solver", name)
+    assert exit_code == 0
+    assert output.startswith(f"{name}: ")
+    assert ("--restart-intervals" in output) == (name == "restart")
+    assert ("--travel-times" in output) == (name == "time-travel")
+
+
+def test_help_lists_solvers_and_schedules():
+    for word, names in (("list", SOLVERS), ("levels", LEVELS)):
+        _, exit_code, output = parse("--help-solver", word)
+        assert exit_code == 0
+        assert [name for name in names if any(line.startswith(f"{name} ") for line in output.splitlines())] == [*names]
+    assert "expected one of list, levels, heun" in " ".join(parse("--help-solver", "huen")[2].split())
+
+
 def test_a_guide_network_means_autoguidance():
     assert parse("--gnet", "b", "--guidance", "2.1")[0].guidance == Choice("autoguidance", 2.1)
     interval = parse("--gnet", "b", "--guidance", "2", "--interval", "0.28,inf")[0].guidance.interval
@@ -75,6 +116,16 @@ def test_classes():
         ("--guidance-method pear", "there is no guidance method 'pear'; available: none, autoguidance"),
         ("--class 3 --balanced", "--balanced cycles through all classes"),
         ("--steps 0", "0 is not at least 1"),
+        ("--solver unipc --S_churn 1", "the solver unipc combines evaluations of several steps"),
+        ("--levels 1,2", "do not fall"),
+        ("--levels karas", "'karas' is not a list of noise levels, nor one of karras"),
+        ("--levels 9,3,1 --steps 4", "--levels lists 3 noise levels; leave out --steps"),
+        ("--levels 9,3,1 --sigma_max 80", "leave out --sigma_max"),
+        ("--levels gits --steps 100", "GITS take 2 to 60 steps"),
+        ("--solver restart --restart-intervals 1,2", "is not an interval LEVELS,TIMES,LO,HI"),
+        ("--guidance-every 2", "guidance method none has none"),
+        ("--gnet b --guidance 2 --guidance-every 0", "0 is not at least 1"),
+        ("--gnet b --guidance 2 --guidance-stop 2", "cosine of 2; expected a number from -1 to 1"),
         ("--precision fp8", "'fp8' is not one of"),
     ],
 )

@@ -6,7 +6,15 @@ import math
 import pytest
 import torch
 
-from edm2kit.sampling.noise_levels import AYS, ays_sigmas, gits_sigmas, karras_sigmas, listed_sigmas, parse_levels
+from edm2kit.sampling.noise_levels import (
+    AYS,
+    ays_sigmas,
+    euler_deviations,
+    gits_sigmas,
+    karras_sigmas,
+    listed_sigmas,
+    parse_levels,
+)
 from edm2kit.sampling.solvers import Sampler
 from tests.support.fakes import Mixture
 
@@ -96,6 +104,10 @@ TEACHER = karras_sigmas(16, 0.002, 80, 7, torch.float64)
 MIXTURE = Mixture(torch.tensor([[-1.0, 0.5], [1.0, 0.0]]).reshape(2, 1, 1, 2), 0.05)
 
 
+def deviations():
+    return euler_deviations(MIXTURE, NOISE, None, TEACHER)
+
+
 def total_cost(chosen, coefficient):
     """The cost of a choice of levels by its definition, the teacher's trajectory included."""
     x, points = NOISE * TEACHER[0], []
@@ -113,21 +125,22 @@ def total_cost(chosen, coefficient):
 @pytest.mark.parametrize("coefficient", [1.0, 1.15])
 @pytest.mark.parametrize("num_steps", [2, 4, 5])
 def test_the_levels_of_gits_are_the_cheapest_of_all(num_steps, coefficient):
-    sigmas = gits_sigmas(MIXTURE, NOISE, None, num_steps, TEACHER, coefficient)
+    sigmas = gits_sigmas(deviations(), num_steps, TEACHER, coefficient)
     everything = [(0, *inner, 15) for inner in itertools.combinations(range(1, 15), num_steps - 2)]
     best = min(everything, key=lambda chosen: total_cost(chosen, coefficient))
     assert sigmas.tolist() == [*TEACHER[list(best)].tolist(), 0.0]
 
 
 def test_gits_may_choose_every_level_but_not_more():
-    assert torch.equal(gits_sigmas(MIXTURE, NOISE, None, 16, TEACHER), TEACHER)
+    assert torch.equal(gits_sigmas(deviations(), 16, TEACHER), TEACHER)
     for num_steps in (1, 17):
         with pytest.raises(ValueError, match="GITS expected 2 to 16"):
-            gits_sigmas(MIXTURE, NOISE, None, num_steps, TEACHER)
+            gits_sigmas(deviations(), num_steps, TEACHER)
 
 
 def test_euler_with_the_levels_of_gits_ends_nearer_to_the_exact_solution():
-    fitted = Sampler(6, solver="euler", dtype=torch.float64, levels="gits").with_fitted_levels(MIXTURE, NOISE)
+    levels = gits_sigmas(deviations(), 6, TEACHER)[:-1].tolist()
+    fitted = Sampler(6, solver="euler", dtype=torch.float64, levels=tuple(levels))
     plain = Sampler(6, solver="euler", dtype=torch.float64)
     exact = Sampler(500, dtype=torch.float64)(MIXTURE, NOISE)
     off = [(sampler(MIXTURE, NOISE) - exact).square().mean().item() for sampler in (fitted, plain)]
@@ -146,3 +159,5 @@ def test_a_sampler_takes_levels_by_name_and_as_a_list():
         Sampler(levels="karas")
     with pytest.raises(ValueError, match="depend on the denoiser"):
         Sampler(levels="gits").sigmas()
+    with pytest.raises(ValueError, match="take 2 to 60 steps"):
+        Sampler(1, levels="gits")
