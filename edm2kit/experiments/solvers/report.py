@@ -1,0 +1,83 @@
+"""Measuring the solvers: the record, the picture and the tables of docs/solvers.md."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edm2kit.cli import click_types as cli
+from edm2kit.experiments.documents import checkout, markdown_table
+from edm2kit.experiments.solvers.convergence import DENOISERS, HEUN_STEPS, MEASURED, measure
+from edm2kit.torch_utils.files import atomic_write, provenance
+
+FOLDER = Path("experiments", "solvers")
+RECORD_NAME, PICTURE_NAME = "orders.json", "orders.png"
+STEPS = (5, 7, 9, 13, 17, 25, 33, 49, 65, 97, 129, 193)
+COMMAND = "python scripts/measure_solvers.py"
+
+
+def document_parts(record: Mapping[str, Any]) -> dict[str, str]:
+    """The generated parts of docs/solvers.md by name."""
+    results = record["results"]
+    head = ["solver", "order by formula", *(f"measured, {name}" for name in results)]
+    head += [f"evaluations, {name}" for name in results]
+    lines = []
+    for solver in next(iter(results.values())):
+        rows = [rows[solver] for rows in results.values()]
+        orders = [f"{row['order']:.2f}" for row in rows]
+        needed = [str(row["evaluations_like_32_heun_steps"] or "more than 400 steps") for row in rows]
+        lines.append([f"`{solver}`", str(rows[0]["expected_order"]), *orders, *needed])
+    origin = f"Recorded by `{record['command']}` at commit {record['provenance']['commit'][:10]}."
+    return {"solvers": f"{markdown_table(head, lines, 'l' + 'r' * (len(head) - 1))}\n\n{origin}"}
+
+
+def plot(record: Mapping[str, Any], path: Path) -> None:
+    """Draw error against evaluations for every solver, one panel for each denoiser."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    panels = figure.subplots(1, len(record["results"]), sharey=True)
+    for panel, (name, rows) in zip(panels, record["results"].items(), strict=True):
+        for k, (solver, row) in enumerate(rows.items()):
+            label = f"{solver} ({row['order']:.2f})"
+            panel.loglog(row["evaluations"], row["errors"], "os^v"[k % 4] + "-", color=f"C{k}", label=label, ms=4)
+        heun = rows["heun"]
+        goal = heun["errors"][heun["evaluations"].index(2 * 33 - 1)]
+        panel.axhline(goal, color="k", linestyle=":", linewidth=1)
+        panel.set_title(f"mixture of Gaussians, {name}")
+        panel.set_xlabel("evaluations of the main network")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8, title="solver (measured order)", title_fontsize=8)
+    panels[0].set_ylabel("root mean square error")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=100)
+
+
+@click.command(cls=cli.Command)
+@click.option(
+    "--outdir",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the record and the picture  [default: experiments/solvers]",
+)
+def main(outdir: Path | None) -> None:
+    """Measure the order of convergence of every solver on an exact mixture of Gaussians; a minute on a CPU.
+
+    Writes a record and a picture. Then run: python scripts/write_documents.py
+    """
+    folder = checkout() / FOLDER if outdir is None else outdir
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "command": COMMAND,
+        "provenance": provenance(),
+        "denoisers": list(DENOISERS),
+        "solvers": list(MEASURED),
+        "heun_steps": HEUN_STEPS,
+        "results": measure(STEPS),
+    }
+    with atomic_write(folder / RECORD_NAME, "w") as file:
+        file.write(json.dumps(record, indent=1) + "\n")
+    plot(record, folder / PICTURE_NAME)
+    click.echo(document_parts(record)["solvers"])
