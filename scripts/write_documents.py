@@ -15,6 +15,7 @@ try:
     from edm2kit.experiments.compare_guidance import report as comparison
     from edm2kit.experiments.demo import report as demo
     from edm2kit.experiments.paper_tables import document as paper_tables
+    from edm2kit.experiments.solvers import report as solvers
     from edm2kit.experiments.toy import report as toy
     from edm2kit.guidance import table as guidance
     from edm2kit.training.config import TrainConfig
@@ -41,6 +42,7 @@ DOCUMENTS: dict[str, Callable[[], Parts]] = {
     "docs/guidance.md": _guidance_parts,
     "docs/metrics.md": lambda: {"metrics": lite_features.metrics_table()},
     "docs/reproduction.md": lambda: paper_tables.document_parts(_record(paper_tables.RECORD)),
+    "docs/solvers.md": lambda: solvers.document_parts(_record(solvers.FOLDER / solvers.RECORD_NAME)),
     "docs/toy.md": lambda: toy.document_parts(_record(toy.FOLDER / toy.RECORD_NAME)),
     "docs/train-config.md": lambda: {"settings": settings_table(TrainConfig)},
 }

@@ -1,5 +1,6 @@
 """Requests, checked and made ready."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,9 @@ from edm2kit.cli.generation import Request, check_pair, parse_classes, prepare
 from edm2kit.guidance.combine import Guided
 from edm2kit.guidance.interval import GuidanceInterval
 from edm2kit.guidance.registry import Choice
+from edm2kit.guidance.reuse import Reuse
 from edm2kit.models.edm2 import Precond
+from edm2kit.sampling import fitted_levels
 from edm2kit.sampling.solvers import Sampler
 from edm2kit.snapshots.loading import load_snapshot
 from tests.support.fakes import tiny_snapshot
@@ -188,3 +191,31 @@ def test_classes_by_number_and_name(text, expected):
 def test_wrong_classes_are_refused(text, label_dim, names, wrong):
     with pytest.raises(ValueError, match=wrong):
         parse_classes(text, label_dim, names)
+
+
+def test_records_from_before_a_setting_existed_stay_equal(snapshots):
+    settings = prepare(request(snapshots, "guide"), CPU).settings
+    assert "reuse" not in settings["guidance"]
+    assert "levels" not in settings["sampler"]
+
+
+def test_cheaper_guidance_is_recorded_and_said(snapshots):
+    wanted = request(snapshots, "guide")
+    choice = dataclasses.replace(wanted.guidance, reuse=Reuse(every=2, stop=0.99))
+    generation = prepare(dataclasses.replace(wanted, guidance=choice), CPU)
+    assert generation.settings["guidance"]["reuse"] == {"every": 2, "stop": 0.99, "once": False}
+    assert "evaluated every 2 steps, until cos(D, D_neg) > 0.99" in generation.summary
+    guided = prepare(wanted, CPU).engine.generate([0, 1])
+    assert not torch.equal(generation.engine.generate([0, 1]).latents, guided.latents)
+
+
+def test_noise_levels_fitted_to_the_denoiser_are_recorded(snapshots, monkeypatch):
+    monkeypatch.setattr(fitted_levels, "IMAGES", 4)
+    monkeypatch.setattr(fitted_levels, "BATCH", 2)
+    wanted = dataclasses.replace(request(snapshots, "guide"), sampler=Sampler(4, levels="gits", solver="dpmpp2m"))
+    generation = prepare(wanted, CPU)
+    levels = generation.settings["sampler"]["levels"]
+    assert levels == sorted(levels, reverse=True)
+    assert (len(levels), levels[0], levels[-1]) == (4, 80, pytest.approx(0.002))
+    assert generation.engine.generate([0]).images.shape == (1, 3, 8, 8)
+    assert generation.settings == prepare(wanted, CPU).settings
