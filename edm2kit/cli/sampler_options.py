@@ -7,9 +7,10 @@ import click
 
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.field_options import option_fields, options_from
+from edm2kit.sampling.churn import refuse_churn
 from edm2kit.sampling.noise_levels import LEVELS
 from edm2kit.sampling.restart import Restart
-from edm2kit.sampling.solvers import SETTINGS, SOLVERS, Churn, Sampler, TimeTravel
+from edm2kit.sampling.solvers import SETTINGS, SOLVERS, WITHOUT_CHURN, Churn, Sampler, TimeTravel
 
 _FIELDS = {config: option_fields(config) for config in (Sampler, Churn, TimeTravel, Restart)}
 _SOLVER_OPTIONS = {"time-travel": ("travel_interval", "times"), "restart": ("intervals",)}
@@ -78,7 +79,10 @@ def _all_options() -> list[click.Option]:
 
 
 def take_sampler(options: dict[str, Any]) -> Sampler:
-    """Remove the options of the sampler from `options`, and return it. Raises click.UsageError if they contradict."""
+    """Remove the options of the sampler from `options`, and return it. Raises click.UsageError if they contradict.
+
+    Raises ValueError if a setting is out of range.
+    """
     churn = Churn(**cli.given_options(options, _FIELDS[Churn]))
     steps = cli.given_options(options, _FIELDS[Sampler])
     own = {
@@ -103,7 +107,9 @@ def take_sampler(options: dict[str, Any]) -> Sampler:
                 )
         if len(levels) == 1:
             del steps["sigma_min"]
-    try:
-        return Sampler(**steps, churn=churn, settings=SETTINGS[solver](**own[solver]) if solver in own else None)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
+    if solver in WITHOUT_CHURN:
+        try:
+            refuse_churn(solver, churn)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+    return Sampler(**steps, churn=churn, settings=SETTINGS[solver](**own[solver]) if solver in own else None)

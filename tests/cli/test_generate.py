@@ -15,7 +15,9 @@ from PIL import Image
 from edm2kit.cli import generate
 from edm2kit.cli.field_options import default_text
 from edm2kit.cli.generation import Request, prepare
+from edm2kit.guidance.reuse import Reuse
 from edm2kit.sampling.engine import Engine
+from edm2kit.sampling.restart import Restart
 from edm2kit.sampling.solvers import Churn, Sampler, TimeTravel
 from tests.support import ROOT
 from tests.support.fakes import tiny_snapshot
@@ -254,9 +256,19 @@ def test_help_fits_on_two_screens_in_sections_with_everyday_options_first():
     assert options.index("--guidance") < options.index("--S_churn")
 
 
-@pytest.mark.parametrize("config", [Request, Sampler, Churn, TimeTravel], ids=lambda config: config.__name__)
-def test_help_says_what_the_fields_say_with_their_defaults(config):
-    shown = " ".join(CliRunner().invoke(generate.main, ["--help"]).output.split())
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (Request, ["--help"]),
+        (Sampler, ["--help"]),
+        (Churn, ["--help"]),
+        (Reuse, ["--help"]),
+        (TimeTravel, ["--help-solver", "time-travel"]),
+        (Restart, ["--help-solver", "restart"]),
+    ],
+)
+def test_help_says_what_the_fields_say_with_their_defaults(config, words):
+    shown = " ".join(CliRunner().invoke(generate.main, words).output.split())
     for field in dataclasses.fields(config):
         if "option" in field.metadata:
             assert field.metadata["option"] in shown

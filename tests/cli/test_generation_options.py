@@ -65,6 +65,11 @@ def test_noise_levels_by_name_and_as_a_list():
     assert parse("--levels", "9,3,1", "--steps", "3")[0].sampler.num_steps == 3
 
 
+def test_noise_levels_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="GITS take 2 to 60 steps"):
+        parse_request(["--net", "a", "--levels", "gits", "--steps", "100"])
+
+
 def test_cheaper_guidance():
     arguments = "--gnet b --guidance 2 --guidance-every 3 --guidance-stop 0.99 --guidance-once"
     assert parse(*arguments.split())[0].guidance.reuse == Reuse(3, 0.99, True)
@@ -121,7 +126,6 @@ def test_classes():
         ("--levels karas", "'karas' is not a list of noise levels, nor one of karras"),
         ("--levels 9,3,1 --steps 4", "--levels lists 3 noise levels; leave out --steps"),
         ("--levels 9,3,1 --sigma_max 80", "leave out --sigma_max"),
-        ("--levels gits --steps 100", "GITS take 2 to 60 steps"),
         ("--solver restart --restart-intervals 1,2", "is not an interval LEVELS,TIMES,LO,HI"),
         ("--guidance-every 2", "guidance method none has none"),
         ("--gnet b --guidance 2 --guidance-every 0", "0 is not at least 1"),

@@ -22,6 +22,8 @@ MULTISTEP = {"dpmpp2m": dpmpp2m, "dpmpp3m": dpmpp3m, "unipc": unipc, "deis": dei
 
 # ---- the schedulers of diffusers
 
+their_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+
 
 def diffusers():
     return pytest.importorskip("diffusers")
@@ -63,6 +65,7 @@ def assert_same_steps(solver, expected, sigmas, steps):
 
 
 @pytest.mark.parametrize(("order", "solver"), [(2, dpmpp2m), (3, functools.partial(dpmpp3m, curvature=0.5))])
+@their_warnings
 def test_dpm_solver_equals_that_of_diffusers(order, solver):
     sigmas = karras_sigmas(20, 0.002, 80, 7, torch.float64)
     scheduler = diffusers().DPMSolverMultistepScheduler(
@@ -72,6 +75,7 @@ def test_dpm_solver_equals_that_of_diffusers(order, solver):
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
+@their_warnings
 def test_unipc_equals_that_of_diffusers(order):
     # their corrector replaces x after the next evaluation, so that steps are compared up to the last evaluation
     sigmas = karras_sigmas(12, 0.002, 80, 7, torch.float64)
@@ -82,6 +86,7 @@ def test_unipc_equals_that_of_diffusers(order):
 
 
 @pytest.mark.parametrize("order", [2, 3])
+@their_warnings
 def test_deis_equals_that_of_diffusers_up_to_the_steps_for_which_they_lower_the_order(order):
     sigmas = karras_sigmas(12, 0.002, 80, 7, torch.float64)
     scheduler = diffusers().DEISMultistepScheduler(solver_order=order, prediction_type="sample", use_karras_sigmas=True)
