@@ -152,7 +152,7 @@ def _option_sections() -> list[cli.Decorator]:
             cli.printing_option(
                 "--help-guidance",
                 method_help,
-                "Describe a method or rule and its own options; list: name them all",
+                "Describe a method or rule; or give list",
                 "METHOD",
             ),
             cli.printing_option(
