@@ -9,10 +9,9 @@ from typing import Any
 from edm2kit.denoiser import Denoiser
 from edm2kit.guidance.base import Method, Option, Parts, Rule
 from edm2kit.guidance.classifier import classifier_guidance
-from edm2kit.guidance.combine import Combination, Combine, DerivedNegative, Guided, Negative, linear
+from edm2kit.guidance.combine import Negative
 from edm2kit.guidance.interval import GuidanceInterval
 from edm2kit.guidance.losses import loss_guidance
-from edm2kit.guidance.network_call import Perturbed
 from edm2kit.guidance.own_network import (
     cads,
     dropout_and_noise,
@@ -28,7 +27,7 @@ from edm2kit.guidance.own_network import (
     truncation,
     tsg,
 )
-from edm2kit.guidance.reuse import NO_REUSE, Reuse, Reusing
+from edm2kit.guidance.reuse import NO_REUSE, Reuse, combined
 from edm2kit.guidance.rules import RULES
 from edm2kit.guidance.second_network import autoguidance, cfg, cfg_plus_autoguidance, reg
 from edm2kit.guidance.weight_schedule import SCHEDULES, with_schedule
@@ -296,7 +295,7 @@ def guide(choice: Choice, parts: Parts) -> Denoiser:
     guided = parts.net
     if negatives:
         rule = RULES[choice.rule].make(**options["rule"])
-        guided = with_schedule(_combined(parts.net, negatives, rule, choice.reuse), choice.schedule, choice.method)
+        guided = with_schedule(combined(parts.net, negatives, rule, choice.reuse), choice.schedule, choice.method)
     elif choice.rule != "linear":
         raise ValueError(f"a rule needs a weighted difference; guidance method {choice.method} has none")
     elif choice.reuse != NO_REUSE:
@@ -309,15 +308,6 @@ def guide(choice: Choice, parts: Parts) -> Denoiser:
     if choice.interval is None:
         return guided
     return GuidanceInterval(guided, parts.net, *choice.interval)
-
-
-def _combined(net: Denoiser, negatives: list[Negative], rule: Combine, reuse: Reuse) -> Guided | Combination:
-    if reuse != NO_REUSE:
-        return Reusing(net, tuple(negatives), rule, reuse=reuse)
-    only = negatives[0]
-    if len(negatives) == 1 and rule is linear and not isinstance(only.source, DerivedNegative | Perturbed):
-        return Guided(net, only.source, only.weight)
-    return Combination(net, tuple(negatives), rule)
 
 
 def _check_parts(names: Iterable[str], parts: Parts) -> None:
