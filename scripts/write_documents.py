@@ -40,7 +40,7 @@ def _guidance_parts() -> Parts:
 DOCUMENTS: dict[str, Callable[[], Parts]] = {
     "README.md": lambda: demo.document_parts(_record(demo.FOLDER / demo.RECORDS_NAME)),
     "docs/guidance.md": _guidance_parts,
-    "docs/metrics.md": lambda: {"metrics": lite_features.metrics_table()},
+    "docs/metrics.md": lambda: lite_features.document_parts(_record(lite_features.RECORD)),
     "docs/reproduction.md": lambda: paper_tables.document_parts(_record(paper_tables.RECORD)),
     "docs/solvers.md": lambda: solvers.document_parts(_record(solvers.FOLDER / solvers.RECORD_NAME)),
     "docs/toy.md": lambda: toy.document_parts(_record(toy.FOLDER / toy.RECORD_NAME)),
