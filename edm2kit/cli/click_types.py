@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -16,6 +17,14 @@ Decorator = Callable[[Any], Any]  # what click.option returns
 
 OTHER = "Other"  # the last section of --help: options without a section, and --help itself
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
+# options by which commands use less memory, the least costly first
+_MEMORY_OPTIONS = {
+    "--batch-gpu": "a smaller --batch-gpu (same results)",
+    "--batch": "a smaller --batch",
+    "--recompute": "--recompute true",
+    "--shard": "--shard true with several processes",
+    "--precision": "--precision bf16 or fp16",
+}
 _SUFFIX = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
 
@@ -46,6 +55,12 @@ class _Base(click.Command):
             if isinstance(leaving.code, int | None):
                 dist.exit_process(leaving.code or 0)
             raise
+        except Exception:
+            if not dist.had_group():
+                raise
+            # a process that ends the usual way would first wait for the other ranks, which wait for it
+            traceback.print_exc()
+            dist.exit_process(1)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in self.sections}
@@ -79,6 +94,20 @@ class Command(_Base):
             if isinstance(error, dist.ReportedElsewhere):
                 raise click.exceptions.Exit(1) from error
             raise click.ClickException(str(error)) from error
+        except Exception as error:
+            if os.environ.get("EDM2_TRACEBACK") == "1" or not dist.is_out_of_memory(error):
+                raise
+            raise click.ClickException(self._out_of_memory(str(error))) from error
+
+    def _out_of_memory(self, reason: str) -> str:
+        """The message for an error that says there is no memory left, with the options that help."""
+        own = {option for parameter in self.params for option in parameter.opts}
+        helpful = [text for option, text in _MEMORY_OPTIONS.items() if option in own]
+        if "--batch-gpu" in own:
+            helpful.remove(_MEMORY_OPTIONS["--batch"])  # this one is the batch of all processes, part of the result
+        advice = f" To use less: {', '.join(helpful)}." if helpful else ""
+        first_line = (reason.splitlines() or [""])[0]
+        return f"out of memory ({first_line}).{advice}"
 
 
 class Group(_Base, click.Group):
@@ -151,6 +180,35 @@ def printing_option(name: str, text: Callable[[Any], str], help: str, metavar: s
 def device_option() -> Decorator:
     """--device, the same for all commands."""
     return click.option("--device", metavar="NAME", default="auto", help="auto, cuda, mps or cpu")
+
+
+def numerics_option(name: str, switch: Callable[[], contextlib.AbstractContextManager[None]], help: str) -> Decorator:
+    """A flag that switches a setting of torch inside the command; `switch()` makes it and restores it at the end."""
+
+    def apply(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.with_resource(switch())
+
+    return click.option(name, is_flag=True, expose_value=False, callback=apply, help=help)
+
+
+def tf32_option() -> Decorator:
+    """--tf32, without which float32 means float32 (see `dist.session`)."""
+    return numerics_option("--tf32", dist.tf32, "Faster float32 on CUDA with errors of 1e-3")
+
+
+def deterministic_option() -> Decorator:
+    """--deterministic: two runs of a command on one machine give the same bits on a GPU, too."""
+    return numerics_option(
+        "--deterministic",
+        dist.deterministic,
+        "Repeat to the last bit on a GPU, too (slower)",
+    )
+
+
+def numerics_options() -> tuple[Decorator, Decorator]:
+    """--tf32 and --deterministic."""
+    return tf32_option(), deterministic_option()
 
 
 def given_options(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -248,46 +306,3 @@ class Interval(click.ParamType):
         if not 0 <= lo < hi:
             self.fail(f"{value} runs backwards; expected LO < HI, both from 0", param, ctx)
         return lo, hi
-
-
-class FloatSeries(click.ParamType):
-    """Numbers such as 0.05,0.1 or, with the middle filled in, 0.01,0.02,...,0.25, as a tuple of floats."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        if not isinstance(value, str):
-            return tuple(value)
-        parts = [part.strip() for part in value.split(",")]
-        try:
-            if "..." in parts:
-                return _filled_in(parts)
-            return tuple(_number(part) for part in parts)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a number") from None
-
-
-def _filled_in(parts: Sequence[str]) -> tuple[float, ...]:
-    """The numbers that parts such as ["0.01", "0.02", "...", "0.25"] stand for."""
-    *before, dots, last = parts
-    if len(before) < 2 or dots != "..." or "..." in before:
-        raise ValueError("'...' goes between two numbers that set the step and the last one: 0.01,0.02,...,0.25")
-    numbers = [_number(part) for part in before]
-    end = _number(last)
-    start = numbers[-1]
-    step = start - numbers[-2]
-    gaps = (end - start) / step if step else 0.0
-    count = round(gaps)
-    if count < 1 or abs(gaps - count) > 1e-6:
-        raise ValueError(f"{last} is not reached from {start} in steps of {step:g}")
-    for k in range(1, count):
-        # rounding keeps 0.03 from becoming 0.030000000000000002 in file names and records
-        numbers.append(round(start + step * k, 10))
-    return (*numbers, end)

@@ -189,6 +189,8 @@ def _is_complete_png(path: Path) -> bool:
     click.option("--overwrite", is_flag=True, help="Replace existing images, also those with other settings"),
 )
 @cli.device_option()
+@cli.tf32_option()
+@cli.deterministic_option()
 def main(
     request: Request,
     seeds: tuple[int, ...],

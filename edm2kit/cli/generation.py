@@ -74,7 +74,7 @@ class Request:
     uncond: str | None = _option(
         "--uncond", "Unconditional network beside --gnet, if a method takes both", metavar="PATH|URL"
     )
-    compiled: bool = _option("--compile", "torch.compile the networks; pays off for thousands of images", False)
+    compiled: bool = _option("--compile", "torch.compile the networks, for thousands of images", False)
     labels: str | None = _option(
         "--labels", "Label vectors to cycle through, .npy [K, D] or JSON, if the network takes vectors", metavar="FILE"
     )
@@ -141,6 +141,7 @@ def prepare(request: Request, device: torch.device, labels_from_data: bool = Fal
         device,
         classes,
         vectors,
+        pad=request.compiled,
     )
     if request.sampler.levels == "gits" and not labels_from_data:
         request = dataclasses.replace(request, sampler=dist.on_rank0(with_fitted_levels, engine, request.sampler))

@@ -75,10 +75,9 @@ _workers = click.option("--workers", metavar="N", type=cli.AtLeast(int, 1), defa
 _speed_options = (
     click.option("--batch", metavar="N", type=cli.AtLeast(int, 1), default=32, help="Images per batch and process"),
     click.option("--device", metavar="NAME", default="auto", help="auto, cuda, mps or cpu"),
+    *cli.numerics_options(),
 )
-_weights_dir = click.option(
-    "--weights-dir", metavar="DIR", help="Folder with detector weights  [default: the cache, else a download]"
-)
+_weights_dir = click.option("--weights-dir", metavar="DIR", help="Detector weights  [default: cache or download]")
 # torchrun takes --num for its own --numa-binding, unless a lone -- precedes the script
 _num = click.option(
     "--num",

@@ -19,6 +19,49 @@ _POOR_FIT = 0.1  # from about here on, the width of the rebuilt profile is off b
 _COARSE = 0.05
 
 
+class FloatSeries(click.ParamType):
+    """Numbers such as 0.05,0.1 or, with the middle filled in, 0.01,0.02,...,0.25, as a tuple of floats."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if not isinstance(value, str):
+            return tuple(value)
+        parts = [part.strip() for part in value.split(",")]
+        try:
+            if "..." in parts:
+                return _filled_in(parts)
+            return tuple(_number(part) for part in parts)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number") from None
+
+
+def _filled_in(parts: Sequence[str]) -> tuple[float, ...]:
+    """The numbers that parts such as ["0.01", "0.02", "...", "0.25"] stand for."""
+    *before, dots, last = parts
+    if len(before) < 2 or dots != "..." or "..." in before:
+        raise ValueError("'...' goes between two numbers that set the step and the last one: 0.01,0.02,...,0.25")
+    numbers = [_number(part) for part in before]
+    end = _number(last)
+    start = numbers[-1]
+    step = start - numbers[-2]
+    gaps = (end - start) / step if step else 0.0
+    count = round(gaps)
+    if count < 1 or abs(gaps - count) > 1e-6:
+        raise ValueError(f"{last} is not reached from {start} in steps of {step:g}")
+    for k in range(1, count):
+        # rounding keeps 0.03 from becoming 0.030000000000000002 in file names and records
+        numbers.append(round(start + step * k, 10))
+    return (*numbers, end)
+
+
 @dataclass(frozen=True)
 class Settings:
     """The options that decide what is rebuilt from what."""
@@ -56,7 +99,7 @@ class Plan:
         help="Folder with the snapshots of a run, or a single snapshot; repeatable",
     ),
     click.option("--inprefix", metavar="TEXT", default="", help="Only use files with this prefix"),
-    click.option("--instd", metavar="LIST", type=cli.FloatSeries(), help="Only use snapshots of these EMA lengths"),
+    click.option("--instd", metavar="LIST", type=FloatSeries(), help="Only use snapshots of these EMA lengths"),
 )
 @cli.section(
     "Output",
@@ -64,7 +107,7 @@ class Plan:
     click.option(
         "--outstd",
         metavar="LIST",
-        type=cli.FloatSeries(),
+        type=FloatSeries(),
         required=True,
         help="EMA lengths to rebuild, such as 0.05,0.10,...,0.25",
     ),

@@ -59,6 +59,7 @@ SAMPLE_BATCH = 16
     click.option("--fp16", type=bool, metavar="BOOL", help="Short for --precision fp16 (true) or fp32 (false)"),
     *options_from(TrainConfig, "loss_scaling", "recompute", "shard", "cudnn_benchmark", "workers"),
     cli.device_option(),
+    *cli.numerics_options(),
 )
 @cli.section(
     "Snapshots and logs",

@@ -61,7 +61,7 @@ class Source(Protocol):
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Items `indices`, int64 [n], as one array [n, C, H, W]; in memory its channels may be last.
 
-        An item must never change: resumed runs are bit-identical. Raises ValueError, naming the item, if one cannot be
+        An item must never change, so that resumed runs repeat. Raises ValueError, naming the item, if one cannot be
         read.
         """
 

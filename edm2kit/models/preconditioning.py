@@ -240,6 +240,11 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 def slow_precision(dtype: torch.dtype, device: torch.device | str = "cpu") -> str | None:
     """Why `dtype` is slower than float32 on `device`, or None if it is not (as far as is known)."""
+    if torch.device(device).type == "cuda" and dtype == torch.bfloat16:
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return None
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has no instructions for bfloat16 and only emulates it, slower than float32; use fp16"
     if torch.device(device).type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return None
     if dtype not in _FAST_IF:

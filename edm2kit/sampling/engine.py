@@ -22,6 +22,11 @@ class ImageBatch:
     latents: torch.Tensor  # float32 [N,C,H,W], the result of the solver
     images: torch.Tensor  # uint8 [N,C,H,W], decoded
 
+    def first(self, count: int) -> "ImageBatch":
+        """The first `count` images."""
+        classes = None if self.classes is None else self.classes[:count]
+        return ImageBatch(self.seeds[:count], classes, self.latents[:count], self.images[:count])
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -32,7 +37,8 @@ class Engine:
 
     `label_dim` is the number of classes, 0 for an unconditional denoiser. Each image gets a random class; with
     `classes`, seed s gets class classes[s % len(classes)]. For a denoiser conditioned on float vectors, `vectors`
-    [M, label_dim] are those to choose from, and `classes` are rows of it.
+    [M, label_dim] are those to choose from, and `classes` are rows of it. With `pad`, all batches have the same size,
+    as a compiled denoiser is compiled again for each size: the last one is filled up with images that are dropped.
 
     Example: `Engine(net, encoder.decode, Sampler(), (3, 64, 64), 1000, torch.device("cuda")).generate(range(4))`
     """
@@ -45,6 +51,7 @@ class Engine:
     device: torch.device
     classes: Sequence[int] | None = None
     vectors: torch.Tensor | None = None
+    pad: bool = False
 
     def batches(self, seeds: Sequence[int], batch_size: int) -> Iterator[ImageBatch]:
         """The images of `seeds`, in that order, at most `batch_size` at a time; no batches if there are no seeds.
@@ -52,7 +59,12 @@ class Engine:
         Raises ValueError, naming the seed, if an image is not finite.
         """
         for start in range(0, len(seeds), batch_size):
-            yield self.generate(seeds[start : start + batch_size])
+            part = seeds[start : start + batch_size]
+            missing = min(batch_size, len(seeds)) - len(part)
+            if self.pad and missing:
+                yield self.generate([*part, *seeds[:missing]]).first(len(part))
+            else:
+                yield self.generate(part)
 
     @torch.no_grad()
     def generate(self, seeds: Sequence[int]) -> ImageBatch:

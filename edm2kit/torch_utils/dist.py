@@ -37,7 +37,7 @@ def pick_device(name: str = "auto") -> torch.device:
     if name.split(":")[0] not in available:
         raise ValueError(f"--device {name}: not available here; use one of auto, {', '.join(available)}")
     if name == "cuda":
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
+        name = "cuda:0" if _slurm_hides_other_gpus() else f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
     if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
         raise ValueError(
             f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s); start one process per GPU "
@@ -46,7 +46,65 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def _slurm_hides_other_gpus() -> bool:
+    """Whether Slurm shows each process a GPU of its own (srun --gpus-per-task=1), which is number 0 to all of them."""
+    per_task = os.environ.get("SLURM_GPUS_PER_TASK") or "gres/gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
+    return bool(per_task) and torch.cuda.device_count() == 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a device or the host has no memory left."""
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+        return True
+    # the CPU, Apple GPUs, cuBLAS and mmap raise general errors
+    texts = ("out of memory", "can't allocate memory", "cannot allocate memory", "cublas_status_alloc_failed")
+    return isinstance(error, RuntimeError | OSError) and any(text in str(error).lower() for text in texts)
+
+
 _had_group = False
+
+
+_tf32_wanted = False
+
+
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    """Inside, sessions compute float32 on CUDA with the 10-bit mantissa of TF32: faster, errors of 1e-3."""
+    global _tf32_wanted
+    before, _tf32_wanted = _tf32_wanted, True
+    try:
+        yield
+    finally:
+        _tf32_wanted = before
+
+
+@contextlib.contextmanager
+def _float32_means_float32() -> Iterator[None]:
+    """Switch TF32 off, which torch uses in convolutions by default, or on if it is wanted."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = _tf32_wanted
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Inside, operations give the same bits each time on the same GPU, or raise RuntimeError; CPUs always do."""
+    before = torch.are_deterministic_algorithms_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def had_group() -> bool:
+    """Whether this process has ever been part of a process group."""
+    return _had_group
 
 
 def exit_process(code: int) -> None:
@@ -55,7 +113,7 @@ def exit_process(code: int) -> None:
     Gloo's threads outlive the group. If one of them still frees a tensor while the interpreter shuts down, the process
     aborts (exit code -6 in about one of 30 runs on a busy machine, torch 2.13).
     """
-    if _had_group:
+    if had_group():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -66,7 +124,9 @@ def exit_process(code: int) -> None:
 def session(device: str = "auto", timeout_minutes: float = 30) -> Iterator[torch.device]:
     """Join the process group if torchrun started this process, and leave it at the end. Yields the device to use.
 
-    A plain `python x.py` runs without a process group. CPU tensors are exchanged over gloo, CUDA tensors over nccl.
+    A plain `python x.py` runs without a process group. CPU tensors are exchanged over gloo, CUDA tensors over nccl. An
+    error leaves the group without a farewell, which would wait for ranks that wait for this one: the caller should
+    report it and call `exit_process`. Inside, float32 is float32 on a GPU as well, unless `tf32()` is active.
     Raises ValueError as `pick_device` does.
 
     Example: `with session("auto") as device: net.to(device)`
@@ -74,6 +134,11 @@ def session(device: str = "auto", timeout_minutes: float = 30) -> Iterator[torch
     picked = pick_device(device)
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
+    with _float32_means_float32():
+        yield from _in_group(picked, timeout_minutes)
+
+
+def _in_group(picked: torch.device, timeout_minutes: float) -> Iterator[torch.device]:
     started = False
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
@@ -86,9 +151,8 @@ def session(device: str = "auto", timeout_minutes: float = 30) -> Iterator[torch
         if started and not _is_first_to_report(str(error)):
             raise ReportedElsewhere(str(error)) from error
         raise
-    finally:
-        if started:
-            torch.distributed.destroy_process_group()
+    if started:
+        torch.distributed.destroy_process_group()
 
 
 class ReportedElsewhere(ValueError):

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 import shutil
 import socket
@@ -216,11 +217,21 @@ def hardware(device: torch.device | str = "cpu") -> str:
 
 
 def provenance(device: torch.device | str = "cpu") -> dict[str, str]:
-    """Commit, versions and hardware as strings, for a JSON record."""
+    """Commit, versions and hardware as strings, for a JSON record; on a CUDA device also CUDA, cuDNN and the driver."""
+    gpu = {}
+    if torch.device(device).type == "cuda":
+        driver = Path("/proc/driver/nvidia/version")
+        found = re.search(r"Kernel Module\D*([\d.]+)", driver.read_text()) if driver.exists() else None
+        gpu = {
+            "cuda": str(torch.version.cuda),
+            "cudnn": str(torch.backends.cudnn.version()),
+            "driver": found[1] if found else "unknown",
+        }
     return {
         "commit": code_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "hardware": hardware(device),
+        **gpu,
     }

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from edm2kit.ema.power_function import PowerFunctionEMA
+from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write
 
 _NAME = re.compile(r"training-state-(\d+)\.pt")
@@ -54,6 +55,8 @@ def load_checkpoint(
         ema.load_state_dict(state["ema"])
         return state["progress"]
     except Exception as error:  # torch.load raises a dozen types of errors for damaged files
+        if dist.is_out_of_memory(error):
+            raise  # the file is fine
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"checkpoint {path} cannot be read ({reason}); delete it to resume from the one before it"

@@ -1,4 +1,7 @@
-"""The training loop: optimizer steps, snapshots, checkpoints; resumed runs equal uninterrupted ones bit by bit."""
+"""The training loop: optimizer steps, snapshots, checkpoints.
+
+A resumed run equals an uninterrupted one bit for bit on a CPU; on a GPU up to rounding, or with --deterministic.
+"""
 
 import contextlib
 import dataclasses
@@ -54,7 +57,9 @@ class Trainer:
         loss_fn: TrainingLoss | None = None,
     ):
         torch.manual_seed(derive_seed(config.seed, "init"))
-        torch.backends.cudnn.benchmark = config.cudnn_benchmark
+        # the fastest algorithm of a benchmark may be another one in the next run
+        repeatable = torch.are_deterministic_algorithms_enabled()
+        torch.backends.cudnn.benchmark = config.cudnn_benchmark and not repeatable
         self.config, self.encoder, self.device = config, encoder, device
         # channels last is 1.2 times as fast on a CPU, and the layout that tensor cores need
         self.kind = NETWORKS[header.network]

@@ -28,7 +28,7 @@ from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write, differences, exclusive, provenance
 from edm2kit.training.config import TrainConfig, config_to_dict, read_yaml, refuse_changes, run_id, write_config
 from edm2kit.training.fine_tuning import adopt_source, check_source
-from edm2kit.training.log import RunLog, make_forecast
+from edm2kit.training.log import Forecast, RunLog, make_forecast
 from edm2kit.training.loop import Trainer, training_loop
 from edm2kit.training.loss import TrainingLoss
 
@@ -74,6 +74,10 @@ class Run:
         forecast = make_forecast(config, dict(self.header.architecture), max(self.micro_batches), processes)
         for line in forecast.lines():
             dist.print0(line)
+        if device.type == "cuda":
+            advice = memory_advice(forecast, torch.cuda.mem_get_info(device)[0], max(self.micro_batches))
+            if advice is not None:
+                dist.warn0(advice)
         self.print_notices()
         for name, value in self.header.training_config.items():
             dist.print0(f"  {name:22s}{value}")
@@ -193,6 +197,26 @@ def resolve(
     if config.init_from is not None:
         notices += check_source(config, header)
     return Run(config, dataset, encoder, header, notices, identity, sizes, run_dir)
+
+
+def memory_advice(forecast: Forecast, free_bytes: int, micro_batch: int) -> str | None:
+    """What to do if a run needs more than `free_bytes` on its GPU with `micro_batch` images at a time; None if it fits.
+
+    The forecast is a lower bound, so a run that fits may still run out of memory.
+    """
+    needed = forecast.memory
+    if needed.total <= free_bytes:
+        return None
+    helpful = [name for name, choice in forecast.choices.items() if choice.total <= free_bytes]
+    # activations are in proportion to the images
+    fitting = int(micro_batch * (free_bytes - needed.state) / max(needed.activations, 1))
+    if fitting >= 1 and needed.state + needed.sampling <= free_bytes:
+        helpful.insert(0, f"--batch-gpu {1 << (fitting.bit_length() - 1)}")
+    advice = f"use {' or '.join(helpful)}"
+    if not helpful:
+        advice = "none of --batch-gpu, --recompute and --shard suffices; use a larger GPU or a smaller network"
+    needs = f"a process needs {needed.total / 1e9:.1f} GB or more, and its GPU has {free_bytes / 1e9:.1f} GB free"
+    return f"{needs}; {advice}"
 
 
 def reading_notices(dataset: Source) -> list[str]:

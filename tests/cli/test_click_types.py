@@ -1,20 +1,24 @@
 """Options that researchers type, and errors that fit on one line."""
 
+import importlib
 import os
 import signal
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 
+from edm2kit.cli import click_types as cli
 from edm2kit.cli.click_types import (
     Command,
-    FloatSeries,
     Group,
     IntRanges,
     Size,
     interrupt_on_sigterm,
 )
+from edm2kit.cli.phema import FloatSeries
+from edm2kit.torch_utils import dist
 
 
 def parsed(kind: click.ParamType, text: object) -> object:
@@ -149,3 +153,63 @@ def test_an_ignored_ctrl_c_stays_ignored():
             send(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (["--batch"], " To use less: a smaller --batch."),
+        (
+            ["--batch", "--batch-gpu", "--recompute"],
+            " To use less: a smaller --batch-gpu (same results), --recompute true.",
+        ),
+        ([], ""),
+    ],
+)
+def test_out_of_memory_is_one_line_with_the_options_that_help(options, advice):
+    @click.command(cls=cli.Command)
+    def main(**values):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore text")
+
+    for option in options:
+        main = click.option(option)(main)
+    done = CliRunner().invoke(main, [])
+    assert done.exit_code == 1
+    assert done.output == f"Error: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.).{advice}\n"
+
+
+def test_float32_means_float32_in_a_session_unless_tf32_is_asked_for():
+    def flags():
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    @click.command(cls=cli.Command)
+    @cli.tf32_option()
+    def main():
+        with dist.session("cpu"):
+            seen.append(flags())
+
+    seen, before = [], flags()
+    for arguments in ([], ["--tf32"], []):
+        assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert seen == [(False, False), (True, True), (False, False)]
+    assert flags() == before
+
+
+def test_deterministic_algorithms_for_one_command(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    seen = []
+    append = lambda: seen.append(torch.are_deterministic_algorithms_enabled())  # noqa: E731
+    command = click.command(cls=cli.Command)(cli.deterministic_option()(append))
+    for arguments in ([], ["--deterministic"], []):
+        assert CliRunner().invoke(command, arguments).exit_code == 0
+    assert seen == [False, True, False]
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "metrics calc", "metrics gen", "metrics ref"])
+def test_commands_that_compute_offer_tf32_and_deterministic(command):
+    module, *names = command.split()
+    found = importlib.import_module(f"edm2kit.cli.{module}").main
+    for name in names:
+        found = found.commands[name]
+    options = {option for parameter in found.params for option in parameter.opts}
+    assert options >= {"--tf32", "--deterministic"}

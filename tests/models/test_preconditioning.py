@@ -104,3 +104,12 @@ def test_auto_is_half_precision_on_a_gpu_only():
     assert resolve_precision("auto", torch.device("cuda")) == "fp16"
     assert resolve_precision("auto", torch.device("cpu")) == "fp32"
     assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
+
+
+def test_bfloat16_on_an_old_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "Tesla T4 has no instructions for bfloat16" in slow_precision(torch.bfloat16, "cuda:0")
+    assert slow_precision(torch.float16, "cuda:0") is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert slow_precision(torch.bfloat16, "cuda:0") is None

@@ -172,3 +172,21 @@ def test_a_denoiser_of_float_vectors_gets_rows_of_those_given():
     assert torch.equal(seen[1].values, seen[0].values[3:4])
     replace(made, classes=[1]).generate(SEEDS)
     assert torch.equal(seen[2].values, vectors[[1] * len(SEEDS)])
+
+
+def test_padding_gives_all_batches_one_size_and_drops_what_it_added():
+    sizes = []
+
+    def denoiser(x, sigma, labels):
+        sizes.append(len(x))
+        return 0.9 * x
+
+    padded = list(replace(engine(denoiser), pad=True).batches(SEEDS, 8))
+    assert set(sizes) == {8}
+    plain = list(engine(denoiser).batches(SEEDS, 8))
+    for name in ("latents", "images", "classes"):
+        assert torch.equal(gathered(padded, name), gathered(plain, name))
+    assert [batch.seeds for batch in padded] == [batch.seeds for batch in plain]
+    sizes.clear()
+    list(replace(engine(denoiser), pad=True).batches(SEEDS[:3], 8))
+    assert set(sizes) == {3}

@@ -58,8 +58,8 @@ dist.exit_process(0)
 
 
 _FAILING = """
-import sys
-import click
+import sys, threading
+import click, torch
 from edm2kit.cli import click_types as cli
 from edm2kit.torch_utils import dist
 
@@ -71,6 +71,12 @@ def main(how):
             raise ValueError("no such file: data.zip")
         if how == "apart":
             raise ValueError(f"rank {dist.rank()} lacks memory")
+        if how in ("lonely", "broken"):
+            # as with nccl, whose farewell waits for the other ranks
+            torch.distributed.destroy_process_group = threading.Event().wait
+            if dist.rank() == 1:
+                raise (ValueError("image 7 is damaged") if how == "lonely" else KeyError("a defect"))
+            dist.barrier()
         dist.on_rank0(open, "/nowhere/at/all")
 
 main()
@@ -132,6 +138,42 @@ def test_an_error_that_ranks_share_is_told_once(tmp_path, how, lines):
     assert done.returncode != 0
     told = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
     assert sorted(told) == sorted(lines)
+
+
+@pytest.mark.parametrize(("how", "line"), [("lonely", "Error: image 7 is damaged"), ("broken", "KeyError: 'a defect'")])
+def test_an_error_on_one_rank_is_printed_although_the_others_wait_for_it(tmp_path, how, line):
+    (tmp_path / "fail.py").write_text(_FAILING)
+    done = launch(tmp_path / "fail.py", how)  # would not end if the rank waited
+    assert done.returncode != 0
+    assert line in done.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("shapes differ"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_errors_that_mean_out_of_memory(error, expected):
+    assert dist.is_out_of_memory(error) is expected
+
+
+@pytest.mark.parametrize("name", ["SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK"])
+def test_with_srun_each_process_may_see_its_own_gpu_only(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv(name, "1" if name == "SLURM_GPUS_PER_TASK" else "cpu=4,gres/gpu=1")
+    assert dist.pick_device("cuda") == torch.device("cuda:0")
+    monkeypatch.delenv(name)
+    with pytest.raises(ValueError, match=r"this machine has 1 GPU\(s\)"):
+        dist.pick_device("cuda")
 
 
 def test_rank_0_speaks_alone(ranks):

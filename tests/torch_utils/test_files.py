@@ -19,6 +19,7 @@ from edm2kit.torch_utils.files import (
     exclusive,
     file_lock,
     plain_json,
+    provenance,
     sha256_of,
     short_json,
     write_json,
@@ -173,3 +174,8 @@ def test_values_become_plain_json():
 def test_a_record_is_written_as_json(tmp_path):
     write_json(tmp_path / "new" / "record.json", {"a": [1]})
     assert json.loads((tmp_path / "new" / "record.json").read_text()) == {"a": [1]}
+
+
+def test_records_made_on_a_gpu_name_its_software(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    assert provenance("cuda:0").keys() - provenance("cpu").keys() == {"cuda", "cudnn", "driver"}

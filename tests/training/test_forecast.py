@@ -5,8 +5,9 @@ import torch
 
 from edm2kit.models import Precond, full_architecture
 from edm2kit.training.config import TrainConfig
-from edm2kit.training.log import Forecast, activation_bytes, make_forecast, shares
+from edm2kit.training.log import Forecast, Memory, activation_bytes, make_forecast, shares
 from edm2kit.training.loss import EDM2Loss
+from edm2kit.training.run import memory_advice
 from tests.support import golden
 from tests.support.memory import PeakBytes
 
@@ -89,3 +90,15 @@ def test_shares_go_largest_first_to_the_emptiest_rank():
     assert shares([1, 8, 4, 3, 2], 2) == [9, 9]
     assert shares([9, 3, 3, 2], 3) == [9, 5, 3]
     assert shares([5, 4, 3], 1) == [12]
+
+
+def test_a_run_that_does_not_fit_its_gpu_gets_the_options_that_do():
+    gb = 10**9
+    memory, recomputed = (Memory(10 * gb, 10 * gb, 5 * gb, activations * gb) for activations in (32, 8))
+    forecast = Forecast(1, 1, memory, {"--recompute true": recomputed}, 1, 1, 1, 1)
+    assert memory_advice(forecast, 57 * gb, 64) is None
+    assert memory_advice(forecast, 45 * gb, 64) == (
+        "a process needs 57.0 GB or more, and its GPU has 45.0 GB free; use --batch-gpu 32 or --recompute true"
+    )
+    assert memory_advice(forecast, 27 * gb, 64).endswith("use --batch-gpu 4")
+    assert "none of --batch-gpu" in memory_advice(forecast, 20 * gb, 64)

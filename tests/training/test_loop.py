@@ -11,7 +11,7 @@ from edm2kit.data.batches import MicroBatch
 from edm2kit.models.encoders import make_encoder
 from edm2kit.models.networks import NETWORKS
 from edm2kit.snapshots.file_format import Header
-from edm2kit.training import loop
+from edm2kit.training import checkpoint, loop
 from edm2kit.training.config import TrainConfig, config_from_dict, preset_path, read_yaml
 from edm2kit.training.loop import Trainer, drop_labels
 from tests.support import tiny
@@ -136,3 +136,12 @@ def test_nonfinite_values_are_replaced_and_counted_without_waiting():
     values = torch.tensor([1.0, math.nan, 0.0, math.inf, -math.inf, -2.0])
     assert loop._replace_nonfinite_(values).item() == 3
     assert values.tolist() == [1, 0, 0, 0, 0, -2]
+
+
+def test_out_of_memory_on_resume_does_not_blame_the_checkpoint(tmp_path, monkeypatch):
+    def load(*args, **settings):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="CUDA out of memory"):
+        checkpoint.load_checkpoint(tmp_path / "training-state-0000000016.pt", None, None, None, DEVICE)

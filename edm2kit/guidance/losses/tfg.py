@@ -18,7 +18,8 @@ from edm2kit.guidance.step_generators import StepGenerators
 
 def increasing(i: int, sigmas: torch.Tensor) -> float:
     """TFG's "increase": in proportion to alpha_t of each step, (1 + sigma_next^2) / (1 + sigma^2), with mean 1."""
-    alphas = (1 + sigmas[1:].double() ** 2) / (1 + sigmas[:-1].double() ** 2)
+    levels = sigmas.cpu().double()  # an Apple GPU has no float64
+    alphas = (1 + levels[1:] ** 2) / (1 + levels[:-1] ** 2)
     return (alphas[i] / alphas.mean()).item()
 
 

@@ -12,6 +12,7 @@ from edm2kit.guidance.losses.tfg import TFG, increasing
 from edm2kit.sampling.noise_levels import karras_sigmas
 from edm2kit.sampling.solvers import euler
 from edm2kit.torch_utils.rng import StackedGenerator
+from tests.support.fake_gpu import DEVICE, FakeGPU
 from tests.support.fakes import Counting, Mixture
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -127,3 +128,9 @@ def test_wrong_settings_and_calls_outside_of_a_run_are_refused():
     with pytest.raises(ValueError, match="call for_step"):
         TFG(MIXTURE, LOSS)(X, SIGMAS[0])
     assert TFG(MIXTURE, LOSS, 1.0, 0.5).scaled(0.5).mu == 0.25
+
+
+def test_growth_on_a_device_without_float64():
+    sigmas = torch.tensor([5.0, 1.0, 0.2, 0.0])
+    with FakeGPU(float64=False):
+        assert increasing(1, sigmas.to(DEVICE)) > 0
