@@ -180,7 +180,7 @@ def _select(available: int, num: int, seed: int) -> list[int]:
     return np.sort(np.random.RandomState(seed % (1 << 31)).permutation(available)[:num]).tolist()
 
 
-@main.command(sections=("Networks", "Scoring", "Seeds and output", "Guidance", "Sampler", "Speed"))
+@main.command(sections=("Networks", "Scoring", "Seeds and output"), unlisted=("tf32", "deterministic"))
 @generation_options
 @_scoring_options
 @cli.section(
