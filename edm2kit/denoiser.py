@@ -5,11 +5,12 @@ functions `for_images`, `for_step` and `after_step` call them if they exist.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from edm2kit.torch_utils.rng import StackedGenerator
 
@@ -88,6 +89,20 @@ class Network(Protocol):
 
 
 Part = TypeVar("Part")
+
+
+_LEVELS: MutableMapping[torch.Tensor, tuple[int, list[float]]] = WeakIdKeyDictionary()
+
+
+def levels_of(sigmas: torch.Tensor) -> list[float]:
+    """The noise levels of a sampling run as numbers.
+
+    Read from the device once per run, not once per step: the host waits for all queued work when it reads.
+    """
+    version = sigmas._version  # counts changes in place
+    if sigmas not in _LEVELS or _LEVELS[sigmas][0] != version:
+        _LEVELS[sigmas] = version, sigmas.tolist()
+    return _LEVELS[sigmas][1]
 
 
 def for_images(part: Part, rng: StackedGenerator) -> Part:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from edm2kit.conditions import ConditionLike
-from edm2kit.denoiser import Denoiser, Wrapper, for_step
+from edm2kit.denoiser import Denoiser, Wrapper, for_step, levels_of
 
 
 def guided_steps(sigmas: torch.Tensor, sigma_lo: float, sigma_hi: float) -> range:
@@ -17,7 +17,7 @@ def guided_steps(sigmas: torch.Tensor, sigma_lo: float, sigma_hi: float) -> rang
     """
     if not 0 <= sigma_lo <= sigma_hi:
         raise ValueError(f"the guidance interval is ({sigma_lo:g}, {sigma_hi:g}]; expected 0 <= lo <= hi")
-    levels = sigmas.tolist()
+    levels = levels_of(sigmas)
 
     def nearest(sigma: float) -> int:
         inside = min(sigma, levels[0])

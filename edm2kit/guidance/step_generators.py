@@ -19,13 +19,18 @@ class StepGenerators:
 
     rng: StackedGenerator | None = None
     seeds: tuple[int, ...] | None = None
+    seed_rng: StackedGenerator | None = None  # on the CPU, because reading seeds from a GPU would wait for it
 
     def for_images(self, rng: StackedGenerator) -> "StepGenerators":
-        return StepGenerators(rng)
+        if rng.device.type == "cpu":
+            return StepGenerators(rng, seed_rng=rng)
+        return StepGenerators(rng, seed_rng=StackedGenerator("cpu", [g.initial_seed() for g in rng.generators]))
 
     def for_step(self, i: int, sigmas: torch.Tensor) -> "StepGenerators":
         rng = self._known()
-        return StepGenerators(rng, tuple(rng.randint(1 << 32, size=[len(rng)]).tolist()))
+        seed_rng = self.seed_rng or rng
+        seeds = tuple(seed_rng.randint(1 << 32, size=[len(rng)]).tolist())
+        return StepGenerators(rng, seeds, seed_rng)
 
     def generators(self) -> StackedGenerator:
         """One generator per image. Raises ValueError if `for_images` was not called."""

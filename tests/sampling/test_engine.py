@@ -6,10 +6,14 @@ from typing import ClassVar
 import pytest
 import torch
 
+from edm2kit.guidance.interval import GuidanceInterval
+from edm2kit.guidance.network_call import Perturbed
+from edm2kit.guidance.own_network.dropout_and_noise import InputNoise
 from edm2kit.sampling.engine import Engine, share_of_rank
 from edm2kit.sampling.solvers import Churn, Sampler
 from edm2kit.torch_utils import dist
 from tests.support import golden
+from tests.support.fake_gpu import DEVICE, FakeGPU
 from tests.support.fakes import ByLabel, Constant, Counting, Following, Gaussian, Jittered
 
 SEEDS = tuple(range(100, 113))
@@ -190,3 +194,19 @@ def test_padding_gives_all_batches_one_size_and_drops_what_it_added():
     sizes.clear()
     list(replace(engine(denoiser), pad=True).batches(SEEDS[:3], 8))
     assert set(sizes) == {3}
+
+
+def test_a_sampling_step_on_a_gpu_mixes_no_devices_and_waits_for_nothing():
+    def denoiser(x, sigma, labels):
+        return x / (1 + sigma)
+
+    noisy = Perturbed(denoiser, InputNoise(0.1))
+    waits = []
+    for num_steps in (3, 6):
+        sampler = Sampler(num_steps)
+        with FakeGPU() as gpu:
+            guided = GuidanceInterval(noisy, denoiser, 0.0, 80.0)
+            Engine(guided, decode, sampler, (3, 8, 8), 4, DEVICE).generate([0, 1])
+        assert gpu.mixed == []
+        waits.append(len(gpu.waits))
+    assert waits == [3, 3]  # the noise levels to the device and back, and whether the images are finite

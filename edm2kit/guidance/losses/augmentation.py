@@ -44,7 +44,7 @@ class Augmentation:
         low, high = self.resize
         scale = low + (high - low) * u[:, 0]
         offset = 2 * self.translation * (2 * u[:, 1:] - 1)  # sides are 2 long in grid coordinates
-        straight = torch.eye(2).to(images) / scale[:, None, None]
+        straight = torch.eye(2, dtype=images.dtype, device=images.device) / scale[:, None, None]
         grid = torch.nn.functional.affine_grid(
             torch.cat([straight, offset[:, :, None]], dim=2), list(images.shape), align_corners=False
         )

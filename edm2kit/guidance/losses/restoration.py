@@ -100,7 +100,7 @@ class Measurement:
             raise ValueError(f"the noise of a measurement is {self.noise_std}; expected a positive number")
 
     def __call__(self, images: torch.Tensor, r: torch.Tensor | float = 0.0) -> torch.Tensor:
-        measured, target = self.operator(images), self.target.to(images)
+        measured, target = self.operator(images), self.target.to(images, non_blocking=True)
         if target.shape not in (measured.shape, measured.shape[1:]):
             raise ValueError(
                 f"the target has shape {list(target.shape)}; the measurement of an image has {list(measured.shape[1:])}"

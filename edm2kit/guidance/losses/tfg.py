@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from edm2kit.conditions import ConditionLike
-from edm2kit.denoiser import Denoiser, Wrapper, for_step
+from edm2kit.denoiser import Denoiser, Wrapper, for_step, levels_of
 from edm2kit.guidance.losses.gradient import column, slope, slope_at
 from edm2kit.guidance.losses.gradient_step import ShiftAtStepEnd, refuse_call
 from edm2kit.guidance.losses.lgd import MonteCarloAverage
@@ -18,7 +18,7 @@ from edm2kit.guidance.step_generators import StepGenerators
 
 def increasing(i: int, sigmas: torch.Tensor) -> float:
     """TFG's "increase": in proportion to alpha_t of each step, (1 + sigma_next^2) / (1 + sigma^2), with mean 1."""
-    levels = sigmas.cpu().double()  # an Apple GPU has no float64
+    levels = torch.tensor(levels_of(sigmas), dtype=torch.float64)  # on the CPU: an Apple GPU has no float64
     alphas = (1 + levels[1:] ** 2) / (1 + levels[:-1] ** 2)
     return (alphas[i] / alphas.mean()).item()
 

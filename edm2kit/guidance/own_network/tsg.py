@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from edm2kit.denoiser import Denoiser, Wrapper
+from edm2kit.denoiser import Denoiser, Wrapper, levels_of
 from edm2kit.guidance.attention_blocks import require_edits
 from edm2kit.guidance.base import Method, Option, Parts
 from edm2kit.guidance.network_call import NetworkCall, Perturbed
@@ -60,7 +60,7 @@ class NoisyEmbedding(Wrapper):
         followed = super().for_step(i, sigmas)
         if len(sigmas) <= 2:
             return followed
-        return replace(followed, sigma_min=float(sigmas[-2]), sigma_max=float(sigmas[0]))
+        return replace(followed, sigma_min=levels_of(sigmas)[-2], sigma_max=levels_of(sigmas)[0])
 
 
 def _negative(parts: Parts, *, tsg_scale: float, tsg_power: float) -> Denoiser:
