@@ -16,7 +16,10 @@ import torch.utils.data
 from edm2kit.data.dataset import Source
 from edm2kit.torch_utils.rng import derive_seed
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# what asks a training run to save and stop; some systems lack some of them
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
+)
 
 
 class GlobalOrder:
@@ -137,9 +140,13 @@ def _stream(loader: torch.utils.data.DataLoader, closing: ctypes.c_bool) -> Gene
         closing.value = True
 
     # a worker must not see these signals before _ignore_signals has run
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    on_death = signal.getsignal(signal.SIGCHLD)
     try:
         batches = iter(loader)
+        if signal.getsignal(signal.SIGCHLD) is not on_death:
+            # the loader's handler raises in the middle of a step if a worker dies; next() below notices it as well
+            signal.signal(signal.SIGCHLD, on_death)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     # registered after the loader's own exit handlers, so it runs before them
@@ -149,10 +156,25 @@ def _stream(loader: torch.utils.data.DataLoader, closing: ctypes.c_bool) -> Gene
             if isinstance(batch, Exception):
                 raise batch
             yield batch
+    except RuntimeError as error:  # from the loader
+        raise ValueError(
+            f"a reading process died ({str(error).splitlines()[0].strip()}). The system may have killed it for lack of "
+            "memory: use fewer --workers"
+        ) from error
     finally:
         del batches  # ends the workers, even if a traceback keeps this frame alive
         close()
         atexit.unregister(close)
+
+
+def next_step(
+    micro_batches: Iterator[MicroBatch], rounds: int, wanted: bool
+) -> tuple[list[MicroBatch], Exception | None]:
+    """The micro-batches of the next step, or the error in reading them."""
+    try:
+        return ([next(micro_batches) for _ in range(rounds)] if wanted else []), None
+    except (ValueError, OSError) as error:
+        return [], error
 
 
 class _Plan(torch.utils.data.Sampler):
@@ -191,8 +213,9 @@ def _identity(batch: MicroBatch | Exception) -> MicroBatch | Exception:
 
 
 def _ignore_signals(closing: ctypes.c_bool, worker: int) -> None:
-    # Ctrl-C, or a scheduler ending the job, also reaches the workers, while the training process still needs them to
-    # finish its step and save; they end when it closes them, or with it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C, a closed terminal, or a scheduler ending the job, also reaches the workers, while the training process
+    # still needs them to finish its step and save; they end when it closes them, or with it
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.value else None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

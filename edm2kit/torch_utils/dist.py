@@ -6,12 +6,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed
 from tqdm import tqdm
 
+_SHARED = "raised_on_every_rank"
 _LOG_INTERVAL_SEC = 30  # between two lines of a progress bar in a file
 
 
@@ -113,9 +114,9 @@ def exit_process(code: int) -> None:
     Gloo's threads outlive the group. If one of them still frees a tensor while the interpreter shuts down, the process
     aborts (exit code -6 in about one of 30 runs on a busy machine, torch 2.13).
     """
+    for stream in (sys.stdout, sys.stderr):
+        _say("", stream)
     if had_group():
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -171,13 +172,28 @@ def _is_first_to_report(text: str) -> bool:
 def print0(*args: object) -> None:
     """Print on rank 0 only, and flush."""
     if rank() == 0:
-        print(*args, flush=True)
+        _say(" ".join(map(str, args)) + "\n", sys.stdout)
 
 
 def warn0(message: str) -> None:
     """Print a warning to standard error on rank 0 only."""
     if rank() == 0:
-        print(f"Warning: {message}", file=sys.stderr, flush=True)
+        _say(f"Warning: {message}\n", sys.stderr)
+
+
+def _say(text: str, stream: TextIO) -> None:
+    """Write and flush. If nobody reads the stream any more, or its disk is full, the text is lost and work goes on."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        # the rest of the buffer must go somewhere, or Python fails again at exit
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+    except (OSError, ValueError, AttributeError):  # a full disk, a closed stream, or None under pythonw
+        pass
 
 
 def barrier() -> None:
@@ -256,11 +272,17 @@ def raise_together(error: Exception | None) -> None:
     Each rank passes its own error or None. A rank without an error raises a ValueError with the first rank's message.
     """
     texts = gather_objects(None if error is None else str(error))
+    first = next((text for text in texts if text is not None), None)
+    if error is None and first is not None:
+        error = ValueError(first)
     if error is not None:
+        setattr(error, _SHARED, True)
         raise error
-    for text in texts:
-        if text is not None:
-            raise ValueError(text)
+
+
+def is_shared(error: BaseException) -> bool:
+    """Whether `error` was raised on every rank, so that they can still act together."""
+    return getattr(error, _SHARED, False)
 
 
 def on_rank0(function: Callable[..., Any], *args: Any) -> Any:

@@ -1,23 +1,58 @@
 """Checkpoints: the complete state of a training run, to resume it as if it had never stopped."""
 
+import errno
+import math
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
 
 from edm2kit.ema.power_function import PowerFunctionEMA
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.files import atomic_write
+from edm2kit.torch_utils.files import atomic_write, free_bytes
 
 _NAME = re.compile(r"training-state-(\d+)\.pt")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CHUNK_BYTES = 1 << 24
 
 
 def checkpoint_path(run_dir: Path, nimg: int) -> Path:
     """The file of the checkpoint at `nimg` images."""
     return run_dir / f"training-state-{nimg:010d}.pt"
+
+
+class DivergenceError(ValueError):
+    """A run that cannot continue, at `nimg` images.
+
+    `images` are (position in the global order, sigma) of those with a bad loss.
+    """
+
+    def __init__(self, reason: str, nimg: int, images: Sequence[tuple[int, float]] = ()):
+        super().__init__(reason)
+        self.nimg, self.images = nimg, images
+
+
+@torch.no_grad()
+def check_finite(net: nn.Module, optimizer: torch.optim.Optimizer, ema: PowerFunctionEMA, nimg: int) -> None:
+    """Raise DivergenceError on every rank if weights, Adam's moments or EMAs are not finite on any rank."""
+    own = getattr(optimizer, "optim", optimizer)  # what ShardedAdam holds on this rank
+    parts: dict[str, list[torch.Tensor]] = {
+        "the weights are": list(net.parameters()),
+        "Adam's moments are": [state[key] for state in own.state.values() for key in ("exp_avg", "exp_avg_sq")],
+        "the EMA weights are": [parameter for average in ema.averages for parameter in average.parameters()],
+    }
+    wrong = None
+    for what, tensors in parts.items():
+        # the largest absolute value of each tensor; NaN if there is one
+        if tensors and not torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all():
+            wrong = wrong or what
+    found = next((text for text in dist.gather_objects(wrong) if text), None)
+    if found:
+        raise DivergenceError(f"{found} not finite", nimg)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -37,16 +72,114 @@ def checkpoint_state(
     return {**states, "progress": dict(progress)}
 
 
+class _FirstError:
+    """A file for torch.save, which replaces an error of the system by one of its own: keeps the first."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def save_checkpoint(run_dir: Path, state: Mapping[str, Any]) -> None:
-    """Write the result of `checkpoint_state`, atomically."""
-    with atomic_write(checkpoint_path(run_dir, state["progress"]["nimg"])) as file:
-        torch.save(state, file)
+    """Write the result of `checkpoint_state`, atomically; each record carries a CRC-32.
+
+    Raises OSError if it cannot be written, naming the file and, if the disk is full, the needed and the free space.
+    """
+    path = checkpoint_path(run_dir, state["progress"]["nimg"])
+    needed = sum(tensor.nbytes for _, tensor in named_tensors(state))
+    free = free_bytes(run_dir)
+    try:
+        with atomic_write(path) as file:
+            target = _FirstError(file)
+            try:
+                torch.save(state, target)  # type: ignore[arg-type]  # needs write and flush only
+            except RuntimeError as error:
+                if target.error is None:
+                    raise OSError(errno.EIO, f"the checkpoint could not be written ({error})") from error
+                raise target.error from error
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        reason = f"{error.strerror}: the checkpoint needs {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB were free"
+        raise OSError(error.errno, reason, str(path)) from error
+
+
+def named_tensors(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor in nested dicts, with its path, such as "optimizer.state.3.exp_avg"."""
+    if isinstance(state, torch.Tensor):
+        yield name, state
+    elif isinstance(state, Mapping):
+        for key, value in state.items():
+            yield from named_tensors(value, f"{name}.{key}".lstrip("."))
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if it is complete, unchanged and finite.
+
+    Compares the CRC-32 of every record. Raises OSError if the file cannot be opened.
+    """
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                for member in archive.infolist():
+                    with archive.open(member) as record:
+                        while record.read(_CHUNK_BYTES):
+                            pass
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            for name, tensor in named_tensors(state):
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    return f"{name} is not finite: the run had diverged"
+            for part in ("net", "optimizer", "ema", "progress"):
+                state[part]
+        except Exception as error:  # zipfile and torch.load raise a dozen types of errors for damaged files
+            if dist.is_out_of_memory(error) or isinstance(error, MemoryError):
+                raise  # the file is fine
+            return _first_line(error)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def usable_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint that is not damaged; None if the folder has no checkpoints at all.
+
+    Damaged ones that are newer are renamed to NAME.damaged, with a warning. Raises ValueError if all are damaged; then
+    it renames none.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(list_checkpoints(run_dir)):
+        reason = damage(path)
+        if reason is None:
+            for newer, what in damaged:
+                newer.rename(newer.with_name(f"{newer.name}.damaged"))
+                dist.warn0(f"checkpoint {newer} is damaged ({what}); renamed it to {newer.name}.damaged")
+            return path
+        damaged.append((path, reason))
+    if damaged:
+        path, reason = damaged[0]
+        raise ValueError(
+            f"checkpoint {path} cannot be read ({reason}), and {run_dir} has no earlier one that can. Restore one from "
+            "a backup, or delete all checkpoints to start again from image 0"
+        )
+    return None
 
 
 def load_checkpoint(
     path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, ema: PowerFunctionEMA, device: torch.device
 ) -> dict[str, Any]:
-    """Restore network, optimizer and EMAs, and return the progress. Raises ValueError if the file is damaged."""
+    """Restore network, optimizer and EMAs, and return the progress. Raises ValueError if the file does not fit."""
     try:
         # a GPU has no room for a second copy, so tensors are copied there from the mapped file
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=device.type != "cpu")
@@ -57,13 +190,14 @@ def load_checkpoint(
     except Exception as error:  # torch.load raises a dozen types of errors for damaged files
         if dist.is_out_of_memory(error):
             raise  # the file is fine
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"checkpoint {path} cannot be read ({reason}); delete it to resume from the one before it"
-        ) from error
+        raise ValueError(f"checkpoint {path} cannot be read ({_first_line(error)})") from error
 
 
 def prune_checkpoints(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints (0 keeps all)."""
-    for path in list_checkpoints(run_dir)[:-keep] if keep else []:
+    """Delete all but the newest `keep` checkpoints (0 keeps all); none if the newest was written wrongly."""
+    old = list_checkpoints(run_dir)[:-keep] if keep else []
+    if old and (reason := damage(list_checkpoints(run_dir)[-1])):
+        dist.warn0(f"the newest checkpoint in {run_dir} is damaged ({reason}); keeping all earlier ones")
+        return
+    for path in old:
         path.unlink()

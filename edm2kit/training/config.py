@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -115,6 +116,9 @@ class TrainConfig:
         128 << 20, "Images between checkpoints; 0: none", option="--checkpoint", metavar="NIMG", free=True
     )
     keep_checkpoints: int = _setting(2, "Number of newest checkpoints to keep; 0 keeps all", free=True)
+    max_lost_steps: int = _setting(
+        10, "Steps in a row whose gradients are mostly not finite before the run stops; 0 never stops it", free=True
+    )
     snapshot_dtype: str = _setting("float16", "Data type of the weights in snapshots", choices=tuple(STORED_DTYPES))
 
     def __post_init__(self) -> None:
@@ -128,11 +132,14 @@ class TrainConfig:
             if unwanted_bool or not isinstance(value, expected):
                 name = getattr(f.type, "__name__", f.type)
                 raise ValueError(f"{option_of(f.name)} must be {name}; got {value!r}")
+        for f in dataclasses.fields(self):
+            if not _all_finite(getattr(self, f.name)):
+                raise ValueError(f"{option_of(f.name)} must be finite; got {getattr(self, f.name)}")
         intervals = ("status_every_nimg", "snapshot_every_nimg", "checkpoint_every_nimg")
         for name in ("batch_size", "duration_nimg", "P_std", "ref_lr", "sigma_data", "loss_scaling"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{option_of(name)} must be above 0; got {getattr(self, name)}")
-        for name in ("workers", "ref_batches", "rampup_nimg", "keep_checkpoints", *intervals):
+        for name in ("workers", "ref_batches", "rampup_nimg", "keep_checkpoints", "max_lost_steps", *intervals):
             if getattr(self, name) < 0:
                 raise ValueError(f"{option_of(name)} must not be negative; got {getattr(self, name)}")
         if not 0 <= self.label_dropout <= 1:
@@ -157,6 +164,15 @@ class TrainConfig:
     def network_kind(self) -> str:
         """The kind of network to train, a key of `NETWORKS`."""
         return self.network.get("kind", DEFAULT_NETWORK)
+
+
+def _all_finite(value: Any) -> bool:
+    """Whether no number in `value`, at any depth, is NaN or infinite."""
+    if isinstance(value, Mapping):
+        return all(_all_finite(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return all(_all_finite(item) for item in value)
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def option_of(name: str) -> str:

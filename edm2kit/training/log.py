@@ -115,12 +115,15 @@ class RunLog:
         self._last = (nimg, elapsed_sec)
         record: dict[str, Any] = {"nimg": nimg, "elapsed_sec": round(elapsed_sec, 3)}
         record["images_per_sec"] = round(images / max(seconds, 1e-9), 3)
-        record.update({name: mean for name, (mean, count) in stats.items() if count})
+        record |= {name: mean for name, (mean, count) in stats.items() if count} | memory_gb(self.device)
         # this one is a total since the last status, not a mean over steps
         mean, count = stats["nonfinite_gradients"]
         record["nonfinite_gradients"] = round(mean * count)
-        record.update(memory_gb(self.device))
-        dist.on_rank0(self._write, record)
+        try:
+            if dist.rank() == 0:
+                self._write(record)
+        except (OSError, ValueError) as error:
+            dist.warn0(f"the statistics at {nimg} images could not be written ({error}); training continues")
         dist.print0(self._line(record))
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -130,9 +133,8 @@ class RunLog:
             return
         if self._writer is None:
             self._writer = self._make_writer(str(self.run_dir / "tensorboard"), purge_step=record["nimg"])
-        for name, value in record.items():
-            if name != "nimg":
-                self._writer.add_scalar(name, value, global_step=record["nimg"])
+        for name in sorted(record.keys() - {"nimg"}):
+            self._writer.add_scalar(name, record[name], global_step=record["nimg"])
         self._writer.flush()
 
     def _line(self, record: dict[str, Any]) -> str:
@@ -172,16 +174,16 @@ def memory_gb(device: torch.device) -> dict[str, float]:
 
 def drop_later_lines(path: Path, nimg: int) -> None:
     """Remove the lines of a statistics file that are later than `nimg` images, or damaged."""
-    if not path.exists():
+    if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             if json.loads(line)["nimg"] <= nimg:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            continue  # the last process was killed while it wrote this line
-    with atomic_write(path, "w") as file:
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # the last process was killed while it wrote this line, or the disk damaged it
+    with atomic_write(path) as file:
         file.writelines(kept)
 
 

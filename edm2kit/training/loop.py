@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from edm2kit.data.batches import MicroBatch
+from edm2kit.data.batches import MicroBatch, next_step
 from edm2kit.ema.power_function import PowerFunctionEMA
 from edm2kit.models.encoders import Encoder
 from edm2kit.models.networks import NETWORKS
@@ -26,11 +26,13 @@ from edm2kit.snapshots.file_format import Header, save_snapshot, snapshot_name
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.rng import StackedGenerator, derive_seed
 from edm2kit.training.checkpoint import (
+    DivergenceError,
+    check_finite,
     checkpoint_state,
-    list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
+    usable_checkpoint,
 )
 from edm2kit.training.config import TrainConfig
 from edm2kit.training.fine_tuning import start_from_
@@ -38,6 +40,7 @@ from edm2kit.training.learning_rate import learning_rate
 from edm2kit.training.log import RunLog, RunningStats
 from edm2kit.training.loss import EDM2Loss, TrainingLoss
 
+_LOOK_EVERY_STEPS = 16  # looking at a counter makes the host wait for an accelerator
 # edges in units of P_std around P_mean; the bins hold 10, 15, 25, 25, 15 and 10 % of the images
 _SIGMA_BINS = (-1.28, -0.67, 0.0, 0.67, 1.28)
 
@@ -76,6 +79,10 @@ class Trainer:
         self.loss_fn = loss_fn or EDM2Loss(config.P_mean, config.P_std, config.sigma_data)
         self.stats = RunningStats()
         self.nimg, self.elapsed_sec = 0, 0.0
+        self.num_steps = 0
+        self._recent_steps: list[tuple[torch.Tensor | float, torch.Tensor]] = []  # non-finite gradients, and the norm
+        self._lost_steps = 0  # steps in a row without usable gradients
+        self._last_losses: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.ddp = _distribute(self.net, device)
         self._flat_gradient: torch.Tensor | None = None
         if self.ddp is self.net and device.type != "cpu":
@@ -83,6 +90,8 @@ class Trainer:
 
     def step(self, micro_batches: Iterator[MicroBatch], rounds: int) -> None:
         """One optimizer step over this rank's share of the next global batch, in `rounds` micro-batches."""
+        self.num_steps += 1
+        self._last_losses.clear()
         self.kind.normalize_weights_(self.net)
         if self._flat_gradient is None:
             self.optimizer.zero_grad(set_to_none=True)
@@ -119,6 +128,7 @@ class Trainer:
         scale = config.loss_scaling * dist.world_size() / config.batch_size
         loss.sum().mul(scale).backward()
         image_loss = loss.detach().mean(dim=(1, 2, 3))
+        self._last_losses.append((batch.positions, image_loss, sigma))
         self.stats.add("loss", image_loss)
         edges = [math.exp(config.P_mean + z * config.P_std) for z in _SIGMA_BINS]
         for low, high in zip([0.0, *edges], [*edges, math.inf], strict=True):
@@ -138,6 +148,12 @@ class Trainer:
         if self.device.type == "cpu" and not norm.isfinite():
             count = torch.stack([_replace_nonfinite_(part) for part in gradients]).sum()
             norm = torch.stack(torch._foreach_norm(gradients)).norm()
+            if not norm.isfinite():
+                # Adam squares gradients: one whose square is infinite would stop its weight for good
+                count = torch.tensor(sum(part.numel() for part in gradients))
+                torch._foreach_zero_(gradients)
+                norm = torch.zeros([])
+        self._recent_steps.append((count, norm))
         self.stats.add("gradient_norm", norm)
         # all ranks hold the same gradients, so each adds its part of the count
         self.stats.add("nonfinite_gradients", count / dist.world_size())
@@ -147,6 +163,30 @@ class Trainer:
         if every_nimg == 0:
             return False
         return at_end or self.nimg // every_nimg > (self.nimg - self.config.batch_size) // every_nimg
+
+    def check_gradients(self) -> None:
+        """Raise DivergenceError on every rank after too many steps in a row whose gradients were mostly not finite."""
+        limit = self.config.max_lost_steps
+        if self.device.type != "cpu" and self.num_steps % _LOOK_EVERY_STEPS:
+            return
+        total = sum(parameter.numel() for parameter in self.net.parameters() if parameter.requires_grad)
+        for count, norm in self._recent_steps:
+            if not math.isfinite(float(norm)):
+                raise DivergenceError("the gradients are too large for Adam to square", self.nimg, [])
+            self._lost_steps = self._lost_steps + 1 if 2 * float(count) >= total else 0
+        self._recent_steps.clear()
+        if not limit or self._lost_steps < limit:
+            return
+        own = [
+            (int(position), float(level))
+            for positions, loss, sigma in self._last_losses
+            for position, value, level in zip(positions, loss.cpu(), sigma.flatten().cpu(), strict=True)
+            if not value.isfinite()
+        ]
+        images = [image for part in dist.gather_objects(own) for image in part]
+        raise DivergenceError(
+            f"in {self._lost_steps} steps in a row, most gradients were not finite", self.nimg, images
+        )
 
     def save_snapshots(self, run_dir: Path) -> None:
         """Write a snapshot of each EMA."""
@@ -162,9 +202,9 @@ class Trainer:
         dist.on_rank0(prune_checkpoints, run_dir, self.config.keep_checkpoints)
 
     def resume(self, run_dir: Path) -> None:
-        """Continue from the newest checkpoint, if there is one."""
-        if paths := dist.on_rank0(list_checkpoints, run_dir):
-            progress = load_checkpoint(paths[-1], self.net, self.optimizer, self.ema, self.device)
+        """Continue from the newest checkpoint that is not damaged, if there is one."""
+        if path := dist.on_rank0(usable_checkpoint, run_dir):
+            progress = load_checkpoint(path, self.net, self.optimizer, self.ema, self.device)
             self.nimg, self.elapsed_sec = progress["nimg"], progress["elapsed_sec"]
 
 
@@ -268,21 +308,48 @@ def training_loop(
     trainer.resume(run_dir)
     log.begin(trainer.nimg, trainer.elapsed_sec)
     started = time.monotonic() - trainer.elapsed_sec
+    should_stop()  # from now on, a signal asks to stop instead of ending the set-up
     with contextlib.closing(batches(trainer.nimg)) as micro_batches:
+        step_batches, error = next_step(micro_batches, rounds, trainer.nimg < config.duration_nimg)
+        dist.raise_together(error)
         while trainer.nimg < config.duration_nimg:
-            trainer.step(micro_batches, rounds)
+            trainer.step(iter(step_batches), rounds)
             trainer.elapsed_sec = time.monotonic() - started
+            trainer.check_gradients()
             done = trainer.nimg >= config.duration_nimg
-            stopping = dist.any_rank(should_stop())
-            if trainer.is_due(config.status_every_nimg, at_end=done or stopping):
+            # read ahead: if an image cannot be read on any rank, all are between two steps and can save
+            step_batches, error = next_step(micro_batches, rounds, not done)
+            stopping = dist.any_rank(should_stop() or error is not None)
+            report = trainer.is_due(config.status_every_nimg, at_end=done or stopping)
+            snapshot = trainer.is_due(config.snapshot_every_nimg, at_end=done)
+            checkpoint = trainer.is_due(config.checkpoint_every_nimg, at_end=done or stopping)
+            if report or snapshot or checkpoint or done:
+                check_finite(trainer.net, trainer.optimizer, trainer.ema, trainer.nimg)
+            if report:
                 log.status(trainer.nimg, trainer.elapsed_sec, trainer.stats.collect())
-            if trainer.is_due(config.snapshot_every_nimg, at_end=done):
-                trainer.save_snapshots(run_dir)
-                if on_snapshot is not None:
-                    on_snapshot(trainer.ema.network(len(config.ema_stds) - 1), trainer.nimg)
-            if trainer.is_due(config.checkpoint_every_nimg, at_end=done or stopping):
+            if snapshot:
+                with _saved_on_error(trainer, run_dir):
+                    trainer.save_snapshots(run_dir)
+                    if on_snapshot is not None:
+                        on_snapshot(trainer.ema.network(len(config.ema_stds) - 1), trainer.nimg)
+            if checkpoint:
                 trainer.save_checkpoint(run_dir)
             if stopping and not done:
                 log.stopped(trainer.nimg, is_saved=config.checkpoint_every_nimg > 0)
+                dist.raise_together(error)
                 return
     log.finished(trainer.nimg)
+
+
+@contextlib.contextmanager
+def _saved_on_error(trainer: Trainer, run_dir: Path) -> Iterator[None]:
+    """If the block fails on every rank, save a checkpoint before its error goes on."""
+    try:
+        yield
+    except Exception as error:
+        if trainer.config.checkpoint_every_nimg and (dist.world_size() == 1 or dist.is_shared(error)):
+            try:
+                trainer.save_checkpoint(run_dir)
+            except (ValueError, OSError) as second:
+                dist.warn0(f"no checkpoint could be saved either: {second}")
+        raise

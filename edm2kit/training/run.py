@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edm2kit.data.batches import GlobalOrder, micro_batch_sizes, training_batches
+from edm2kit.data.batches import STOP_SIGNALS, GlobalOrder, micro_batch_sizes, training_batches
 from edm2kit.data.dataset import Source, open_source, read_encoder_record
 from edm2kit.models.encoders import ENCODERS, Encoder, make_encoder
 from edm2kit.models.networks import NETWORKS
@@ -26,6 +26,7 @@ from edm2kit.models.preconditioning import PRECISIONS, slow_precision
 from edm2kit.snapshots.file_format import Header
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write, differences, exclusive, provenance
+from edm2kit.training.checkpoint import DivergenceError, list_checkpoints
 from edm2kit.training.config import TrainConfig, config_to_dict, read_yaml, refuse_changes, run_id, write_config
 from edm2kit.training.fine_tuning import adopt_source, check_source
 from edm2kit.training.log import Forecast, RunLog, make_forecast
@@ -108,24 +109,45 @@ class Run:
         with contextlib.ExitStack() as stack:
             dist.on_rank0(stack.enter_context, exclusive(self.run_dir))
             dist.on_rank0(self.write_records, provenance(device))
-            training_loop(
-                Trainer(config, self.header, self.encoder, device, loss_fn),
-                partial(
-                    training_batches,
-                    self.dataset,
-                    GlobalOrder(len(self.dataset), config.seed),
-                    batch_size=config.batch_size,
-                    rank=dist.rank(),
-                    world_size=dist.world_size(),
-                    batch_gpu=config.batch_gpu,
-                    workers=config.workers,
-                ),
-                len(self.micro_batches),
-                self.run_dir,
-                RunLog(self.run_dir, config.duration_nimg, device, tensorboard),
-                on_snapshot,
-                should_stop,
+            order = GlobalOrder(len(self.dataset), config.seed)
+            batches = partial(
+                training_batches,
+                self.dataset,
+                order,
+                batch_size=config.batch_size,
+                rank=dist.rank(),
+                world_size=dist.world_size(),
+                batch_gpu=config.batch_gpu,
+                workers=config.workers,
             )
+            try:
+                training_loop(
+                    Trainer(config, self.header, self.encoder, device, loss_fn),
+                    batches,
+                    len(self.micro_batches),
+                    self.run_dir,
+                    RunLog(self.run_dir, config.duration_nimg, device, tensorboard),
+                    on_snapshot,
+                    should_stop,
+                )
+            except DivergenceError as error:
+                raise ValueError(self._diagnosis(error, order)) from error
+
+    def _diagnosis(self, error: DivergenceError, order: GlobalOrder) -> str:
+        """Why a run diverged, as far as its last step shows, and what to do."""
+        text = f"{self.run_dir}: the run diverged before {error.nimg} images: {error}."
+        if error.images:
+            shown = [
+                f"{self.dataset.item_name(int(order.indices(position, 1)[0]))} at sigma {sigma:.3g}"
+                for position, sigma in error.images[:4]
+            ]
+            text += f" {len(error.images)} images of the last step have a loss that is not finite: {', '.join(shown)}."
+        text += (
+            f" Check the data (`python scripts/dataset_tool.py check --source {self.config.data}`), then try a lower "
+            "--lr, --precision fp32 or another --ls in a new --outdir."
+        )
+        kept = list_checkpoints(self.run_dir)
+        return f"{text} The last good checkpoint is {kept[-1]}" if kept else f"{text} There is no checkpoint yet"
 
     def write_records(self, made_by: Mapping[str, str]) -> None:
         """Write the resolved configuration and the description of the run beside its results."""
@@ -250,8 +272,8 @@ def _check_run_dir(run: Run) -> None:
     if not config_path.exists():
         return
     try:
-        identity = json.loads(record_path.read_text(encoding="utf-8"))["data_identity"]
-    except (OSError, ValueError, KeyError) as error:
+        identity = dict(json.loads(record_path.read_text(encoding="utf-8"))["data_identity"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{record_path} is damaged or missing ({error}); use another --outdir") from error
     if changed := differences(identity.get("teacher"), run.data_identity.get("teacher"), "teacher"):
         raise ValueError(f"{run_dir} holds a run with another teacher ({'; '.join(changed[:4])}); use another --outdir")
@@ -265,25 +287,33 @@ def _check_run_dir(run: Run) -> None:
 
 
 class StopRequest:
-    """A callable that returns True after SIGTERM, after a first Ctrl-C, or once `max_sec` seconds have passed.
+    """A callable that returns True after a signal, or once `max_sec` seconds have passed.
 
-    Use it as a context manager, which restores the former signal handlers. A second Ctrl-C interrupts at once.
+    Signals are SIGTERM, SIGUSR1, SIGHUP (a terminal that closes; not under nohup) and a first Ctrl-C; a second one
+    interrupts at once. Before the first call there is nothing to save, so that signals other than Ctrl-C end the
+    process. Use it as a context manager, which restores the former signal handlers.
     """
 
     def __init__(self, max_sec: float | None = None) -> None:
         self._deadline_sec = None if max_sec is None else time.monotonic() + max_sec
-        self._asked = False
+        self._asked = self._started = False
 
     def __call__(self) -> bool:
+        self._started = True
         if self._asked:
             return True
         return self._deadline_sec is not None and time.monotonic() > self._deadline_sec
 
     def __enter__(self) -> "StopRequest":
-        self._former = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._former: dict[int, Any] = {}
+        for number in STOP_SIGNALS:
+            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+                self._former[number] = signal.signal(number, self._on_signal)
         return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self._started and number != signal.SIGINT:
+            raise SystemExit(128 + number)
         self._asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from edm2kit.training.log import STATS_NAME, RunLog, RunningStats, memory_gb
+from edm2kit.training.log import STATS_NAME, RunLog, RunningStats, drop_later_lines, memory_gb
 
 STATS = {"loss": (0.5, 32), "lr": (0.01, 2), "gradient_norm": (3.0, 2), "nonfinite_gradients": (1.5, 2)}
 
@@ -68,3 +68,10 @@ def test_means_and_counts_since_the_last_look():
     assert means["c"][1] == 0
     assert math.isnan(means["c"][0])
     assert stats.collect() == {}
+
+
+def test_a_bad_byte_costs_one_line_of_statistics(tmp_path):
+    path = tmp_path / "stats.jsonl"
+    path.write_bytes(b'{"nimg": 1}\n{"ni\xffmg": 2}\nnull\n{"nimg": 3}\n')
+    drop_later_lines(path, 3)
+    assert path.read_bytes() == b'{"nimg": 1}\n{"nimg": 3}\n'

@@ -1,7 +1,9 @@
 """The training loop: label dropout hits the stated fraction of images, whatever the batch, and changes nothing else."""
 
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -12,6 +14,7 @@ from edm2kit.models.encoders import make_encoder
 from edm2kit.models.networks import NETWORKS
 from edm2kit.snapshots.file_format import Header
 from edm2kit.training import checkpoint, loop
+from edm2kit.training.checkpoint import damage, list_checkpoints
 from edm2kit.training.config import TrainConfig, config_from_dict, preset_path, read_yaml
 from edm2kit.training.loop import Trainer, drop_labels
 from tests.support import tiny
@@ -145,3 +148,108 @@ def test_out_of_memory_on_resume_does_not_blame_the_checkpoint(tmp_path, monkeyp
     monkeypatch.setattr(torch, "load", load)
     with pytest.raises(torch.cuda.OutOfMemoryError, match="CUDA out of memory"):
         checkpoint.load_checkpoint(tmp_path / "training-state-0000000016.pt", None, None, None, DEVICE)
+
+
+# trouble
+
+
+def tiny_run(folder, data, *more, **changes):
+    config = tiny.write_config(folder / "tiny.yaml", **{"checkpoint_every_nimg": 10000, **changes})
+    command = ["--config", config, "--data", data, "--device", "cpu", "--samples", 0, "--outdir", folder / "run", *more]
+    return CliRunner().invoke(train.main, [str(word) for word in command])
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return tiny.make_dataset(tmp_path_factory.mktemp("images"))
+
+
+def latents(folder, change):
+    folder.mkdir()
+    for k in range(16):
+        values = np.random.default_rng(k).random((8, 8, 8), np.float32)
+        change(k, values)
+        np.save(folder / f"{k:02d}.npy", values)
+    return folder
+
+
+def test_a_run_whose_gradients_are_never_finite_stops_with_a_diagnosis(tmp_path):
+    def spoil(k, values):
+        values[0, 0, 0] = math.nan
+
+    data = latents(tmp_path / "data", spoil)
+    done = tiny_run(tmp_path, data, "--cond", "false", duration_nimg=320)
+    assert done.exit_code == 1
+    assert "in 10 steps in a row, most gradients were not finite" in done.output
+    assert re.search(r"16 images of the last step .* \d\d\.npy at sigma \d", done.output)
+    assert f"dataset_tool.py check --source {data}" in done.output
+    assert not list((tmp_path / "run").glob("network-snapshot-*"))
+    assert not list_checkpoints(tmp_path / "run")
+
+
+def test_one_absurd_image_does_not_freeze_adam(tmp_path):
+    def spoil(k, values):
+        if k == 3:
+            values[0, 0, 0] = 1e25
+
+    done = tiny_run(tmp_path, latents(tmp_path / "data", spoil), "--cond", "false", duration_nimg=16, batch_size=4)
+    assert done.exit_code == 0, done.output
+    assert "non-finite gradients set to 0" in done.output
+    assert damage(list_checkpoints(tmp_path / "run")[-1]) is None
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [("net", "the weights are not finite"), ("optimizer", "Adam's moments are"), ("ema", "the EMA weights are")],
+)
+def test_a_state_that_is_not_finite_is_neither_saved_nor_trained_on(images, tmp_path, monkeypatch, part, message):
+    step = loop.Trainer.step
+
+    def spoiled_step(trainer, *arguments):
+        step(trainer, *arguments)
+        if trainer.nimg == 32:
+            parameter = next(trainer.net.parameters())
+            average = next(trainer.ema.averages[0].parameters())
+            tensor = {"net": parameter, "optimizer": trainer.optimizer.state[parameter]["exp_avg_sq"], "ema": average}
+            tensor[part].data.view(-1)[0] = math.inf
+
+    monkeypatch.setattr(loop.Trainer, "step", spoiled_step)
+    done = tiny_run(tmp_path, images, checkpoint_every_nimg=16, max_lost_steps=0)
+    assert done.exit_code == 1
+    assert message in done.output
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["training-state-0000000016.pt"]
+    assert "The last good checkpoint is" in done.output
+
+
+@pytest.mark.parametrize("setting", [{"ref_lr": math.inf}, {"P_mean": math.nan}, {"adam_betas": (0.9, math.nan)}])
+def test_settings_that_are_not_finite_are_refused(setting):
+    with pytest.raises(ValueError, match="must be finite"):
+        TrainConfig(**setting)
+
+
+def test_an_unreadable_image_ends_the_run_with_a_checkpoint(tmp_path):
+    data = tiny.make_dataset(tmp_path / "data", 48)
+    (data / "00000" / "img00000040.png").write_bytes(b"not a picture")
+    done = tiny_run(tmp_path, data, batch_size=4, duration_nimg=480)
+    assert done.exit_code == 1
+    assert "img00000040.png" in done.output
+    assert len(list_checkpoints(tmp_path / "run")) == 1
+    assert "state saved" in done.output
+
+
+def test_a_failed_snapshot_ends_the_run_with_a_checkpoint(images, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop, "save_snapshot", fail)
+    done = tiny_run(tmp_path, images, duration_nimg=32)
+    assert done.exit_code == 1
+    assert "No space left" in done.output
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["training-state-0000000032.pt"]
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(images, tmp_path):
+    (tmp_path / "run" / "stats.jsonl").mkdir(parents=True)
+    done = tiny_run(tmp_path, images, duration_nimg=32, status_every_nimg=16)
+    assert done.exit_code == 0, done.output
+    assert "could not be written" in done.output

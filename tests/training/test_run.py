@@ -33,3 +33,28 @@ def test_stop_is_asked_by_signal_or_by_time_and_handlers_come_back():
             os.kill(os.getpid(), signal.SIGINT)
     assert StopRequest(max_sec=-1)()
     assert not StopRequest(max_sec=3600)()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_every_signal_that_announces_the_end_asks_to_stop(number):
+    with StopRequest() as stop:
+        assert not stop()
+        os.kill(os.getpid(), number)
+        assert stop()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_during_set_up_a_signal_ends_the_process(number):
+    with pytest.raises(SystemExit) as ended, StopRequest():
+        os.kill(os.getpid(), number)
+    assert ended.value.code == 128 + number
+
+
+def test_nohup_is_respected():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop()
+    finally:
+        signal.signal(signal.SIGHUP, former)
