@@ -116,8 +116,7 @@ class RunLog:
         record: dict[str, Any] = {"nimg": nimg, "elapsed_sec": round(elapsed_sec, 3)}
         record["images_per_sec"] = round(images / max(seconds, 1e-9), 3)
         record |= {name: mean for name, (mean, count) in stats.items() if count} | memory_gb(self.device)
-        # this one is a total since the last status, not a mean over steps
-        mean, count = stats["nonfinite_gradients"]
+        mean, count = stats["nonfinite_gradients"]  # recorded as a total since the last status
         record["nonfinite_gradients"] = round(mean * count)
         try:
             if dist.rank() == 0:
