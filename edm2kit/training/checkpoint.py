@@ -55,6 +55,17 @@ def check_finite(net: nn.Module, optimizer: torch.optim.Optimizer, ema: PowerFun
         raise DivergenceError(f"{found} not finite", nimg)
 
 
+def bad_losses(losses: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> list[tuple[int, float]]:
+    """(position, sigma) of the images of all ranks whose loss is not finite, from (positions, losses, sigmas)."""
+    own = [
+        (int(position), float(level))
+        for positions, values, sigma in losses
+        for position, value, level in zip(positions, values.cpu(), sigma.flatten().cpu(), strict=True)
+        if not value.isfinite()
+    ]
+    return [image for part in dist.gather_objects(own) for image in part]
+
+
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoints in the run folder, oldest first."""
     found = [(int(m[1]), path) for path in run_dir.glob("training-state-*.pt") if (m := _NAME.fullmatch(path.name))]

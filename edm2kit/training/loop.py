@@ -27,6 +27,7 @@ from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.rng import StackedGenerator, derive_seed
 from edm2kit.training.checkpoint import (
     DivergenceError,
+    bad_losses,
     check_finite,
     checkpoint_state,
     load_checkpoint,
@@ -166,7 +167,6 @@ class Trainer:
 
     def check_gradients(self) -> None:
         """Raise DivergenceError on every rank after too many steps in a row whose gradients were mostly not finite."""
-        limit = self.config.max_lost_steps
         if self.device.type != "cpu" and self.num_steps % _LOOK_EVERY_STEPS:
             return
         total = sum(parameter.numel() for parameter in self.net.parameters() if parameter.requires_grad)
@@ -175,18 +175,10 @@ class Trainer:
                 raise DivergenceError("the gradients are too large for Adam to square", self.nimg, [])
             self._lost_steps = self._lost_steps + 1 if 2 * float(count) >= total else 0
         self._recent_steps.clear()
-        if not limit or self._lost_steps < limit:
+        if not 0 < self.config.max_lost_steps <= self._lost_steps:
             return
-        own = [
-            (int(position), float(level))
-            for positions, loss, sigma in self._last_losses
-            for position, value, level in zip(positions, loss.cpu(), sigma.flatten().cpu(), strict=True)
-            if not value.isfinite()
-        ]
-        images = [image for part in dist.gather_objects(own) for image in part]
-        raise DivergenceError(
-            f"in {self._lost_steps} steps in a row, most gradients were not finite", self.nimg, images
-        )
+        reason = f"in {self._lost_steps} steps in a row, most gradients were not finite"
+        raise DivergenceError(reason, self.nimg, bad_losses(self._last_losses))
 
     def save_snapshots(self, run_dir: Path) -> None:
         """Write a snapshot of each EMA."""
