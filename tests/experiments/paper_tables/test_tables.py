@@ -121,6 +121,6 @@ def test_a_report_has_the_columns_of_every_method_that_a_row_uses(tmp_path):
     assert (plain["method"], pag["method"], tsg["method"]) == ("", "pag", "tsg")
     assert (plain["weight"], pag["weight"], tsg["weight"]) == ("", "3", "2")
     assert (pag["pag_blocks"], tsg["pag_blocks"]) == ("enc.8x8_block0,dec.8x8_in0", "")
-    assert (pag["tsg_scale"], tsg["tsg_scale"], tsg["tsg_power"]) == ("", "0.5", "0.0")
+    assert (pag["tsg_scale"], tsg["tsg_scale"], tsg["tsg_power"]) == ("", "0.5", "1.0")  # TSG's published power
     assert "| pag_blocks |" in markdown(table, [plain, pag, tsg], [])
     assert "<th>tsg_scale</th>" in html_page(table, [plain, pag, tsg], [])
