@@ -31,6 +31,8 @@ HAS_LOCKS = fcntl is not None
 LOCK_NAME = ".running"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 _CHUNK_BYTES = 1 << 20
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
+_held: set[IO[Any]] = set()  # files whose locks this process holds
 _ROOT = Path(__file__).parents[2]
 
 
@@ -49,7 +51,10 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     # random, as another thread or another machine on the same file system may write the same path
     partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file, _kept_from_children(file):
+            if HAS_LOCKS:
+                with contextlib.suppress(OSError):  # a mark for remove_partial_files; not every system has locks
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -61,6 +66,48 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _kept_from_children(file: IO[Any]) -> Iterator[None]:
+    """Inside the block, forked processes close their copy of `file`, which would hold its lock after we die."""
+    _held.add(file)
+    try:
+        yield
+    finally:
+        _held.discard(file)
+
+
+def _close_held_files() -> None:
+    for file in _held:
+        # the raw file: closing `file` would write what the parent has not flushed yet
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(_nowhere(), file.fileno(), inheritable=False)
+    _held.clear()
+
+
+@functools.cache
+def _nowhere() -> int:
+    return os.open(os.devnull, os.O_RDWR)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_held_files)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Delete what `atomic_write` left in `folder` when its process was killed; files in use stay.
+
+    Without file locks, all stay.
+    """
+    if not HAS_LOCKS:
+        return
+    for path in folder.glob(".*.tmp"):
+        if not _PARTIAL.fullmatch(path.name):
+            continue
+        with contextlib.suppress(OSError), open(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def sync_folder(folder: Path) -> None:
@@ -93,7 +140,8 @@ def free_bytes(folder: Path) -> int:
 def exclusive(folder: str | Path) -> Iterator[None]:
     """Keep other runs out of `folder` inside the block; the folder is created if needed.
 
-    Raises ValueError at once if another process holds it, on this machine or on another one of the same file system.
+    Removes partial files of a killed process. Raises ValueError at once if another process holds the folder, on this
+    machine or on another one of the same file system.
     """
 
     def refuse(owner: str) -> None:
@@ -102,6 +150,7 @@ def exclusive(folder: str | Path) -> Iterator[None]:
         )
 
     with file_lock(Path(folder) / LOCK_NAME, refuse):
+        remove_partial_files(Path(folder))
         yield
 
 
@@ -113,7 +162,7 @@ def file_lock(path: Path, when_held: Callable[[str], None]) -> Iterator[None]:
     to wait. If the file system has no locks, prints a warning and continues without one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _open_locked(path, when_held) as file:
+    with _open_locked(path, when_held) as file, _kept_from_children(file):
         with contextlib.suppress(OSError):  # a full disk: the lock works without the name of its owner
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 
@@ -144,6 +145,46 @@ def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caps
     with exclusive(tmp_path):
         pass
     assert "has no file locks" in capsys.readouterr().err
+
+
+_FORK = """
+import os, sys, time
+from edm2kit.torch_utils.files import exclusive
+
+with exclusive(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        time.sleep(30)
+        os._exit(0)
+    print(child, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_children_of_a_killed_process_hold_nothing(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", _FORK, str(tmp_path)], env=environment, **pipes) as process:
+        child = int(process.stdout.readline())
+        process.kill()
+        process.wait()
+        try:
+            with exclusive(tmp_path):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_partial_files_of_a_killed_process_are_removed_and_those_in_use_stay(tmp_path):
+    (tmp_path / ".training-state-0000000008.pt.0123456789ab.tmp").write_bytes(b"half")
+    (tmp_path / ".mine.tmp").write_bytes(b"not ours")
+    with atomic_write(tmp_path / "a", "w") as file:
+        file.write("whole")
+        with exclusive(tmp_path):
+            assert len(list(tmp_path.glob(".*.tmp"))) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "a"]
+    assert (tmp_path / "a").read_text() == "whole"
 
 
 # records
