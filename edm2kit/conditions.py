@@ -5,6 +5,7 @@ return the same kind. A network whose condition is not a tensor (text embeddings
 protocol; classifier-free guidance, independent-condition guidance and batching then work unchanged.
 """
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeAlias, cast, overload, runtime_checkable
@@ -202,3 +203,15 @@ def _other_classes(one_hot: torch.Tensor, rng: StackedGenerator, include_own: bo
         drawn = rng.randint(num_classes - 1, size=[n]).to(own)
         drawn = drawn + (drawn >= own)  # skips the own class, all others equally likely
     return torch.nn.functional.one_hot(drawn, num_classes).to(one_hot.dtype)
+
+
+def class_named(name: str, label_dim: int, names: Sequence[str] | None) -> int:
+    """The index of the class called `name`; raises ValueError, with the closest name, if there is none."""
+    if names is None:
+        raise ValueError(f"class {name!r}: the snapshot names no classes; use numbers from 0 to {label_dim - 1}")
+    if name in names:
+        return names.index(name)
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if nearest:
+        raise ValueError(f"class {name!r} is unknown; did you mean {nearest[0]!r}?")
+    raise ValueError(f"class {name!r} is unknown; available: {', '.join(names[:8])}, ...")

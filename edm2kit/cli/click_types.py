@@ -1,17 +1,20 @@
 """What all commands share: one-line errors, --help in sections, types of option values."""
 
 import contextlib
+import math
 import os
 import re
 import signal
 import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
 from edm2kit.torch_utils import dist
+from edm2kit.torch_utils.checks import check_output
 
 Decorator = Callable[[Any], Any]  # what click.option returns
 
@@ -25,6 +28,7 @@ _MEMORY_OPTIONS = {
     "--shard": "--shard true with several processes",
     "--precision": "--precision bf16 or fp16",
 }
+_MAX_NUMBERS = 4_000_000  # in a list of ranges, which is held in memory
 _SUFFIX = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
 
@@ -93,7 +97,7 @@ class Command(_Base):
                 raise
             if isinstance(error, dist.ReportedElsewhere):
                 raise click.exceptions.Exit(1) from error
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(dist.printable(str(error))) from error
         except Exception as error:
             if os.environ.get("EDM2_TRACEBACK") == "1" or not dist.is_out_of_memory(error):
                 raise
@@ -217,6 +221,22 @@ def given_options(options: dict[str, Any], names: Iterable[str]) -> dict[str, An
     return {name: value for name, value in taken.items() if value is not None}
 
 
+class OutputFile(click.Path):
+    """A file to write: refused at once if it cannot be written, or holds anything but a `kind` of file."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(path_type=Path, dir_okay=False)
+        self.kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        try:
+            check_output(path, self.kind)
+        except ValueError as error:
+            self.fail(dist.printable(str(error)), param, ctx)
+        return path
+
+
 class Size(click.ParamType):
     """A count such as 4096, 128Ki, 8Mi or 1Gi (powers of 1024), as an int."""
 
@@ -225,9 +245,9 @@ class Size(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)(Ki|Mi|Gi)?", str(value).strip())
+        match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)(Ki|Mi|Gi)?", str(value).strip())
         if match is None:
-            self.fail(f"{value!r} is not a count; write for example 4096, 128Ki, 8Mi or 1Gi", param, ctx)
+            self.fail(f"{value!r:.60} is not a count; write for example 4096, 128Ki, 8Mi or 1Gi", param, ctx)
         count = float(match[1]) * _SUFFIX[match[2] or ""]
         if count != int(count):
             self.fail(f"{value!r} is {count}, not a whole number", param, ctx)
@@ -246,7 +266,7 @@ class AtLeast(click.ParamType):
             number = self.kind(value)
         except ValueError:
             self.fail(f"{value!r} is not {'a whole' if self.kind is int else 'a'} number", param, ctx)
-        if not number >= self.low:
+        if not self.low <= number < math.inf:
             self.fail(f"{value} is not at least {self.low}", param, ctx)
         return number
 
@@ -281,12 +301,15 @@ class IntRanges(click.ParamType):
             return tuple(value)
         numbers: list[int] = []
         for part in value.split(","):
-            match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+            match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", part)
             if match is None:
-                self.fail(f"{part!r} is neither a number nor a range; write for example 0-63 or 0,5,10-12", param, ctx)
+                example = "write for example 0-63 or 0,5,10-12"
+                self.fail(f"{part!r:.60} is neither a number nor a range; {example}", param, ctx)
             first, last = int(match[1]), int(match[2] or match[1])
             if last < first:
                 self.fail(f"the range {part.strip()} runs backwards", param, ctx)
+            if len(numbers) + last + 1 - first > _MAX_NUMBERS:
+                self.fail(f"{value!r:.60} names more than {_MAX_NUMBERS} numbers; give fewer at a time", param, ctx)
             numbers.extend(range(first, last + 1))
         return tuple(numbers)
 

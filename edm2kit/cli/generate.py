@@ -4,13 +4,13 @@ The images are in a folder, a PNG per seed, with a record of the settings; both 
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import shlex
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +32,8 @@ from edm2kit.guidance.records import settings_differences
 from edm2kit.models.encoders import to_image
 from edm2kit.sampling.engine import ImageBatch
 from edm2kit.torch_utils import dist
+from edm2kit.torch_utils.arrays import read_npz_array
+from edm2kit.torch_utils.checks import check_output, check_writable
 from edm2kit.torch_utils.files import atomic_write, provenance, write_json
 
 _MAX_GRID = 1024
@@ -148,6 +150,10 @@ class ImageFolder:
             except (OSError, SyntaxError) as error:
                 raise ValueError(f"{self.file(seed)} cannot be read ({error}); run the same command again") from error
             pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+            if index is not None and not str(index).isdecimal():
+                raise ValueError(
+                    f"{self.file(seed)}: the class noted in it is {index!r:.60}; delete it to make it again"
+                )
             yield pixels, None if index is None else int(index)
 
 
@@ -221,11 +227,12 @@ def main(
         raise click.UsageError("give one of --outdir (a PNG per seed) and --npz (one file)")
     if subdirs and outdir is None:
         raise click.UsageError("--subdirs goes with --outdir; --npz writes a single file")
-    for seed, count in Counter(seeds).items():
-        if count > 1:
-            raise click.UsageError(f"--seeds names {seed} more than once")
+    if len(set(seeds)) < len(seeds):
+        seed = next(first for first, second in itertools.pairwise(sorted(seeds)) if first == second)
+        raise click.UsageError(f"--seeds names {seed} more than once")
     if grid is not None and len(seeds) > _MAX_GRID:
         raise click.UsageError(f"--grid shows at most {_MAX_GRID} images; --seeds names {len(seeds)}")
+    _check_outputs(path, outdir, npz, grid)
     with dist.session(device) as where:
         generation = prepare(request, where)
         dist.print0(generation.summary)
@@ -238,6 +245,17 @@ def main(
             dist.on_rank0(_write_grid, grid, folder, seeds)
         if npz is not None:
             dist.on_rank0(_pack, npz, folder, seeds)
+
+
+def _check_outputs(folder: Path, outdir: Path | None, npz: Path | None, grid: Path | None) -> None:
+    """Refuse outputs that cannot be written, or that would replace something else."""
+    check_writable(folder)
+    if npz is not None:
+        check_output(npz, "set of generated images")
+    if grid is not None:
+        check_output(grid, "PNG image")
+        if outdir is not None and grid.resolve().is_relative_to(outdir.resolve()) and grid.stem.isdecimal():
+            raise ValueError(f"--grid {grid} has the name of one of the images; choose another name")
 
 
 def _generate(
@@ -286,9 +304,12 @@ def _is_complete(npz: Path, seeds: tuple[int, ...], settings: dict[str, Any], ov
         raise ValueError(
             f"{npz} was made with other settings ({'; '.join(changed[:4])}); use --overwrite to replace it"
         )
-    with np.load(npz) as arrays:
-        if arrays["seeds"].tolist() != list(seeds):
-            raise ValueError(f"{npz} holds other seeds; choose another file, or use --overwrite to replace it")
+    try:
+        found = read_npz_array(npz, "seeds")
+    except ValueError as error:
+        raise ValueError(f"{npz} is damaged ({error}); use --overwrite to replace it") from error
+    if found.tolist() != list(seeds):
+        raise ValueError(f"{npz} holds other seeds; choose another file, or use --overwrite to replace it")
     return True
 
 

@@ -8,7 +8,6 @@ generation.settings                             # for the JSON record: everythin
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from edm2kit.conditions import class_named
 from edm2kit.data.labels import read_label_vectors
 from edm2kit.guidance.base import Parts
 from edm2kit.guidance.interval import guided_steps
@@ -142,6 +142,7 @@ def prepare(request: Request, device: torch.device, labels_from_data: bool = Fal
         classes,
         vectors,
         pad=request.compiled,
+        empty_classes=main.header.classes_without_images,
     )
     if request.sampler.levels == "gits" and not labels_from_data:
         request = dataclasses.replace(request, sampler=dist.on_rank0(with_fitted_levels, engine, request.sampler))
@@ -156,6 +157,8 @@ def prepare(request: Request, device: torch.device, labels_from_data: bool = Fal
         "precision": precision,
         "device": device.type,  # generators on another kind of device give other numbers
     }
+    if engine.empty_classes and classes is None:
+        settings["classes_left_out"] = list(engine.empty_classes)
     if request.labels is not None:
         settings["labels_sha256"] = sha256_of(request.labels)
     return Generation(engine, settings, _summary(request, snapshots, classes, precision))
@@ -219,7 +222,11 @@ def _pick_labels(request: Request, main: Snapshot) -> tuple[Sequence[int] | None
     if main.header.label_kind != "vectors":
         if request.labels is not None:
             raise ValueError("--labels is for networks that take label vectors, and this one does not; use --class")
-        return parse_classes(request.classes, label_dim, main.header.label_names), None
+        empty = main.header.classes_without_images
+        classes = parse_classes(request.classes, label_dim, main.header.label_names, empty)
+        if classes is not None and (untrained := sorted(set(classes).intersection(empty))):
+            dist.warn0(f"class {untrained[0]} had no image in training; what the network makes of it means nothing")
+        return classes, None
     if request.classes is not None:
         raise ValueError("the network takes label vectors; use --labels FILE instead of --class and --balanced")
     if request.labels is None:
@@ -235,8 +242,13 @@ def _pick_labels(request: Request, main: Snapshot) -> tuple[Sequence[int] | None
     return range(len(vectors)), torch.from_numpy(vectors)
 
 
-def parse_classes(text: str | None, label_dim: int, names: Sequence[str] | None) -> tuple[int, ...] | None:
-    """Class indices from numbers, ranges and names separated by commas; None for None, all for ALL_CLASSES.
+def parse_classes(
+    text: str | None, label_dim: int, names: Sequence[str] | None, empty: Sequence[int] = ()
+) -> tuple[int, ...] | None:
+    """Class indices from numbers, ranges and names separated by commas; None for None.
+
+    ALL_CLASSES stands for all but the classes `empty`, which had no image in training. A name comes before a number:
+    if a class is called 10 or 3-9, that text means this class.
 
     Raises ValueError if the network has no classes, for an index out of range, and for an unknown name.
     """
@@ -245,31 +257,20 @@ def parse_classes(text: str | None, label_dim: int, names: Sequence[str] | None)
     if label_dim == 0:
         raise ValueError("the network has no classes; leave out --class and --balanced")
     if text == ALL_CLASSES:
-        return tuple(range(label_dim))
+        return tuple(k for k in range(label_dim) if k not in set(empty))
     if names is not None and text in names:  # a name may contain a comma
         return (names.index(text),)
     classes: list[int] = []
     for part in text.split(","):
-        numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
-        if numbers is None:
-            classes.append(_class_named(part.strip(), label_dim, names))
+        numbers = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part.strip())
+        if numbers is None or (names is not None and part.strip() in names):
+            classes.append(class_named(part.strip(), label_dim, names))
             continue
         first, last = int(numbers[1]), int(numbers[2] or numbers[1])
         if not first <= last < label_dim:
             raise ValueError(f"class {part.strip()} is out of range; the network has classes 0 to {label_dim - 1}")
         classes.extend(range(first, last + 1))
     return tuple(classes)
-
-
-def _class_named(name: str, label_dim: int, names: Sequence[str] | None) -> int:
-    if names is None:
-        raise ValueError(f"class {name!r}: the snapshot names no classes; use numbers from 0 to {label_dim - 1}")
-    if name in names:
-        return names.index(name)
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if nearest:
-        raise ValueError(f"class {name!r} is unknown; did you mean {nearest[0]!r}?")
-    raise ValueError(f"class {name!r} is unknown; available: {', '.join(names[:8])}, ...")
 
 
 def _identity(source: str, snapshot: Snapshot) -> dict[str, Any]:
@@ -321,7 +322,7 @@ def _summary(request: Request, snapshots: Mapping[str, Snapshot], classes: Seque
         shown = [str(k) if names is None else f"{k} ({names[k]})" for k in classes[:8]]
         if len(classes) > len(shown):
             shown.append("...")
-        lines.append(f"Classes:  cycling through {', '.join(shown)}")
+        lines.append(f"Classes:  {', '.join(shown)}, by seed")
     return "\n".join(lines)
 
 

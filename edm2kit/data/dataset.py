@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import os
 from abc import abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,11 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from edm2kit.data.archive import open_archive
-from edm2kit.data.image_files import Layout, decode_array, find_layout
-from edm2kit.data.labels import ConditionSpace, Labels, read_labels
+from edm2kit.data.image_files import IMAGE_EXTENSIONS, OTHER_TYPES, Layout, check_item, decode_array, find_layout
+from edm2kit.data.labels import ConditionSpace, find_extra, labels_identity, pick_labels, read_labels
 
 FILE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".npy")
+UNREAD_TYPES = tuple({*IMAGE_EXTENSIONS, *OTHER_TYPES}.difference(FILE_EXTENSIONS))
 ENCODER_FILE = "encoder.json"
+_HASHED_BYTES = 1 << 26  # of all items together, for the identity of a data set
 _HUGGING_FACE_FILES = ("dataset_dict.json", "state.json")  # save_to_disk writes one of them into each folder
 CONVERT_HINT = (
     "make a training set of the images with "
@@ -92,6 +96,11 @@ class Source(Protocol):
     def needs_decoding(self) -> bool:
         """Whether the items are decoded one by one and `dataset_tool.py convert` can make a copy that is not."""
         return False
+
+    @property
+    def left_out(self) -> list[str]:
+        """The names of images that are there but are not read, because of their type."""
+        return []
 
     @property
     def label_dim(self) -> int:
@@ -186,15 +195,28 @@ class ImageDataset(Source):
         return raw
 
     def identity(self) -> dict[str, Any]:
-        """The number, shape, names and labels of the images; pixels are not read."""
+        """The number, shape, names and labels of the images, and a hash of the pixels of up to 4096 images.
+
+        It does not depend on how the files store the pixels: a converted copy with the same names has the same.
+        """
         digest = hashlib.sha256()
         for index in range(len(self)):
-            digest.update(self.item_name(index).encode() + b"\n")
+            digest.update(os.fsencode(self.item_name(index)) + b"\n")
         return {
             "num_images": len(self),
             "raw_shape": list(self.item_shape),
             **labels_identity(self, digest),
+            "content": self._content_digest(),
         }
+
+    def _content_digest(self) -> str:
+        item_bytes = math.prod(self.item_shape) * self.item_dtype.itemsize
+        count = min(max(_HASHED_BYTES // item_bytes, 256), 4096)
+        digest = hashlib.sha256()
+        for indices in np.array_split(spread_evenly(len(self), count), 16):
+            if len(indices):
+                digest.update(np.ascontiguousarray(self.read(indices)).tobytes())
+        return digest.hexdigest()
 
     @property
     def needs_decoding(self) -> bool:
@@ -207,24 +229,13 @@ class ImageDataset(Source):
 
     def read_extra(self, name: str) -> bytes | None:
         """The bytes of another file in the folder or zip, such as encoder.json, or None if there is none."""
-        return self._archive.read_extra(name)
+        found = find_extra(self._archive, name)
+        return None if found is None else found[1]
 
-
-def check_item(raw: np.ndarray, where: str, hint: str) -> None:
-    """Raise ValueError, starting with `where`, unless a network can be trained on items like `raw` [C, H, W]."""
-    channels, height, width = raw.shape
-    if raw.dtype == np.uint8:
-        if height != width or height & (height - 1) or channels not in (1, 3):
-            unit = "channel" if channels == 1 else "channels"
-            raise ValueError(
-                f"{where}: is {width}x{height} pixels of {channels} {unit}; training takes square grey or RGB images "
-                f"whose side is a power of two: {hint}"
-            )
-    elif height != width or channels % 2:
-        raise ValueError(
-            f"{where}: contains {list(raw.shape)} numbers; raw latents are square and have an even number of channels "
-            "(means, then standard deviations)"
-        )
+    @property
+    def left_out(self) -> list[str]:
+        """The names of images that training does not read, because of their type."""
+        return [name for name in self._archive.ignored if name.lower().endswith(UNREAD_TYPES)]
 
 
 def spread_evenly(available: int, max_images: int | None) -> np.ndarray:
@@ -233,25 +244,6 @@ def spread_evenly(available: int, max_images: int | None) -> np.ndarray:
         raise ValueError(f"max_images is {max_images}; expected at least 1")
     count = min(available, max_images or available)
     return np.arange(count) * available // count
-
-
-def pick_labels(found: Labels | None, picked: np.ndarray) -> tuple[np.ndarray | None, ConditionSpace]:
-    """The labels of the items `picked`, and the condition space of all labels `found`."""
-    if found is None:
-        return None, ConditionSpace()
-    return found.values[picked], found.space
-
-
-def labels_identity(source: Source, digest: "hashlib._Hash") -> dict[str, Any]:
-    """The part of an identity that covers the labels; `digest` has hashed the items."""
-    if source.labels is None:
-        return {"label_dim": 0, "sha256": digest.hexdigest()}
-    vectors = source.condition_space.kind == "vectors"
-    digest.update(np.ascontiguousarray(source.labels, dtype="<f4" if vectors else "<i8").tobytes())
-    identity: dict[str, Any] = {"label_dim": source.label_dim, "sha256": digest.hexdigest()}
-    if vectors:
-        identity["label_kind"] = "vectors"
-    return identity
 
 
 class SourceOpener(Protocol):
@@ -340,6 +332,10 @@ def read_encoder_record(source: Source) -> EncoderRecord | None:
     if data is None:
         return None
     try:
-        return EncoderRecord(**json.loads(data))
-    except (ValueError, TypeError) as error:
+        record = EncoderRecord(**json.loads(data))
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{source.path}/{ENCODER_FILE}: is damaged: {error}") from error
+    for name, value in asdict(record).items():
+        if not isinstance(value, str):
+            raise ValueError(f"{source.path}/{ENCODER_FILE}: {name} is {value!r:.60}; expected text")
+    return record

@@ -20,6 +20,7 @@ from edm2kit.data.output import PartialDataset, is_finished
 from edm2kit.models.encoders import to_image
 from edm2kit.models.vae import STABILITY_VAE, load_vae, vae_decode, vae_encode, vae_sha256
 from edm2kit.torch_utils import dist
+from edm2kit.torch_utils.checks import check_name
 from edm2kit.torch_utils.dist import progress_bar
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
@@ -121,11 +122,13 @@ def make_job(
 ) -> FileJob:
     """A job whose files have the names of the source, with another suffix.
 
-    Raises ValueError if `dest` is inside the source, or if two names become the same.
+    Raises ValueError if `dest` is inside the source, if a name would leave `dest`, or if two names become the same.
     """
     if dest.resolve().is_relative_to(source.path.resolve()):
         raise ValueError(f"--dest {dest} is inside --source {source.path}; choose a folder outside")
     names = [PurePosixPath(source.item_name(k)).with_suffix(suffix).as_posix() for k in range(len(source))]
+    for name in names:
+        check_name(name, source.path)
     for name, following in itertools.pairwise(sorted(names)):
         if name == following:
             raise ValueError(f"{source.path}: two images would become {name}; rename one")

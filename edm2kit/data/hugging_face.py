@@ -7,9 +7,9 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from edm2kit.data.dataset import CONVERT_HINT, Source, check_item, labels_identity, pick_labels, spread_evenly
-from edm2kit.data.image_files import decode_array
-from edm2kit.data.labels import Labels, labels_of_array
+from edm2kit.data.dataset import CONVERT_HINT, Source, spread_evenly
+from edm2kit.data.image_files import check_item, decode_array
+from edm2kit.data.labels import Labels, labels_identity, labels_of_array, pick_labels
 
 _LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
 _OPTIONS = ("split", "image", "label")
@@ -66,9 +66,9 @@ class SavedTable:
         except OSError as error:
             raise ValueError(f"{self.where(index)}: {image['path']} cannot be read: {error.strerror}") from error
 
-    def num_bytes(self, index: int) -> int:
-        """0: the sizes are not known without reading the images, and the fingerprint covers the content."""
-        return 0
+    def checksum(self, index: int) -> tuple[int, int]:
+        """Zeros: the fingerprint in the names covers the content."""
+        return 0, 0
 
     def read_extra(self, name: str) -> bytes | None:
         """None: there are no other files."""

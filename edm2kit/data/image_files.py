@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,28 @@ from PIL import Image
 from edm2kit.models.encoders import to_image
 from edm2kit.torch_utils.arrays import BROKEN
 
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_EXTENSIONS = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+OTHER_TYPES = (
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jp2",
+    ".jxl",
+    ".tga",
+    ".psd",
+    ".exr",
+    ".hdr",
+    ".dng",
+    ".cr2",
+    ".nef",
+    ".arw",
+)
+_MAX_PIXELS = 1 << 27  # of one image: 134 megapixels
+# a small file with very many pixels is made to fill the memory; uniform areas compress to 1/1000
+_SMALL_PIXELS, _PIXELS_PER_BYTE = 1 << 24, 100
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _BROKEN_IMAGE = (
@@ -50,11 +72,20 @@ def open_image(data: bytes, where: str) -> Image.Image:
 def open_header(data: bytes, where: str) -> Image.Image:
     """Like open_image, but without decoding the pixels: enough for size, mode and notes."""
     try:
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is this project's own
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{where}: is not an image, or is cut short within its header") from error
     except _BROKEN_IMAGE as error:
         raise ValueError(f"{where}: the image is damaged or cut short: {error}") from error
+    width, height = image.size
+    if width * height > min(_MAX_PIXELS, _PIXELS_PER_BYTE * len(data) + _SMALL_PIXELS):
+        raise ValueError(
+            f"{where}: claims {width}x{height} pixels in {len(data)} bytes, more than an image of this program's size; "
+            "make it smaller first"
+        )
+    return image
 
 
 def is_grey(image: Image.Image) -> bool:
@@ -152,6 +183,23 @@ def decode_array(data: bytes, where: str) -> np.ndarray:
             "convert the images with scripts/dataset_tool.py convert"
         )
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def check_item(raw: np.ndarray, where: str, hint: str) -> None:
+    """Raise ValueError, starting with `where`, unless a network can be trained on items like `raw` [C, H, W]."""
+    channels, height, width = raw.shape
+    if raw.dtype == np.uint8:
+        if height != width or height & (height - 1) or channels not in (1, 3):
+            unit = "channel" if channels == 1 else "channels"
+            raise ValueError(
+                f"{where}: is {width}x{height} pixels of {channels} {unit}; training takes square grey or RGB images "
+                f"whose side is a power of two: {hint}"
+            )
+    elif height != width or channels % 2:
+        raise ValueError(
+            f"{where}: contains {list(raw.shape)} numbers; raw latents are square and have an even number of channels "
+            "(means, then standard deviations)"
+        )
 
 
 @dataclass(frozen=True)

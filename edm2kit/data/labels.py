@@ -1,10 +1,14 @@
 """Image labels: classes or float vectors, from dataset.json, class folders, or notes inside generated images."""
 
+import hashlib
 import itertools
 import json
+import re
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -12,6 +16,9 @@ from edm2kit.data.archive import FolderArchive, ZipArchive
 from edm2kit.data.image_files import open_header
 from edm2kit.torch_utils.arrays import BROKEN
 from edm2kit.torch_utils.files import short_json
+
+if TYPE_CHECKING:
+    from edm2kit.data.dataset import Source
 
 RECORD = "generation.json"  # written beside generated images: how they were made
 LABELS_FILE = "dataset.json"
@@ -42,6 +49,16 @@ class ConditionSpace:
         if self.kind == "classes":
             rows[np.arange(len(labels)), labels] = 1
         return rows
+
+    def empty_classes(self, labels: np.ndarray) -> list[int]:
+        """The classes that none of `labels`, int64 [n], has; [] for vectors."""
+        if self.kind != "classes":
+            return []
+        return np.flatnonzero(np.bincount(labels, minlength=self.dimension) == 0).tolist()
+
+    def name_class(self, index: int) -> str:
+        """The number of a class and, if it has one, its name."""
+        return f"{index} {self.class_names[index]}" if self.class_names else str(index)
 
     def __str__(self) -> str:
         if self.kind == "none":
@@ -110,7 +127,8 @@ def read_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
     content = read_labels_file(archive)
     if content is None or content.get("labels") is None:
         return None
-    by_name = _check_entries(content["labels"], where)
+    found = find_extra(archive, LABELS_FILE)
+    by_name = _align(_check_entries(content["labels"], where), archive.names, found[0] if found else "", where)
     unlabelled = [name for name in archive.names if name not in by_name]
     if unlabelled:
         raise ValueError(f"{where}: has no label for {_some(unlabelled)}; label every image, or none")
@@ -139,10 +157,11 @@ def read_labels_file(archive: FolderArchive | ZipArchive) -> dict[str, Any] | No
 
     Raises ValueError if the file is not a JSON object.
     """
-    data = archive.read_extra(LABELS_FILE)
-    if data is None:
+    found = find_extra(archive, LABELS_FILE)
+    if found is None:
         return None
-    where = f"{archive.path}/{LABELS_FILE}"
+    folder, data = found
+    where = f"{archive.path}/{folder}{LABELS_FILE}"
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -152,6 +171,39 @@ def read_labels_file(archive: FolderArchive | ZipArchive) -> dict[str, Any] | No
             f'{where}: contains a JSON {type(content).__name__}; expected {{"labels": [[name, label], ...]}}'
         )
     return content
+
+
+def find_extra(archive: FolderArchive | ZipArchive, name: str) -> tuple[str, bytes] | None:
+    """The folder ("" or for example "photos/") and the bytes of the file `name` that belongs to the images.
+
+    It is at the top, or in a folder that all images share, as in a zip of a folder. None if there is no such file.
+    """
+    first, last = (path.split("/")[:-1] for path in (archive.names[0], archive.names[-1]))
+    shared = [part for part, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))]
+    for depth in range(len(shared) + 1):
+        folder = "".join(f"{part}/" for part in shared[:depth])
+        data = archive.read_extra(folder + name)
+        if data is not None:
+            return folder, data
+    return None
+
+
+def _align(by_name: dict[str, Any], names: Sequence[str], folder: str, where: str) -> dict[str, Any]:
+    """The labels under the archive's own names: entries may start in `folder`, or be written as another system does."""
+    known = set(names)
+    if known.issuperset(by_name):
+        return by_name
+    aligned: dict[str, Any] = {}
+    for name, label in by_name.items():
+        plain = name.replace("\\", "/").removeprefix("./")
+        forms = [name, folder + name, plain, folder + plain]
+        # systems differ in how they store an accent: as part of the letter, or after it
+        forms += [unicodedata.normalize(form, folder + plain) for form in ("NFC", "NFD")]
+        fitting = next((form for form in forms if form in known), name)
+        if fitting in aligned:
+            raise ValueError(f"{where}: labels {fitting} more than once")
+        aligned[fitting] = label
+    return aligned
 
 
 def read_label_vectors(path: str | Path) -> np.ndarray:
@@ -204,13 +256,34 @@ def noted_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
         note = open_header(archive.read(index), archive.where(index)).info.get("class")
         if note is None:
             without.append(name)
-        else:
+        elif isinstance(note, str) and re.fullmatch("[0-9]{1,7}", note):
             classes.append(int(note))
+        else:
+            raise ValueError(f"{archive.where(index)}: the class noted in it is {note!r:.60}; expected a number from 0")
     if not classes:
         return None
     if without:
         raise ValueError(f"{archive.path}: no class is noted in {_some(without)}; label every image, or none")
     return Labels(np.array(classes, np.int64))
+
+
+def pick_labels(found: Labels | None, picked: np.ndarray) -> tuple[np.ndarray | None, ConditionSpace]:
+    """The labels of the items `picked`, and the condition space of all labels `found`."""
+    if found is None:
+        return None, ConditionSpace()
+    return found.values[picked], found.space
+
+
+def labels_identity(source: "Source", digest: "hashlib._Hash") -> dict[str, Any]:
+    """The part of an identity that covers the labels; `digest` has hashed the items."""
+    if source.labels is None:
+        return {"label_dim": 0, "sha256": digest.hexdigest()}
+    vectors = source.condition_space.kind == "vectors"
+    digest.update(np.ascontiguousarray(source.labels, dtype="<f4" if vectors else "<i8").tobytes())
+    identity: dict[str, Any] = {"label_dim": source.label_dim, "sha256": digest.hexdigest()}
+    if vectors:
+        identity["label_kind"] = "vectors"
+    return identity
 
 
 def _check_entries(entries: object, where: str) -> dict[str, Any]:

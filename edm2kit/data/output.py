@@ -11,6 +11,7 @@ from pathlib import Path
 from edm2kit.data.archive import open_archive
 from edm2kit.data.dataset import FILE_EXTENSIONS
 from edm2kit.data.labels import LABELS_FILE, read_labels_file
+from edm2kit.torch_utils.checks import check_name
 from edm2kit.torch_utils.files import differences, file_lock, plain_json, write_json
 
 _LOCAL = struct.Struct("<4s5H3L2H")
@@ -33,10 +34,21 @@ def is_finished(dest: Path, settings: dict) -> bool:
     found = content.get("settings")
     if not isinstance(found, dict):
         raise ValueError(f"{dest} exists and was not made by this command; delete it or choose another --dest")
-    changed = differences(found, plain_json(settings))
+    changed = differences(found, _comparable(plain_json(settings), found))
     if changed:
         raise ValueError(f"{dest} is a data set with {'; '.join(changed[:3])}; delete it or choose another --dest")
     return True
+
+
+def _comparable(settings: dict, found: dict) -> dict:
+    """`settings` without the contents of the source, if the record `found` is older than that entry."""
+    if "source_digest" in found:
+        settings = {**settings, "source_digest": found["source_digest"]}
+        del settings["source_content"]
+    source = settings.get("source")
+    if isinstance(source, dict) and isinstance(found.get("source"), dict) and "content" not in found["source"]:
+        settings = {**settings, "source": {key: value for key, value in source.items() if key != "content"}}
+    return settings
 
 
 class PartialDataset:
@@ -63,14 +75,14 @@ class PartialDataset:
     def _open_writer(self) -> "_FolderWriter | _ZipWriter":
         settings_file = self.folder / "settings.json"
         if settings_file.exists() and (self.folder / "data").exists():
-            changed = differences(json.loads(settings_file.read_bytes()), plain_json(self.settings))
+            changed = differences(_read_settings(settings_file), plain_json(self.settings))
             if changed:
                 raise ValueError(
                     f"{self.folder} contains an unfinished data set with {'; '.join(changed[:3])}; run with its "
                     "settings to finish it, or delete it"
                 )
         write_json(settings_file, self.settings)
-        writer = _ZipWriter if self.dest.suffix == ".zip" else _FolderWriter
+        writer = _ZipWriter if self.dest.suffix.lower() == ".zip" else _FolderWriter
         return writer(self.folder / "data")
 
     def __enter__(self) -> "PartialDataset":
@@ -83,7 +95,8 @@ class PartialDataset:
             shutil.rmtree(self.folder)
 
     def add(self, name: str, data: bytes) -> None:
-        """Write one file."""
+        """Write one file; raises ValueError for a name that would leave the folder."""
+        check_name(name, self.dest)
         self._writer.add(name, data)
         self._num_files += 1
 
@@ -95,6 +108,16 @@ class PartialDataset:
             self.dest.rmdir()  # empty, or is_finished would have refused it
         os.replace(self.folder / "data", self.dest)
         shutil.rmtree(self.folder)
+
+
+def _read_settings(path: Path) -> dict:
+    try:
+        settings = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete {path.parent} and run the command again") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is damaged; delete {path.parent} and run the command again")
+    return settings
 
 
 class _FolderWriter:
@@ -142,7 +165,7 @@ class _ZipWriter:
             whole = len(data) == num_bytes and zlib.crc32(data) == checksum
             if not whole or name in (b"", LABELS_FILE.encode()):
                 break
-            self._entries[name.decode()] = (end, num_bytes, checksum)
+            self._entries[os.fsdecode(name)] = (end, num_bytes, checksum)
             end = self._file.tell()
         self._file.seek(end)
         self._file.truncate()
@@ -151,7 +174,7 @@ class _ZipWriter:
     def add(self, name: str, data: bytes) -> None:
         if len(data) >= _LIMIT_32:
             raise ValueError(f"{name}: has {len(data)} bytes, too many for one file in a zip; use a folder as --dest")
-        checksum, path = zlib.crc32(data), name.encode()
+        checksum, path = zlib.crc32(data), os.fsencode(name)
         self._entries[name] = (self._file.tell(), len(data), checksum)
         fields = (20, 0x800, 0, 0, _DATE_1980, checksum, len(data), len(data), len(path), 0)
         self._file.write(_LOCAL.pack(b"PK\x03\x04", *fields) + path + data)
@@ -159,7 +182,7 @@ class _ZipWriter:
     def finish(self) -> None:
         start = self._file.tell()
         for name, (offset, num_bytes, checksum) in self._entries.items():
-            path = name.encode()
+            path = os.fsencode(name)
             extra = struct.pack("<2HQ", 1, 8, offset) if offset >= _LIMIT_32 else b""
             fields = (45, 45, 0x800, 0, 0, _DATE_1980, checksum, num_bytes, num_bytes, len(path), len(extra), 0, 0, 0)
             attributes = 0o100644 << 16

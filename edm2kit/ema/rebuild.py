@@ -18,7 +18,7 @@ from edm2kit.ema.power_function import profile_fit, solve_posthoc_coefficients
 from edm2kit.ema.weighted_sums import network_tensors, weighted_sums
 from edm2kit.snapshots.file_format import STORED_DTYPES, Header, SnapshotWriter
 from edm2kit.snapshots.loading import Weights, open_weights
-from edm2kit.torch_utils.files import code_commit
+from edm2kit.torch_utils.files import code_commit, sampled_sha256
 
 # RMS rounding error relative to the RMS value, per eps: uniform on half a unit in the last place, mantissas log-uniform
 _ROUNDING = math.sqrt(math.log(2) / 18)
@@ -193,7 +193,13 @@ def _output_header(inputs: Sequence[Weights], coefficients: np.ndarray, nimg: in
     recipe = {
         "method": "post-hoc EMA (Karras et al. 2023, Algorithm 3)",
         "inputs": [
-            {"name": w.name, "nimg": w.header.nimg, "ema_std": w.header.ema_std, "dtype": w.header.dtype}
+            {
+                "name": w.name,
+                "nimg": w.header.nimg,
+                "ema_std": w.header.ema_std,
+                "dtype": w.header.dtype,
+                "content": None if w.path is None else sampled_sha256(w.path),
+            }
             for w in (inputs[i] for i in candidates)
         ],
         "coefficients": [float(coefficients[i]) for i in candidates],

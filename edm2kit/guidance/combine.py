@@ -222,3 +222,11 @@ def _joint_dtype(*results: torch.Tensor) -> torch.dtype:
     for result in results:
         dtype = torch.promote_types(dtype, result.dtype)
     return dtype
+
+
+def lead_away(net: Denoiser, negatives: Sequence[Negative], rule: Combine) -> Guided | Combination:
+    """The denoiser `net` led away from `negatives`, as simple as the rule allows."""
+    only = negatives[0]
+    if len(negatives) == 1 and rule is linear and not isinstance(only.source, DerivedNegative | Perturbed):
+        return Guided(net, only.source, only.weight)
+    return Combination(net, tuple(negatives), rule)

@@ -9,7 +9,7 @@ from typing import Any
 from edm2kit.denoiser import Denoiser
 from edm2kit.guidance.base import Method, Option, Parts, Rule
 from edm2kit.guidance.classifier import classifier_guidance
-from edm2kit.guidance.combine import Negative
+from edm2kit.guidance.combine import Negative, lead_away, linear
 from edm2kit.guidance.interval import GuidanceInterval
 from edm2kit.guidance.losses import loss_guidance
 from edm2kit.guidance.own_network import (
@@ -27,7 +27,7 @@ from edm2kit.guidance.own_network import (
     truncation,
     tsg,
 )
-from edm2kit.guidance.reuse import NO_REUSE, Reuse, combined
+from edm2kit.guidance.reuse import NO_REUSE, Reuse, Reusing
 from edm2kit.guidance.rules import RULES
 from edm2kit.guidance.second_network import autoguidance, cfg, cfg_plus_autoguidance, reg
 from edm2kit.guidance.weight_schedule import SCHEDULES, with_schedule
@@ -294,8 +294,13 @@ def guide(choice: Choice, parts: Parts) -> Denoiser:
             negatives.append(Negative(source, weight))
     guided = parts.net
     if negatives:
-        rule = RULES[choice.rule].make(**options["rule"])
-        guided = with_schedule(combined(parts.net, negatives, rule, choice.reuse), choice.schedule, choice.method)
+        rule = linear if choice.rule == "linear" else RULES[choice.rule].make(**options["rule"])
+        if choice.reuse == NO_REUSE:
+            guided = lead_away(parts.net, negatives, rule)
+        else:
+            guided = Reusing(parts.net, tuple(negatives), rule, reuse=choice.reuse)
+        if choice.schedule != "constant":
+            guided = with_schedule(guided, choice.schedule, choice.method)
     elif choice.rule != "linear":
         raise ValueError(f"a rule needs a weighted difference; guidance method {choice.method} has none")
     elif choice.reuse != NO_REUSE:
@@ -304,7 +309,9 @@ def guide(choice: Choice, parts: Parts) -> Denoiser:
         build = METHODS[name].build
         assert build is not None
         own_parts = replace(parts_for(name, weights, parts), net=guided)
-        guided = with_schedule(build(own_parts, weights[name], **options[name]), choice.schedule, name)
+        guided = build(own_parts, weights[name], **options[name])
+        if choice.schedule != "constant":
+            guided = with_schedule(guided, choice.schedule, name)
     if choice.interval is None:
         return guided
     return GuidanceInterval(guided, parts.net, *choice.interval)

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 
 from edm2kit.conditions import ConditionLike
-from edm2kit.denoiser import Denoiser
-from edm2kit.guidance.combine import Combination, Combine, DerivedNegative, Evaluation, Guided, Negative, linear
-from edm2kit.guidance.network_call import Perturbed
+from edm2kit.guidance.combine import Combination, Evaluation
 from edm2kit.torch_utils.rng import StackedGenerator
 
 
@@ -151,13 +149,3 @@ def _cosine(D: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """The cosine between two images over all their values, [N]."""
     cosine = torch.nn.functional.cosine_similarity(D.flatten(1).float(), other.flatten(1).float(), dim=1)
     return cosine.clamp(max=1.0)  # rounding may give more
-
-
-def combined(net: Denoiser, negatives: list[Negative], rule: Combine, reuse: Reuse) -> Guided | Combination:
-    """The denoiser `net` led away from `negatives`, as simple as the rule and `reuse` allow."""
-    if reuse != NO_REUSE:
-        return Reusing(net, tuple(negatives), rule, reuse=reuse)
-    only = negatives[0]
-    if len(negatives) == 1 and rule is linear and not isinstance(only.source, DerivedNegative | Perturbed):
-        return Guided(net, only.source, only.weight)
-    return Combination(net, tuple(negatives), rule)

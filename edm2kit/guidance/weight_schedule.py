@@ -184,8 +184,6 @@ def with_schedule(guided: Any, name: str, method: str) -> Denoiser:
 
     Raises ValueError if it has no weight to change.
     """
-    if name == "constant":
-        return guided
     if name == CFG_PLUS_PLUS:
         return CFGPlusPlus(guided)
     if not hasattr(guided, "scaled"):

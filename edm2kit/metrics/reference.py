@@ -15,6 +15,7 @@ from edm2kit.torch_utils.files import atomic_write
 from edm2kit.torch_utils.pickles.reader import load_pickle
 
 FORMAT_VERSION = 1
+_MAX_BYTES = 1 << 28  # statistics of three detectors take a quarter of it
 # the errors that values of an unexpected kind lead to
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
@@ -89,6 +90,11 @@ def load_reference(path: str | Path) -> Reference:
 
     Example: `load_reference("img512.pkl").of("fid").mean`
     """
+    if Path(path).is_dir():
+        raise ValueError(
+            f"{path} is a folder; it takes reference statistics. Make them with "
+            f"`python calculate_metrics.py ref --data {path} --dest ref.npz`"
+        )
     with open(path, "rb") as file:
         is_zip = file.read(2) == b"PK"
     try:
@@ -106,7 +112,8 @@ def load_reference(path: str | Path) -> Reference:
 
 
 def _read_npz(path: str | Path) -> Reference:
-    arrays = read_npz(path, skip=("arr_0",))  # the images in a reference batch of ADM: up to gigabytes
+    # arr_0 holds the images in a reference batch of ADM: up to gigabytes
+    arrays = read_npz(path, skip=("arr_0",), max_bytes=_MAX_BYTES)
     if "header" not in arrays:
         if not arrays:
             raise ValueError("it holds images without statistics; compute them with `calculate_metrics.py ref --data`")
@@ -117,6 +124,9 @@ def _read_npz(path: str | Path) -> Reference:
     header = json.loads(str(arrays["header"]))
     if header["format_version"] != FORMAT_VERSION:
         raise ValueError(f"its format is version {header['format_version']}; this program reads {FORMAT_VERSION}")
+    for name, kind in {"fingerprints": dict, "source": dict, "num_images": int | None}.items():
+        if not isinstance(header[name], kind):
+            raise ValueError(f"its header has {name} {header[name]!r:.60}, which is of the wrong type")
     statistics = {
         metric: _statistics(arrays[f"{metric}.mu"], arrays[f"{metric}.sigma"], fingerprint)
         for metric, fingerprint in header["fingerprints"].items()

@@ -8,7 +8,10 @@ import torch
 from PIL import Image
 
 from edm2kit.models.vae import STABILITY_VAE, load_vae, vae_decode, vae_pixels
+from edm2kit.torch_utils.checks import check_type
 from edm2kit.torch_utils.rng import RandomSource
+
+_MAX_CHANNELS = 1024
 
 
 class Encoder(Protocol):
@@ -67,6 +70,14 @@ class StabilityVAEEncoder:
         final_mean: float = 0.0,
         final_std: float = 0.5,
     ):
+        check_type(vae_name, str, "vae_name")
+        lengths = [np.shape(raw_mean), np.shape(raw_std)]
+        if lengths[0] != lengths[1] or len(lengths[0]) != 1 or not 0 < lengths[0][0] <= _MAX_CHANNELS:
+            raise ValueError(
+                f"raw_mean and raw_std need one number per channel, at most {_MAX_CHANNELS}; got {lengths}"
+            )
+        if np.shape(final_mean) or np.shape(final_std):
+            raise ValueError("final_mean and final_std are single numbers")
         self.vae_name, self.raw_mean, self.raw_std = vae_name, tuple(raw_mean), tuple(raw_std)
         self.final_mean, self.final_std = final_mean, final_std
         scale = np.float32(final_std) / np.asarray(raw_std, dtype=np.float32)
@@ -124,13 +135,14 @@ def make_encoder(spec: Mapping[str, Any]) -> Encoder:
 
     Raises ValueError for an unknown kind or argument. Example: `make_encoder({"kind": "rgb"})`.
     """
+    check_type(spec, Mapping[str, Any], "the encoder")
     arguments = dict(spec)
     kind = arguments.pop("kind", None)
-    if kind not in ENCODERS:
+    if not isinstance(kind, str) or kind not in ENCODERS:
         raise ValueError(f"unknown encoder {kind!r}; available: {', '.join(ENCODERS)}")
     try:
         return ENCODERS[kind](**arguments)
-    except TypeError as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"encoder {kind!r}: {error}") from error
 
 

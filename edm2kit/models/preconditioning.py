@@ -16,10 +16,13 @@ from torch import nn
 from edm2kit.conditions import ConditionLike, condition_tensor
 from edm2kit.denoiser import AttentionRole
 from edm2kit.models.layers import MPConv, MPFourier, normalize_weights_
+from edm2kit.torch_utils.checks import check_type, short
 
 # the names that command lines, configs and records use
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+_MAX_SIZE, _MAX_LENGTH = 1 << 16, 128  # of numbers and lists among the arguments of a network
+_CAN_BE_OFF = ("clip_act",)  # with null
 LOGVAR_CHANNELS = 128  # default width of the uncertainty head
 
 # dtype -> functions of torch.cpu that report fast instructions for it; older versions of torch lack some of them
@@ -261,6 +264,32 @@ def evaluation_only_(net: nn.Module) -> nn.Module:
     return net.eval().requires_grad_(False)
 
 
+def _check_argument(name: str, value: Any, default: Any) -> None:
+    """Raise ValueError unless `value` is of the type of `default`; None may stand for an optional number."""
+    if isinstance(default, tuple | list):
+        whole = all(isinstance(item, int) for item in default)
+        check_type(value, tuple[int, ...] if whole else tuple[float, ...], name)
+        if len(value) > _MAX_LENGTH:
+            raise ValueError(f"{name} has {len(value)} entries; at most {_MAX_LENGTH} are allowed")
+        numbers = list(value)
+    elif isinstance(default, bool):
+        return check_type(value, bool, name)
+    elif isinstance(default, int):
+        check_type(value, int, name)
+        numbers = [value]
+    elif default is None:
+        check_type(value, Any if isinstance(value, str | Mapping) else float | None, name)
+        return None
+    elif isinstance(default, float):
+        return check_type(value, float | None if name in _CAN_BE_OFF else float, name)
+    else:
+        return None
+    for number in numbers:
+        if not 0 <= number <= _MAX_SIZE:
+            raise ValueError(f"{name} must be from 0 to {_MAX_SIZE}; got {short(number)}")
+    return None
+
+
 @dataclass(frozen=True)
 class NetworkKind:
     """How to make, train and evaluate one kind of network.
@@ -285,9 +314,14 @@ class NetworkKind:
     freeze_: Callable[[Any], Any] = evaluation_only_
 
     def check_arguments(self, network: Mapping[str, Any], name: str) -> None:
-        """Raise ValueError for a key of `network` (a configuration's mapping) that this kind, `name`, does not take."""
+        """Raise ValueError for a key of `network` (a configuration's mapping) that this kind, `name`, does not take.
+
+        Values must be of the type of their defaults, and in a range that makes sense.
+        """
         known = [*self.defaults, "logvar_channels"]
         for argument in network:
+            if argument in known:
+                _check_argument(argument, network[argument], self.defaults.get(argument, LOGVAR_CHANNELS))
             if argument == "kind" or argument in known:
                 continue
             close = difflib.get_close_matches(str(argument), known, n=1, cutoff=0.4)

@@ -35,7 +35,8 @@ class Engine:
     `sampler` is (denoiser, noise, condition, randn_like) -> x0, such as `edm2kit.sampling.solvers.Sampler`. `decode`
     turns float32 latents [N,C,H,W] into uint8 images. `shape` is the shape of one latent, (C, H, W).
 
-    `label_dim` is the number of classes, 0 for an unconditional denoiser. Each image gets a random class; with
+    `label_dim` is the number of classes, 0 for an unconditional denoiser. Each image gets a random class, none of
+    `empty_classes`; with
     `classes`, seed s gets class classes[s % len(classes)]. For a denoiser conditioned on float vectors, `vectors`
     [M, label_dim] are those to choose from, and `classes` are rows of it. With `pad`, all batches have the same size,
     as a compiled denoiser is compiled again for each size: the last one is filled up with images that are dropped.
@@ -52,6 +53,7 @@ class Engine:
     classes: Sequence[int] | None = None
     vectors: torch.Tensor | None = None
     pad: bool = False
+    empty_classes: Sequence[int] = ()
 
     def batches(self, seeds: Sequence[int], batch_size: int) -> Iterator[ImageBatch]:
         """The images of `seeds`, in that order, at most `batch_size` at a time; no batches if there are no seeds.
@@ -92,6 +94,9 @@ class Engine:
         """The class, or the row of `vectors`, of each image: int64 [N]; None for an unconditional denoiser."""
         if self.label_dim == 0:
             return None
+        if self.vectors is None and self.classes is None and 0 < len(self.empty_classes) < self.label_dim:
+            pool = [k for k in range(self.label_dim) if k not in set(self.empty_classes)]
+            return torch.tensor(pool, device=self.device)[rng.randint(len(pool), size=[len(seeds)])]
         drawn = rng.randint(self.label_dim if self.vectors is None else len(self.vectors), size=[len(seeds)])
         if self.classes is None:
             return drawn

@@ -15,7 +15,7 @@ import torch
 
 from edm2kit.conditions import ConditionLike
 from edm2kit.denoiser import Denoiser, after_step, for_step
-from edm2kit.sampling.churn import NO_CHURN, Churn, RandnLike, refuse_churn
+from edm2kit.sampling.noise_levels import NO_CHURN, Churn, RandnLike, refuse_churn
 
 History = Sequence[torch.Tensor]  # of the evaluations so far, the latest first
 # (x, history, levels, i) -> x after step i; levels[i - k] is the noise level of history[k]

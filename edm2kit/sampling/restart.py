@@ -6,8 +6,7 @@ import torch
 
 from edm2kit.conditions import ConditionLike
 from edm2kit.denoiser import Denoiser, after_step, for_step
-from edm2kit.sampling.churn import NO_CHURN, Churn, RandnLike, refuse_churn
-from edm2kit.sampling.noise_levels import karras_sigmas
+from edm2kit.sampling.noise_levels import NO_CHURN, Churn, RandnLike, karras_sigmas, refuse_churn
 
 Interval = tuple[int, int, float, float]
 

@@ -13,16 +13,20 @@ import torch
 
 from edm2kit.conditions import ConditionLike
 from edm2kit.denoiser import Denoiser, after_step, for_step
-from edm2kit.sampling.churn import NO_CHURN, Churn, RandnLike, refuse_churn, refuse_negative
 from edm2kit.sampling.multistep import deis, dpmpp2m, dpmpp3m, ipndm, unipc
 from edm2kit.sampling.noise_levels import (
     AYS,
     LEVELS,
+    NO_CHURN,
     TEACHER_STEPS,
+    Churn,
+    RandnLike,
     ays_sigmas,
     karras_sigmas,
     listed_sigmas,
     parse_levels,
+    refuse_churn,
+    refuse_negative,
 )
 from edm2kit.sampling.restart import Restart, restart
 

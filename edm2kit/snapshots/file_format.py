@@ -16,11 +16,14 @@ from torch import nn
 
 from edm2kit.models.networks import DEFAULT_NETWORK, NETWORKS
 from edm2kit.models.preconditioning import Preconditioner
+from edm2kit.torch_utils.checks import check_fields, check_type
 from edm2kit.torch_utils.files import atomic_write, code_commit
 
 FORMAT_VERSION = 2  # 2 names the kind of network; files of version 1 all hold "edm2"
 _HEADER_KEY = "edm2_snapshot"
 _MAX_BLOCKS = 1000  # EDM2-XXL has 12
+_SIZES = ("img_resolution", "img_channels", "label_dim", "sigma_data")
+_MAX_SIZE = 1 << 24
 # how a header names a dtype -> how safetensors names it, and the dtype
 STORED_DTYPES = {
     "float16": ("F16", torch.float16),
@@ -61,6 +64,12 @@ class Header:
     label_kind: str = "classes"
     buffers: tuple[str, ...] | None = None
 
+    @property
+    def classes_without_images(self) -> tuple[int, ...]:
+        """The classes that had no image in training, as far as the file says."""
+        found = self.training_config.get("classes_without_images", [])
+        return tuple(k for k in found if type(k) is int) if isinstance(found, list) else ()
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
@@ -68,12 +77,16 @@ class Header:
     def from_json(text: str) -> "Header":
         values = json.loads(text)
         version = values.get("format_version", 0)
+        check_type(version, int, "format_version")
         if version > FORMAT_VERSION:
             raise ValueError(f"snapshot format {version} is newer than {FORMAT_VERSION}; update this code")
         values["format_version"] = FORMAT_VERSION  # what older versions leave out has its default
         for name in ("label_names", "buffers"):
             if values.get(name) is not None:
                 values[name] = tuple(values[name])
+        check_fields(values, Header)
+        if values["nimg"] < 0 or values.get("label_kind", "classes") not in ("classes", "vectors"):
+            raise ValueError(f"it has nimg {values['nimg']} and label_kind {values.get('label_kind')!r:.60}")
         return Header(**values)
 
 
@@ -192,7 +205,9 @@ def read_header(path: str | Path) -> Header:
         raise ValueError(f"{path} is a safetensors file but not a snapshot of this project (no {_HEADER_KEY} header)")
     try:
         return Header.from_json(text)
-    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError, OverflowError, ValueError) as error:
+        if "is newer than" in str(error):
+            raise ValueError(f"{path}: {error}") from error
         raise ValueError(f"{path}: the snapshot header is damaged ({error})") from error
 
 
@@ -245,9 +260,16 @@ def network_on_meta(header: Header, source: str | Path = "the snapshot") -> Prec
         blocks = kind.count_blocks({**kind.defaults, **header.architecture})
         if blocks > _MAX_BLOCKS:
             raise ValueError(f"it asks for {blocks} blocks; at most {_MAX_BLOCKS} are allowed")
+        sizes = {name: header.architecture[name] for name in _SIZES if name in header.architecture}
+        for name, value in sizes.items():
+            check_type(value, float if name == "sigma_data" else int, name)
+            if not 0 <= value <= _MAX_SIZE:
+                raise ValueError(f"{name} is {value}; at most {_MAX_SIZE} is allowed")
+        rest = {name: value for name, value in header.architecture.items() if name not in sizes}
+        kind.check_arguments(rest, header.network)
         with torch.device("meta"):
             return kind.build(**header.architecture)
-    except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
         message = re.sub(r"\w+\.__init__\(\) ", "", str(error).partition("\n")[0])
         raise ValueError(f"{source}: cannot build its network: {message}") from error
 

@@ -111,6 +111,8 @@ def _named_tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, StoredT
 
 def _own_tensors(state: Mapping[str, Any], kind: str, prefix: str) -> Iterator[tuple[str, StoredTensor]]:
     not_saved = state.get("_non_persistent_buffers_set", ())
+    if not isinstance(not_saved, set | list | tuple | dict):
+        raise ValueError(f"{prefix or 'ema'!r:.100} has no set of buffers that are not saved")
     for name, tensor in _entries(state, kind, prefix):
         if name in not_saved:
             continue

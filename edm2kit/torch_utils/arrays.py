@@ -1,11 +1,13 @@
 """Reading .npz files from untrusted sources: nothing in them is executed, and sizes are checked first."""
 
+import math
 import struct
 import zipfile
 import zlib
 from collections.abc import Collection
 from pathlib import Path
 from tokenize import TokenError
+from typing import IO
 
 import numpy as np
 
@@ -17,19 +19,26 @@ BROKEN = (
 )
 
 
-def read_npz(path: str | Path, skip: Collection[str] = ()) -> dict[str, np.ndarray]:
+def read_npz(path: str | Path, skip: Collection[str] = (), max_bytes: int | None = None) -> dict[str, np.ndarray]:
     """The arrays of the .npz file at `path`, by name, without those in `skip`, which may be of any size.
 
-    Raises ValueError if the file is damaged, contains objects, or claims more than 1 GiB; the message is one line
-    with the reason, to which the caller adds the name of the file. Raises OSError if it cannot be opened.
+    Raises ValueError if the file is damaged, contains objects, or claims more than `max_bytes`, counting at least 8 for
+    each number; the message is one line with the reason, to which the caller adds the name of the file. Raises OSError
+    if it cannot be opened.
     """
+    max_bytes = max_bytes or _MAX_BYTES
     with open(path, "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 read = [info for info in archive.infolist() if info.filename.removesuffix(".npy") not in skip]
                 claimed = sum(info.file_size for info in read)
-            if claimed > _MAX_BYTES:
-                raise ValueError(f"its arrays have {claimed} bytes; the limit is {_MAX_BYTES}")
+                if claimed > max_bytes:
+                    raise ValueError(f"its arrays have {claimed} bytes; the limit is {max_bytes}")
+                for info in read:
+                    with archive.open(info) as member:
+                        is_array = member.read(6) == np.lib.format.MAGIC_PREFIX
+                        member.seek(0)
+                        max_bytes -= _check_header(member, info.filename, max_bytes) if is_array else 0
             file.seek(0)
             found = {}
             with np.load(file, allow_pickle=False) as arrays:
@@ -42,6 +51,30 @@ def read_npz(path: str | Path, skip: Collection[str] = ()) -> dict[str, np.ndarr
             return found
         except BROKEN as error:
             raise ValueError(_reason(error)) from error
+
+
+def read_npz_array(path: str | Path, name: str) -> np.ndarray:
+    """One array of an .npz file; other arrays may be of any size. Raises as `read_npz`."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+            _check_header(member, name, _MAX_BYTES)
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[name]
+    except BROKEN as error:
+        raise ValueError(_reason(error)) from error
+
+
+def _check_header(member: IO[bytes], name: str, max_bytes: int) -> int:
+    """The bytes that an array takes as float64, from its header; raises ValueError if they are above the limit."""
+    version = np.lib.format.read_magic(member)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in read_header:
+        raise ValueError(f"{name!r:.60} has an unknown version of the .npy format")
+    shape, _, dtype = read_header[version](member)
+    num_bytes = math.prod(shape) * max(dtype.itemsize, 8)
+    if num_bytes > max_bytes:
+        raise ValueError(f"its array {name!r:.60} is {dtype} {list(shape)}, too large: the limit is {max_bytes} bytes")
+    return max(num_bytes, 0)
 
 
 def map_npz_array(path: str | Path, name: str) -> np.ndarray:

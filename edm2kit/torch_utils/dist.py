@@ -169,16 +169,26 @@ def _is_first_to_report(text: str) -> bool:
         return True
 
 
+def printable(text: str) -> str:
+    """`text` with escapes instead of characters that control a terminal or cannot be printed.
+
+    Names and notes in files may contain anything.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def print0(*args: object) -> None:
     """Print on rank 0 only, and flush."""
     if rank() == 0:
-        _say(" ".join(map(str, args)) + "\n", sys.stdout)
+        _say(" ".join(printable(str(arg)) for arg in args) + "\n", sys.stdout)
 
 
 def warn0(message: str) -> None:
     """Print a warning to standard error on rank 0 only."""
     if rank() == 0:
-        _say(f"Warning: {message}\n", sys.stderr)
+        _say(f"Warning: {printable(message)}\n", sys.stderr)
 
 
 def _say(text: str, stream: TextIO) -> None:

@@ -204,6 +204,15 @@ def load_checkpoint(
         raise ValueError(f"checkpoint {path} cannot be read ({_first_line(error)})") from error
 
 
+def read_run_id(path: Path) -> str | None:
+    """The run that a checkpoint belongs to; None if it does not say, or cannot be read (loading it reports that)."""
+    try:
+        progress = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["progress"]
+        return progress.get("run_id")
+    except Exception:  # torch.load raises a dozen types of errors for damaged files
+        return None
+
+
 def prune_checkpoints(run_dir: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints (0 keeps all); none if the newest was written wrongly."""
     old = list_checkpoints(run_dir)[:-keep] if keep else []

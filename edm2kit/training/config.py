@@ -17,10 +17,12 @@ from edm2kit.ema.power_function import std_to_exp
 from edm2kit.models.networks import DEFAULT_NETWORK, NETWORKS
 from edm2kit.models.preconditioning import PRECISIONS
 from edm2kit.snapshots.file_format import STORED_DTYPES
+from edm2kit.torch_utils.checks import check_type, count_nodes
 from edm2kit.torch_utils.files import atomic_write
 
 PRESET_FOLDER = Path(__file__).parents[1] / "configs" / "train"
 _COUNT_UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
+_MAX_YAML_BYTES, _MAX_YAML_VALUES = 1 << 20, 10_000
 _SIZES = ("xxs", "xs", "s", "m", "l", "xl", "xxl")
 
 
@@ -122,16 +124,8 @@ class TrainConfig:
     snapshot_dtype: str = _setting("float16", "Data type of the weights in snapshots", choices=tuple(STORED_DTYPES))
 
     def __post_init__(self) -> None:
-        expected_types: dict[object, type | tuple[type, ...]] = {int: int, float: (int, float), bool: bool, str: str}
         for f in dataclasses.fields(self):
-            expected = expected_types.get(f.type)
-            if expected is None:
-                continue
-            value = getattr(self, f.name)
-            unwanted_bool = isinstance(value, bool) and f.type is not bool
-            if unwanted_bool or not isinstance(value, expected):
-                name = getattr(f.type, "__name__", f.type)
-                raise ValueError(f"{option_of(f.name)} must be {name}; got {value!r}")
+            check_type(getattr(self, f.name), f.type, option_of(f.name))
         for f in dataclasses.fields(self):
             if not _all_finite(getattr(self, f.name)):
                 raise ValueError(f"{option_of(f.name)} must be finite; got {getattr(self, f.name)}")
@@ -142,6 +136,11 @@ class TrainConfig:
         for name in ("workers", "ref_batches", "rampup_nimg", "keep_checkpoints", "max_lost_steps", *intervals):
             if getattr(self, name) < 0:
                 raise ValueError(f"{option_of(name)} must not be negative; got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.adam_betas) or self.adam_eps < 0:
+            raise ValueError(
+                "adam_betas must be from 0 to below 1, and adam_eps not negative; "
+                f"got {self.adam_betas}, {self.adam_eps}"
+            )
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"{option_of('label_dropout')} must be between 0 and 1; got {self.label_dropout}")
         for f in dataclasses.fields(self):
@@ -156,7 +155,7 @@ class TrainConfig:
         if not self.ema_stds or len({f"{std:.3f}" for std in self.ema_stds}) < len(self.ema_stds):
             raise ValueError(f"ema_stds must be lengths that differ in three decimals; got {list(self.ema_stds)}")
         std_to_exp(self.ema_stds)
-        if self.network_kind not in NETWORKS:
+        if not isinstance(self.network_kind, str) or self.network_kind not in NETWORKS:
             raise ValueError(f"unknown kind of network {self.network_kind!r}; known kinds: {', '.join(NETWORKS)}")
         NETWORKS[self.network_kind].check_arguments(self.network, self.network_kind)
 
@@ -214,14 +213,51 @@ def config_from_dict(values: Mapping[str, Any], source: str) -> TrainConfig:
         raise ValueError(f"{source}: {error}") from error
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without its traps: a key given twice and numbers that are not what they look like are errors."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r:.60} is given twice")
+        return super().construct_mapping(node, deep)
+
+    def construct_plain_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node)
+        if not re.fullmatch(r"[-+]?(0|[1-9][0-9_]{0,30})", text):  # 010 would be 8, and 1:30 would be 90
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{text!r:.60} is not a plain number; write it without leading zeros, colons and prefixes"
+            )
+        return int(text)
+
+    def construct_plain_float(self, node: yaml.ScalarNode) -> float:
+        text = self.construct_scalar(node)
+        if ":" in text:
+            raise yaml.constructor.ConstructorError(None, None, f"{text!r:.60} is not a plain number")
+        return self.construct_yaml_float(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_plain_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_plain_float)
+# YAML 1.1 takes 1e-3 for text
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises ValueError if it cannot be read or is not a mapping."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if Path(path).stat().st_size > _MAX_YAML_BYTES:
+            raise ValueError(f"{path} is larger than a configuration can be ({_MAX_YAML_BYTES} bytes)")
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the configuration {path}: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if count_nodes(values) >= _MAX_YAML_VALUES:
+        raise ValueError(f"{path} repeats its parts: it stands for {_MAX_YAML_VALUES} values or more")
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of names to values")
     return values

@@ -348,3 +348,23 @@ class _FusedAttention(torch.autograd.Function):
 
 def _nbytes(storages: dict[int, torch.UntypedStorage], but: Iterable[int] = ()) -> int:
     return sum(storage.nbytes() for key, storage in storages.items() if key not in but)
+
+
+def memory_advice(forecast: Forecast, free_bytes: int, micro_batch: int) -> str | None:
+    """What to do if a run needs more than `free_bytes` on its GPU with `micro_batch` images at a time; None if it fits.
+
+    The forecast is a lower bound, so a run that fits may still run out of memory.
+    """
+    needed = forecast.memory
+    if needed.total <= free_bytes:
+        return None
+    helpful = [name for name, choice in forecast.choices.items() if choice.total <= free_bytes]
+    # activations are in proportion to the images
+    fitting = int(micro_batch * (free_bytes - needed.state) / max(needed.activations, 1))
+    if fitting >= 1 and needed.state + needed.sampling <= free_bytes:
+        helpful.insert(0, f"--batch-gpu {1 << (fitting.bit_length() - 1)}")
+    advice = f"use {' or '.join(helpful)}"
+    if not helpful:
+        advice = "none of --batch-gpu, --recompute and --shard suffices; use a larger GPU or a smaller network"
+    needs = f"a process needs {needed.total / 1e9:.1f} GB or more, and its GPU has {free_bytes / 1e9:.1f} GB free"
+    return f"{needs}; {advice}"

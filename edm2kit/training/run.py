@@ -26,10 +26,10 @@ from edm2kit.models.preconditioning import PRECISIONS, slow_precision
 from edm2kit.snapshots.file_format import Header
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write, differences, exclusive, provenance
-from edm2kit.training.checkpoint import DivergenceError, list_checkpoints
+from edm2kit.training.checkpoint import DivergenceError, list_checkpoints, read_run_id
 from edm2kit.training.config import TrainConfig, config_to_dict, read_yaml, refuse_changes, run_id, write_config
 from edm2kit.training.fine_tuning import adopt_source, check_source
-from edm2kit.training.log import Forecast, RunLog, make_forecast
+from edm2kit.training.log import RunLog, make_forecast, memory_advice
 from edm2kit.training.loop import Trainer, training_loop
 from edm2kit.training.loss import TrainingLoss
 
@@ -175,7 +175,10 @@ def prepare_run(config: TrainConfig, run_dir: str | Path, teacher: Mapping[str, 
     over the processes), or if the folder holds another run.
     """
     run = resolve(config, open_source(config.data, use_labels=config.cond), Path(run_dir), teacher)
-    _check_run_dir(run)
+    recorded = _check_run_dir(run)
+    if recorded is not None and "content" not in recorded["data_identity"]:
+        # a run from before contents were recorded keeps its name, which its snapshots share
+        run = dataclasses.replace(run, header=dataclasses.replace(run.header, run_id=recorded["run_id"]))
     return run
 
 
@@ -200,6 +203,8 @@ def resolve(
         network=config.network,
     )
     identity, training_config = dataset.identity(), config_to_dict(config)
+    if config.cond and dataset.labels is not None and (empty := dataset.condition_space.empty_classes(dataset.labels)):
+        training_config["classes_without_images"] = empty
     if teacher is not None:
         identity["teacher"] = training_config["teacher"] = dict(teacher)
     header = Header(
@@ -221,34 +226,22 @@ def resolve(
     return Run(config, dataset, encoder, header, notices, identity, sizes, run_dir)
 
 
-def memory_advice(forecast: Forecast, free_bytes: int, micro_batch: int) -> str | None:
-    """What to do if a run needs more than `free_bytes` on its GPU with `micro_batch` images at a time; None if it fits.
-
-    The forecast is a lower bound, so a run that fits may still run out of memory.
-    """
-    needed = forecast.memory
-    if needed.total <= free_bytes:
-        return None
-    helpful = [name for name, choice in forecast.choices.items() if choice.total <= free_bytes]
-    # activations are in proportion to the images
-    fitting = int(micro_batch * (free_bytes - needed.state) / max(needed.activations, 1))
-    if fitting >= 1 and needed.state + needed.sampling <= free_bytes:
-        helpful.insert(0, f"--batch-gpu {1 << (fitting.bit_length() - 1)}")
-    advice = f"use {' or '.join(helpful)}"
-    if not helpful:
-        advice = "none of --batch-gpu, --recompute and --shard suffices; use a larger GPU or a smaller network"
-    needs = f"a process needs {needed.total / 1e9:.1f} GB or more, and its GPU has {free_bytes / 1e9:.1f} GB free"
-    return f"{needs}; {advice}"
-
-
 def reading_notices(dataset: Source) -> list[str]:
-    """Advice on reading the images faster, if there is any."""
+    """Advice on reading all images, and on reading them faster, if there is any."""
+    notices = []
+    if dataset.left_out:
+        total = len(dataset.left_out) + len(dataset)
+        notices.append(
+            f"{len(dataset.left_out)} of {total} images of {dataset.path} are left out, such as {dataset.left_out[0]}: "
+            "training does not read their type. `python scripts/dataset_tool.py convert` does"
+        )
     if not dataset.needs_decoding:
-        return []
+        return notices
     return [
+        *notices,
         f"the images of {dataset.path} are decoded one by one, in --workers processes. `python scripts/dataset_tool.py "
         f"convert --source {dataset.path} --dest FASTER.zip` stores them uncompressed, which makes reading some twenty "
-        "times faster. If the images keep their names (00000/img00000000.png, ...), a run can be resumed with either"
+        "times faster. If the images keep their names (00000/img00000000.png, ...), a run can be resumed with either",
     ]
 
 
@@ -266,23 +259,41 @@ def _fitting_encoder(config: TrainConfig, dataset: Source) -> Encoder:
     return make_encoder(spec)
 
 
-def _check_run_dir(run: Run) -> None:
-    """Raise ValueError if the run folder holds another run, naming the differences."""
+def _check_run_dir(run: Run) -> dict[str, Any] | None:
+    """The record of the run in the run folder, if there is one; ValueError, with the differences, for another run."""
     run_dir, config_path, record_path = run.run_dir, run.run_dir / CONFIG_NAME, run.run_dir / RECORD_NAME
     if not config_path.exists():
-        return
+        _refuse_checkpoints_of_others(run)
+        return None
     try:
-        identity = dict(json.loads(record_path.read_text(encoding="utf-8"))["data_identity"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = json.loads(record_path.read_text(encoding="utf-8"))
+        identity = record["data_identity"]
+        if not isinstance(identity, dict) or not isinstance(record["run_id"], str):
+            raise ValueError("data_identity is not a mapping, or run_id is not text")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{record_path} is damaged or missing ({error}); use another --outdir") from error
     if changed := differences(identity.get("teacher"), run.data_identity.get("teacher"), "teacher"):
         raise ValueError(f"{run_dir} holds a run with another teacher ({'; '.join(changed[:4])}); use another --outdir")
     refuse_changes(read_yaml(config_path), run.config, run_dir)
-    if identity != run.data_identity:
-        keys = [key for key in identity if identity[key] != run.data_identity.get(key)]
+    keys = [key for key in identity if identity[key] != run.data_identity.get(key)]
+    if keys:
         raise ValueError(
             f"{run_dir} holds a run on other images than --data {run.config.data} (differs in {', '.join(keys)}). "
             "Use the same data to resume it, or another --outdir"
+        )
+    return record
+
+
+def _refuse_checkpoints_of_others(run: Run) -> None:
+    """Raise ValueError if the folder lacks its configuration, but has a checkpoint of a run with another run_id."""
+    paths = list_checkpoints(run.run_dir)
+    if not paths:
+        return
+    found = read_run_id(paths[-1])
+    if found not in (None, run.header.run_id):
+        raise ValueError(
+            f"{paths[-1]} belongs to another run ({found}) than these settings and images make "
+            f"({run.header.run_id}), and {CONFIG_NAME} is missing. Restore that file, or use another --outdir"
         )
 
 

@@ -164,7 +164,7 @@ def test_an_unfinished_data_set_with_other_settings_is_refused(tmp_path, source,
     output = convert(source, tmp_path / "out", *CROP, code=1)
     assert "out.partial contains an unfinished data set with resolution [8, 8], now [4, 4]" in output
     write_folder(source, {"cat/0.png": encoded(picture(77))[:-1] + b"more"})
-    assert "with source_digest" in convert(source, tmp_path / "out", code=1)
+    assert "with source_content" in convert(source, tmp_path / "out", code=1)
 
 
 def test_two_commands_do_not_write_the_same_data_set(tmp_path, source, monkeypatch):

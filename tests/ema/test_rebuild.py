@@ -14,6 +14,7 @@ from edm2kit.ema.rebuild import plan_outputs, reconstruct, write_outputs
 from edm2kit.models.edm2 import Precond
 from edm2kit.snapshots.file_format import read_header, snapshot_name
 from edm2kit.snapshots.loading import Weights, load_snapshot, open_sources, open_weights
+from edm2kit.torch_utils.files import sampled_sha256
 from tests.support import fake_published, golden, runs, tiny
 from tests.support.runs import STORED, Walk, changed, with_tensors
 
@@ -154,6 +155,7 @@ def test_header_records_the_recipe(walk, tmp_path):
         "nimg": 256_000,
         "ema_std": 0.1,
         "dtype": "float16",
+        "content": sampled_sha256(inputs[-1].path),
     }
     assert header.recipe["coefficients"] == output.coefficients.tolist()
     assert sum(header.recipe["coefficients"]) == pytest.approx(1)

@@ -6,9 +6,8 @@ import itertools
 import pytest
 import torch
 
-from edm2kit.sampling.churn import Churn
 from edm2kit.sampling.multistep import deis, dpmpp2m, dpmpp3m, ipndm, unipc
-from edm2kit.sampling.noise_levels import karras_sigmas
+from edm2kit.sampling.noise_levels import Churn, karras_sigmas
 from edm2kit.sampling.solvers import SOLVERS, WITHOUT_CHURN, Sampler
 from edm2kit.torch_utils.rng import StackedGenerator
 from tests.support.convergence import fitted_order

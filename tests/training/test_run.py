@@ -1,11 +1,17 @@
-"""The life of a run: stopping it by signal or time limit."""
+"""The life of a run: stopping it by signal or time limit, and what its folder accepts."""
 
+import dataclasses
+import json
 import os
 import signal
 
 import pytest
+import torch
+from PIL import Image
 
-from edm2kit.training.run import StopRequest, parse_duration_sec
+from edm2kit.training.config import config_from_dict
+from edm2kit.training.run import StopRequest, parse_duration_sec, prepare_run
+from tests.support.tiny import TINY, make_dataset
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("45m", 2700), (" 1.5h ", 5400), ("2d", 172800)])
@@ -58,3 +64,32 @@ def test_nohup_is_respected():
             assert not stop()
     finally:
         signal.signal(signal.SIGHUP, former)
+
+
+def test_a_run_on_other_pictures_of_the_same_names_is_refused_and_an_old_folder_resumes(tmp_path):
+    config = config_from_dict({**TINY, "data": str(make_dataset(tmp_path / "a", num_images=8))}, "test")
+    run = prepare_run(config, tmp_path / "run")
+    run.write_records({})
+    other = make_dataset(tmp_path / "b", num_images=8)
+    for path in sorted(other.rglob("*.png")):
+        Image.new("RGB", Image.open(path).size, (1, 2, 3)).save(path)
+    with pytest.raises(ValueError, match=r"on other images than .*differs in content"):
+        prepare_run(dataclasses.replace(config, data=str(other)), tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    del record["data_identity"]["content"]  # as runs recorded it before
+    record["run_id"] = "old"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    assert prepare_run(config, tmp_path / "run").header.run_id == "old"
+
+
+def test_a_checkpoint_of_another_run_is_refused_without_its_configuration(tmp_path):
+    config = config_from_dict({**TINY, "data": str(make_dataset(tmp_path / "a", num_images=8))}, "test")
+    own = prepare_run(config, tmp_path / "run").header.run_id
+    (tmp_path / "run").mkdir()
+    for name, refused in (("other", True), (own, False)):
+        torch.save({"progress": {"run_id": name}}, tmp_path / "run" / "training-state-0000000008.pt")
+        if refused:
+            with pytest.raises(ValueError, match="belongs to another run"):
+                prepare_run(config, tmp_path / "run")
+        else:
+            prepare_run(config, tmp_path / "run")

@@ -13,11 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from edm2kit.torch_utils.checks import check_fields, check_type
 from edm2kit.torch_utils.files import atomic_write, code_commit
 
 FORMAT_VERSION = 1
 _HEADER_KEY = "edm2_classifier"
 _GROUPS = 8
+_MAX_LEVELS = 16
 
 
 class _ResidualBlock(nn.Module):
@@ -132,8 +134,15 @@ def load_classifier(path: str | Path) -> LoadedClassifier:
         if values["label_names"] is not None:
             values["label_names"] = tuple(values["label_names"])
         header = ClassifierHeader(**values)
-        net = NoiseClassifier(**header.architecture)
-        net.load_state_dict(state)
-    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        check_fields(values, ClassifierHeader)
+        for name, value in header.architecture.items():
+            check_type(value, float if name == "sigma_data" else int, name)
+        if not 1 <= header.architecture.get("levels", 3) <= _MAX_LEVELS:
+            raise ValueError(f"{path}: it has {header.architecture['levels']} levels")
+        # a small file may ask for a large network: nothing is allocated until its weights are seen to fit
+        with torch.device("meta"):
+            net = NoiseClassifier(**header.architecture)
+        net.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    except (KeyError, TypeError, AttributeError, RuntimeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: the classifier's header does not fit this code or its weights ({error})") from error
     return LoadedClassifier(net.eval().requires_grad_(False), header)

@@ -1,0 +1,128 @@
+"""An output never replaces a file of another kind, and a place that cannot be written is found out before the work."""
+
+import json
+import os
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from edm2kit.cli.click_types import IntRanges, Size
+from edm2kit.cli.generation import parse_classes
+from edm2kit.cli.metrics import main as metrics
+from edm2kit.cli.phema import FloatSeries
+from edm2kit.torch_utils.checks import OUTPUT_KINDS, check_output, check_writable
+from edm2kit.torch_utils.files import sampled_sha256
+
+CONTENT = {
+    "PNG image": b"\x89PNG\r\n\x1a\n",
+    "JSON record": b'{"a": 1}',
+    "safetensors file": b"\x02\0\0\0\0\0\0\0{}",
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUT_KINDS)
+def test_an_output_replaces_only_its_own_kind(tmp_path, kind):
+    np.savez(tmp_path / "ref", mu=np.zeros(1))
+    np.savez(tmp_path / "images", images=np.zeros(1))
+    content = {
+        **CONTENT,
+        "set of reference statistics": (tmp_path / "ref.npz").read_bytes(),
+        "set of generated images": (tmp_path / "images.npz").read_bytes(),
+        "other": b"precious",
+    }
+    for found, data in content.items():
+        (tmp_path / "x").write_bytes(data)
+        if found == kind:
+            check_output(tmp_path / "x", kind)
+        else:
+            with pytest.raises(ValueError, match=f"exists and is not a {kind}"):
+                check_output(tmp_path / "x", kind)
+    check_output(tmp_path / "new" / "x", kind)
+
+
+def test_a_place_that_cannot_be_written_is_found_out_before_the_work(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ValueError, match="file is a file"):
+        check_writable(tmp_path / "file" / "folder")
+    with pytest.raises(ValueError, match="is a folder"):
+        check_output(tmp_path, "JSON record")
+    (tmp_path / "closed").mkdir(mode=0o500)
+    if os.geteuid():
+        with pytest.raises(ValueError, match="not writable"):
+            check_writable(tmp_path / "closed")
+
+
+def test_scores_do_not_replace_the_images(tmp_path):
+    images = tmp_path / "images.npz"
+    np.savez(images, images=np.zeros([3, 8, 8, 3], np.uint8))
+    before = images.read_bytes()
+    arguments = ["ref", "--data", str(images), "--dest", str(images), "--metrics", "fd_random", "--device", "cpu"]
+    result = CliRunner().invoke(metrics, arguments)
+    assert "is not a set of reference statistics" in result.output
+    assert images.read_bytes() == before
+
+
+def test_a_sample_file_of_another_project_is_scored(tmp_path):
+    np.savez(tmp_path / "samples.npz", np.zeros([3, 8, 8, 3], np.uint8))
+    arguments = ["--data", str(tmp_path / "samples.npz"), "--dest", str(tmp_path / "ref.NPZ"), "--metrics", "fd_random"]
+    result = CliRunner().invoke(metrics, ["ref", *arguments, "--device", "cpu"])
+    assert "of 3 images" in result.output
+    images = [
+        "calc",
+        "--images",
+        str(tmp_path / "samples.npz"),
+        "--num",
+        "3",
+        "--ref",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
+    result = CliRunner().invoke(metrics, images)
+    assert "is a folder; it takes reference" in result.output
+
+
+def test_a_hash_of_pieces_shows_other_weights(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(100_000))
+    (tmp_path / "b").write_bytes(b"\1" + bytes(99_999))
+    assert sampled_sha256(tmp_path / "a") != sampled_sha256(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("10", (1,)),
+        ("10,11", (1, 2)),
+        ("3-9", (4,)),
+        ("3-9,10", (4, 1)),
+        ("0", (0,)),
+        ("0-2", (0, 1, 2)),
+        ("", (0, 2, 4)),
+    ],
+)
+def test_a_class_name_comes_before_a_number(text, expected):
+    assert parse_classes(text, 5, ("1", "10", "11", "12", "3-9"), empty=(1, 3)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (IntRanges(), "0-99999999999"),
+        (IntRanges(), "9" * 5000),
+        (Size(), "9" * 400),
+        (FloatSeries(), "0.01,0.02,...,nan"),
+        (FloatSeries(), "0.01,0.02,...,1e300"),
+        (FloatSeries(), "inf"),
+    ],
+)
+def test_absurd_numbers_are_one_line(kind, text):
+    with pytest.raises(click.BadParameter) as error:
+        kind.convert(text, None, None)
+    assert len(str(error.value)) < 200
+
+
+def test_json_records_are_recognized(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([1]))
+    check_output(tmp_path / "a.json", "JSON record")

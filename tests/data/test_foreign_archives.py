@@ -1,0 +1,152 @@
+"""Files as other people and other programs make them: names, labels and sizes that are not what they seem."""
+
+import io
+import json
+import struct
+import unicodedata
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edm2kit.data.archive import open_archive
+from edm2kit.data.check import sample_warnings
+from edm2kit.data.convert import find_labels, plan
+from edm2kit.data.dataset import ImageDataset
+from edm2kit.data.image_files import IMAGE_EXTENSIONS, open_header
+from edm2kit.data.labels import read_labels
+from edm2kit.data.output import PartialDataset
+from edm2kit.torch_utils.files import check_name
+
+
+def png(value=7, size=8, mode="RGB"):
+    file = io.BytesIO()
+    color = (value,) * 3 if mode == "RGB" else value
+    Image.new(mode, (size, size), color).save(file, "png")
+    return file.getvalue()
+
+
+def write_zip(path, files, **options):
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def opened(path):
+    return open_archive(path, IMAGE_EXTENSIONS)
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/x.png", "../x.png", "a/../../x.png", "a//x.png", "", "c:/x.png", "a\0.png", "."]
+)
+def test_a_name_that_leaves_the_folder_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="not a path below a folder"):
+        check_name(name, "source.zip")
+    with PartialDataset(tmp_path / "out", {}) as output, pytest.raises(ValueError, match="not a path below a folder"):
+        output.add(name, b"data")
+
+
+@pytest.mark.parametrize("name", ["a.png", "00000/img00000000.png", "é/ü.png", "..a/b..png", "a b/c.png"])
+def test_an_ordinary_name_is_accepted(name):
+    check_name(name, "source.zip")
+
+
+@pytest.mark.parametrize("folder", ["", "photos/", "my/photos/"])
+def test_labels_are_found_where_the_images_are(tmp_path, folder):
+    labels = json.dumps({"labels": [["a/0.png", 1], ["b/1.png", 0]]})
+    files = {f"{folder}a/0.png": png(), f"{folder}b/1.png": png(), f"{folder}dataset.json": labels}
+    assert read_labels(opened(write_zip(tmp_path / "set.zip", files))).values.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: f"./{name}",
+        lambda name: name.replace("/", "\\"),
+        lambda name: unicodedata.normalize("NFD", name),
+    ],
+)
+def test_label_files_of_other_systems_name_the_same_images(tmp_path, change):
+    labels = json.dumps({"labels": [[change("é/0.png"), 3], [change("ü/1.png"), 2]]})
+    files = {"é/0.png": png(), "ü/1.png": png(), "dataset.json": labels}
+    assert sorted(read_labels(opened(write_zip(tmp_path / "set.zip", files))).values.tolist()) == [2, 3]
+
+
+def test_zips_without_the_flag_for_utf8_and_with_backslashes_are_read(tmp_path):
+    path = write_zip(tmp_path / "set.zip", {"é/0.png": png(), "中\\1.png": png()})
+    data = bytearray(path.read_bytes())
+    for signature, at in ((b"PK\1\2", 9), (b"PK\3\4", 7)):
+        start = data.find(signature)
+        while start >= 0:
+            data[start + at] &= ~0x08
+            start = data.find(signature, start + 4)
+    path.write_bytes(data)
+    assert opened(path).names == ["é/0.png", "中/1.png"]
+
+
+def test_a_json_file_of_another_program_leaves_the_class_folders(tmp_path):
+    files = {"cat/0.png": png(), "dog/1.png": png(), "dataset.json": json.dumps({"title": "pets"})}
+    assert find_labels(opened(write_zip(tmp_path / "set.zip", files)), "auto").class_names == ("cat", "dog")
+    with pytest.raises(ValueError, match=r'no dataset\.json with "labels"'):
+        find_labels(opened(tmp_path / "set.zip"), "json")
+
+
+def test_splits_are_not_taken_for_classes_unless_asked(tmp_path):
+    archive = opened(write_zip(tmp_path / "set.zip", {"train/a/0.png": png(), "val/a/1.png": png()}))
+    with pytest.raises(ValueError, match="look like splits"):
+        find_labels(archive, "auto")
+    assert find_labels(archive, "folders").class_names == ("train", "val")
+
+
+def test_a_member_that_unpacks_to_far_more_than_an_image_is_refused_unread(tmp_path):
+    files = {"0.png": png(), "1.png": bytes(1 << 25), "dataset.json": bytes(1 << 25)}
+    archive = opened(write_zip(tmp_path / "set.zip", files, compression=zipfile.ZIP_DEFLATED))
+    with pytest.raises(ValueError, match="claims 33554432 bytes"):
+        archive.read(1)
+    with pytest.raises(ValueError, match="claims 33554432 bytes"):
+        ImageDataset(tmp_path / "set.zip")
+
+
+def test_an_image_of_gigabytes_is_refused_by_its_header():
+    data = bytearray(png())
+    data[16:24] = struct.pack(">2L", 13000, 13000)
+    data[29:33] = struct.pack(">L", zlib.crc32(bytes(data[12:29])))
+    with pytest.raises(ValueError, match="claims 13000x13000 pixels"):
+        open_header(bytes(data), "x.png")
+
+
+def test_pictures_of_the_wrong_range_are_reported(tmp_path):
+    dark = opened(write_zip(tmp_path / "dark.zip", {"0.png": png(1), "1.png": png(2)}))
+    assert "almost black: no value is above 2 of 255" in sample_warnings(dark, np.arange(2))[0]
+    deep = opened(write_zip(tmp_path / "deep.zip", {"0.png": png(4000, mode="I;16")}))
+    with pytest.raises(ValueError, match="16-bit values only go up to 4000"):
+        sample_warnings(deep, np.arange(1))
+    fine = opened(write_zip(tmp_path / "fine.zip", {"0.png": png(200)}))
+    assert sample_warnings(fine, np.arange(1)) == []
+
+
+def test_the_reason_is_given_if_no_image_can_be_read(tmp_path):
+    archive = opened(write_zip(tmp_path / "set.zip", {"0.png": b"no image"}))
+    with pytest.raises(ValueError, match=r"none of the 1 images can be read; the first: .*0.png: is not an image"):
+        plan(archive, np.arange(1), "none", None)
+
+
+def test_the_identity_of_a_data_set_covers_its_pixels(tmp_path):
+    first = write_zip(tmp_path / "a.zip", {"0.png": png(1), "1.png": png(2)})
+    other = write_zip(tmp_path / "b.zip", {"0.png": png(1), "1.png": png(3)})
+    packed = write_zip(tmp_path / "c.zip", {"0.png": png(1), "1.png": png(2)}, compression=zipfile.ZIP_DEFLATED)
+    assert ImageDataset(first).identity() != ImageDataset(other).identity()
+    assert ImageDataset(first).identity() == ImageDataset(packed).identity()
+
+
+@pytest.mark.parametrize("size", [100, 1 << 17])
+def test_the_checksum_of_a_file_shows_other_content_of_the_same_size(tmp_path, size):
+    before = np.random.default_rng(0).bytes(size)
+    (tmp_path / "x.png").write_bytes(before)
+    checksum = opened(tmp_path).checksum(0)
+    (tmp_path / "x.png").write_bytes(before[:-1] + b"?")
+    assert opened(tmp_path).checksum(0) != checksum
+    assert checksum[0] == size
