@@ -7,6 +7,7 @@ import re
 import signal
 import traceback
 import types
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import click
 
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.checks import check_output
 
 Decorator = Callable[[Any], Any]  # what click.option returns
 
@@ -329,3 +329,65 @@ class Interval(click.ParamType):
         if not 0 <= lo < hi:
             self.fail(f"{value} runs backwards; expected LO < HI, both from 0", param, ctx)
         return lo, hi
+
+
+def _is_json(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(1) in (b"{", b"[")
+
+
+def _is_npz_of(*members: str) -> Callable[[Path], bool]:
+    def check(path: Path) -> bool:
+        with zipfile.ZipFile(path) as archive:
+            return bool(set(members) & set(archive.namelist()))
+
+    return check
+
+
+def _starts_with(magic: bytes) -> Callable[[Path], bool]:
+    def check(path: Path) -> bool:
+        with open(path, "rb") as file:
+            return file.read(len(magic)) == magic
+
+    return check
+
+
+def _is_safetensors(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+# what an output may replace: a file of its own kind
+OUTPUT_KINDS: dict[str, Callable[[Path], bool]] = {
+    "PNG image": _starts_with(b"\x89PNG"),
+    "JSON record": _is_json,
+    "set of reference statistics": _is_npz_of("header.npy", "mu.npy"),
+    "set of generated images": _is_npz_of("images.npy"),
+    "safetensors file": _is_safetensors,
+}
+
+
+def check_output(path: Path, kind: str) -> None:
+    """Raise ValueError if `path` cannot be written, or holds anything but a file of `kind`, a key of OUTPUT_KINDS.
+
+    Call it before the work: a mistake in a name should neither cost a file nor hours.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file")
+    if path.exists() and os.path.getsize(path):
+        try:
+            fits = OUTPUT_KINDS[kind](path)
+        except (OSError, ValueError, zipfile.BadZipFile):
+            fits = False
+        if not fits:
+            raise ValueError(f"{path} exists and is not a {kind}; delete it, or choose another name")
+    check_writable(path.absolute().parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError if files cannot be written to `folder`, or it cannot be created."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{folder} cannot be created: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{existing} is not writable; choose another folder, or change its permissions")

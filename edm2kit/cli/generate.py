@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from edm2kit.cli import click_types as cli
+from edm2kit.cli.click_types import check_output, check_writable
 from edm2kit.cli.generation import Generation, Request, prepare
 from edm2kit.cli.generation_options import SECTIONS, generation_options
 from edm2kit.cli.npz import write_npz
@@ -33,7 +34,6 @@ from edm2kit.models.encoders import to_image
 from edm2kit.sampling.engine import ImageBatch
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.arrays import read_npz_array
-from edm2kit.torch_utils.checks import check_output, check_writable
 from edm2kit.torch_utils.files import atomic_write, provenance, write_json
 
 _MAX_GRID = 1024

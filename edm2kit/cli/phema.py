@@ -9,12 +9,12 @@ from typing import Any
 import click
 
 from edm2kit.cli import click_types as cli
+from edm2kit.cli.click_types import check_writable
 from edm2kit.ema.rebuild import Output, count_values, plan_outputs, write_outputs
 from edm2kit.models.preconditioning import PRECISIONS
 from edm2kit.snapshots.file_format import Header, read_header, snapshot_name
 from edm2kit.snapshots.loading import Weights, open_sources
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.checks import check_writable
 from edm2kit.torch_utils.dist import progress_bar
 
 _POOR_FIT = 0.1  # from about here on, the width of the rebuilt profile is off by more than a twentieth

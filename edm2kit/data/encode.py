@@ -20,8 +20,8 @@ from edm2kit.data.output import PartialDataset, is_finished
 from edm2kit.models.encoders import to_image
 from edm2kit.models.vae import STABILITY_VAE, load_vae, vae_decode, vae_encode, vae_sha256
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.checks import check_name
 from edm2kit.torch_utils.dist import progress_bar
+from edm2kit.torch_utils.files import check_name
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 _ZIP_ENTRY_BYTES = 200  # headers and index entry of one file

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from edm2kit.models.vae import STABILITY_VAE, load_vae, vae_decode, vae_pixels
-from edm2kit.torch_utils.checks import check_type
+from edm2kit.torch_utils.files import check_type
 from edm2kit.torch_utils.rng import RandomSource
 
 _MAX_CHANNELS = 1024

@@ -16,7 +16,7 @@ from torch import nn
 from edm2kit.conditions import ConditionLike, condition_tensor
 from edm2kit.denoiser import AttentionRole
 from edm2kit.models.layers import MPConv, MPFourier, normalize_weights_
-from edm2kit.torch_utils.checks import check_type, short
+from edm2kit.torch_utils.files import check_type, short
 
 # the names that command lines, configs and records use
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -16,8 +16,7 @@ from torch import nn
 
 from edm2kit.models.networks import DEFAULT_NETWORK, NETWORKS
 from edm2kit.models.preconditioning import Preconditioner
-from edm2kit.torch_utils.checks import check_fields, check_type
-from edm2kit.torch_utils.files import atomic_write, code_commit
+from edm2kit.torch_utils.files import atomic_write, check_fields, check_type, code_commit
 
 FORMAT_VERSION = 2  # 2 names the kind of network; files of version 1 all hold "edm2"
 _HEADER_KEY = "edm2_snapshot"

@@ -13,7 +13,9 @@ import secrets
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -194,7 +196,11 @@ def _open_locked(path: Path, when_held: Callable[[str], None]) -> Iterator[IO[st
     while True:
         with open(path, "a+", encoding="utf-8") as file:
             _acquire(file, path, when_held)
-            if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            try:
+                is_current = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            except FileNotFoundError:
+                is_current = False
+            if is_current:
                 yield file
                 return
             # the former owner removed the file after we opened it: a lock on it keeps nobody out, so open a new one
@@ -300,3 +306,113 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, str]:
         "hardware": hardware(device),
         **gpu,
     }
+
+
+def check_name(name: str, where: object) -> None:
+    """Raise ValueError unless `name`, which comes from the file `where`, stays below the folder it is appended to.
+
+    Absolute names, drives, "..", and characters that no file name needs are refused; parts are separated by "/".
+    """
+    parts = name.split("/")
+    inside = all(part not in ("", ".", "..") for part in parts) and ":" not in parts[0][1:2]
+    if not inside or "\0" in name or (os.name == "nt" and re.search(r'[\\:*?"<>|]', name)):
+        raise ValueError(
+            f"{where}: contains the name {name!r:.200}, which is not a path below a folder; nothing is written. Make "
+            "the archive again with relative names"
+        )
+
+
+_MAX_INT = 1 << 62
+_MAX_NODES = 10_000
+
+
+def check_type(value: Any, hint: Any, name: str) -> None:
+    """Raise ValueError, starting with `name`, unless `value` is of the type `hint`.
+
+    A hint is int, float, bool, str, None, Any, a mapping, a tuple or sequence of these, or a union. A float may be
+    written as an integer; numbers must be finite.
+
+    Example: `check_type(values["nimg"], int, "nimg")`
+    """
+    if not _fits(value, hint):
+        raise ValueError(f"{name} must be {_text(hint)}; got {short(value)}")
+
+
+def check_fields(values: Mapping[str, Any], kind: type) -> None:
+    """Raise ValueError, naming the field, unless `values` fit the type hints of the dataclass `kind`.
+
+    A field that is missing is left to the dataclass.
+    """
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():
+        if name not in hints:
+            raise ValueError(f"unknown field {name!r:.60}; known: {', '.join(hints)}")
+        check_type(value, hints[name], name)
+
+
+def short(value: Any) -> str:
+    """A value for a message, in at most 60 characters."""
+    if isinstance(value, int) and abs(value) >= _MAX_INT:
+        return f"a number of {value.bit_length()} bits"  # its digits may take minutes
+    text = repr(value) if isinstance(value, str | int | float | None) else f"{type(value).__name__} {_start(value)}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def count_nodes(value: Any) -> int:
+    """The number of values in nested lists and mappings, counting shared ones each time, up to 10,000."""
+    count, waiting = 0, [value]
+    while waiting and count < _MAX_NODES:
+        node = waiting.pop()
+        count += 1
+        if isinstance(node, Mapping):
+            waiting.extend(node.values())
+        elif isinstance(node, list | tuple):
+            waiting.extend(node[:_MAX_NODES])
+    return count
+
+
+def _start(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(short(item) for item in value[:3]) + (", ...]" if len(value) > 3 else "]")
+    return "" if isinstance(value, Mapping) else str(type(value))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, part) for part in parts)
+    if origin is typing.Literal:
+        return value in parts
+    if hint in (None, types.NoneType):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _MAX_INT
+    if origin is tuple and Ellipsis not in parts:
+        return isinstance(value, list | tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if origin in (tuple, list, Sequence):
+        return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
+    if origin is not None and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    return isinstance(value, hint)
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) < _MAX_INT if isinstance(value, int) else math.isfinite(value)
+
+
+def _text(hint: Any) -> str:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_text(part) for part in parts)
+    if hint is types.NoneType:
+        return "null"
+    if origin in (tuple, list, Sequence):
+        count = "" if Ellipsis in parts or origin is not tuple else f"{len(parts)} "
+        return f"a list of {count}{_text(parts[0])}"
+    if origin is not None:
+        return "a mapping"
+    return getattr(hint, "__name__", str(hint))

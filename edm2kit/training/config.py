@@ -17,8 +17,7 @@ from edm2kit.ema.power_function import std_to_exp
 from edm2kit.models.networks import DEFAULT_NETWORK, NETWORKS
 from edm2kit.models.preconditioning import PRECISIONS
 from edm2kit.snapshots.file_format import STORED_DTYPES
-from edm2kit.torch_utils.checks import check_type, count_nodes
-from edm2kit.torch_utils.files import atomic_write
+from edm2kit.torch_utils.files import atomic_write, check_type, count_nodes
 
 PRESET_FOLDER = Path(__file__).parents[1] / "configs" / "train"
 _COUNT_UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
@@ -125,10 +124,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            check_type(getattr(self, f.name), f.type, option_of(f.name))
-        for f in dataclasses.fields(self):
-            if not _all_finite(getattr(self, f.name)):
-                raise ValueError(f"{option_of(f.name)} must be finite; got {getattr(self, f.name)}")
+            value = getattr(self, f.name)
+            if not _all_finite(value):
+                raise ValueError(f"{option_of(f.name)} must be finite; got {value}")
+            check_type(value, f.type, option_of(f.name))
         intervals = ("status_every_nimg", "snapshot_every_nimg", "checkpoint_every_nimg")
         for name in ("batch_size", "duration_nimg", "P_std", "ref_lr", "sigma_data", "loss_scaling"):
             if not getattr(self, name) > 0:

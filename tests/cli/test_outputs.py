@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edm2kit.cli.click_types import IntRanges, Size
+from edm2kit.cli.click_types import OUTPUT_KINDS, IntRanges, Size, check_output, check_writable
 from edm2kit.cli.generation import parse_classes
 from edm2kit.cli.metrics import main as metrics
 from edm2kit.cli.phema import FloatSeries
-from edm2kit.torch_utils.checks import OUTPUT_KINDS, check_output, check_writable
 from edm2kit.torch_utils.files import sampled_sha256
 
 CONTENT = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from edm2kit.torch_utils.checks import check_fields, check_type, count_nodes
+from edm2kit.torch_utils.files import check_fields, check_type, count_nodes
 
 
 @pytest.mark.parametrize(

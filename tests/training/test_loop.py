@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from edm2kit.cli import train
 from edm2kit.data.batches import MicroBatch
+from edm2kit.data.dataset import ImageDataset
 from edm2kit.models.encoders import make_encoder
 from edm2kit.models.networks import NETWORKS
 from edm2kit.snapshots.file_format import Header
@@ -227,10 +228,18 @@ def test_settings_that_are_not_finite_are_refused(setting):
         TrainConfig(**setting)
 
 
-def test_an_unreadable_image_ends_the_run_with_a_checkpoint(tmp_path):
-    data = tiny.make_dataset(tmp_path / "data", 48)
-    (data / "00000" / "img00000040.png").write_bytes(b"not a picture")
-    done = tiny_run(tmp_path, data, batch_size=4, duration_nimg=480)
+def test_an_unreadable_image_ends_the_run_with_a_checkpoint(images, tmp_path, monkeypatch):
+    read, calls = ImageDataset.read, []
+
+    def damaged(self, indices):
+        if (tmp_path / "run" / "config.yaml").exists():  # the run has started
+            calls.append(indices)
+        if len(calls) > 4:
+            raise ValueError("img00000040.png: is cut short")
+        return read(self, indices)
+
+    monkeypatch.setattr(ImageDataset, "read", damaged)
+    done = tiny_run(tmp_path, images, batch_size=4, duration_nimg=480)
     assert done.exit_code == 1
     assert "img00000040.png" in done.output
     assert len(list_checkpoints(tmp_path / "run")) == 1

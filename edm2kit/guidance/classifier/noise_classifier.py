@@ -13,8 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from edm2kit.torch_utils.checks import check_fields, check_type
-from edm2kit.torch_utils.files import atomic_write, code_commit
+from edm2kit.torch_utils.files import atomic_write, check_fields, check_type, code_commit
 
 FORMAT_VERSION = 1
 _HEADER_KEY = "edm2_classifier"
