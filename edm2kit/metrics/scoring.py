@@ -1,5 +1,6 @@
 """Scores of images: one pass through every detector, shared among ranks, then all metrics of its features."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -290,7 +291,8 @@ def poisson_intervals(scores: Mapping[str, Score], replicates: int, seed: int = 
     In each replicate every image has a Poisson(1) weight, and the score changes by the weighted mean of the influences.
     Unlike drawing images again, which makes copies, this neither shifts a Frechet distance upwards nor empties
     neighbourhoods, and it costs one product for all replicates. Scores without an influence have no interval unless
-    they have an `extra_variance`.
+    they have an `extra_variance`. The ends are rounded to a ten-thousandth of the interval's width or finer: digits
+    beyond that mean nothing, and depend on the number of threads.
     """
     rng = np.random.default_rng(seed)
     sizes = sorted({len(score.influence) for score in scores.values() if score.influence is not None})
@@ -311,7 +313,9 @@ def poisson_intervals(scores: Mapping[str, Score], replicates: int, seed: int = 
         elif name not in changes:
             continue
         low, high = np.quantile(change, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        intervals[name] = (score.value + float(low), score.value + float(high))
+        width = float(high - low)
+        digits = 15 if width == 0 else 4 - math.floor(math.log10(width))
+        intervals[name] = (round(score.value + float(low), digits), round(score.value + float(high), digits))
     return intervals
 
 
