@@ -7,4 +7,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy  # edm2kit, with the settings in pyproject.toml
-"$python" -m pytest "$@"
+if (($#)); then
+    "$python" -m pytest "$@"
+else
+    "$python" -m pytest -n 2 --dist loadfile # two files at a time; the tests use one thread each
+fi

@@ -130,7 +130,6 @@ def test_ipndm_equals_that_of_diffusers_in_our_coordinates():
         (ipndm, 2),
         (functools.partial(ipndm, order=2), 2),
     ],
-    ids=str,
 )
 def test_the_error_falls_with_the_order_of_the_solver(solver, order):
     assert fitted_order(solver) == pytest.approx(order, abs=0.35)
