@@ -28,7 +28,7 @@ from edm2kit.models.vae import vae_sha256
 from edm2kit.sampling.engine import Engine, ImageBatch, share_of_rank
 from edm2kit.sampling.fitted_levels import with_fitted_levels
 from edm2kit.sampling.solvers import PUBLISHED, Sampler
-from edm2kit.snapshots.loading import Snapshot, load_snapshot, local_file
+from edm2kit.snapshots.loading import Snapshot, Weights, load_snapshot, load_weights, local_file
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.dist import progress_bar
 from edm2kit.torch_utils.files import plain_json, sha256_of
@@ -97,11 +97,17 @@ class Generation:
                 bar.update(len(batch.seeds))
 
 
-def prepare(request: Request, device: torch.device, labels_from_data: bool = False) -> Generation:
+def prepare(
+    request: Request,
+    device: torch.device,
+    labels_from_data: bool = False,
+    loaded: Mapping[str, Snapshot] | None = None,
+) -> Generation:
     """Load the networks of a request, check that they fit together, and combine them by guidance.
 
     With `labels_from_data`, only the denoiser is used, on labels from a data set: a network that takes label vectors
-    then needs no `request.labels`.
+    then needs no `request.labels`. `loaded` holds networks that are in memory already, as from `load_for_sampling`, by
+    the field of the request that they stand for; the text in that field then only names them.
 
     Raises ValueError if a file is not a snapshot, the networks do not fit each other, a class is unknown, or the
     guidance method refuses its settings.
@@ -110,11 +116,12 @@ def prepare(request: Request, device: torch.device, labels_from_data: bool = Fal
     slow = None if precision == "fp32" else slow_precision(PRECISIONS[precision], device)
     if slow:
         dist.warn0(f"--precision {precision}: {slow}")
-    snapshots = {
-        name: _load(source, device, precision, request.compiled)
-        for name, source in (("net", request.net), ("gnet", request.gnet), ("uncond", request.uncond))
-        if source is not None
-    }
+    loaded = loaded or {}
+    snapshots = {}
+    for name, source in (("net", request.net), ("gnet", request.gnet), ("uncond", request.uncond)):
+        if source is not None:
+            in_memory = loaded.get(name)
+            snapshots[name] = in_memory or _load(source, device, precision, request.compiled)
     main = snapshots["net"] = _with_vae(snapshots["net"], request.vae)
     classes, vectors = (None, None) if labels_from_data else _pick_labels(request, main)
     for name in ("gnet", "uncond"):
@@ -149,7 +156,10 @@ def prepare(request: Request, device: torch.device, labels_from_data: bool = Fal
         engine = dataclasses.replace(engine, sampler=request.sampler)
     settings = {
         **{name: None for name in ("net", "gnet", "uncond")},
-        **{name: _identity(getattr(request, name), snapshot) for name, snapshot in snapshots.items()},
+        **{
+            name: _identity(None if name in loaded else getattr(request, name), snapshot)
+            for name, snapshot in snapshots.items()
+        },
         "guidance": _guidance_settings(request),
         "sampler": _settings_of_sampler(request.sampler),
         "classes": None if classes is None or vectors is not None else list(classes),
@@ -162,6 +172,12 @@ def prepare(request: Request, device: torch.device, labels_from_data: bool = Fal
     if request.labels is not None:
         settings["labels_sha256"] = sha256_of(request.labels)
     return Generation(engine, settings, _summary(request, snapshots, classes, precision))
+
+
+def load_for_sampling(weights: Weights, device: torch.device, precision: str) -> Snapshot:
+    """A network in memory that is ready to generate; `precision` is a key of PRECISIONS."""
+    snapshot = load_weights(weights, device, PRECISIONS[precision])
+    return dataclasses.replace(snapshot, net=NETWORKS[snapshot.header.network].freeze_(snapshot.net))
 
 
 def _load(source: str, device: torch.device, precision: str, compiled: bool) -> Snapshot:
@@ -273,12 +289,12 @@ def parse_classes(
     return tuple(classes)
 
 
-def _identity(source: str, snapshot: Snapshot) -> dict[str, Any]:
-    """What identifies the weights of a snapshot in records."""
+def _identity(source: str | None, snapshot: Snapshot) -> dict[str, Any]:
+    """What identifies the weights of a snapshot in records; `source` is None if they are not in a file."""
     header = dataclasses.asdict(snapshot.header)
     # without the training configuration, which is long, and the commit, which is the reader's own for published files
     known = {key: header[key] for key in ("architecture", "encoder", "nimg", "ema_std", "run_id", "recipe")}
-    return plain_json({"sha256": sha256_of(local_file(source)), **known})
+    return plain_json({"sha256": None if source is None else sha256_of(local_file(source)), **known})
 
 
 def _guidance_settings(request: Request) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.field_options import option_fields, options_from
 from edm2kit.cli.generation import ALL_CLASSES, Request
-from edm2kit.cli.presets import find_preset, load_presets
+from edm2kit.cli.presets import find_preset, is_preset_file, load_presets, preset_words
 from edm2kit.cli.sampler_options import sampler_options, take_sampler
 from edm2kit.guidance.base import Method, Option, Rule
 from edm2kit.guidance.registry import (
@@ -98,7 +100,11 @@ def _option_sections() -> list[cli.Decorator]:
         cli.section(
             "Networks",
             *options_from(Request, "net", "gnet", "uncond"),
-            click.option("--preset", metavar="NAME", help="Published networks and settings; other options override"),
+            click.option(
+                "--preset",
+                metavar="NAME|YAML",
+                help="Published networks and settings, or a file of edm2kit-tune; other options override",
+            ),
             cli.printing_option(
                 "--list-presets", lambda _: "\n".join(load_presets()), "Print the names of presets and exit"
             ),
@@ -214,7 +220,9 @@ def method_help(name: str) -> str:
 def _take_request(options: dict[str, Any]) -> Request:
     """Remove the options that belong to a request from `options`, and return the request."""
     name = options.pop("preset")
-    if name is not None:
+    if name is not None and is_preset_file(name):
+        _apply_preset_file(options, Path(name))
+    elif name is not None:
         _apply_preset(options, name)
     if options["net"] is None:
         raise click.UsageError("give --net, or --preset")
@@ -243,6 +251,36 @@ def _apply_preset(options: dict[str, Any], preset_name: str) -> None:
     for name, value in values.items():
         if options[name] is None:
             options[name] = value
+
+
+def _apply_preset_file(options: dict[str, Any], path: Path) -> None:
+    """Give the options that are not on the command line the values of a preset file.
+
+    If the command line names another guidance method, the file's guidance is left out, as it was chosen for its method.
+    """
+
+    def ask(**found: Any) -> dict[str, Any]:
+        return found
+
+    for section in reversed(_option_sections()):
+        ask = section(ask)
+    try:
+        words = preset_words(path)
+        preset = click.command()(ask).main(words, standalone_mode=False)
+    except (click.ClickException, ValueError) as error:
+        reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        raise click.UsageError(f"--preset {path}: {reason}") from error
+    if preset["preset"] is not None:
+        raise click.UsageError(f"--preset {path} names another preset; copy its options into the file")
+    method = options["method"]
+    kept = set(preset)
+    if method is not None and method != (preset["method"] or _WITH_GUIDE):
+        others = {"method", "also", "rule", "schedule", *_FIELDS[Reuse], *(one.keyword for _, one in all_options())}
+        kept -= others if METHODS[method].needs_gnet else {*others, "gnet", "uncond", "weight", "interval"}
+    context = click.get_current_context()
+    for name in kept:
+        if context.get_parameter_source(name) in (None, ParameterSource.DEFAULT):
+            options[name] = preset[name]
 
 
 def _take_guidance(options: dict[str, Any]) -> Choice:

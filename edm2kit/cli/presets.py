@@ -1,17 +1,25 @@
-"""Presets for generating images: published networks, their guidance, and the published result."""
+"""Presets for generating images: published networks, their guidance, and the published result; and files of one's own.
+
+The published ones are in edm2kit/configs/generate.yaml. A file of one's own, such as edm2kit-tune writes, may set any
+option of generate.py.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from edm2kit.training.config import nearest
+from edm2kit.torch_utils.files import atomic_write
+from edm2kit.training.config import nearest, read_yaml
 
 SIZES = ("xxs", "xs", "s", "m", "l", "xl", "xxl")
 PRESETS_FILE = Path(__file__).parents[1] / "configs" / "generate.yaml"
+_FILE_SUFFIXES = (".yaml", ".yml")
+_PATHS = ("net", "gnet", "uncond", "labels")  # options whose values are files
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,53 @@ def find_preset(name: str) -> Preset:
     if name not in presets:
         raise ValueError(f"unknown preset {name!r}{nearest(name, list(presets))}")
     return presets[name]
+
+
+def is_preset_file(name: str) -> bool:
+    """Whether a preset is named by a file of its own, not by a key of generate.yaml."""
+    return name.lower().endswith(_FILE_SUFFIXES)
+
+
+def preset_words(path: Path) -> list[str]:
+    """The options of a preset file as words of a command line; files are relative to the folder of the preset.
+
+    Such a file maps the names of generate.py's options to their values, under the key `options`. Raises ValueError,
+    naming the file, if it cannot be read or has another form.
+
+    Example of a file:
+
+        options: {net: main.safetensors, gnet: guide.safetensors, guidance: 2, interval: "0.28,2.9", steps: 16}
+    """
+    if not path.is_file():
+        raise ValueError(f"the preset file {path} does not exist")
+    options = read_yaml(path).get("options")
+    if not isinstance(options, dict) or not options or not all(isinstance(name, str) for name in options):
+        raise ValueError(
+            f"{path} is not a preset file: it needs a mapping `options`, such as {{net: main.safetensors, steps: 16}}"
+        )
+    words = []
+    for name, value in options.items():
+        if value is False or value is None:
+            continue
+        words.append(f"--{name}")
+        if value is not True:
+            words.append(_word(name, value, path.parent))
+    return words
+
+
+def _word(name: str, value: Any, folder: Path) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    if name in _PATHS and "://" not in str(value):
+        return str(folder / str(value))  # an absolute path stays as it is
+    return str(value)
+
+
+def write_preset_file(path: Path, options: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Write a file for `--preset`: `options` as in `preset_words`, and `about`, which is for readers only."""
+    with atomic_write(path, "w") as file:
+        file.write("# Generate images with these settings: python generate.py --preset THIS_FILE --outdir out\n")
+        yaml.safe_dump({"options": dict(options), **about}, file, sort_keys=False)
 
 
 def summary(names: Iterable[str]) -> str:

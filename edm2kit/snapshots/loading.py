@@ -56,7 +56,11 @@ def load_snapshot(
 
     Example: `net = load_snapshot("network-snapshot-0134217-0.100.safetensors", "cuda", torch.float16).net`.
     """
-    weights = open_weights(path_or_url)
+    return load_weights(open_weights(path_or_url), device, dtype)
+
+
+def load_weights(weights: Weights, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Snapshot:
+    """The same for weights that are open already, or in memory, such as a rebuilt EMA. Raises as `load_snapshot`."""
     source = weights.path or weights.name
     net = network_on_meta(weights.header, source)
     check_weights(source, net, weights.tensors)

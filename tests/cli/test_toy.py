@@ -3,9 +3,7 @@
 import importlib.util
 import json
 import re
-import shutil
 import struct
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,9 +16,8 @@ from edm2kit.experiments.toy.measures import MEASURES
 from edm2kit.experiments.toy.methods import TOY_METHODS, Nets
 from edm2kit.experiments.toy.model import ToyNet
 from edm2kit.experiments.toy.training import RECIPES, network_path, save_network
+from tests.support.browser import dump, needs_browser, with_script
 from tests.support.fakes import Gaussian
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def run(*arguments: object):
@@ -161,24 +158,22 @@ def test_the_page_holds_all_it_needs(slider_page):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on the path")
+@needs_browser
 def test_a_browser_shows_the_page_and_moves_the_slider(slider_page, tmp_path):
     def shown(path: Path, fragment: str = "") -> str:
-        command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom"]
-        done = subprocess.run([*command, f"{path.as_uri()}{fragment}"], capture_output=True, text=True, timeout=300)
-        return re.search(r'<p id="status"[^>]*>(.*?)</p>', done.stdout)[1]
+        document, console = dump(path, fragment)
+        assert console == []
+        return re.search(r'<p id="status"[^>]*>(.*?)</p>', document)[1]
 
     data = data_of(slider_page)["methods"]["cfg"]
     assert shown(slider_page).startswith(f"{TOY_METHODS['autoguidance'].title}, w = 1: ")
     at_four = f"{TOY_METHODS['cfg'].title}, w = 4: {100 * data['stops'][-1]['measured']['outside']:.1f}% of the samples"
     assert shown(slider_page, "#method=cfg&w=4").startswith(at_four)
-    moved = tmp_path / "moved.html"
-    script = """<script>
+    script = """
       byId("method").value = "cfg"; byId("method").dispatchEvent(new Event("change"));
       byId("weight").value = byId("weight").max; byId("weight").dispatchEvent(new Event("input"));
-    </script>"""
-    moved.write_text(slider_page.read_text(encoding="utf-8").replace("</body>", script + "</body>"), encoding="utf-8")
-    assert shown(moved).startswith(at_four)
+    """
+    assert shown(with_script(slider_page, tmp_path / "moved.html", script)).startswith(at_four)
 
 
 def test_outlines_are_closed_also_where_the_window_cuts_the_tree(slider_page):

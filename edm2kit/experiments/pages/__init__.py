@@ -1,0 +1,1 @@
+"""Self-contained HTML pages of results, and the figures on them."""
