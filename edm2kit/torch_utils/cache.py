@@ -1,5 +1,6 @@
 """A cache of downloads: the local file behind a path or URL, with its hash verified."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -13,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.download import PATIENT, Patience, download, forget
+from edm2kit.torch_utils.download import PATIENT, Patience, check_encrypted, download, forget
 from edm2kit.torch_utils.files import HAS_LOCKS, atomic_write, file_lock, sha256_of, sync_folder
 
 _MANIFEST = Path(__file__).resolve().parent.parent / "configs" / "hashes.yaml"
@@ -75,12 +76,39 @@ def fetch(
     if not place.is_file():
         if remote.repo is not None and not os.environ.get("EDM2_MIRROR"):
             return _verified(_from_hub(remote, place), pin)
-        waiting = f"Waiting for another process that downloads {place.name}"
-        with file_lock(place.with_name(f".{place.name}.lock"), lambda owner: dist.print0(f"{waiting} ({owner})")):
+        with file_lock(place.with_name(f".{place.name}.lock"), _Downloading(place, patience)):
             # another process may have finished it while this one waited
             if not place.is_file():
                 _download_to(place, remote, pin, patience)
+                return _verified(place, pin, record=True, is_new=True)
     return _verified(place, pin, record=True)
+
+
+class _Downloading:
+    """Called with the owner of a lock while another process downloads; gives up when nothing arrives there any more."""
+
+    def __init__(self, place: Path, patience: Patience):
+        self.place, self.patience = place, patience
+        self.limit_sec = patience.attempts * (patience.longest_wait_sec + patience.stall_sec)
+        self._seen: tuple[int, float] | None = None  # the bytes that had arrived, and when
+
+    def __call__(self, owner: str) -> None:
+        arrived = 0
+        with contextlib.suppress(OSError):
+            arrived = self._partial().stat().st_size
+        now = self.patience.clock()
+        if self._seen is None:
+            dist.print0(f"Waiting for another process that downloads {self.place.name} ({owner})")
+        if self._seen is None or arrived != self._seen[0]:
+            self._seen = arrived, now
+        elif now - self._seen[1] > self.limit_sec:
+            raise ValueError(
+                f"{owner} has been downloading {self.place.name} for a while, but nothing arrived in the last "
+                f"{self.limit_sec:.0f} s; it may be stopped. End it, or wait for it, and run the command again"
+            )
+
+    def _partial(self) -> Path:
+        return self.place.with_name(f".{self.place.name}.partial")
 
 
 def cached(url: str | Path) -> Path | None:
@@ -218,21 +246,39 @@ def _from_hub(remote: _Remote, place: Path) -> Path:
         raise ValueError(f"{remote.name}: {reason}; {by_hand}") from error
 
 
-def _verified(path: Path, pin: Pin | None, record: bool = False) -> Path:
-    """`path`, if it has the hash of `pin` or, if that is None and `record` is set, the hash recorded beside it."""
+def _verified(path: Path, pin: Pin | None, record: bool = False, is_new: bool = False) -> Path:
+    """`path`, if it has the hash of `pin` or, if that is None and `record` is set, the hash recorded beside it.
+
+    A file that has just been downloaded (`is_new`) replaces the recorded hash, with a warning if it is another one: who
+    deletes a file asks for the present one.
+    """
     note = path.with_name(path.name + ".sha256")
     if pin is None and record:
-        if not note.exists():
+        recorded = _recorded_hash(note)
+        if is_new or recorded is None:
+            found = sha256_of(path)
+            if recorded not in (None, found):
+                dist.warn0(f"{path.name} is another file than the one downloaded before (sha256 {found}, was {recorded})")
             try:
                 with atomic_write(note, "w") as file:
-                    file.write(f"{sha256_of(path)}  {path.name}\n")  # the format of `sha256sum --check`
+                    file.write(f"{found}  {path.name}\n")  # the format of `sha256sum --check`
             except OSError as error:
                 dist.warn0(f"cannot record the hash of {path.name} ({error}); it stays unverified")
             return path
-        pin = Pin(note.read_text(encoding="utf-8").partition(" ")[0], None, str(note))
+        pin = Pin(recorded, None, str(note))
     if pin is not None and (found := sha256_of(path)) != pin.sha256:
         raise ValueError(_mismatch(path, found, pin) + f"; delete {path} to download it again")
     return path
+
+
+def _recorded_hash(note: Path) -> str | None:
+    """The hash in a note such as `sha256sum` writes; None without one, or if the note is damaged."""
+    try:
+        text = note.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    found = re.match(r"[0-9a-f]{64}\b", text)
+    return found[0] if found else None
 
 
 def _mismatch(what: str | Path, found: str, pin: Pin) -> str:

@@ -1,13 +1,17 @@
-"""An HTTP download that survives stalls, broken connections and restarts."""
+"""An HTTP download that survives stalls, slow servers, broken connections and restarts."""
 
 import contextlib
+import ipaddress
 import json
 import os
+import queue
 import shutil
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urljoin, urlsplit
 
 import requests
 
@@ -16,13 +20,17 @@ from edm2kit.torch_utils.dist import progress_bar
 _CHUNK_BYTES = 1 << 16  # at most this much is lost when a connection breaks
 _PROGRESS_BYTES = 16 << 20  # an attempt that gets this far does not count as failed
 _PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
+_MAX_REDIRECTS = 10
+_MAX_UNKNOWN_BYTES = 64 << 30  # of a file whose size is not pinned; the largest published network has 6 GB
+_ALLOW_HTTP, _MAX_SIZE = "EDM2_ALLOW_HTTP", "EDM2_MAX_DOWNLOAD_GB"
 
 
 @dataclass(frozen=True)
 class Patience:
     """How long to keep trying: `attempts` in a row without progress, waiting 1, 2, 4, ... times `first_wait_sec`.
 
-    A connection on which nothing arrives for `stall_sec` counts as broken. `sleep` takes seconds; tests replace it.
+    A connection on which nothing arrives for `stall_sec`, or less than `min_bytes_per_sec` on average over such a time,
+    counts as broken. `sleep` takes seconds and `clock` gives them; tests replace both.
     """
 
     attempts: int = 6
@@ -30,7 +38,9 @@ class Patience:
     longest_wait_sec: float = 60.0
     connect_sec: float = 20.0
     stall_sec: float = 60.0
+    min_bytes_per_sec: float = 1024
     sleep: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.monotonic
 
 
 PATIENT = Patience()
@@ -49,8 +59,9 @@ def download(url: str, partial: Path, size_bytes: int | None = None, patience: P
 
     If this fails, `partial` and a note beside it (the server's ETag or date) stay, so that a later call can resume. If
     the server ignores ranges or its file has changed, the download starts over. `size_bytes` is the size the file must
-    have, if known. Returns whether some of the bytes came from an earlier attempt. Raises ValueError, in one line, if
-    the server refuses or `patience` runs out.
+    have, if known; without it, at most 64 GiB are read, or $EDM2_MAX_DOWNLOAD_GB. Returns whether some of the bytes came
+    from an earlier attempt. Raises ValueError, in one line, if the server refuses or `patience` runs out, and for an
+    http:// address of another machine, whose answer anyone on the way may change, unless EDM2_ALLOW_HTTP=1 is set.
     """
     failures = 0
     while True:
@@ -62,6 +73,7 @@ def download(url: str, partial: Path, size_bytes: int | None = None, patience: P
             requests.ConnectionError,
             requests.Timeout,
             requests.exceptions.ChunkedEncodingError,
+            requests.exceptions.BaseHTTPError,
         ) as error:
             failures = 0 if _size(partial) - before >= _PROGRESS_BYTES else failures + 1
             if failures >= patience.attempts:
@@ -89,8 +101,7 @@ def _attempt(url: str, partial: Path, size_bytes: int | None, patience: Patience
     headers = {"Accept-Encoding": "identity"}
     if start:
         headers |= {"Range": f"bytes={start}-", "If-Range": version}
-    timeout = (patience.connect_sec, patience.stall_sec)
-    with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
+    with requests.Session() as session, _opened(session, url, headers, patience) as response:
         if response.status_code == 416 and _header(response, "Content-Range") == f"bytes */{start}":
             return True  # an earlier call was stopped after the last byte and before the rename
         continues = _header(response, "Content-Range").startswith(f"bytes {start}-")
@@ -103,7 +114,7 @@ def _attempt(url: str, partial: Path, size_bytes: int | None, patience: Patience
         _check_size(url, partial, start, total, size_bytes)
         try:
             _write_note(url, partial, response)
-            _read_body(response, partial, start, total, size_bytes)
+            _read_body(response, partial, start, total, size_bytes, patience)
         except OSError as error:
             if isinstance(error, requests.RequestException):  # these are OSErrors, too
                 raise
@@ -114,9 +125,77 @@ def _attempt(url: str, partial: Path, size_bytes: int | None, patience: Patience
     return start > 0
 
 
+@contextlib.contextmanager
+def _opened(
+    session: requests.Session, url: str, headers: dict[str, str], patience: Patience
+) -> Iterator[requests.Response]:
+    """The answer to a GET request after redirects, with its body still to be read."""
+    timeout = (patience.connect_sec, patience.stall_sec)
+    for _ in range(_MAX_REDIRECTS + 1):
+        check_encrypted(url)
+
+        def ask(url: str = url) -> requests.Response:
+            return session.get(url, headers=headers, stream=True, timeout=timeout, allow_redirects=False)
+
+        with _within(patience.connect_sec + 2 * patience.stall_sec, ask) as response:
+            if not response.is_redirect:
+                yield response
+                return
+            url = urljoin(url, response.headers["location"])
+    raise ValueError(f"cannot download {url}: the server redirects more than {_MAX_REDIRECTS} times")
+
+
+def check_encrypted(url: str) -> None:
+    """Raise ValueError for an http:// address of another machine, unless EDM2_ALLOW_HTTP=1 is set."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https"):
+        raise ValueError(f"cannot download {url}: the server redirects to an address that is not http(s)")
+    if parts.scheme == "https" or os.environ.get(_ALLOW_HTTP) == "1" or _is_this_machine(parts.hostname or ""):
+        return
+    raise ValueError(
+        f"cannot download {url}: http:// is not encrypted, so that anyone on the way can replace the file. Use "
+        f"https://, or set {_ALLOW_HTTP}=1 if you trust the network"
+    )
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _within(limit_sec: float, ask: Callable[[], requests.Response]) -> requests.Response:
+    """`ask()`, for at most `limit_sec` seconds: each byte of a header starts the timeout of requests again."""
+    answers: queue.SimpleQueue[requests.Response | Exception] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put(ask())
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        answer = answers.get(timeout=limit_sec)
+    except queue.Empty as error:
+        raise _Passing(f"the server did not answer within {limit_sec:g} s") from error
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
 def _read_body(
-    response: requests.Response, partial: Path, start: int, total: int | None, size_bytes: int | None
+    response: requests.Response,
+    partial: Path,
+    start: int,
+    total: int | None,
+    size_bytes: int | None,
+    patience: Patience,
 ) -> None:
+    limit = _max_bytes() if size_bytes is None else size_bytes
+    # a plain read returns only once all bytes have arrived, and each of them starts the timeout again
+    read_some = getattr(response.raw, "read1", None) or response.raw._fp.read1  # urllib3 from 2.0 on, and before
     with (
         open(partial, "r+b" if start else "wb") as file,
         progress_bar(
@@ -125,17 +204,38 @@ def _read_body(
     ):
         file.truncate(start)
         file.seek(start)
-        for chunk in response.iter_content(_CHUNK_BYTES):
+        since, arrived = patience.clock(), 0
+        while chunk := read_some(_CHUNK_BYTES):
             file.write(chunk)
             bar.update(len(chunk))
-            if size_bytes is not None and file.tell() > size_bytes:  # the server gave no length
-                raise ValueError(
-                    f"cannot download {response.url}: the server sends more than the {size_bytes} bytes expected"
-                )
+            if file.tell() > limit:  # the server gave no length
+                what = f"{limit} bytes expected" if size_bytes is not None else _limit_text(limit)
+                raise ValueError(f"cannot download {response.url}: the server sends more than the {what}")
+            arrived += len(chunk)
+            passed_sec = patience.clock() - since
+            if passed_sec >= patience.stall_sec:
+                if arrived < patience.min_bytes_per_sec * passed_sec:
+                    raise _Passing(f"only {arrived} bytes arrived in {passed_sec:.0f} s")
+                since, arrived = patience.clock(), 0
         file.flush()
         os.fsync(file.fileno())
     if total is not None and _size(partial) != total:
         raise _Passing("the connection ended early")
+
+
+def _max_bytes() -> int:
+    """The most bytes to read if the size is not pinned."""
+    text = os.environ.get(_MAX_SIZE, "")
+    if not text:
+        return _MAX_UNKNOWN_BYTES
+    try:
+        return int(float(text) * 1e9)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{_MAX_SIZE} is {text!r:.60}; expected a number of gigabytes, such as 100") from error
+
+
+def _limit_text(limit: int) -> str:
+    return f"{limit / 1e9:.3g} GB allowed for a file of unknown size; if it is right, set {_MAX_SIZE} to more"
 
 
 def _check_status(url: str, response: requests.Response) -> None:
@@ -167,6 +267,8 @@ def _check_size(url: str, partial: Path, start: int, total: int | None, size_byt
         return
     if size_bytes is not None and total != size_bytes:
         raise ValueError(f"cannot download {url}: the server's file has {total} bytes, expected {size_bytes}")
+    if size_bytes is None and total > (limit := _max_bytes()):
+        raise ValueError(f"cannot download {url}: the server's file has {total} bytes, more than {_limit_text(limit)}")
     free = shutil.disk_usage(partial.parent).free
     # if the server starts over, the bytes that are there get overwritten
     if total - _size(partial) > free:
@@ -207,6 +309,6 @@ def _reason(error: Exception) -> str:
     """The cause in one line; the messages of requests quote nested exceptions."""
     if isinstance(error, requests.Timeout) or "Read timed out" in str(error):
         return "nothing arrived for too long"
-    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+    if isinstance(error, requests.exceptions.ChunkedEncodingError) or "IncompleteRead" in str(error):
         return "the connection ended early"
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -13,6 +13,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import time
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ HAS_LOCKS = fcntl is not None
 LOCK_NAME = ".running"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 _CHUNK_BYTES = 1 << 20
+_LOOK_AGAIN_SEC = 0.5  # for a lock that another process holds
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 _held: set[IO[Any]] = set()  # files whose locks this process holds
 _PIECES, _PIECE_BYTES = 64, 4096  # that sampled_sha256 reads
@@ -176,8 +178,8 @@ def exclusive(folder: str | Path) -> Iterator[None]:
 def file_lock(path: Path, when_held: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock file `path` inside the block; a process that dies releases it.
 
-    If another process holds it, `when_held(owner)` is called, `owner` being text for a message: it raises, or returns
-    to wait. If the file system has no locks, prints a warning and continues without one.
+    As long as another process holds it, `when_held(owner)` is called about once a second, `owner` being text for a
+    message: it raises, or returns to wait on. If the file system has no locks, prints a warning and continues without one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _open_locked(path, when_held) as file, _kept_from_children(file):
@@ -210,16 +212,22 @@ def _acquire(file: IO[str], path: Path, when_held: Callable[[str], None]) -> Non
     if not HAS_LOCKS:
         return
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        while not _try_lock(file):
             file.seek(0)
             when_held(file.read().strip() or "just started")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            time.sleep(_LOOK_AGAIN_SEC)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         dist.warn0(f"the file system of {path.parent} has no file locks: make sure that no other process writes there")
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def write_json(path: str | Path, content: Any) -> None:

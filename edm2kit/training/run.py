@@ -253,7 +253,7 @@ def _fitting_encoder(config: TrainConfig, dataset: Source) -> Encoder:
         spec = {"kind": fitting}
         if source := read_encoder_record(dataset):
             spec["vae_name"] = source.vae_name
-    if spec.get("kind") != fitting and spec.get("kind") in ENCODERS:
+    if spec.get("kind") in [kind for kind in ENCODERS if kind != fitting]:
         content = "pixels" if fitting == "rgb" else "latents"
         raise ValueError(f"{dataset.path} holds {content}, but the encoder {spec['kind']!r} does not take them")
     return make_encoder(spec)

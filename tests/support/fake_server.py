@@ -1,9 +1,10 @@
 """A real HTTP server on 127.0.0.1 that misbehaves on request."""
 
 import contextlib
+import itertools
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -11,8 +12,8 @@ class FakeServer(ThreadingHTTPServer):
     """Serves `files` (path -> bytes); `script[path]` lists what goes wrong at the first, second, ... request.
 
     Misdeeds: an int answers with that status; "truncate" and "stall" send half of what was asked for and then hang
-    up or fall silent; "ignore-range", "wrong-range", "html" and "no-length" are what they say. Beyond its script
-    the server behaves. `seen` records (path, Range header) of each request; an empty `etag` is not sent.
+    up or fall silent; "drip" and "drip-header" send a byte now and then; "to:URL" redirects; "ignore-range",
+    "wrong-range", "html" and "no-length" are what they say. Beyond its script the server behaves. `seen` records (path, Range header) of each request; an empty `etag` is not sent.
     """
 
     daemon_threads = True
@@ -48,6 +49,11 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.server.files.get(self.path)
         if body is None or isinstance(misdeed, int):
             return self.send_error(misdeed if isinstance(misdeed, int) else 404)
+        if misdeed == "drip-header":
+            self.wfile.write(b"HTTP/1.0 200 OK\r\nX: ")
+            return self._drip(itertools.repeat(b"x"))
+        if isinstance(misdeed, str) and misdeed.startswith("to:"):
+            return self._head(302, [("Location", misdeed[3:]), ("Content-Length", "0")])
         start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted else 0
         if misdeed == "ignore-range" or self.headers.get("If-Range") != self.server.etag:
             start = 0
@@ -62,12 +68,21 @@ class _Handler(BaseHTTPRequestHandler):
         if start:
             headers.append(("Content-Range", f"bytes {shown}-{len(body) - 1}/{len(body)}"))
         self._head(206 if start else 200, headers)
+        if misdeed == "drip":
+            return self._drip(bytes([byte]) for byte in body[start:])
         half = misdeed in ("truncate", "stall")
         self.wfile.write(body[start : start + (len(body) - start) // 2] if half else body[start:])
         if misdeed == "stall":
             self.wfile.flush()
             self.server.closing.wait(30)
         return None
+
+    def _drip(self, parts: Iterable[bytes]) -> None:
+        for part in parts:
+            self.wfile.write(part)
+            self.wfile.flush()
+            if self.server.closing.wait(0.01):
+                return
 
     def _head(self, status: int, headers: list[tuple[str, str]]) -> None:
         self.send_response(status)

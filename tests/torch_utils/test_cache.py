@@ -111,6 +111,35 @@ def test_the_hash_of_the_first_use_is_recorded_and_verified_from_then_on():
             fetch(server.url("/a"))
 
 
+@pytest.mark.parametrize("note", ["kept", "empty", "deleted"])
+def test_a_deleted_file_is_downloaded_again_whatever_the_server_has_now(capsys, note):
+    with serve({"/a": b"old"}) as server:
+        path = fetch(server.url("/a"))
+        server.files["/a"] = BODY
+        path.unlink()
+        if note == "empty":
+            path.with_name("a.sha256").write_text("")
+        if note == "deleted":
+            path.with_name("a.sha256").unlink()
+        assert fetch(server.url("/a")).read_bytes() == BODY
+        assert ("another file than the one downloaded before" in capsys.readouterr().err) == (note == "kept")
+        assert fetch(server.url("/a")).read_bytes() == BODY  # verified against the new note
+        assert path.with_name("a.sha256").read_text() == f"{HASH}  a\n"
+
+
+def test_a_downloader_that_stands_still_is_named_instead_of_waited_for_forever(cache, capsys):
+    now = iter(range(0, 10**6, 50))
+    waiting = room._Downloading(cache / "a", Patience(attempts=1, stall_sec=60, longest_wait_sec=0, clock=now.__next__))
+    cache.mkdir()
+    for arrived in range(5):  # as long as bytes arrive, it waits
+        (cache / ".a.partial").write_bytes(bytes(arrived))
+        waiting("process 7 on host")
+    waiting("process 7 on host")
+    with pytest.raises(ValueError, match="process 7 on host has been downloading a .* nothing arrived in the last 60 s"):
+        waiting("process 7 on host")
+    assert capsys.readouterr().out.count("Waiting for another process that downloads a (process 7 on host)") == 1
+
+
 def test_wrong_bytes_are_deleted():
     with serve({"/a": b"X" + BODY[1:]}) as server:
         with pytest.raises(ValueError, match=f"expected {HASH} .*deleted"):

@@ -146,3 +146,71 @@ def test_a_full_disk_is_told_before_the_bytes_are_fetched(tmp_path, monkeypatch)
     monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: room.shutil._ntuple_diskusage(9, 9, 9))
     with serve({"/a": BODY}) as server, pytest.raises(ValueError, match=r"needs 524288 bytes .* 9 are free"):
         download(server.url("/a"), tmp_path / "a", patience=quick(Clock()))
+
+
+class Ticks:
+    """Stands in for time.monotonic: a second passes between two looks."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+def test_a_server_that_sends_a_byte_now_and_then_is_left_and_resumed(tmp_path):
+    patience = Patience(attempts=2, stall_sec=5, sleep=Clock(), clock=Ticks())
+    with serve({"/a": BODY}, {"/a": ["drip"]}) as server:
+        download(server.url("/a"), tmp_path / "a", patience=patience)
+        first, second = (wanted for _, wanted in server.seen)
+    assert (tmp_path / "a").read_bytes() == BODY
+    assert first is None
+    assert 0 < int(second.removeprefix("bytes=").removesuffix("-")) < len(BODY)
+
+
+@pytest.mark.parametrize(("misdeed", "said"), [("drip", r"only \d+ bytes arrived in \d+ s"), ("drip-header", "0.6 s")])
+def test_a_server_that_is_always_too_slow_is_named(tmp_path, misdeed, said):
+    patience = Patience(attempts=2, connect_sec=0.2, stall_sec=0.2, sleep=Clock(), clock=Ticks())
+    with serve({"/a": BODY}, {"/a": [misdeed] * 2}) as server, pytest.raises(ValueError, match=f"{said}.*2 attempts"):
+        download(server.url("/a"), tmp_path / "a", patience=patience)
+
+
+@pytest.mark.parametrize("misdeed", [None, "no-length"])
+def test_a_file_of_unknown_size_is_read_up_to_a_limit_that_can_be_raised(tmp_path, monkeypatch, misdeed):
+    with serve({"/a": BODY}, {"/a": [misdeed] * 2}) as server:
+        monkeypatch.setenv("EDM2_MAX_DOWNLOAD_GB", "1e-4")
+        with pytest.raises(ValueError, match=r"more than (the )?0\.0001 GB allowed.*set EDM2_MAX_DOWNLOAD_GB"):
+            download(server.url("/a"), tmp_path / "a", patience=quick(Clock()))
+        monkeypatch.setenv("EDM2_MAX_DOWNLOAD_GB", "1")
+        download(server.url("/a"), tmp_path / "a", patience=quick(Clock()))
+    assert (tmp_path / "a").read_bytes() == BODY
+
+
+@pytest.mark.parametrize("text", ["much", "nan", "inf"])
+def test_a_limit_that_is_not_a_number_is_one_line(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("EDM2_MAX_DOWNLOAD_GB", text)
+    with serve({"/a": BODY}) as server, pytest.raises(ValueError, match=f"EDM2_MAX_DOWNLOAD_GB is '{text}'; expected"):
+        download(server.url("/a"), tmp_path / "a", patience=quick(Clock()))
+
+
+@pytest.mark.parametrize("redirected", [False, True])
+def test_http_to_another_machine_is_refused_unless_asked_for(tmp_path, monkeypatch, redirected):
+    away = "http://192.0.2.1/a"  # reserved for documentation: nobody answers
+    with serve({"/a": BODY}, {"/a": [f"to:{away}"] * 2}) as server:
+        url = server.url("/a") if redirected else away
+        with pytest.raises(ValueError, match=rf"cannot download {away}: http:// is not encrypted.*EDM2_ALLOW_HTTP=1"):
+            download(url, tmp_path / "a", patience=quick(Clock()))
+    monkeypatch.setenv("EDM2_ALLOW_HTTP", "1")
+    room.check_encrypted(away)
+
+
+def test_redirects_are_followed_but_not_forever_nor_to_files(tmp_path):
+    with serve({"/a": BODY}, {"/a": ["to:/b?c=1", *["to:/a"] * 20, "to:file:///etc/passwd"]}) as server:
+        server.files["/b?c=1"] = BODY
+        download(server.url("/a"), tmp_path / "a", patience=quick(Clock()))
+        assert (tmp_path / "a").read_bytes() == BODY
+        with pytest.raises(ValueError, match="redirects more than 10 times"):
+            download(server.url("/a"), tmp_path / "b", patience=quick(Clock()))
+        with pytest.raises(ValueError, match=r"file:///etc/passwd: the server redirects to an address that is not http"):
+            download(server.url("/a"), tmp_path / "b", patience=quick(Clock()))
