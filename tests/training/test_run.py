@@ -93,3 +93,10 @@ def test_a_checkpoint_of_another_run_is_refused_without_its_configuration(tmp_pa
                 prepare_run(config, tmp_path / "run")
         else:
             prepare_run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", [["rgb"], {"a": 1}, 5, None, "jpeg"])
+def test_an_encoder_of_no_known_kind_is_one_line(tmp_path, kind):
+    data = str(make_dataset(tmp_path / "a", num_images=8))
+    with pytest.raises(ValueError, match="unknown encoder"):
+        prepare_run(config_from_dict({**TINY, "data": data, "encoder": {"kind": kind}}, "test"), tmp_path / "run")
