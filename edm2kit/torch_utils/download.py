@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import requests
@@ -73,7 +74,7 @@ def download(url: str, partial: Path, size_bytes: int | None = None, patience: P
             requests.ConnectionError,
             requests.Timeout,
             requests.exceptions.ChunkedEncodingError,
-            requests.exceptions.BaseHTTPError,
+            requests.exceptions.BaseHTTPError,  # type: ignore[attr-defined]  # urllib3's, without depending on it
         ) as error:
             failures = 0 if _size(partial) - before >= _PROGRESS_BYTES else failures + 1
             if failures >= patience.attempts:
@@ -195,7 +196,8 @@ def _read_body(
 ) -> None:
     limit = _max_bytes() if size_bytes is None else size_bytes
     # a plain read returns only once all bytes have arrived, and each of them starts the timeout again
-    read_some = getattr(response.raw, "read1", None) or response.raw._fp.read1  # urllib3 from 2.0 on, and before
+    raw: Any = response.raw
+    read_some = getattr(raw, "read1", None) or raw._fp.read1  # urllib3 from 2.0 on, and before
     with (
         open(partial, "r+b" if start else "wb") as file,
         progress_bar(
