@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.download import PATIENT, Patience, check_encrypted, download, forget
+from edm2kit.torch_utils.download import PATIENT, Patience, download, forget
 from edm2kit.torch_utils.files import HAS_LOCKS, atomic_write, file_lock, sha256_of, sync_folder
 
 _MANIFEST = Path(__file__).resolve().parent.parent / "configs" / "hashes.yaml"
@@ -258,7 +258,9 @@ def _verified(path: Path, pin: Pin | None, record: bool = False, is_new: bool = 
         if is_new or recorded is None:
             found = sha256_of(path)
             if recorded not in (None, found):
-                dist.warn0(f"{path.name} is another file than the one downloaded before (sha256 {found}, was {recorded})")
+                dist.warn0(
+                    f"{path.name} is another file than the one downloaded before (sha256 {found}, was {recorded})"
+                )
             try:
                 with atomic_write(note, "w") as file:
                     file.write(f"{found}  {path.name}\n")  # the format of `sha256sum --check`

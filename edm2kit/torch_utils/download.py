@@ -60,9 +60,9 @@ def download(url: str, partial: Path, size_bytes: int | None = None, patience: P
 
     If this fails, `partial` and a note beside it (the server's ETag or date) stay, so that a later call can resume. If
     the server ignores ranges or its file has changed, the download starts over. `size_bytes` is the size the file must
-    have, if known; without it, at most 64 GiB are read, or $EDM2_MAX_DOWNLOAD_GB. Returns whether some of the bytes came
-    from an earlier attempt. Raises ValueError, in one line, if the server refuses or `patience` runs out, and for an
-    http:// address of another machine, whose answer anyone on the way may change, unless EDM2_ALLOW_HTTP=1 is set.
+    have, if known; without it, at most 64 GiB are read, or $EDM2_MAX_DOWNLOAD_GB. Returns whether some of the bytes
+    came from an earlier attempt. Raises ValueError, in one line, if the server refuses or `patience` runs out, and for
+    an http:// address of another machine, whose answer anyone on the way may change, unless EDM2_ALLOW_HTTP=1 is set.
     """
     failures = 0
     while True:

@@ -178,8 +178,9 @@ def exclusive(folder: str | Path) -> Iterator[None]:
 def file_lock(path: Path, when_held: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock file `path` inside the block; a process that dies releases it.
 
-    As long as another process holds it, `when_held(owner)` is called about once a second, `owner` being text for a
-    message: it raises, or returns to wait on. If the file system has no locks, prints a warning and continues without one.
+    As long as another process holds it, `when_held(owner)` is called about twice a second, `owner` being text for a
+    message: it raises, or returns to wait on. If the file system has no locks, prints a warning and continues without
+    one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _open_locked(path, when_held) as file, _kept_from_children(file):

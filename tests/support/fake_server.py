@@ -13,7 +13,8 @@ class FakeServer(ThreadingHTTPServer):
 
     Misdeeds: an int answers with that status; "truncate" and "stall" send half of what was asked for and then hang
     up or fall silent; "drip" and "drip-header" send a byte now and then; "to:URL" redirects; "ignore-range",
-    "wrong-range", "html" and "no-length" are what they say. Beyond its script the server behaves. `seen` records (path, Range header) of each request; an empty `etag` is not sent.
+    "wrong-range", "html" and "no-length" are what they say. Beyond its script the server behaves. `seen` records
+    (path, Range header) of each request; an empty `etag` is not sent.
     """
 
     daemon_threads = True

@@ -135,7 +135,9 @@ def test_a_downloader_that_stands_still_is_named_instead_of_waited_for_forever(c
         (cache / ".a.partial").write_bytes(bytes(arrived))
         waiting("process 7 on host")
     waiting("process 7 on host")
-    with pytest.raises(ValueError, match="process 7 on host has been downloading a .* nothing arrived in the last 60 s"):
+    with pytest.raises(
+        ValueError, match=r"process 7 on host has been downloading a .* nothing arrived in the last 60 s"
+    ):
         waiting("process 7 on host")
     assert capsys.readouterr().out.count("Waiting for another process that downloads a (process 7 on host)") == 1
 

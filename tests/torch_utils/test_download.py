@@ -212,5 +212,7 @@ def test_redirects_are_followed_but_not_forever_nor_to_files(tmp_path):
         assert (tmp_path / "a").read_bytes() == BODY
         with pytest.raises(ValueError, match="redirects more than 10 times"):
             download(server.url("/a"), tmp_path / "b", patience=quick(Clock()))
-        with pytest.raises(ValueError, match=r"file:///etc/passwd: the server redirects to an address that is not http"):
+        with pytest.raises(
+            ValueError, match=r"file:///etc/passwd: the server redirects to an address that is not http"
+        ):
             download(server.url("/a"), tmp_path / "b", patience=quick(Clock()))
