@@ -105,6 +105,13 @@ def levels_of(sigmas: torch.Tensor) -> list[float]:
     return _LEVELS[sigmas][1]
 
 
+def move_levels(sigmas: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """`sigmas`, noise levels on the CPU, on `device`; `levels_of` then knows them without reading them back."""
+    moved = sigmas.to(device, non_blocking=True)
+    _LEVELS[moved] = moved._version, sigmas.tolist()
+    return moved
+
+
 def for_images(part: Part, rng: StackedGenerator) -> Part:
     """`part.for_images(rng)`, or `part` itself if it has no such method."""
     follow = getattr(part, "for_images", None)

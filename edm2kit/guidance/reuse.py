@@ -20,7 +20,8 @@ class Reuse:
     - `stop`: an image is no longer guided once the cosine between D and D_neg has risen above this number, for all
       negatives, from the next step on. At high noise levels, where both are near the mean of all images, the cosine
       is close to 1; it must have been lower before. Adaptive guidance (arXiv 2312.12487), published with .991 for
-      predictions of the noise, and without that condition.
+      predictions of the noise, and without that condition. On a GPU, each evaluation waits to see if all have
+      stopped.
     - `once`: once in a step, so that Heun's second evaluation uses the difference of the first.
 
     Raises ValueError if `every` is below 1 or `stop` is not from -1 to 1.

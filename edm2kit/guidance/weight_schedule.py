@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from edm2kit.conditions import ConditionLike
-from edm2kit.denoiser import Denoiser, Wrapper, for_step
+from edm2kit.denoiser import Denoiser, Wrapper, for_step, levels_of
 from edm2kit.guidance.combine import Combination, Guided
 
 
@@ -86,7 +86,7 @@ SCHEDULES = (*SHAPES, CFG_PLUS_PLUS)
 
 def level_of(sigma: float, sigmas: torch.Tensor) -> float:
     """Position of `sigma` in the range of noise levels of the run, on a logarithmic scale: 0 lowest, 1 highest."""
-    low, high = math.log(float(sigmas[-2])), math.log(float(sigmas[0]))
+    low, high = math.log(levels_of(sigmas)[-2]), math.log(levels_of(sigmas)[0])
     if high == low:
         return 1.0
     return min(max((math.log(sigma) - low) / (high - low), 0.0), 1.0)
@@ -120,7 +120,7 @@ class WeightSchedule(Wrapper):
         raise _outside_a_run()
 
     def for_step(self, i: int, sigmas: torch.Tensor) -> Denoiser:
-        sigma = float(sigmas[i])
+        sigma = levels_of(sigmas)[i]
         time = vp_time(sigma) if self.shape in VP_TIME_SHAPES else level_of(sigma, sigmas)
         return for_step(self.guided.scaled(self.shape(time)), i, sigmas)
 
@@ -162,7 +162,7 @@ class CFGPlusPlus(Wrapper):
         (weight,) = self._weights()
         if weight == 1:
             return for_step(self.guided, i, sigmas)
-        sigma, sigma_next = float(sigmas[i]), float(sigmas[i + 1])
+        sigma, sigma_next = levels_of(sigmas)[i : i + 2]
         return for_step(self._with_weight((weight - 1) * sigma / (sigma - sigma_next)), i, sigmas)
 
     def _weights(self) -> list[float]:

@@ -85,7 +85,7 @@ class Engine:
         if not all(finite):
             raise ValueError(
                 f"the image of seed {seeds[finite.index(False)]} is not finite; if the network computes in float16, "
-                "try bfloat16 or float32, or use a guidance weight closer to 1"
+                "try bfloat16 or float32, or use a guidance weight closer to 1 (or a loss that is never negative)"
             )
         classes = picked if self.vectors is None else None
         return ImageBatch(tuple(seeds), classes, latents, self.decode(latents))

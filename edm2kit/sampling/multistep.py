@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from edm2kit.conditions import ConditionLike
-from edm2kit.denoiser import Denoiser, after_step, for_step
+from edm2kit.denoiser import Denoiser, after_step, for_step, levels_of
 from edm2kit.sampling.noise_levels import NO_CHURN, Churn, RandnLike, refuse_churn
 
 History = Sequence[torch.Tensor]  # of the evaluations so far, the latest first
@@ -32,7 +32,7 @@ def _run(
     slopes: bool = False,
 ) -> torch.Tensor:
     """Apply `step` at each noise level to the last `keep` values of D, or of (x - D) / sigma with `slopes`."""
-    levels = sigmas.tolist()
+    levels = levels_of(sigmas)
     x = noise.to(sigmas.dtype) * sigmas[0]
     history: list[torch.Tensor] = []
     for i in range(len(sigmas) - 1):
@@ -151,7 +151,7 @@ def unipc(
     Example: `unipc(net, torch.randn(4, 3, 64, 64), karras_sigmas(16, 0.002, 80, 7))`.
     """
     refuse_churn("unipc", churn)
-    levels, num_steps = sigmas.tolist(), len(sigmas) - 1
+    levels, num_steps = levels_of(sigmas), len(sigmas) - 1
     x = noise.to(sigmas.dtype) * sigmas[0]
     history: list[torch.Tensor] = []
     start = predicted = x  # of the last step

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from edm2kit.conditions import ConditionLike
-from edm2kit.denoiser import Denoiser, after_step, for_step
+from edm2kit.denoiser import Denoiser, after_step, for_step, levels_of, move_levels
 
 RandnLike = Callable[[torch.Tensor], torch.Tensor]
 
@@ -40,7 +40,7 @@ def karras_sigmas(
     fraction = torch.linspace(0, 1, num_steps, dtype=torch.float64)
     first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     sigmas = (first + fraction * (last - first)) ** rho
-    return torch.cat([sigmas, sigmas.new_zeros(1)]).to(dtype).to(device)
+    return move_levels(torch.cat([sigmas, sigmas.new_zeros(1)]).to(dtype), device)
 
 
 # Sabour et al. 2024, "Align Your Steps" (arXiv 2404.14507): the published levels for 10 steps
@@ -91,7 +91,7 @@ def listed_sigmas(
     falls = all(high > low for high, low in itertools.pairwise(levels))
     if not levels or not falls or not all(0 < level < math.inf for level in levels):
         raise ValueError(f"the noise levels {', '.join(f'{level:g}' for level in levels)} do not fall; each above 0")
-    return torch.tensor([*levels, 0.0], dtype=torch.float64).to(dtype).to(device)
+    return move_levels(torch.tensor([*levels, 0.0], dtype=torch.float64).to(dtype), device)
 
 
 def parse_levels(text: str) -> str | tuple[float, ...]:
@@ -195,12 +195,16 @@ class Churn:
     def __post_init__(self) -> None:
         refuse_negative(self)
 
+    def raises_noise(self, i: int, sigmas: torch.Tensor) -> bool:
+        """Whether step i gets noise."""
+        return self.S_churn != 0 and self.S_min <= levels_of(sigmas)[i] <= self.S_max
+
     def raise_noise(
         self, x: torch.Tensor, i: int, sigmas: torch.Tensor, randn_like: RandnLike
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`x` at the start of step i with noise added, and its new noise level."""
         sigma, num_steps = sigmas[i], len(sigmas) - 1
-        if self.S_churn == 0 or not self.S_min <= float(sigma) <= self.S_max:
+        if not self.raises_noise(i, sigmas):
             return x, sigma
         sigma_hat = sigma * (1 + min(self.S_churn / num_steps, math.sqrt(2) - 1))
         return x + self.S_noise * (sigma_hat**2 - sigma**2).sqrt() * randn_like(x), sigma_hat

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from edm2kit.conditions import ConditionLike
-from edm2kit.denoiser import Denoiser, after_step, for_step
+from edm2kit.denoiser import Denoiser, after_step, for_step, levels_of, move_levels
 from edm2kit.sampling.noise_levels import NO_CHURN, Churn, RandnLike, karras_sigmas, refuse_churn
 
 Interval = tuple[int, int, float, float]
@@ -67,7 +67,9 @@ class Restart:
     def after_steps(self, sigmas: torch.Tensor) -> dict[int, list[tuple[int, int, float]]]:
         """(levels, times, sigma_hi) of the restarts after each step, by the number of the step."""
         found: dict[int, list[tuple[int, int, float]]] = {}
-        top, reached = float(sigmas[0]), sigmas[1:-1]  # a restart ends above 0
+        # on the CPU: values read from a GPU would make the host wait
+        levels_of_run = torch.tensor(levels_of(sigmas), dtype=sigmas.dtype)
+        top, reached = float(levels_of_run[0]), levels_of_run[1:-1]  # a restart ends above 0
         for levels, times, low, high in self.intervals:
             if len(reached) == 0 or low >= top:
                 continue
@@ -117,11 +119,11 @@ def _with_interval(sigmas: torch.Tensor, end: int, levels: int, sigma_hi: float)
 
     So a denoiser that follows the run, guided in an interval of noise levels for example, sees all of it.
     """
-    low = float(sigmas[end])
-    inside = karras_sigmas(levels, low, sigma_hi, 7.0, sigmas.dtype, sigmas.device)[:-1]
-    inside[-1] = sigmas[end]
-    above = sigmas[sigmas > inside[0]]
-    return torch.cat([above, inside, sigmas[end + 1 :]]), len(above)
+    run = torch.tensor(levels_of(sigmas), dtype=sigmas.dtype)  # on the CPU, so that the host does not wait for a GPU
+    inside = karras_sigmas(levels, float(run[end]), sigma_hi, 7.0, sigmas.dtype)[:-1]
+    inside[-1] = run[end]
+    above = run[run > inside[0]]
+    return move_levels(torch.cat([above, inside, run[end + 1 :]]), sigmas.device), len(above)
 
 
 def _heun_step(

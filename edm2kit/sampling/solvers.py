@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from edm2kit.conditions import ConditionLike
-from edm2kit.denoiser import Denoiser, after_step, for_step
+from edm2kit.denoiser import Denoiser, after_step, for_step, levels_of
 from edm2kit.sampling.multistep import deis, dpmpp2m, dpmpp3m, ipndm, unipc
 from edm2kit.sampling.noise_levels import (
     AYS,
@@ -161,7 +161,7 @@ def erk(
             d_next = (x - D(x, sigma_next, condition).to(x.dtype)) / sigma_next
             predicted = (x, d_next)
             x = x_hat + (sigma_next - sigma_hat) * (d + d_next) / 2
-            if euler_point is not None and sigma_hat == sigmas[i]:
+            if euler_point is not None and not churn.raises_noise(i, sigmas):
                 x = x + stiffness.correction(x_hat, d, *euler_point, sigma_hat - sigma_next)
             euler_point = predicted
         x = after_step(D, x, i, sigmas)
@@ -188,9 +188,9 @@ class TimeTravel:
         if not 0 <= self.sigma_lo <= self.sigma_hi:
             raise ValueError(f"time travel in ({self.sigma_lo:g}, {self.sigma_hi:g}]; expected 0 <= lo <= hi")
 
-    def times_at(self, sigma: torch.Tensor) -> int:
+    def times_at(self, sigma: float) -> int:
         """How many times to take the step that starts at `sigma`."""
-        return self.times if self.sigma_lo < float(sigma) <= self.sigma_hi else 1
+        return self.times if self.sigma_lo < sigma <= self.sigma_hi else 1
 
 
 FREEDOM = TimeTravel()
@@ -215,7 +215,7 @@ def time_travel(
     x = noise.to(sigmas.dtype) * sigmas[0]
     for i in range(len(sigmas) - 1):
         sigma, sigma_next = sigmas[i], sigmas[i + 1]
-        for repetitions_left in reversed(range(travel.times_at(sigma))):
+        for repetitions_left in reversed(range(travel.times_at(levels_of(sigmas)[i]))):
             D = for_step(denoiser, i, sigmas)
             x, sigma_hat = churn.raise_noise(x, i, sigmas, randn_like)
             d = (x - D(x, sigma_hat, condition).to(x.dtype)) / sigma_hat

@@ -43,9 +43,10 @@ def norm_slope(at: StepStart) -> torch.Tensor:
     """The gradient of sqrt(loss) by x: that of the residual's norm ||r||, for a loss that is the sum of its squares.
 
     Published rules differentiate the norm; gradient / (2 sqrt(loss)) is it. Zero for images whose gradient is too short
-    to have a direction. Raises ValueError if the loss is negative, which no square is.
+    to have a direction. Raises ValueError if the loss is negative, which no square is. On a GPU the slope of a negative
+    loss is NaN instead, as looking at the loss would make the host wait in each step; such images are refused later.
     """
-    if bool((at.loss < 0).any()):
+    if at.loss.device.type == "cpu" and bool((at.loss < 0).any()):
         raise ValueError(
             "this step needs a loss that is a square, and the loss is negative; use --loss-rule score or freedom"
         )

@@ -55,7 +55,7 @@ class SkippedBlocks:
     def __call__(self, call: NetworkCall) -> NetworkCall:
         if not self.blocks:
             return call
-        return skip(call, self.blocks, torch.zeros(len(call.x), len(self.blocks)))
+        return skip(call, self.blocks, torch.zeros(len(call.x), len(self.blocks), device=call.x.device))
 
 
 def published_depth(net: Network) -> tuple[str, ...]:

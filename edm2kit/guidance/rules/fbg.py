@@ -3,15 +3,18 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
+from edm2kit.denoiser import levels_of
 from edm2kit.guidance.base import Option, Rule
 from edm2kit.guidance.combine import Evaluation
 from edm2kit.guidance.option_types import number
 from edm2kit.guidance.rules.coordinates import inner, noise_level
 from edm2kit.torch_utils.rng import StackedGenerator
 
+Level = TypeVar("Level", float, torch.Tensor)
 REFERENCE_WEIGHT = 3.0  # what the weight reaches at t0 if the path shows no evidence
 HIGHEST_EVIDENCE = 3.0
 
@@ -110,8 +113,8 @@ class Feedback:
         num_steps = len(sigmas) - 1
         offset = self.evidence_of(REFERENCE_WEIGHT) / ((1 - self.t_reference) * num_steps)
         step = min(round((1 - self.t_evidence) * num_steps), max(num_steps - 2, 0))  # the last one ends without noise
-        _, variance = _stochastic_step(sigmas[step].double(), sigmas[step + 1].double())
-        return offset, abs(2 * float(variance) * offset / 10)
+        _, variance = _stochastic_step(*levels_of(sigmas)[step : step + 2])
+        return offset, abs(2 * variance * offset / 10)
 
     def for_images(self, rng: StackedGenerator) -> "Feedback":
         return replace(self, path=Path())
@@ -121,7 +124,7 @@ class Feedback:
         return self
 
 
-def _stochastic_step(sigma: torch.Tensor, sigma_next: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _stochastic_step(sigma: Level, sigma_next: Level) -> tuple[Level, Level]:
     """(r, s^2): given D, a stochastic step has the mean r x + (1 - r) D and the variance s^2."""
     share = (sigma_next / sigma) ** 2
     return share, (sigma**2 - sigma_next**2) * share
