@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from edm2kit.cli import click_types as cli
+from edm2kit.cli.detector_option import detector_option
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.cli.generation_options import generation_options
 from edm2kit.cli.image_source import image_batches, image_classes, labelled_batches, open_images
@@ -29,6 +30,7 @@ from edm2kit.torch_utils.cache import fetch
 from edm2kit.torch_utils.files import provenance, sha256_of, write_json
 
 _REAL_WORKERS = 2  # threads that read
+_PAPERS = ("fid", "fd_dinov2")  # the distances that papers report
 _ADM_IMAGES = 10000  # that its evaluation compares for precision and recall
 
 
@@ -57,6 +59,7 @@ class ScoreOptions:
 
     ref: tuple[str, ...]
     metrics: tuple[str, ...] | None
+    own_detectors: tuple[str, ...]
     num: int
     real: str | None
     heldout: str | None
@@ -100,9 +103,9 @@ _scoring_options = cli.section(
         "--metrics",
         metavar="NAMES",
         type=MetricNames(),
-        help="Detectors such as fid, metrics such as kid or fid.kid, or all; `calculate_metrics.py list` shows them  "
-        "[default: detectors in --ref]",
+        help="Detectors such as fid, metrics such as kid or fid.kid, or all; see `list`  [default: those in --ref]",
     ),
+    detector_option(),
     click.option(
         "--real",
         metavar="PATH",
@@ -296,9 +299,9 @@ def _score(options: ScoreOptions, scorer: Scorer, runs: Mapping[str, Images], or
         "--metrics",
         metavar="NAMES",
         type=MetricNames(only_detectors=True),
-        default="fid,fd_dinov2",
-        help=_DETECTORS,
+        help=f"{_DETECTORS}  [default: {','.join(_PAPERS)}, or those of --detector]",
     ),
+    detector_option(),
     click.option(
         "--adm",
         metavar="NPZ",
@@ -311,7 +314,8 @@ def _score(options: ScoreOptions, scorer: Scorer, runs: Mapping[str, Images], or
 def ref(
     data: str,
     dest: Path,
-    metrics: tuple[str, ...],
+    metrics: tuple[str, ...] | None,
+    own_detectors: tuple[str, ...],
     adm: Path | None,
     workers: int,
     batch: int,
@@ -319,6 +323,7 @@ def ref(
     device: str,
 ) -> None:
     """Compute the reference statistics of real images, all of them."""
+    metrics = metrics or own_detectors or _PAPERS
     if dest.suffix.lower() != ".npz":
         raise click.UsageError(f"--dest {dest}: reference statistics are an .npz file; use that suffix")
     if adm is not None and not {"fid", "sfid"} <= set(metrics):

@@ -8,9 +8,12 @@ Example:
     print(score_images(generated_images, reference))
 """
 
+from edm2kit.metrics.detectors.clip import clip_detector
 from edm2kit.metrics.detectors.dinov2 import DINOv2ViT
+from edm2kit.metrics.detectors.exported import export_detector, exported_detector
 from edm2kit.metrics.detectors.inception import InceptionV3
-from edm2kit.metrics.detectors.registry import DETECTORS, Detector, load_detector
+from edm2kit.metrics.detectors.preprocess import Preprocessing
+from edm2kit.metrics.detectors.registry import DETECTORS, Detector, load_detector, register_detector
 from edm2kit.metrics.frechet import frechet_distance
 from edm2kit.metrics.moments import FeatureStatistics, Moments, merge_statistics
 from edm2kit.metrics.precision_recall import neighbour_scores
@@ -39,10 +42,14 @@ __all__ = [
     "Measurement",
     "Metric",
     "Moments",
+    "Preprocessing",
     "Reference",
     "Sample",
     "Score",
     "Scorer",
+    "clip_detector",
+    "export_detector",
+    "exported_detector",
     "frechet_distance",
     "image_features",
     "image_statistics",
@@ -52,6 +59,7 @@ __all__ = [
     "measure_reference",
     "merge_statistics",
     "neighbour_scores",
+    "register_detector",
     "save_reference",
     "score_images",
 ]

@@ -155,7 +155,10 @@ def _statistics(mean: Any, covariance: Any, fingerprint: str | None) -> FeatureS
 def _check(path: str | Path, metric: str, statistics: FeatureStatistics) -> None:
     """Raise ValueError if statistics cannot belong to this metric: before hours of generation, not after."""
     if metric not in DETECTORS:
-        raise ValueError(f"{path} has statistics of {metric!r}; known metrics: {', '.join(DETECTORS)}")
+        raise ValueError(
+            f"{path} has statistics of {metric!r}; known metrics: {', '.join(DETECTORS)}. If it is a detector of your "
+            f"own, give --detector {metric}=FILE.pt2"
+        )
     size = DETECTORS[metric].num_features
     shapes = statistics.mean.shape, statistics.covariance.shape
     if shapes != ((size,), (size, size)):

@@ -53,6 +53,12 @@ def test_the_data_set_trains_with_its_labels(followed):
     assert "2 classes" in (followed / "output.txt").read_text()
 
 
+def test_the_detector_in_a_file_gives_numbers(followed):
+    assert (followed / "my_detector.pt2").exists()
+    text = (followed / "output.txt").read_text()
+    assert re.search(r"seeds 0-19: mine [0-9.]+ \[.*\], mine\.vendi [0-9.]+", text)
+
+
 def test_the_metric_gives_a_number(followed):
     last = (followed / "output.txt").read_text().rstrip().splitlines()[-1]
     assert re.search(r"fd_colours\D+[0-9.]+", last)

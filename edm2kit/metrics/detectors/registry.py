@@ -5,6 +5,7 @@ To add one, write a module that turns uint8 images into features and enter it in
 
 import difflib
 import pickle
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from edm2kit.torch_utils.cache import fetch
 from edm2kit.torch_utils.files import sha256_of
 
 NOT_FID = "not FID; compares only with itself"
+_NAME = re.compile(r"[A-Za-z][\w-]*")
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,13 @@ DETECTORS: dict[str, DetectorSpec] = {
 def register_detector(name: str, spec: DetectorSpec) -> None:
     """Make a detector available as the metric `name`, the Frechet distance of its features.
 
-    Registering the same specification again does nothing. Raises ValueError if the name is taken by another detector.
+    Registering the same detector again does nothing. Raises ValueError if the name is taken by another detector, or
+    could not be told from other parts of "DETECTOR.METRIC" or "DETECTOR@REFERENCE".
     """
-    if DETECTORS.setdefault(name, spec) is not spec:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} cannot be the name of a detector; use letters, digits, - and _")
+    known = DETECTORS.setdefault(name, spec)
+    if known is not spec and known.fingerprint != spec.fingerprint:
         raise ValueError(f"a metric called {name!r} exists already; choose another name")
 
 
