@@ -62,7 +62,7 @@ def main() -> None:
         "--source",
         metavar="PATH",
         required=True,
-        help="Folder (with subfolders) or zip of images, or hf:FOLDER",
+        help="Folder (with subfolders) or zip of images, hf:FOLDER, or CIFAR's archive cifar-10-python.tar.gz",
     ),
     _dest,
     click.option(
@@ -114,6 +114,9 @@ def convert(**options: Any) -> None:
     orientation is ignored, as in the tools that made the published data sets.
 
     Labels in dataset.json are classes or lists of floats. Images of generate.py keep the classes noted in them.
+
+    cifar-10-python.tar.gz and cifar-100-python.tar.gz are read as they are published; ?split=test behind the name takes
+    their test images.
 
     Unfinished work stays in DEST.partial; run the same command again to resume. The PNG files are not compressed, so
     that training reads them without decoding. To make an existing training set faster to read, convert it again without

@@ -10,6 +10,7 @@ import click
 import numpy as np
 
 from edm2kit.data.archive import FolderArchive, ZipArchive, open_archive
+from edm2kit.data.cifar import CifarArchive
 from edm2kit.data.dataset import (
     CONVERT_HINT,
     FILE_EXTENSIONS,
@@ -153,7 +154,7 @@ def _report_classes(classes: np.ndarray, space: ConditionSpace) -> None:
         )
 
 
-def sample_warnings(archive: FolderArchive | ZipArchive | SavedTable, indices: np.ndarray) -> list[str]:
+def sample_warnings(archive: FolderArchive | ZipArchive | SavedTable | CifarArchive, indices: np.ndarray) -> list[str]:
     """Warnings about what is wrong with all pictures alike, from a sample of them.
 
     Raises ValueError if the range of values makes every picture black.

@@ -1,4 +1,4 @@
-"""Convert images of any size in a folder, a zip or a Hugging Face folder to a training set."""
+"""Convert images of any size in a folder, a zip, a Hugging Face folder or CIFAR's archive to a training set."""
 
 import contextlib
 import hashlib
@@ -11,6 +11,7 @@ import numpy as np
 
 from edm2kit.data.archive import FolderArchive, ZipArchive, open_archive
 from edm2kit.data.check import sample_warnings
+from edm2kit.data.cifar import CifarArchive, is_cifar_archive
 from edm2kit.data.crops import TRANSFORMS
 from edm2kit.data.dataset import split_kind
 from edm2kit.data.hugging_face import SavedTable
@@ -37,7 +38,7 @@ from edm2kit.data.output import PartialDataset, is_finished
 from edm2kit.data.workers import run_in_order
 from edm2kit.torch_utils.dist import printable, progress_bar
 
-Archive = FolderArchive | ZipArchive | SavedTable
+Archive = FolderArchive | ZipArchive | SavedTable | CifarArchive
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
 
 
@@ -90,14 +91,15 @@ def convert(
     workers: int,
     skip_broken: bool,
 ) -> None:
-    """Write the training set `dest`, or resume writing it. `source` is a folder, a zip, or a Hugging Face folder.
+    """Write the training set `dest`, or resume writing it.
 
+    `source` is a folder, a zip, a Hugging Face folder, or the archive of CIFAR-10 or CIFAR-100.
     Raises ValueError for wrong input, including a source image that cannot be read unless `skip_broken`, and OSError if
     writing fails. In both cases there is nothing at `dest`, and calling this again resumes.
     """
     check_transform(transform, resolution)
     kind, path = split_kind(source)
-    archive: Archive = SavedTable(path) if kind == "hf" else open_archive(path, IMAGE_EXTENSIONS)
+    archive = _open(kind, path)
     if dest.resolve().is_relative_to(archive.path.resolve()):
         raise ValueError(f"--dest {dest} is inside --source {source}; choose a folder outside")
     labels = find_labels(archive, label_source)
@@ -124,6 +126,12 @@ def convert(
         click.echo(f"Skipped {len(broken)} images that could not be read")
 
 
+def _open(kind: str, path: str) -> Archive:
+    if kind == "hf":
+        return SavedTable(path)
+    return CifarArchive(path) if is_cifar_archive(path) else open_archive(path, IMAGE_EXTENSIONS)
+
+
 def check_transform(transform: str, resolution: tuple[int, int] | None) -> None:
     """Raise ValueError if the transform does not work with the resolution, or the result cannot be trained on."""
     if resolution is None:
@@ -146,12 +154,12 @@ def find_labels(archive: Archive, label_source: str) -> Labels | None:
     """The labels of the source images, or None.
 
     `label_source` is json (dataset.json), folders (top-level folders), none, or auto: dataset.json if there is one,
-    else the classes that generate.py noted in its own images, else top-level folders. In a Hugging Face folder, labels
-    are in a column. Raises ValueError if labels are requested that are not there.
+    else the classes that generate.py noted in its own images, else top-level folders. Hugging Face folders and CIFAR
+    archives store labels with their images. Raises ValueError if labels are requested that are not there.
     """
-    if isinstance(archive, SavedTable):
+    if isinstance(archive, SavedTable | CifarArchive):
         if label_source in ("json", "folders"):
-            raise ValueError(f"{archive.path}: its labels are in a column; use --labels auto or --labels none")
+            raise ValueError(f"{archive.path}: its labels are {archive.labels_are}; use --labels auto or --labels none")
         return archive.read_labels() if label_source == "auto" else None
     if label_source == "none":
         return None

@@ -24,6 +24,7 @@ class SavedTable:
     """
 
     ignored: tuple[str, ...] = ()
+    labels_are = "in a column"
 
     def __init__(self, path: str | Path):
         folder, _, query = str(path).partition("?")

@@ -7,7 +7,7 @@ stay names (Symbol), byte strings stay in the file (BytesInFile), and `Rules` de
 
 import pickletools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, Protocol
 
 from edm2kit.torch_utils.pickles.values import Budget, ByteRange, BytesInFile, Symbol, UnsafePickleError
@@ -38,6 +38,8 @@ class Machine:
     dictionaries and members of sets are strings, so a file cannot choose the hash function.
     """
 
+    actions: Mapping[bytes, tuple[Callable[..., None], Any]]  # by opcode, with an argument or _NOTHING; set below
+
     def __init__(self, source: ByteRange, rules: Rules, budget: Budget):
         self.source, self.rules, self.budget = source, rules, budget
         self.stack: list[Any] = []
@@ -51,10 +53,10 @@ class Machine:
         self.protocol()
         while (code := self.source.take(1)) != b".":
             self.budget.spend_opcode()
-            if code not in _ACTIONS:
+            if code not in self.actions:
                 known = _OPCODES.get(code.decode("latin-1"))
                 raise UnsafePickleError(f"no snapshot uses the opcode {known or code.hex()}")
-            action, argument = _ACTIONS[code]
+            action, argument = self.actions[code]
             action(self) if argument is _NOTHING else action(self, argument)
         value = self.pop()
         if self.stack or self.marks:
@@ -288,4 +290,25 @@ _ACTIONS: dict[bytes, tuple[Callable[..., None], Any]] = {
     b"\x81": (Machine.new_object, _NOTHING),
     b"b": (Machine.build, _NOTHING),
     b"Q": (Machine.persistent, _NOTHING),
+}
+Machine.actions = _ACTIONS
+
+
+class Python2Machine(Machine):
+    """A Machine for pickles of Python 2, whose texts were bytes: short ones become str, long ones BytesInFile."""
+
+    def short_string(self) -> None:
+        self.push(self.source.take(self._length(1)).decode("latin-1"))
+
+    def long_string(self) -> None:
+        length = int.from_bytes(self.source.take(4), "little", signed=True)
+        if length < 0:
+            raise UnsafePickleError(f"it holds a string of {length} bytes")
+        self.push(BytesInFile(self.source.file, self.source.skip(length), length))
+
+
+Python2Machine.actions = {
+    **_ACTIONS,
+    b"U": (Python2Machine.short_string, _NOTHING),
+    b"T": (Python2Machine.long_string, _NOTHING),
 }

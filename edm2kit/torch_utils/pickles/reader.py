@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from edm2kit.torch_utils.pickles.machine import Machine, NoNames
+from edm2kit.torch_utils.pickles.machine import Machine, NoNames, Python2Machine
 from edm2kit.torch_utils.pickles.values import (
     ArrayBox,
     Budget,
@@ -35,7 +35,7 @@ from edm2kit.torch_utils.pickles.values import (
     settle,
 )
 
-__all__ = ["Record", "StoredTensor", "UnsafePickleError", "load_pickle"]
+__all__ = ["Record", "StoredTensor", "UnsafePickleError", "load_arrays", "load_pickle"]
 
 _MAX_OPCODES = 1_000_000  # an XXL snapshot takes about a twentieth of this
 _MAX_ELEMENTS = 1 << 40  # of one tensor or array; with more, numpy and torch overflow even if one of the sizes is 0
@@ -86,10 +86,27 @@ def load_pickle(path_or_file: str | Path | BinaryIO) -> Any:
     else:
         file = path_or_file
     start, end = file.tell(), file.seek(0, 2)
-    source = ByteRange(file, start, end)
     budget = Budget(_MAX_OPCODES, end - start)
+    return _run(Machine(ByteRange(file, start, end), _SnapshotRules(budget), budget), name)
+
+
+def load_arrays(data: bytes, name: str) -> Any:
+    """The contents of a pickle of plain values and numeric numpy arrays, written by any Python from 2 on.
+
+    Values are None, bool, int, float, str, list, tuple, dict, set, and arrays in native byte order; a long string of
+    Python 2 stays BytesInFile. `name` is that of the file, for messages. Raises UnsafePickleError, a ValueError of one
+    line, for a file that is damaged or holds anything else.
+    """
+    budget = Budget(_MAX_OPCODES, len(data))
+    source = ByteRange(io.BytesIO(data), 0, len(data))
+    return _run(Python2Machine(source, _ArrayRules(budget), budget), name)
+
+
+def _run(machine: Machine, name: str) -> Any:
+    source = machine.source
+    size_bytes = source.end - source.position
     try:
-        return settle(Machine(source, _SnapshotRules(budget), budget).load(), end - start)
+        return settle(machine.load(), size_bytes)
     except UnsafePickleError as error:
         raise UnsafePickleError(f"{name}: refused near byte {source.position}: {error}") from None
 
@@ -108,14 +125,37 @@ def _are_of_types(values: tuple, *types: type) -> bool:
     return tuple(type(value) for value in values) == types
 
 
-class _SnapshotRules(NoNames):
-    """The meaning of the names in a snapshot or statistics pickle."""
+class _ArrayRules(NoNames):
+    """The meaning of numpy's names in a pickle of arrays; no other names are allowed."""
+
+    names = frozenset((*_RECONSTRUCT, *_NUMPY))
 
     def __init__(self, budget: Budget):
         self.budget = budget
 
     def find(self, name: str) -> Symbol:
-        return Symbol(name) if name in _NAMES else super().find(name)
+        return Symbol(name) if name in self.names else super().find(name)
+
+    def call(self, symbol: Symbol, args: tuple) -> Any:
+        if symbol.name in _RECONSTRUCT:
+            return _new_array(args)
+        if symbol.name == "numpy.dtype":
+            return _new_dtype(args)
+        return super().call(symbol, args)
+
+    def build(self, target: Any, state: Any) -> None:
+        if type(target) is DtypeBox:
+            _fill_dtype(target, state)
+        elif type(target) is ArrayBox:
+            _fill_array(target, state, self.budget)
+        else:
+            super().build(target, state)
+
+
+class _SnapshotRules(_ArrayRules):
+    """The meaning of the names in a snapshot or statistics pickle."""
+
+    names = _NAMES
 
     def new(self, symbol: Symbol, args: tuple) -> Any:
         if symbol.name in _EMPTY_DICTS and not args:
@@ -129,10 +169,6 @@ class _SnapshotRules(NoNames):
             return {}
         if symbol.name == _PERSISTENT:
             return _persistent_object(args)
-        if symbol.name in _RECONSTRUCT:
-            return _new_array(args)
-        if symbol.name == "numpy.dtype":
-            return _new_dtype(args)
         if symbol.name == "torch._utils._rebuild_tensor_v2":
             return _tensor(args)
         if symbol.name == "torch._utils._rebuild_parameter":
@@ -146,10 +182,6 @@ class _SnapshotRules(NoNames):
         empty_record = type(target) is Record and target.state is None
         if empty_record and type(state) is dict:
             target.state = state
-        elif type(target) is DtypeBox:
-            _fill_dtype(target, state)
-        elif type(target) is ArrayBox:
-            _fill_array(target, state, self.budget)
         else:
             super().build(target, state)
 
@@ -171,7 +203,8 @@ def _persistent_object(args: tuple) -> Record:
 
 def _new_array(args: tuple) -> ArrayBox:
     unknown = "it creates an array in an unknown way"
-    require(_are_of_types(args, Symbol, tuple, BytesInFile), unknown)
+    # the last argument is b"b", a str in Python 2
+    require(_are_of_types(args, Symbol, tuple, BytesInFile) or _are_of_types(args, Symbol, tuple, str), unknown)
     require(args[:2] == (Symbol("numpy.ndarray"), (0,)), unknown)
     return ArrayBox()
 
