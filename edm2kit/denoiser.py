@@ -60,6 +60,7 @@ class Network(Protocol):
     - `attention` maps block names to functions (q, k, v) -> output, each [N, heads, H*W, C/heads].
     - `embedding` takes and returns the noise embedding [N, E].
     - `dropout(block, y)` returns what replaces the activations y [N, C, H, W] where the block has its dropout.
+    - `skip` maps names of blocks with attention to bool [N]: the images for which the block adds nothing to its input.
     - With `return_attention`, block names, the call returns (D, maps): softmax attention [N, heads, H*W, H*W] by name.
     """
 
@@ -84,6 +85,7 @@ class Network(Protocol):
         attention: Mapping[str, Callable[..., torch.Tensor]] | None = None,
         embedding: Callable[[torch.Tensor], torch.Tensor] | None = None,
         dropout: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+        skip: Mapping[str, torch.Tensor] | None = None,
         return_attention: Sequence[str] = (),
     ) -> Any: ...
 

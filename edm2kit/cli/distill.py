@@ -16,6 +16,7 @@ from edm2kit.cli.generation_options import generation_options
 from edm2kit.conditions import FloatVectors
 from edm2kit.denoiser import Denoiser, Wrapper, after_step, for_images, for_step
 from edm2kit.guidance.records import settings_differences
+from edm2kit.guidance.registry import METHODS, method_name
 from edm2kit.snapshots.loading import open_weights
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.rng import StackedGenerator
@@ -100,6 +101,10 @@ def check_request(request: Request) -> None:
         raise ValueError("the network learns all labels of --data; leave out --class, --balanced and --labels")
     if request.guidance.options.get("apg_momentum"):
         raise ValueError("a single network cannot learn momentum, which depends on earlier steps; add --apg-momentum 0")
+    names = (request.guidance.method, *(name for name, _ in request.guidance.also))
+    for name in names:
+        if METHODS[method_name(name)].remembers:
+            raise ValueError(f"a single network cannot learn {name}, which leads away from earlier steps; leave it out")
     if request.guidance.rule == "fbg":
         raise ValueError("a single network cannot learn feedback, which depends on earlier steps; choose another rule")
 

@@ -34,7 +34,7 @@ def is_network(denoiser: object) -> bool:
 def require_edits(denoiser: Any, method: str, *edits: str) -> Network:
     """`denoiser` as a network that supports all of `edits`. Raises ValueError naming those it lacks.
 
-    Edits are "attention", "embedding", "dropout" and "return_attention", as in `edm2kit.denoiser.Network`.
+    Edits are "attention", "embedding", "dropout", "skip" and "return_attention", as in `edm2kit.denoiser.Network`.
     """
     if not is_network(denoiser):
         raise ValueError(
@@ -52,7 +52,7 @@ def require_edits(denoiser: Any, method: str, *edits: str) -> Network:
     return denoiser
 
 
-def require_attention(denoiser: Any, method: str, edit: Literal["attention", "return_attention"]) -> Network:
+def require_attention(denoiser: Any, method: str, edit: Literal["attention", "skip", "return_attention"]) -> Network:
     """`denoiser` as a network with attention blocks that supports `edit`. Raises ValueError for any other."""
     net = require_edits(denoiser, method, edit)
     if not roles_of(net):

@@ -64,6 +64,7 @@ class Method:
     - `takes_uncond`: uses an unconditional network in addition to the guide network, if it is given.
     - `drops_condition(parts)`: whether the main network is evaluated without its condition, as only networks trained
       with label dropout can be.
+    - `remembers`: acts by earlier evaluations of the same run, so the first step of a run or interval is not guided.
     - `formula`, `term` (what D_neg is) and `source` (the paper) are for the table of methods.
 
     Example:
@@ -82,6 +83,7 @@ class Method:
     takes_gnet: bool = False
     takes_uncond: bool = False
     drops_condition: Callable[[Parts], bool] | None = None
+    remembers: bool = False
     formula: str = "D_neg + w (D - D_neg)"
     term: str = ""
     source: str = ""

@@ -98,6 +98,10 @@ def joint_edits(calls: Sequence[NetworkCall]) -> dict[str, Any]:
     for block in blocks:
         functions = [edited.get(block, attend) for edited in attention]
         edits["attention"][block] = _PerCall(functions)
+    skips = [call.edits.get("skip", {}) for call in calls]
+    for block, skipped in {block: mask for skip in skips for block, mask in skip.items()}.items():
+        edits.setdefault("skip", {})
+        edits["skip"][block] = torch.cat([skip.get(block, torch.zeros_like(skipped)) for skip in skips])
     unedited: dict[str, Callable[..., torch.Tensor]] = {"embedding": lambda emb: emb, "dropout": lambda block, y: y}
     for name, same in unedited.items():
         if any(name in call.edits for call in calls):

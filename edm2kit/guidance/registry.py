@@ -15,12 +15,15 @@ from edm2kit.guidance.losses import loss_guidance
 from edm2kit.guidance.own_network import (
     cads,
     dropout_and_noise,
+    erg,
+    higs,
     icg,
     pag,
     s2,
     sag,
     seg,
     self_guidance,
+    sg_prev,
     slg,
     sliding_window,
     tpg,
@@ -90,12 +93,15 @@ METHODS: dict[str, Method] = {
     "slg": slg.METHOD,
     "s2": s2.METHOD,
     "tpg": tpg.METHOD,
+    "erg": erg.METHOD,
     "self-guidance": self_guidance.METHOD,
+    "sg-prev": sg_prev.METHOD,
     "classifier": classifier_guidance.METHOD,
     "loss": loss_guidance.METHOD,
     "dropout": dropout_and_noise.DROPOUT,
     "input-noise": dropout_and_noise.INPUT_NOISE,
     "cads": cads.METHOD,
+    "higs": higs.METHOD,
 }
 
 # names of the previous release -> current names; to be removed with the next release
@@ -289,6 +295,11 @@ def guide(choice: Choice, parts: Parts) -> Denoiser:
         else:
             own_parts = parts_for(name, weights, parts)
             source = method.negative(own_parts, **options[name])
+            if method.remembers and choice.reuse != NO_REUSE:
+                raise ValueError(
+                    f"guidance method {name} evaluates nothing that could be saved: its negative comes from earlier "
+                    "steps. Leave out --guidance-every, --guidance-once and --guidance-stop"
+                )
             if len(active) > 1 and hasattr(source, "in_combination"):
                 source = source.in_combination()
             negatives.append(Negative(source, weight))

@@ -3,6 +3,8 @@
 The transformer is diffusers' DiTTransformer2DModel. diffusers is an optional package: `pip install 'diffusers>=0.27'`.
 """
 
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -36,7 +38,7 @@ class DiT(RawNetwork):
     first half counts as encoder, the second as decoder, and the block in between as middle.
     """
 
-    supported_edits = frozenset(("attention", "return_attention"))
+    supported_edits = frozenset(("attention", "skip", "return_attention"))
 
     def __init__(
         self,
@@ -75,6 +77,7 @@ class DiT(RawNetwork):
         self.transformer.enable_gradient_checkpointing()
         for index, block in enumerate(self.transformer.transformer_blocks):
             block.attn1.set_processor(_AttentionProcessor(f"block{index}"))
+            block.register_forward_hook(partial(_unless_skipped, f"block{index}"), with_kwargs=True)
             block.norm1.emb.class_embedder = ClassEmbedding(label_dim, width)
             _zero_(block.norm1.linear)  # adaLN-Zero: a new block changes nothing
         _zero_(self.transformer.proj_out_2)
@@ -118,6 +121,20 @@ class DiT(RawNetwork):
             return torch.func.functional_call(self.transformer, weights, kwargs=arguments).sample
         with torch.autocast(x.device.type, dtype=x.dtype):
             return self.transformer(**arguments).sample
+
+
+_EDITS_POSITION = 5  # of cross_attention_kwargs, if a block is called by position, as gradient checkpointing does
+
+
+def _unless_skipped(
+    name: str, block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], result: torch.Tensor
+) -> torch.Tensor:
+    """The result of a block [N, tokens, width], and its input for the images for which it is skipped."""
+    given = kwargs["cross_attention_kwargs"] if kwargs else args[_EDITS_POSITION]
+    skip = given["edits"].skip
+    if name not in skip:
+        return result
+    return torch.where(skip[name].to(result.device).reshape(-1, 1, 1), args[0], result)
 
 
 class ClassEmbedding(nn.Module):

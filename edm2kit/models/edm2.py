@@ -91,7 +91,7 @@ class UNetBlock(nn.Module):
             y = edits.dropout(name, y)
         elif self.training and self.dropout:
             y = nn.functional.dropout(y, p=self.dropout)
-        y = self.conv_res1(y)
+        y = edits.unless_skipped(name, self.conv_res1(y))
         if self.decoder and self.conv_skip is not None:
             x = _plus(y, self.conv_skip(x))
         else:
@@ -102,7 +102,7 @@ class UNetBlock(nn.Module):
             qkv = qkv.reshape(n, h * w, 3, self.num_heads, c // self.num_heads)
             q, k, v = normalize(qkv, dims=[4]).permute(2, 0, 3, 1, 4)  # each [N, heads, H*W, C/heads]
             y = edits.attend(name, q, k, v).transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
-            x = _plus(self.attn_proj(y), x, self.attn_keep)
+            x = _plus(edits.unless_skipped(name, self.attn_proj(y)), x, self.attn_keep)
         if self.clip_act is None:
             return x
         return x.clamp_(-self.clip_act, self.clip_act) if overwrite else x.clamp(-self.clip_act, self.clip_act)
@@ -139,7 +139,7 @@ class UNet(RawNetwork):
     unit (defaults: the narrowest and the widest level). Levels in `attn_resolutions` have attention.
     """
 
-    supported_edits = frozenset(("attention", "embedding", "dropout", "return_attention"))
+    supported_edits = frozenset(("attention", "embedding", "dropout", "skip", "return_attention"))
 
     def __init__(
         self,

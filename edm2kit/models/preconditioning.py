@@ -46,11 +46,19 @@ class Edits:
     attention: Mapping[str, AttentionEdit] = field(default_factory=dict)
     embedding: EmbeddingEdit | None = None
     dropout: DropoutEdit | None = None
+    skip: Mapping[str, torch.Tensor] = field(default_factory=dict)
     return_attention: Sequence[str] = ()
     maps: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.attention or self.embedding or self.dropout or self.return_attention)
+        return bool(self.attention or self.embedding or self.dropout or self.skip or self.return_attention)
+
+    def unless_skipped(self, block: str, added: torch.Tensor) -> torch.Tensor:
+        """What `block` adds to its input, [N, ...], and 0 for the images for which it is skipped."""
+        if block not in self.skip:
+            return added
+        skipped = self.skip[block].to(added.device).reshape(-1, *[1] * (added.ndim - 1))
+        return torch.where(skipped, 0, added)  # keeps the order of memory, and so the bits of what is not skipped
 
     def attend(self, block: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """The attention of `block`, edited if it is named; all [N, heads, H*W, C/heads]."""
@@ -167,6 +175,7 @@ class Preconditioner(nn.Module):
         attention: Mapping[str, AttentionEdit] | None = None,
         embedding: EmbeddingEdit | None = None,
         dropout: DropoutEdit | None = None,
+        skip: Mapping[str, torch.Tensor] | None = None,
         return_attention: Sequence[str] = (),
     ) -> Any:
         """Estimate the clean image.
@@ -174,13 +183,14 @@ class Preconditioner(nn.Module):
         `x` [N, C, H, W]; `sigma` [N] or a scalar; `labels` [N, label_dim] or a `Condition`, None for the zero vector,
         ignored by an unconditional network. `attention` maps block names (see `attention_roles`) to functions that
         replace their attention; `embedding` changes the noise embedding [N, E] before labels join it; `dropout`
-        replaces dropout in every block, also in eval mode.
+        replaces dropout in every block, also in eval mode; `skip` maps block names to bool [N], the images for which
+        the block adds nothing to its input.
 
         Returns D, float32, shaped as `x`. With `return_logvar`, the log-variance [N, 1, 1, 1] follows; with
         `return_attention`, a dict of softmax attention maps [N, heads, H*W, H*W] of these blocks. Raises ValueError
         for a block without attention, for an edit outside `supported_edits`, and for labels of another shape.
         """
-        edits = Edits(attention or {}, embedding, dropout, return_attention)
+        edits = Edits(attention or {}, embedding, dropout, skip or {}, return_attention)
         if edits:
             self._check(edits)
         x = x.float()
@@ -211,14 +221,14 @@ class Preconditioner(nn.Module):
         return labels.float()
 
     def _check(self, edits: Edits) -> None:
-        for name in ("attention", "embedding", "dropout", "return_attention"):
+        for name in ("attention", "embedding", "dropout", "skip", "return_attention"):
             if not getattr(edits, name) or name in self.supported_edits:
                 continue
             kind = type(self.raw).__name__
             supported = ", ".join(sorted(self.supported_edits)) or "none"
             raise ValueError(f"a {kind} network does not support the edit {name!r}; it supports: {supported}")
         roles = self.attention_roles
-        for block in (*edits.attention, *edits.return_attention):
+        for block in (*edits.attention, *edits.skip, *edits.return_attention):
             if block in roles:
                 continue
             raise ValueError(f"no attention in a block called {block!r}; blocks with attention: {', '.join(roles)}")

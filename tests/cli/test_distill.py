@@ -138,6 +138,8 @@ PUSH = "--guidance-method loss --loss-kind colour --loss-colour 9,9,9 --loss-rul
         (["--guidance-method", "pag", "--guidance", "2", "--balanced"], "leave out --class, --balanced"),
         (["--guidance-method", "pag", "--guidance", "2", "--guidance-rule", "apg"], "add --apg-momentum 0"),
         (["--guidance-method", "pag", "--guidance", "2", "--guidance-rule", "fbg"], "choose another rule"),
+        (["--guidance-method", "sg-prev", "--guidance", "3"], "cannot learn sg-prev, which leads away from earlier"),
+        (["--guidance-method", "pag", "--guidance", "2", "--guidance-also", "higs=2"], "cannot learn higs"),
         ([*PUSH.split(), "--interval", "0.1,2"], "moves images after steps"),
         (PUSH.split(), "moves images after steps"),
         (["--guidance-method", "pag", "--guidance", "2", "--data", "other"], "has 3 classes, the network 4"),

@@ -122,6 +122,13 @@ def mean_queries(x_vp, sigma):
     )
 
 
+def flatter_maps(x_vp, sigma):
+    def flatter(q, k, v):
+        return (q @ k.transpose(2, 3) / math.sqrt(q.shape[3]) / 2.0).softmax(dim=3) @ v
+
+    return noise_of(x_vp, sigma, attention=dict.fromkeys(("enc.8x8_block0", "dec.8x8_in0"), flatter))
+
+
 # the noise that each method's negative predicts in a variance-preserving x, written without the method
 SAME_INPUT = {
     "autoguidance": weaker,
@@ -133,9 +140,10 @@ SAME_INPUT = {
     "icg": random_class,
     "tsg": noisy_time,
     "sliding-window": windows,
+    "erg": flatter_maps,
     "dropout": dropped,
 }
-ELSEWHERE = {"sag", "self-guidance", "input-noise"}  # in tests of their own; the last one is below
+ELSEWHERE = {"sag", "self-guidance", "sg-prev", "input-noise"}  # in tests of their own; the last one is below
 CHANGED_INSIDE = {"slg", "s2", "tpg"}  # blocks skipped or shuffled, in networks that have such blocks
 
 

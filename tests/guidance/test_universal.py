@@ -16,6 +16,9 @@ from tests.support import golden, guidance_checks
 from tests.support.fakes import Constant, Flat
 from tests.support.guidance_checks import SIGMAS, Case, Nets
 
+# what the tests of negatives set, so that a method acts in step 1 of 3
+EVALUATED = {"sg-prev": {"sg_prev_start": 0.0}}
+
 # methods that lead away from something; the others have closed forms in tests of their own
 NEGATIVES = [name for name, method in METHODS.items() if method.negative is not None]
 
@@ -31,6 +34,7 @@ EXAMPLES = {
         {**COLOUR, "loss_rule": "tfg"},
         {**COLOUR, "loss_backprop": "no"},
     ],
+    "sg-prev": [{"sg_prev_start": 0.0}, {"sg_prev_start": 0.0, "sg_prev_space": "velocity"}],
 }
 CASES = guidance_checks.cases(EXAMPLES)
 
@@ -162,14 +166,24 @@ def parts_of(name, nets, net=None) -> Parts:
     )
 
 
-def in_step(denoiser, seeds=(0, 1, 2)):
-    """`denoiser` in the middle of a run over images with these seeds."""
-    return for_step(for_images(denoiser, StackedGenerator("cpu", seeds)), 1, SIGMAS)
+def in_step(denoiser, seeds=(0, 1, 2), first_step=None):
+    """`denoiser` in the middle of a run over images with these seeds; `first_step` is what it does in the step before.
+
+    Most methods do not care, so that without it, none is taken.
+    """
+    run = for_images(denoiser, StackedGenerator("cpu", seeds))
+    if first_step is not None:
+        first_step(for_step(run, 0, SIGMAS))
+    return for_step(run, 1, SIGMAS)
 
 
 def evaluate(name, weight, nets, parts=None, labels=None, **options):
-    guided = guide(Choice(name, weight, options=options), parts or parts_of(name, nets))
-    return in_step(guided)(nets.x, torch.tensor(1.0), nets.labels if labels is None else labels)
+    labels = nets.labels if labels is None else labels
+    guided = guide(Choice(name, weight, options={**EVALUATED.get(name, {}), **options}), parts or parts_of(name, nets))
+    first_step = None
+    if METHODS[name].remembers:
+        first_step = lambda step: step(5 * nets.x, SIGMAS[0], labels)  # noqa: E731
+    return in_step(guided, first_step=first_step)(nets.x, torch.tensor(1.0), labels)
 
 
 # what makes the negative equal to the positive
@@ -196,7 +210,9 @@ NEUTRAL = {
     "slg": Neutral({"slg_blocks": ()}),
     "s2": Neutral({"s2_share": 0.0}),
     "tpg": Neutral({"tpg_blocks": ()}),
+    "erg": Neutral({"erg_blocks": ()}),
     "self-guidance": Neutral({"self_guidance_shift": 0.0}),
+    "sg-prev": Neutral({"sg_prev_space": "denoised"}, net=Flat(Constant(0.3))),
 }
 
 
@@ -215,8 +231,13 @@ def test_an_equal_negative_makes_the_weight_irrelevant(name, nets):
 @pytest.mark.parametrize("name", NEGATIVES)
 def test_weight_0_is_the_negative(name, nets):
     method, parts = METHODS[name], parts_of(name, nets)
-    negative = method.negative(parts, **{option.keyword: option.default for option in method.options})
-    negative, sigma = in_step(negative), torch.tensor(1.0)
+    options = {option.keyword: option.default for option in method.options} | EVALUATED.get(name, {})
+    negative, sigma = method.negative(parts, **options), torch.tensor(1.0)
+    first_step = None
+    if method.remembers:
+        x, D = 5 * nets.x, nets.net(5 * nets.x, SIGMAS[0], nets.labels)
+        first_step = lambda step: step.derive(D, {}, Evaluation(x, SIGMAS[0], nets.labels, 0, SIGMAS))  # noqa: E731
+    negative = in_step(negative, first_step=first_step)
     if isinstance(negative, DerivedNegative):
         reads = negative.reads
         D, maps = (
@@ -224,7 +245,7 @@ def test_weight_0_is_the_negative(name, nets):
             if reads
             else (nets.net(nets.x, sigma, nets.labels), {})
         )
-        D_neg = negative.derive(D, maps, Evaluation(nets.x, sigma, nets.labels))
+        D_neg = negative.derive(D, maps, Evaluation(nets.x, sigma, nets.labels, 1, SIGMAS))
     else:
         D_neg = negative(nets.x, sigma, nets.labels)
     torch.testing.assert_close(evaluate(name, 0.0, nets), D_neg, atol=1e-5, rtol=1e-5)  # in one batch, or in two
@@ -265,7 +286,9 @@ PINNED = {
     "slg": [-0.006761364, 0.515669, 0.6481912],
     "s2": [-0.003169913, 0.5161374, 0.6481912],
     "tpg": [-0.009171311, 0.5169609, 0.6172436],
+    "erg": [-0.008296233, 0.5162215, 0.6707335],
     "self-guidance": [-0.009833564, 0.5201491, 0.6532518],
+    "sg-prev": [-0.01096541, 0.9694957, 1.330303],
 }
 
 

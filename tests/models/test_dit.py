@@ -81,6 +81,20 @@ def test_attention_has_roles_and_can_be_changed_and_returned():
     assert torch.equal(net(x, 1.0, labels), plain)  # an edit is for one call
 
 
+@pytest.mark.parametrize("by_gradient", [False, True])
+def test_a_skipped_block_passes_its_input_on(by_gradient):
+    net, x, labels = random_dit()
+    x.requires_grad_(by_gradient)  # then blocks are called as gradient checkpointing does
+    without = copy.deepcopy(net)
+    del without.raw.transformer.transformer_blocks[1]
+    plain, skipped = net(x, 1.0, labels), without(x, 1.0, labels)
+    D = net(x, 1.0, labels, skip={"block1": torch.tensor([True, False, True])})
+    assert torch.equal(D[1], plain[1])  # an image that is not skipped stays as it is, bit for bit
+    torch.testing.assert_close(D[[0, 2]], skipped[[0, 2]])
+    assert not torch.allclose(D, plain, atol=1e-4)
+    assert torch.equal(net(x, 1.0, labels), plain)
+
+
 @pytest.mark.parametrize("edit", ["embedding", "dropout"])
 def test_edits_it_does_not_support_are_refused(edit):
     net, x, labels = random_dit()

@@ -137,6 +137,24 @@ def gradient_by_input(net, x, labels, **edits):
     return torch.autograd.grad(D.square().sum(), leaf)[0]
 
 
+@pytest.mark.parametrize("block", ["enc.8x8_block0", "dec.8x8_in0"])
+def test_a_skipped_block_adds_nothing_to_its_input(block):
+    net, x, labels = conditional_net()
+    without = copy.deepcopy(net)
+    side, name = block.split(".")
+    module = getattr(without.unet, side)[name]
+    with torch.no_grad():
+        for convolution in (module.conv_res1, module.attn_proj):
+            convolution.weight.zero_()  # its weights are normalised, so zero stays zero
+        plain, skipped = net(x, 1.0, labels), without(x, 1.0, labels)
+        D = net(x, 1.0, labels, skip={block: torch.tensor([True, False, True])})
+        assert torch.equal(D[1], plain[1])
+        torch.testing.assert_close(D[[0, 2]], skipped[[0, 2]])
+        assert not torch.allclose(D, plain, atol=1e-4)
+        with pytest.raises(ValueError, match="no attention in a block called 'block9'"):
+            net(x, 1.0, labels, skip={"block9": torch.tensor([True])})
+
+
 def test_recomputing_blocks_changes_no_gradient():
     net, x, labels = conditional_net()
     net.eval().requires_grad_(False)

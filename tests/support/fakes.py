@@ -194,7 +194,7 @@ class Flat:
 
     inner: Denoiser
     label_dim: int = 0
-    supported_edits: frozenset[str] = frozenset({"attention", "embedding", "dropout", "return_attention"})
+    supported_edits: frozenset[str] = frozenset({"attention", "embedding", "dropout", "skip", "return_attention"})
 
     @property
     def attention_roles(self):
@@ -204,7 +204,7 @@ class Flat:
             "dec.8x8_block0": AttentionRole("decoder", 8, 2),
         }
 
-    def __call__(self, x, sigma, labels=None, *, attention=None, embedding=None, dropout=None, return_attention=()):
+    def __call__(self, x, sigma, labels=None, *, return_attention=(), **edits):
         D = self.inner(x, sigma, labels)
         return (
             (D, {name: torch.full([len(x), 2, 64, 64], 1 / 64) for name in return_attention}) if return_attention else D

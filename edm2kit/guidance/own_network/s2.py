@@ -6,11 +6,11 @@ D and its negative see the same x, so combining them is the same as combining pr
 from dataclasses import dataclass, field
 
 from edm2kit.denoiser import Denoiser, Wrapper
-from edm2kit.guidance.attention_blocks import Blocks, checked, parse_blocks, roles_of
+from edm2kit.guidance.attention_blocks import Blocks, checked, parse_blocks, require_attention, roles_of
 from edm2kit.guidance.base import Method, Option, Parts
 from edm2kit.guidance.network_call import NetworkCall, Perturbed
 from edm2kit.guidance.option_types import number
-from edm2kit.guidance.own_network.slg import skip, skippable
+from edm2kit.guidance.own_network.slg import skip
 from edm2kit.guidance.step_generators import StepGenerators
 
 
@@ -30,11 +30,11 @@ class RandomSkips(Wrapper):
             return call
         count = max(round(self.share * len(self.blocks)), 1)
         ranks = self.random.generators().rand([len(call.x), len(self.blocks)]).argsort(dim=1).argsort(dim=1)
-        return skip(call, self.blocks, ranks >= count)
+        return skip(call, self.blocks, ranks < count)
 
 
 def _negative(parts: Parts, *, s2_share: float, s2_blocks: Blocks) -> Denoiser:
-    net = skippable(parts.net, "S2-guidance")
+    net = require_attention(parts.net, "S2-guidance", "skip")
     blocks = tuple(roles_of(net)) if s2_blocks is None else checked(net, s2_blocks)
     if not blocks:
         raise ValueError("S2-guidance skips some of several blocks, and none were given. Leave out --s2-blocks")

@@ -3,47 +3,23 @@
 D and its negative see the same x, so combining them is the same as combining predictions of noise.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from edm2kit.denoiser import Denoiser, Network
-from edm2kit.guidance.attention_blocks import (
-    Blocks,
-    attend,
-    checked,
-    parse_blocks,
-    require_attention,
-    require_edits,
-    roles_of,
-)
+from edm2kit.guidance.attention_blocks import Blocks, checked, parse_blocks, require_attention, roles_of
 from edm2kit.guidance.base import Method, Option, Parts
 from edm2kit.guidance.network_call import NetworkCall, Perturbed
 
-Mask = Callable[[str, torch.Tensor], torch.Tensor]
 
+def skip(call: NetworkCall, blocks: tuple[str, ...], skipped: torch.Tensor) -> NetworkCall:
+    """The call in which blocks[k] adds nothing to its input for image n if skipped[n, k]: bool [N, len(blocks)].
 
-def _masked_attention(block: str, mask: Mask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return attend(q, k, v) * mask(block, v)
-
-
-def skip(call: NetworkCall, blocks: tuple[str, ...], kept: torch.Tensor) -> NetworkCall:
-    """The call in which what block k adds to image n is multiplied by kept[n, k], 0 or 1: [N, len(blocks)].
-
-    Both branches of a block are skipped, the convolutions and the attention, so that only its identity path remains.
-    The constant factors of EDM2's magnitude-preserving sums stay.
+    Only the path around a block remains, without its convolutions, its attention or its MLP. The constant factors of
+    EDM2's magnitude-preserving sums stay.
     """
-
-    def mask(block: str, y: torch.Tensor) -> torch.Tensor:
-        return kept[:, blocks.index(block)].to(y).reshape(-1, 1, 1, 1)
-
-    def convolutions(block: str, y: torch.Tensor) -> torch.Tensor:
-        return y * mask(block, y) if block in blocks else y
-
-    attention = {block: partial(_masked_attention, block, mask) for block in blocks}
-    return call._replace(edits={**call.edits, "attention": attention, "dropout": convolutions})
+    return call._replace(edits={**call.edits, "skip": {block: skipped[:, k] for k, block in enumerate(blocks)}})
 
 
 @dataclass(frozen=True)
@@ -53,9 +29,8 @@ class SkippedBlocks:
     blocks: tuple[str, ...]
 
     def __call__(self, call: NetworkCall) -> NetworkCall:
-        if not self.blocks:
-            return call
-        return skip(call, self.blocks, torch.zeros(len(call.x), len(self.blocks), device=call.x.device))
+        skipped = torch.ones(len(call.x), len(self.blocks), dtype=torch.bool, device=call.x.device)
+        return skip(call, self.blocks, skipped)
 
 
 def published_depth(net: Network) -> tuple[str, ...]:
@@ -66,14 +41,8 @@ def published_depth(net: Network) -> tuple[str, ...]:
     return inside or (min(names, key=lambda name: abs(centres[name] - 8.5)),)
 
 
-def skippable(denoiser: Denoiser, method: str) -> Network:
-    """`denoiser` as a network whose blocks `skip` can skip. Raises ValueError for any other."""
-    require_edits(denoiser, method, "attention", "dropout")
-    return require_attention(denoiser, method, "attention")
-
-
 def _negative(parts: Parts, *, slg_blocks: Blocks) -> Denoiser:
-    net = skippable(parts.net, "skip-layer guidance")
+    net = require_attention(parts.net, "skip-layer guidance", "skip")
     blocks = published_depth(net) if slg_blocks is None else checked(net, slg_blocks)
     return Perturbed(net, SkippedBlocks(blocks))
 

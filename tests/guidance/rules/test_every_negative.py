@@ -21,8 +21,12 @@ def test_a_rule_guides_with_every_negative(rule):
     for name, method in METHODS.items():
         if method.negative is None:
             continue
-        guided = guide(Choice(name, 2.0, rule=rule), Parts(NET, WEAK if method.needs_gnet else None))
-        step = for_step(for_images(guided, StackedGenerator("cpu", range(len(X)))), 1, SIGMAS)
+        options = {"sg_prev_start": 0.0} if name == "sg-prev" else {}
+        guided = guide(Choice(name, 2.0, rule=rule, options=options), Parts(NET, WEAK if method.needs_gnet else None))
+        run = for_images(guided, StackedGenerator("cpu", range(len(X))))
+        if method.remembers:
+            for_step(run, 0, SIGMAS)(X, SIGMAS[0], LABELS)
+        step = for_step(run, 1, SIGMAS)
         D = step(X, SIGMAS[1], LABELS)
         assert D.isfinite().all(), name
         assert D.dtype == torch.float32, name
