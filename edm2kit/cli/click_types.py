@@ -357,11 +357,17 @@ def _is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
+def _is_reference(path: Path) -> bool:
+    """An .npz, or a .pkl as this program writes it; not any other pickle, which could be a network."""
+    written_here = _starts_with(b"\x80\x03}X\n\0\0\0num_images")
+    return written_here(path) or _is_npz_of("header.npy", "mu.npy")(path)
+
+
 # what an output may replace: a file of its own kind
 OUTPUT_KINDS: dict[str, Callable[[Path], bool]] = {
     "PNG image": _starts_with(b"\x89PNG"),
     "JSON record": _is_json,
-    "set of reference statistics": _is_npz_of("header.npy", "mu.npy"),
+    "set of reference statistics": _is_reference,
     "set of generated images": _is_npz_of("images.npy"),
     "safetensors file": _is_safetensors,
 }

@@ -22,7 +22,14 @@ from edm2kit.cli.image_source import image_batches, image_classes, labelled_batc
 from edm2kit.cli.metrics_reports import explain_command, list_command
 from edm2kit.metrics.card import cautions, intervals, markdown, run_line, summary, table
 from edm2kit.metrics.detectors.registry import DETECTORS, check_names, load_detectors
-from edm2kit.metrics.reference import Reference, load_reference, save_adm_reference, save_reference
+from edm2kit.metrics.reference import (
+    Reference,
+    check_published,
+    load_reference,
+    save_adm_reference,
+    save_published_reference,
+    save_reference,
+)
 from edm2kit.metrics.registry import ALL, check_metrics
 from edm2kit.metrics.scoring import REPLICATES, Images, Scorer, image_features, image_statistics, make_scorer
 from edm2kit.torch_utils import dist
@@ -294,7 +301,13 @@ def _score(options: ScoreOptions, scorer: Scorer, runs: Mapping[str, Images], or
 )
 @cli.section(
     "Statistics",
-    click.option("--dest", metavar="NPZ", required=True, type=_stats, help="File to write the statistics to"),
+    click.option(
+        "--dest",
+        metavar="NPZ|PKL",
+        required=True,
+        type=_stats,
+        help="File to write the statistics to; a .pkl is for EDM2's own calculate_metrics.py",
+    ),
     click.option(
         "--metrics",
         metavar="NAMES",
@@ -324,8 +337,11 @@ def ref(
 ) -> None:
     """Compute the reference statistics of real images, all of them."""
     metrics = metrics or own_detectors or _PAPERS
-    if dest.suffix.lower() != ".npz":
-        raise click.UsageError(f"--dest {dest}: reference statistics are an .npz file; use that suffix")
+    suffix = dest.suffix.lower()
+    if suffix not in (".npz", ".pkl"):
+        raise click.UsageError(f"--dest {dest}: reference statistics are an .npz or a .pkl file; use that suffix")
+    if suffix == ".pkl":
+        check_published(metrics)
     if adm is not None and not {"fid", "sfid"} <= set(metrics):
         raise click.UsageError("--adm needs the statistics of fid and sfid; add them to --metrics")
     with dist.session(device) as where:
@@ -336,7 +352,7 @@ def ref(
         height, width = source.read(0).shape[1:]
         origin = {"command": shlex.join(sys.argv), "data": data, "image_size": [height, width]}
         reference = Reference(count, statistics, {**origin, **provenance(where)})
-        dist.on_rank0(save_reference, dest, reference)
+        dist.on_rank0(save_published_reference if suffix == ".pkl" else save_reference, dest, reference)
         dist.print0(f"{dest}: {', '.join(metrics)} of {count} images")
         if adm is not None:
             picked = _select(len(source), min(len(source), _ADM_IMAGES), 0)

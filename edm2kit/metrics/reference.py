@@ -1,7 +1,7 @@
 """Reference statistics on disk: mean and covariance of real images' features, and where they come from."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from edm2kit.metrics.moments import FeatureStatistics
 from edm2kit.torch_utils.arrays import read_npz
 from edm2kit.torch_utils.files import atomic_write
 from edm2kit.torch_utils.pickles.reader import load_pickle
+from edm2kit.torch_utils.pickles.writer import dump_arrays
 
 FORMAT_VERSION = 1
+PUBLISHED_METRICS = ("fid", "fd_dinov2")  # that EDM2's own calculate_metrics.py knows
 _MAX_BYTES = 1 << 28  # statistics of three detectors take a quarter of it
 # the errors that values of an unexpected kind lead to
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -61,6 +63,29 @@ def save_reference(path: str | Path, reference: Reference) -> None:
         arrays |= {f"{metric}.mu": statistics.mean, f"{metric}.sigma": statistics.covariance}
     with atomic_write(path) as file:
         np.savez(file, **arrays)
+
+
+def save_published_reference(path: str | Path, reference: Reference) -> None:
+    """Write `reference` as the .pkl file that EDM2's own calculate_metrics.py reads: float64 arrays in dictionaries.
+
+    The format has neither detectors nor origin. Raises ValueError for statistics other than PUBLISHED_METRICS.
+    """
+    check_published(list(reference.statistics))
+    content: dict[str, Any] = {} if reference.num_images is None else {"num_images": reference.num_images}
+    for metric, statistics in reference.statistics.items():
+        content[metric] = {"mu": statistics.mean, "sigma": statistics.covariance}
+    with atomic_write(path) as file:
+        dump_arrays(content, file)
+
+
+def check_published(metrics: Sequence[str]) -> None:
+    """Raise ValueError if any of `metrics` does not belong into the published format."""
+    others = [metric for metric in metrics if metric not in PUBLISHED_METRICS]
+    if others:
+        raise ValueError(
+            f"a .pkl for EDM2's calculate_metrics.py holds {' and '.join(PUBLISHED_METRICS)}, not {', '.join(others)}; "
+            "choose with --metrics, or write an .npz"
+        )
 
 
 def save_adm_reference(path: str | Path, reference: Reference, images: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """The command line calculate_metrics.py."""
 
 import json
+import pickle
 import re
 
 import numpy as np
@@ -10,6 +11,8 @@ from PIL import Image
 
 from edm2kit.cli import generate
 from edm2kit.cli import metrics as calculate_metrics
+from edm2kit.metrics.detectors.registry import DETECTORS
+from edm2kit.metrics.moments import FeatureStatistics
 from edm2kit.metrics.reference import load_reference, save_reference
 from tests.support.fakes import tiny_snapshot
 from tests.support.pictures import encoded, picture, some_files, write_folder, write_zip
@@ -226,7 +229,8 @@ def test_grey_and_colour_images_may_be_mixed(place, tmp_path):
         (["gen", "--ref", "ref.npz", "--net", "main", "--seed", "0,100", "--num", "200"], 2, "starts at 200"),
         (["gen", "--ref", "ref.npz", "--net", "main", "--seed", "5,5", "--num", "20"], 2, "starts at 25"),
         (["gen", "--ref", "ref.npz", "--net", "main", "--gnet", "guide"], 2, "needs a weight"),
-        (["ref", "--data", "real", "--dest", "x.pkl"], 2, "an .npz"),
+        (["ref", "--data", "real", "--dest", "x.json"], 2, "an .npz or a .pkl"),
+        (["ref", "--data", "real", "--dest", "x.pkl", "--metrics", "fid,fd_random"], 1, "fd_dinov2, not fd_random"),
         (["ref", "--data", "empty", "--dest", "x.npz", "--metrics", "fd_random"], 1, "contains no images"),
     ],
 )
@@ -347,3 +351,24 @@ def test_images_of_an_adm_batch_are_scored(place):
     assert value(score("calc", place, "--images", place / "adm.npz")) == value(
         score("calc", place, "--images", place / "fake")
     )
+
+
+def test_a_pkl_is_written_for_the_original_program(place, monkeypatch, tmp_path):
+    # the detector of fid needs a download; its statistics stand for themselves
+    rng = np.random.default_rng(0)
+    mean, covariance = rng.normal(size=2048), np.diag(rng.uniform(size=2048))
+    statistics = {"fid": FeatureStatistics(mean, covariance, DETECTORS["fid"].fingerprint)}
+    monkeypatch.setattr(calculate_metrics, "load_detectors", lambda *arguments: [])
+    monkeypatch.setattr(calculate_metrics, "image_statistics", lambda *arguments: (NUM, statistics))
+    path = tmp_path / "x.pkl"
+    for _ in range(2):  # the second one replaces the first
+        code, output = run("ref", "--data", place / "real", "--dest", path, "--metrics", "fid")
+        assert code == 0, output
+    content = pickle.loads(path.read_bytes())
+    assert content["num_images"] == NUM
+    assert np.array_equal(content["fid"]["sigma"], covariance)
+    other = tmp_path / "network.pkl"
+    other.write_bytes(pickle.dumps({"ema": 1}))
+    code, output = run("ref", "--data", place / "real", "--dest", other, "--metrics", "fid")
+    assert code == 2
+    assert "is not a set of reference statistics" in output

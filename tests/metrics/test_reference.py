@@ -7,7 +7,7 @@ import pytest
 
 from edm2kit.metrics.detectors.registry import DETECTORS
 from edm2kit.metrics.moments import FeatureStatistics
-from edm2kit.metrics.reference import Reference, load_reference, save_reference
+from edm2kit.metrics.reference import Reference, load_reference, save_published_reference, save_reference
 
 SIZE = DETECTORS["fd_random"].num_features
 
@@ -48,6 +48,26 @@ def test_published_pickle(tmp_path):
     assert reference.num_images == 1281167
     assert list(reference.statistics) == ["fid", "fd_dinov2"]
     assert np.array_equal(reference.of("fd_dinov2").covariance, dino.covariance)
+
+
+def test_written_as_a_published_pickle(tmp_path):
+    fid, dino = statistics("fid"), statistics("fd_dinov2")
+    path = tmp_path / "ref.pkl"
+    save_published_reference(path, Reference(1000, {"fid": fid, "fd_dinov2": dino}, {"data": "x.zip"}))
+    content = pickle.loads(path.read_bytes())  # as NVIDIA's program does
+    assert list(content) == ["num_images", "fid", "fd_dinov2"]
+    assert content["num_images"] == 1000
+    for metric, expected in (("fid", fid), ("fd_dinov2", dino)):
+        assert list(content[metric]) == ["mu", "sigma"]
+        assert type(content[metric]["mu"]) is np.ndarray
+        assert content[metric]["mu"].dtype == content[metric]["sigma"].dtype == np.float64
+        assert np.array_equal(content[metric]["mu"], expected.mean)
+        assert np.array_equal(content[metric]["sigma"], expected.covariance)
+    ours = load_reference(path)
+    assert ours.num_images == 1000
+    assert np.array_equal(ours.of("fd_dinov2").covariance, dino.covariance)
+    with pytest.raises(ValueError, match="holds fid and fd_dinov2, not fd_random"):
+        save_published_reference(path, Reference(20, {"fd_random": statistics()}))
 
 
 def test_older_published_npz_means_fid(tmp_path):
