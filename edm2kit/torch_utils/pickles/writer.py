@@ -6,7 +6,7 @@ together from the few instructions that it needs, so that it depends on the arra
 
 import struct
 from collections.abc import Mapping
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -16,7 +16,7 @@ _PROTOCOL = b"\x80\x03"
 _STOP = b"."
 
 
-def dump_arrays(content: Mapping[str, Value], file: BinaryIO) -> None:
+def dump_arrays(content: Mapping[str, Value], file: IO[bytes]) -> None:
     """Write a pickle (protocol 3) of a dictionary of ints, arrays and dictionaries of them.
 
     Arrays are written as little-endian float64. Raises TypeError for anything else.
@@ -28,7 +28,7 @@ def dump_arrays(content: Mapping[str, Value], file: BinaryIO) -> None:
     file.write(_STOP)
 
 
-def _write(value: Value, file: BinaryIO) -> None:
+def _write(value: Value, file: IO[bytes]) -> None:
     if isinstance(value, Mapping):
         file.write(b"}")  # EMPTY_DICT
         for key, item in value.items():
