@@ -46,6 +46,19 @@ class Option:
     def __post_init__(self) -> None:
         object.__setattr__(self, "keyword", self.name.replace("-", "_"))
 
+    def checked(self, value: Any) -> Any:
+        """`value`, given from Python: a text is read as on the command line, and numbers are in the same range.
+
+        Raises ValueError that names the option.
+        """
+        if not isinstance(value, str | int | float) or value == self.default:
+            return value
+        try:
+            parsed = self.parse(str(value))
+        except ValueError as error:
+            raise ValueError(f"--{self.name}: {error}") from error
+        return parsed if isinstance(value, str) else value
+
 
 @dataclass(frozen=True)
 class Method:

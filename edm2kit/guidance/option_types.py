@@ -13,14 +13,14 @@ from edm2kit.torch_utils.files import sha256_of
 
 
 def number(low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
-    """A reader of numbers in [low, high]; "inf" is a number if `high` is infinite."""
+    """A reader of numbers in [low, high]; "inf" is one of them if `low` is finite and `high` is not."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:
+        if not low <= value <= high or (math.isinf(value) and math.isinf(low)):
             within = "" if (low, high) == (-math.inf, math.inf) else f" from {low:g} to {high:g}"
             raise ValueError(f"{text!r} is not a number{within}")
         return value

@@ -1,6 +1,7 @@
 """Every guidance method and rule by name, registering more of them, and the guided denoiser of a choice."""
 
 import importlib.metadata
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -277,13 +278,17 @@ def drops_condition(choice: Choice, parts: Parts) -> bool:
 def guide(choice: Choice, parts: Parts) -> Denoiser:
     """The denoiser that `choice` describes, built on `parts`.
 
-    Raises ValueError if a guide network is missing or would not be used, if methods cannot be combined, and if a
-    method refuses its settings or the network; TypeError for an option that nothing in the choice has.
+    Raises ValueError if a guide network is missing or would not be used, if methods cannot be combined, if a weight is
+    not finite, and if a method refuses its settings or the network; TypeError for an option that nothing in the choice
+    has. All of this is found out before anything is evaluated.
 
     Example: `guide(Choice("autoguidance", 2.0, interval=(0.28, 2.90)), Parts(net, weaker_net))`.
     """
     choice = with_current_names(choice)
     weights = methods_of(choice)
+    for name, weight in weights.items():
+        if not math.isfinite(weight):
+            raise ValueError(f"the guidance weight is {weight} ({name}); expected a finite number (1 is off)")
     _check_parts(weights, parts)
     options = _options_by_owner(choice, weights)
     negatives, rest = [], []
@@ -348,10 +353,13 @@ def _options_by_owner(choice: Choice, names: Iterable[str]) -> dict[str, dict[st
     owners.update((name, METHODS[name]) for name in names)
     values: dict[str, dict[str, Any]] = {}
     owner_of: dict[str, str] = {}
+    known: dict[str, Option] = {}
     for name, owner in owners.items():
         values[name] = {option.keyword: option.default for option in owner.options}
         owner_of.update(dict.fromkeys(values[name], name))
+        known.update((option.keyword, option) for option in owner.options)
     for keyword, value in choice.options.items():
+        value = known[keyword].checked(value) if keyword in known else value
         values[owner_of.get(keyword, choice.method)][keyword] = value
     return values
 
