@@ -35,6 +35,7 @@ EXAMPLES = {
         {**COLOUR, "loss_backprop": "no"},
     ],
     "sg-prev": [{"sg_prev_start": 0.0}, {"sg_prev_start": 0.0, "sg_prev_space": "velocity"}],
+    "higs": [{}, {"higs_t_low": 0.0, "higs_t_high": 1.0}],
 }
 CASES = guidance_checks.cases(EXAMPLES)
 
