@@ -94,6 +94,7 @@ def test_the_wheel_has_every_file_of_the_package(wheel):
     here = {str(path.relative_to(ROOT)) for path in (ROOT / "edm2kit").rglob("*") if path.is_file()}
     assert packed == {name for name in here if "__pycache__" not in name}
     assert {"edm2kit/py.typed", "edm2kit/configs/generate.yaml", "edm2kit/experiments/toy/page.html"} <= packed
+    assert {name for name in packed if name.startswith("edm2kit/networks/") and name.endswith(".safetensors")}
 
 
 def test_the_wheel_has_the_console_commands(site):

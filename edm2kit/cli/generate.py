@@ -214,19 +214,21 @@ def main(
     are kept: repeat the command to resume.
 
     \b
+    python generate.py --preset cifar10-autoguidance --seeds 0-63 --grid sheet.png
     python generate.py --net main.safetensors --seeds 0-63 --outdir out
     python generate.py --net main.safetensors --gnet weaker.safetensors \\
         --guidance 2 --seeds 0-63 --outdir out
     torchrun --standalone --nproc-per-node 8 generate.py --net ... --outdir out
     """
+    single = npz or grid  # the file that all images go to if there is no folder for them
     if outdir is not None and npz is None:
         path = outdir
-    elif npz is not None and outdir is None:
-        path = npz.with_name(f"{npz.name}.parts")  # until all images are complete
+    elif single is not None and outdir is None:
+        path = single.with_name(f"{single.name}.parts")  # until all images are complete
     else:
-        raise click.UsageError("give one of --outdir (a PNG per seed) and --npz (one file)")
+        raise click.UsageError("give one of --outdir (a PNG per seed) and --npz (one file), or only --grid (a sheet)")
     if subdirs and outdir is None:
-        raise click.UsageError("--subdirs goes with --outdir; --npz writes a single file")
+        raise click.UsageError("--subdirs goes with --outdir; --npz and --grid alone write a single file")
     if len(set(seeds)) < len(seeds):
         seed = next(first for first, second in itertools.pairwise(sorted(seeds)) if first == second)
         raise click.UsageError(f"--seeds names {seed} more than once")
@@ -245,6 +247,9 @@ def main(
             dist.on_rank0(_write_grid, grid, folder, seeds)
         if npz is not None:
             dist.on_rank0(_pack, npz, folder, seeds)
+        elif outdir is None:
+            dist.on_rank0(shutil.rmtree, path)
+            dist.print0(f"Wrote {grid}; with --outdir the images are kept, too")
 
 
 def _check_outputs(folder: Path, outdir: Path | None, npz: Path | None, grid: Path | None) -> None:

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.field_options import option_fields, options_from
 from edm2kit.cli.generation import ALL_CLASSES, Request
-from edm2kit.cli.presets import find_preset, is_preset_file, load_presets, preset_words
+from edm2kit.cli.presets import boxed_presets, find_preset, load_presets, preset_file, preset_words
 from edm2kit.cli.sampler_options import sampler_options, take_sampler
 from edm2kit.guidance.base import Method, Option, Rule
 from edm2kit.guidance.registry import (
@@ -106,7 +106,9 @@ def _option_sections() -> list[cli.Decorator]:
                 help="Published networks and settings, or a file of edm2kit-tune; other options override",
             ),
             cli.printing_option(
-                "--list-presets", lambda _: "\n".join(load_presets()), "Print the names of presets and exit"
+                "--list-presets",
+                lambda _: "\n".join([*boxed_presets(), *load_presets()]),
+                "Print the names of presets and exit",
             ),
             *options_from(Request, "precision", "vae", "compiled"),
         ),
@@ -220,8 +222,9 @@ def method_help(name: str) -> str:
 def _take_request(options: dict[str, Any]) -> Request:
     """Remove the options that belong to a request from `options`, and return the request."""
     name = options.pop("preset")
-    if name is not None and is_preset_file(name):
-        _apply_preset_file(options, Path(name))
+    file = None if name is None else preset_file(name)
+    if file is not None:
+        _apply_preset_file(options, file)
     elif name is not None:
         _apply_preset(options, name)
     if options["net"] is None:

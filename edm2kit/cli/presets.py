@@ -1,7 +1,7 @@
 """Presets for generating images: published networks, their guidance, and the published result; and files of one's own.
 
 The published ones are in edm2kit/configs/generate.yaml. A file of one's own, such as edm2kit-tune writes, may set any
-option of generate.py.
+option of generate.py; those of the networks that come with the package are such files, beside them in edm2kit/networks.
 """
 
 import re
@@ -18,6 +18,7 @@ from edm2kit.training.config import nearest, read_yaml
 
 SIZES = ("xxs", "xs", "s", "m", "l", "xl", "xxl")
 PRESETS_FILE = Path(__file__).parents[1] / "configs" / "generate.yaml"
+BOX = Path(__file__).parents[1] / "networks"  # networks that come with the package, their presets and cards
 _FILE_SUFFIXES = (".yaml", ".yml")
 _PATHS = ("net", "gnet", "uncond", "labels")  # options whose values are files
 
@@ -58,13 +59,20 @@ def find_preset(name: str) -> Preset:
     """The preset called `name`. Raises ValueError with the nearest name if there is none."""
     presets = load_presets()
     if name not in presets:
-        raise ValueError(f"unknown preset {name!r}{nearest(name, list(presets))}")
+        raise ValueError(f"unknown preset {name!r}{nearest(name, [*boxed_presets(), *presets])}")
     return presets[name]
 
 
-def is_preset_file(name: str) -> bool:
-    """Whether a preset is named by a file of its own, not by a key of generate.yaml."""
-    return name.lower().endswith(_FILE_SUFFIXES)
+def boxed_presets() -> list[str]:
+    """The names of the presets whose networks come with the package, so that they work offline."""
+    return sorted(path.stem for path in BOX.glob(f"*{_FILE_SUFFIXES[0]}"))
+
+
+def preset_file(name: str) -> Path | None:
+    """The file of a preset that is one of its own or comes with the package; None for a key of generate.yaml."""
+    if name.lower().endswith(_FILE_SUFFIXES):
+        return Path(name)
+    return BOX / f"{name}{_FILE_SUFFIXES[0]}" if name in boxed_presets() else None
 
 
 def preset_words(path: Path) -> list[str]:

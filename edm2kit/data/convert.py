@@ -90,21 +90,22 @@ def convert(
     label_source: str,
     workers: int,
     skip_broken: bool,
+    picked: np.ndarray | None = None,
 ) -> None:
     """Write the training set `dest`, or resume writing it.
 
-    `source` is a folder, a zip, a Hugging Face folder, or the archive of CIFAR-10 or CIFAR-100.
+    `source` is a folder, a zip, a Hugging Face folder, or the archive of CIFAR-10 or CIFAR-100. `picked` are the
+    numbers of the images to convert, int64 [n], instead of all or `max_images` of them.
     Raises ValueError for wrong input, including a source image that cannot be read unless `skip_broken`, and OSError if
     writing fails. In both cases there is nothing at `dest`, and calling this again resumes.
     """
     check_transform(transform, resolution)
-    kind, path = split_kind(source)
-    archive = _open(kind, path)
+    archive = open_pictures(source)
     if dest.resolve().is_relative_to(archive.path.resolve()):
         raise ValueError(f"--dest {dest} is inside --source {source}; choose a folder outside")
     labels = find_labels(archive, label_source)
     classes = labels.values if labels is not None and labels.space.kind == "classes" else None
-    indices = pick_balanced(len(archive.names), classes, max_images)
+    indices = pick_balanced(len(archive.names), classes, max_images) if picked is None else picked
     converter = plan(archive, indices, transform, resolution)
     for line in [*_description(archive, len(indices), labels, converter.channels), *sample_warnings(archive, indices)]:
         click.echo(printable(line))
@@ -126,7 +127,9 @@ def convert(
         click.echo(f"Skipped {len(broken)} images that could not be read")
 
 
-def _open(kind: str, path: str) -> Archive:
+def open_pictures(source: str) -> Archive:
+    """The images at `source`, with the methods of FolderArchive; raises ValueError if there are none."""
+    kind, path = split_kind(source)
     if kind == "hf":
         return SavedTable(path)
     return CifarArchive(path) if is_cifar_archive(path) else open_archive(path, IMAGE_EXTENSIONS)

@@ -140,6 +140,11 @@ class Scorer:
         metrics = self._metrics()
         return self._finish(_run(self._feature_pass(metrics), images), metrics)
 
+    def measure_features(self, features: Mapping[str, torch.Tensor], labels: torch.Tensor | None = None) -> Measurement:
+        """The same from features that are known already, float32 [N, F] by detector, as from `image_features`."""
+        empty = torch.empty(0, dtype=torch.int64)
+        return self._measure_kept(features, empty if labels is None else labels, self._metrics())
+
     def check_names(self) -> None:
         """Raise ValueError if a metric lacks what it needs, before any image is generated."""
         self._metrics()

@@ -7,7 +7,7 @@ import shlex
 import click
 import pytest
 
-from edm2kit.cli.presets import load_presets
+from edm2kit.cli.presets import boxed_presets, load_presets
 from edm2kit.training.config import preset_names
 from tests.docs.support import code_blocks
 from tests.support import ROOT
@@ -52,7 +52,7 @@ def problems(script, words):
     found = [f"{script} has no option {word}" for word in words if re.match(r"--?[a-zA-Z]", word) and word not in known]
     if "--preset" in words:
         preset = words[words.index("--preset") + 1]
-        if preset not in {*preset_names(), *load_presets()}:
+        if preset not in {*preset_names(), *boxed_presets(), *load_presets()}:
             found.append(f"there is no preset {preset}")
     return found
 

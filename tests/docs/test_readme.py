@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 import edm2kit
-from edm2kit.cli.presets import load_presets
+from edm2kit.cli import generate
+from edm2kit.cli.presets import boxed_presets, load_presets
 from edm2kit.experiments.demo import pictures
 from edm2kit.snapshots.file_format import snapshot_name
 from tests.docs.support import broken_links, code_blocks, page, run_commands, sections
@@ -32,11 +33,24 @@ SMALL = {
 }
 
 
-def test_it_is_short_and_begins_with_a_sentence_and_the_tree():
+def test_it_is_short_and_begins_with_a_sentence_and_two_pictures():
     lines = page("README.md").splitlines()
     assert len(lines) <= 130
     assert "autoguidance" in " ".join(lines[2:4])
-    assert next(line for line in lines if line.startswith("![")).endswith("figure1.png)")
+    pictures = [line for line in lines if line.startswith("![")]
+    assert [picture.rpartition("/")[2] for picture in pictures] == ["first.png)", "figure1.png)"]
+
+
+def test_the_first_command_makes_a_sheet_from_networks_of_the_package(tmp_path):
+    install, first = code_blocks(page("README.md"))[0].strip().splitlines()
+    assert install.startswith("pip install .")
+    words = shlex.split(first)
+    assert words[0] == "edm2kit-generate"
+    assert words[words.index("--preset") + 1] in boxed_presets()
+    words[words.index("--seeds") + 1] = "0-3"
+    words[words.index("--grid") + 1] = str(tmp_path / "sheet.png")
+    generate.main([*words[1:], "--device", "cpu"], standalone_mode=False)
+    assert Image.open(tmp_path / "sheet.png").size == (64, 64)
 
 
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: str(file.relative_to(ROOT)))

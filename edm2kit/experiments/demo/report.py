@@ -74,10 +74,10 @@ def table(records: Records) -> str:
 
 
 def picture(
-    left: Sequence[Image.Image], right: Sequence[Image.Image], titles: tuple[str, str], columns: int
+    left: Sequence[Image.Image], right: Sequence[Image.Image], titles: tuple[str, str], columns: int, zoom: int = _ZOOM
 ) -> Image.Image:
-    """Two grids of equally large images side by side, enlarged, each below its title."""
-    side = left[0].width * _ZOOM
+    """Two grids of equally large images side by side, enlarged `zoom` times, each below its title."""
+    side = left[0].width * zoom
     lines = -(-len(left) // columns)
     width, height = columns * side, lines * side
     sheet = Image.new("RGB", (2 * width + 3 * _MARGIN, height + _TITLE_HEIGHT + _MARGIN), "white")

@@ -1,0 +1,153 @@
+"""The study of guidance on CIFAR-10 as one command with five steps, each of which resumes."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from edm2kit.cli import click_types as cli
+from edm2kit.data.convert import convert, find_labels, open_pictures
+from edm2kit.experiments.cifar10 import report
+from edm2kit.experiments.cifar10.measure import score, tune
+from edm2kit.experiments.cifar10.settings import HELD_OUT_PER_CLASS, METHODS, RUNS, SCORE_SEEDS
+
+_out = click.option(
+    "--out",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="cifar10-out",
+    show_default=True,
+    help="Folder of the study",
+)
+_names = click.option(
+    "--methods",
+    metavar="NAMES",
+    default=",".join(METHODS),
+    help=f"Methods, separated by commas  [default: all: {', '.join(METHODS)}]",
+)
+
+
+@click.group(cls=cli.Group)
+def main() -> None:
+    """Guidance compared on CIFAR-10, with networks that a CPU trains in hours.
+
+    \b
+    python scripts/cifar10_study.py data --source cifar-10-python.tar.gz
+    python scripts/cifar10_study.py train --hours 3
+    python scripts/cifar10_study.py tune
+    python scripts/cifar10_study.py score
+    python scripts/cifar10_study.py publish
+
+    Every step resumes if it is repeated. `train` continues a run that was complete if it is given more images, and
+    `tune` and `score` measure again what has changed.
+    """
+
+
+@main.command()
+@_out
+@click.option(
+    "--source",
+    metavar="PATH",
+    required=True,
+    help="cifar-10-python.tar.gz, or a folder or zip of the images in class folders",
+)
+def data(out: Path, source: str) -> None:
+    """Convert the images: 4,500 of each class to OUT/train.zip, the last 500 to OUT/heldout.zip."""
+    archive = open_pictures(source)
+    labels = find_labels(archive, "auto")
+    if labels is None:
+        raise ValueError(f"{source} has no classes; use the archive of CIFAR-10, or class folders")
+    held_out = last_of_each_class(labels.values, HELD_OUT_PER_CLASS)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, picked in (("train.zip", ~held_out), ("heldout.zip", held_out)):
+        convert(
+            source,
+            out / name,
+            resolution=(32, 32),
+            transform="center-crop",
+            max_images=None,
+            label_source="auto",
+            workers=1,
+            skip_broken=False,
+            picked=np.flatnonzero(picked),
+        )
+
+
+def last_of_each_class(classes: np.ndarray, count: int) -> np.ndarray:
+    """Whether each image is among the last `count` of its class: bool [N] from int64 [N]."""
+    found = np.zeros(len(classes), bool)
+    for index in np.unique(classes):
+        found[np.flatnonzero(classes == index)[-count:]] = True
+    return found
+
+
+@main.command()
+@_out
+@click.option("--hours", metavar="H", type=cli.AtLeast(float, 0.0), help="Save and stop after this time, per network")
+@click.option("--nimg", metavar="NIMG", help="Images to train the main network on, such as 4Mi  [default: 1Mi]")
+@click.option("--only", type=click.Choice(list(RUNS)), help="Train one network only")
+@click.option("--from-box", is_flag=True, help="Start from the networks that come with the package")
+@click.option("--precision", metavar="NAME", help="bf16, or fp32 for a CPU without its instructions  [default: bf16]")
+def train(
+    out: Path, hours: float | None, nimg: str | None, only: str | None, from_box: bool, precision: str | None
+) -> None:
+    """Train the guide and the main network; a complete guide is skipped."""
+    for run in ["guide", "main"] if only is None else [only]:
+        words = ["--preset", RUNS[run], "--data", str(out / "train.zip"), "--outdir", str(out / "runs" / run)]
+        words += ["--samples", "0", "--workers", "0"]
+        if hours is not None:
+            words += ["--max-time", f"{hours:g}h"]
+        if nimg is not None and run == "main":
+            words += ["--duration", nimg]
+        if precision is not None:
+            words += ["--precision", precision]
+        if from_box:
+            words += ["--init-from", str(report.BOX / f"cifar10-{run}.safetensors")]
+        # a process of its own, as training takes signals and sets threads
+        done = subprocess.run([sys.executable, "-m", "edm2kit.cli.train", *words])
+        if done.returncode:
+            raise ValueError(f"training of {run} ended with exit code {done.returncode}; see above")
+
+
+def _chosen(methods: str) -> list[str]:
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    for name in names:
+        if name not in (*METHODS, "real"):
+            raise click.UsageError(f"unknown method {name!r}; available: {', '.join(METHODS)}")
+    return names
+
+
+@main.command("tune")
+@_out
+@_names
+@click.option("--num", type=cli.AtLeast(int, 2), default=500, show_default=True, help="Images per setting")
+def tune_command(out: Path, methods: str, num: int) -> None:
+    """Find the best setting of each method by fd_lite0, one axis after the other, on common seeds."""
+    tune(out, num, _chosen(methods), _print)
+
+
+@main.command("score")
+@_out
+@_names
+@click.option("--num", type=cli.AtLeast(int, 2), default=1000, show_default=True, help="Images per range of seeds")
+def score_command(out: Path, methods: str, num: int) -> None:
+    """Score the best settings, and held-out images, on three ranges of fresh seeds."""
+    score(out, num, ["real", *_chosen(methods)], SCORE_SEEDS, _print)
+
+
+@main.command()
+@_out
+@click.option("--box", is_flag=True, help="Also replace the networks and presets that come with the package")
+def publish(out: Path, box: bool) -> None:
+    """Write records, figures and sheets to experiments/cifar10/ of the checkout."""
+    report.publish(out, box, _print)
+
+
+_print: Callable[[Any], None] = click.echo
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,11 @@
+"""Compare guidance methods on CIFAR-10."""
+
+try:
+    from edm2kit.experiments.cifar10.study import main
+except ModuleNotFoundError as error:
+    if error.name != "edm2kit":
+        raise
+    raise SystemExit("Error: the package edm2kit is not installed in this Python. Run: pip install -e .") from error
+
+if __name__ == "__main__":
+    main()
