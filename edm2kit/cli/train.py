@@ -50,7 +50,7 @@ SAMPLE_BATCH = 16
     "Network and loss",
     click.option("--channels", metavar="N", type=int, help="Channels of the first level (64 multiples for attention)"),
     click.option("--dropout", metavar="P", type=click.FloatRange(0, 1, max_open=True), help="Dropout probability"),
-    *options_from(TrainConfig, "label_dropout", "P_mean", "P_std"),
+    *options_from(TrainConfig, "label_dropout", "flip", "augment", "P_mean", "P_std"),
 )
 @cli.section("Learning rate", *options_from(TrainConfig, "ref_lr", "ref_batches", "rampup_nimg"))
 @cli.section(

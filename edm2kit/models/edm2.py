@@ -29,6 +29,8 @@ from edm2kit.models.preconditioning import Edits, Preconditioner, RawNetwork
 
 # which of a module's gains belongs to which of its layers
 _GAINS = {"emb_linear": "emb_gain", "out_conv": "out_gain"}
+# the ends of the names of weights that only a network trained with augmentation has
+AUGMENTATION_WEIGHTS = (".emb_augment.weight", ".augment_gain")
 
 
 class UNetBlock(nn.Module):
@@ -136,7 +138,8 @@ class UNet(RawNetwork):
     With a half-precision `x`, it computes in half precision, except for the embedding. `model_channels` is the width of
     the first level, `channel_mult` the widths of all levels in units of it, `num_blocks` the encoder blocks per level;
     `channel_mult_noise` and `channel_mult_emb` are the widths of the noise features and the embedding, in the same
-    unit (defaults: the narrowest and the widest level). Levels in `attn_resolutions` have attention.
+    unit (defaults: the narrowest and the widest level). Levels in `attn_resolutions` have attention. `augment_dim` is
+    the length of augmentation labels (Karras et al. 2022, Appendix F.2); 0 for a network trained without augmentation.
     """
 
     supported_edits = frozenset(("attention", "embedding", "dropout", "skip", "return_attention"))
@@ -160,6 +163,7 @@ class UNet(RawNetwork):
         res_balance: float = 0.3,
         attn_balance: float = 0.3,
         clip_act: float | None = 256.0,
+        augment_dim: int = 0,
     ):
         super().__init__()
         halvings = len(channel_mult) - 1
@@ -176,6 +180,10 @@ class UNet(RawNetwork):
         self.emb_fourier = MPFourier(noise_width)
         self.emb_noise = MPConv(noise_width, emb_width, [])
         self.emb_label = MPConv(label_dim, emb_width, []) if label_dim else None
+        self.emb_augment = MPConv(augment_dim, emb_width, []) if augment_dim else None
+        if augment_dim:
+            self.augment_gain = nn.Parameter(torch.zeros([]))
+            self.supported_edits = self.supported_edits | {"augment"}
         self.emb_shared = nn.Identity()  # a frozen network computes all blocks' emb_linear here
 
         def block(c_in: int, c_out: int, decoder: bool, resample: str = "keep", attention: bool = False) -> UNetBlock:
@@ -252,6 +260,9 @@ class UNet(RawNetwork):
             assert labels is not None
             # one-hot labels have RMS 1/sqrt(label_dim)
             emb = mp_sum(emb, self.emb_label(labels * math.sqrt(labels.shape[1])), self.label_balance)
+        if self.emb_augment is not None and edits.augment is not None:
+            # added with a learned gain instead of mp_sum, so that zeros, most of the labels, change nothing at all
+            emb = emb + self.augment_gain * self.emb_augment(edits.augment)
         return self.emb_shared(mp_silu(emb))
 
     def forward(

@@ -48,10 +48,12 @@ class Edits:
     dropout: DropoutEdit | None = None
     skip: Mapping[str, torch.Tensor] = field(default_factory=dict)
     return_attention: Sequence[str] = ()
+    augment: torch.Tensor | None = None
     maps: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.attention or self.embedding or self.dropout or self.skip or self.return_attention)
+        given = self.attention or self.embedding or self.dropout or self.skip or self.return_attention
+        return bool(given) or self.augment is not None
 
     def unless_skipped(self, block: str, added: torch.Tensor) -> torch.Tensor:
         """What `block` adds to its input, [N, ...], and 0 for the images for which it is skipped."""
@@ -177,6 +179,7 @@ class Preconditioner(nn.Module):
         dropout: DropoutEdit | None = None,
         skip: Mapping[str, torch.Tensor] | None = None,
         return_attention: Sequence[str] = (),
+        augment: torch.Tensor | None = None,
     ) -> Any:
         """Estimate the clean image.
 
@@ -184,13 +187,14 @@ class Preconditioner(nn.Module):
         ignored by an unconditional network. `attention` maps block names (see `attention_roles`) to functions that
         replace their attention; `embedding` changes the noise embedding [N, E] before labels join it; `dropout`
         replaces dropout in every block, also in eval mode; `skip` maps block names to bool [N], the images for which
-        the block adds nothing to its input.
+        the block adds nothing to its input. `augment` float32 [N, 9] says how the images were augmented in training
+        (`edm2kit.training.augmentation`); None, as for sampling, is the same as zeros: not augmented.
 
         Returns D, float32, shaped as `x`. With `return_logvar`, the log-variance [N, 1, 1, 1] follows; with
         `return_attention`, a dict of softmax attention maps [N, heads, H*W, H*W] of these blocks. Raises ValueError
         for a block without attention, for an edit outside `supported_edits`, and for labels of another shape.
         """
-        edits = Edits(attention or {}, embedding, dropout, skip or {}, return_attention)
+        edits = Edits(attention or {}, embedding, dropout, skip or {}, return_attention, augment)
         if edits:
             self._check(edits)
         x = x.float()
@@ -221,8 +225,16 @@ class Preconditioner(nn.Module):
         return labels.float()
 
     def _check(self, edits: Edits) -> None:
-        for name in ("attention", "embedding", "dropout", "skip", "return_attention"):
-            if not getattr(edits, name) or name in self.supported_edits:
+        given = {
+            "attention": bool(edits.attention),
+            "embedding": edits.embedding is not None,
+            "dropout": edits.dropout is not None,
+            "skip": bool(edits.skip),
+            "return_attention": bool(edits.return_attention),
+            "augment": edits.augment is not None,
+        }
+        for name, is_given in given.items():
+            if not is_given or name in self.supported_edits:
                 continue
             kind = type(self.raw).__name__
             supported = ", ".join(sorted(self.supported_edits)) or "none"

@@ -39,12 +39,13 @@ class TrainConfig:
     Names say the unit: `_nimg` counts training images, and YAML may write counts as 128Ki, 8Mi, 1Gi. The metadata of
     each field: `help`, a phrase that documents it and is the option's help text; `option`, its name on the command
     line, if it is an option; `metavar`, which is NIMG for a number of images; `choices`, if its values are a fixed set;
-    `free`, if it may change when a run is resumed. A change in any other field is refused. Raises ValueError for a
+    `free`, if it may change when a run is resumed; a change in any other field is refused; `added`, if runs from before
+    the field existed keep their names, which its default does not enter. Raises ValueError for a
     value that is out of range, naming the option.
     """
 
     data: str = _setting(
-        "", "Training data: folder or zip from dataset_tool.py, .npy arrays, or hf:FOLDER",
+        "", "Training set: folder, zip, .npy arrays, or hf:FOLDER",
         option="--data", metavar="PATH", free=True,  # the identity of its content is compared instead
     )  # fmt: skip
     cond: bool = _setting(True, "Train with the labels of the data set", option="--cond", metavar="BOOL")
@@ -55,40 +56,43 @@ class TrainConfig:
         {}, "Kind of network (`kind`: edm2 or dit) and its arguments that differ from their defaults"
     )
     init_from: str | None = _setting(
-        None, "Snapshot to start from (fine-tuning); it may have other classes",
+        None, "Snapshot to start from, to fine-tune it",
         option="--init-from", metavar="SNAPSHOT", free=True,  # its hash is compared instead
     )  # fmt: skip
     init_sha256: str | None = _setting(None, "SHA-256 of the snapshot to start from", named="--init-from")
     sigma_data: float = _setting(0.5, "Standard deviation of the training data")
     label_dropout: float = _setting(
-        0.0, "Fraction of images shown without their label, to train one network for classifier-free guidance",
+        0.0, "Fraction of images shown without label, for CFG",
         option="--label-dropout", metavar="P",
     )  # fmt: skip
-    P_mean: float = _setting(-0.4, "Mean of ln(sigma) during training", option="--P_mean", metavar="FLOAT")
-    P_std: float = _setting(1.0, "Standard deviation of ln(sigma) during training", option="--P_std", metavar="FLOAT")
-    ref_lr: float = _setting(
-        0.01, "Reference learning rate, used until the decay begins", option="--lr", metavar="FLOAT"
-    )
-    ref_batches: float = _setting(
-        70_000, "Batches before the learning rate decays; 0 disables the decay", option="--decay", metavar="BATCHES"
-    )
-    rampup_nimg: int = _setting(
-        10_000_000, "Images of linear learning rate ramp-up; 0 disables it", option="--rampup", metavar="NIMG"
-    )
+    flip: bool = _setting(
+        False, "Mirror half of the images; not for text or digits",
+        option="--flip", metavar="BOOL", added=True,
+    )  # fmt: skip
+    augment: float = _setting(
+        0.0, "Probability of EDM's augmentations, such as 0.12, for few images",
+        option="--augment", metavar="P", added=True,
+    )  # fmt: skip
+    P_mean: float = _setting(-0.4, "Mean of ln(sigma) in training", option="--P_mean", metavar="FLOAT")
+    P_std: float = _setting(1.0, "Standard deviation of ln(sigma)", option="--P_std", metavar="FLOAT")
+    ref_lr: float = _setting(0.01, "Learning rate until the decay", option="--lr", metavar="FLOAT")
+    ref_batches: float = _setting(70_000, "Batches before the decay; 0: no decay", option="--decay", metavar="BATCHES")
+    rampup_nimg: int = _setting(10_000_000, "Images of linear ramp-up; 0: none", option="--rampup", metavar="NIMG")
     adam_betas: tuple[float, float] = _setting((0.9, 0.99), "Adam's beta1 and beta2")
     adam_eps: float = _setting(1e-8, "Adam's epsilon")
     ema_stds: tuple[float, ...] = _setting((0.050, 0.100), "EMA lengths to track, as relative standard deviations")
     duration_nimg: int = _setting(
-        1 << 30, "Training duration in images, such as 2048Mi", option="--duration", metavar="NIMG", free=True
+        1 << 30, "Duration in images, such as 2048Mi", option="--duration", metavar="NIMG", free=True
     )
     batch_size: int = _setting(2048, "Images per step over all processes", option="--batch", metavar="NIMG")
     batch_gpu: int | None = _setting(
-        None, "Maximum number of images per forward pass on each process; the default is its share of the batch",
-        option="--batch-gpu", metavar="NIMG", free=True,
+        None, "Images per forward pass and process, at most",
+        option="--batch-gpu", metavar="NIMG", free=True, default_shown="all",
     )  # fmt: skip
     precision: str = _setting(
-        "fp32", "Precision inside the network; its weights stay fp32", option="--precision", choices=tuple(PRECISIONS)
-    )
+        "fp32", "Inside the network: fp32, fp16 or bf16; its weights stay fp32",
+        option="--precision", metavar="NAME", choices=tuple(PRECISIONS),
+    )  # fmt: skip
     recompute: bool = _setting(
         False, "Recompute activations in the backward pass: 1/3 slower, less memory, same results",
         option="--recompute", metavar="BOOL", free=True,
@@ -97,12 +101,8 @@ class TrainConfig:
         False, "Shard Adam's moments and the EMAs over the processes: less memory, same results",
         option="--shard", metavar="BOOL", free=True,
     )  # fmt: skip
-    loss_scaling: float = _setting(
-        1.0, "Loss scaling factor, undone before the optimizer step", option="--ls", metavar="FLOAT"
-    )
-    cudnn_benchmark: bool = _setting(
-        True, "Let cuDNN benchmark its algorithms and use the fastest", option="--bench", metavar="BOOL", free=True
-    )
+    loss_scaling: float = _setting(1.0, "Loss scaling, undone before the update", option="--ls", metavar="FLOAT")
+    cudnn_benchmark: bool = _setting(True, "Let cuDNN choose by benchmark", option="--bench", metavar="BOOL", free=True)
     seed: int = _setting(0, "Random seed of the run", option="--seed", metavar="N")
     workers: int = _setting(
         2, "Processes that read images; 0 reads them in the main process", option="--workers", metavar="N", free=True
@@ -140,8 +140,9 @@ class TrainConfig:
                 "adam_betas must be from 0 to below 1, and adam_eps not negative; "
                 f"got {self.adam_betas}, {self.adam_eps}"
             )
-        if not 0 <= self.label_dropout <= 1:
-            raise ValueError(f"{option_of('label_dropout')} must be between 0 and 1; got {self.label_dropout}")
+        for name in ("label_dropout", "augment"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{option_of(name)} must be between 0 and 1; got {getattr(self, name)}")
         for f in dataclasses.fields(self):
             choices, value = f.metadata.get("choices"), getattr(self, f.name)
             if choices and value not in choices:
@@ -302,6 +303,9 @@ def run_id(config: TrainConfig, data_identity: Mapping[str, Any]) -> str:
     """
     values = config_to_dict(config)
     decisive = {name: values[name] for name in _decisive_fields()}
+    for f in dataclasses.fields(TrainConfig):
+        if f.metadata.get("added") and decisive[f.name] == f.default:
+            del decisive[f.name]
     text = json.dumps([decisive, dict(data_identity)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -309,9 +313,11 @@ def run_id(config: TrainConfig, data_identity: Mapping[str, Any]) -> str:
 def refuse_changes(old: Mapping[str, Any], new: TrainConfig, run_dir: str | Path) -> None:
     """Raise ValueError if `new` differs from the configuration `old` of `run_dir` in a field that must not change."""
     values, differences = config_to_dict(new), []
+    # what was added later was off before
+    known = {**{f.name: f.default for f in dataclasses.fields(TrainConfig) if f.metadata.get("added")}, **old}
     for name in _decisive_fields():
-        if name in old and old[name] != values[name]:
-            differences.append(f"{option_of(name)} was {old[name]}, is now {values[name]}")
+        if name in known and known[name] != values[name]:
+            differences.append(f"{option_of(name)} was {known[name]}, is now {values[name]}")
     if differences:
         raise ValueError(
             f"{run_dir} holds a run with other settings: {'; '.join(differences)}. Resume it with its own settings, or "

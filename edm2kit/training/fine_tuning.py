@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from edm2kit.models.edm2 import AUGMENTATION_WEIGHTS
 from edm2kit.models.encoders import make_encoder
 from edm2kit.models.networks import DEFAULT_NETWORK, NETWORKS
 from edm2kit.models.preconditioning import Preconditioner
@@ -63,10 +64,11 @@ def check_source(config: TrainConfig, run_header: Header) -> list[str]:
         if ours != theirs:
             raise ValueError(f"{where} does not fit: its {what} is {theirs}, this run's {ours}")
     wanted, label_weights = net.state_dict(), NETWORKS[header.network].label_weights
+    added = (label_weights, *AUGMENTATION_WEIGHTS)
     for name in {**wanted, **source.tensors}:
         shape = tuple(wanted[name].shape) if name in wanted else "missing"
         their_shape = tuple(source.tensors[name].shape) if name in source.tensors else "missing"
-        if shape != their_shape and not name.endswith(label_weights):
+        if shape != their_shape and not name.endswith(added):
             raise ValueError(
                 f"{where} does not fit: its {name} is {their_shape}, this run's {shape}; leave out network arguments "
                 "such as --channels and --preset to use those of the snapshot"
@@ -90,6 +92,8 @@ def start_from_(net: Preconditioner, source: str) -> None:
     snapshot = load_snapshot(source)
     state, label_weights = snapshot.net.state_dict(), NETWORKS[snapshot.header.network].label_weights
     for name, tensor in net.state_dict().items():
+        if name.endswith(AUGMENTATION_WEIGHTS) and name not in state:
+            continue  # starts without effect
         if not name.endswith(label_weights) or (name in state and state[name].shape == tensor.shape):
             tensor.copy_(state[name])
 

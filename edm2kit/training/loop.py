@@ -10,6 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,15 @@ class Trainer:
         rng = StackedGenerator(self.device, [derive_seed(config.seed, "image", p) for p in positions])
         torch.manual_seed(derive_seed(config.seed, "dropout", positions[0]))  # only dropout uses the global generator
         images = self.encoder.encode(batch.raw, rng).contiguous(memory_format=torch.channels_last)
+        net: Callable[..., Any] = self.ddp
+        augment_dim = self.header.architecture.get("augment_dim", 0)
+        if config.flip or augment_dim:
+            images, augmentation = self._augmented(images, positions)
+            net = partial(self.ddp, augment=augmentation) if augment_dim else self.ddp
         labels = batch.labels if self.net.label_dim else None
         if labels is not None and config.label_dropout:
             labels = drop_labels(labels, positions, config.label_dropout, config.seed)
-        loss, sigma = self.loss_fn.terms(self.ddp, images, labels, rng)
+        loss, sigma = self.loss_fn.terms(net, images, labels, rng)
         # DDP averages gradients over ranks; the loss is a sum over the global batch divided by its size
         scale = config.loss_scaling * dist.world_size() / config.batch_size
         loss.sum().mul(scale).backward()
@@ -134,6 +140,18 @@ class Trainer:
         edges = [math.exp(config.P_mean + z * config.P_std) for z in _SIGMA_BINS]
         for low, high in zip([0.0, *edges], [*edges, math.inf], strict=True):
             self.stats.add(f"loss/sigma_{low:.3g}_{high:.3g}", image_loss, between=(low, sigma, high))
+
+    def _augmented(self, images: torch.Tensor, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images as --flip and --augment change them, and the labels that tell the network how."""
+        from edm2kit.training import augmentation  # most runs do without
+
+        config = self.config
+        if config.flip:
+            images = augmentation.flip_half(images, positions, config.seed)
+        labels = torch.zeros(len(positions), augmentation.NUM_LABELS, device=images.device)
+        if config.augment:
+            images, labels = augmentation.augment(images, positions, config.seed, config.augment)
+        return images.contiguous(memory_format=torch.channels_last), labels
 
     @torch.no_grad()
     def _sanitize_gradients(self) -> None:

@@ -26,6 +26,7 @@ from edm2kit.models.preconditioning import PRECISIONS, slow_precision
 from edm2kit.snapshots.file_format import Header
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write, differences, exclusive, provenance
+from edm2kit.training.augmentation import NUM_LABELS
 from edm2kit.training.checkpoint import DivergenceError, list_checkpoints, read_run_id
 from edm2kit.training.config import TrainConfig, config_to_dict, read_yaml, refuse_changes, run_id, write_config
 from edm2kit.training.fine_tuning import adopt_source, check_source
@@ -195,12 +196,14 @@ def resolve(
     config = dataclasses.replace(config, encoder=encoder.spec())
     if config.init_from is not None:
         config = adopt_source(config)
+    if teacher is not None and (config.flip or config.augment):
+        raise ValueError("distillation learns from images as they are; leave out flip and augment")
     architecture = NETWORKS[config.network_kind].full_architecture(
         img_resolution=dataset.resolution,
         img_channels=dataset.num_channels if config.encoder["kind"] == "rgb" else dataset.num_channels // 2,
         label_dim=dataset.label_dim if config.cond else 0,
         sigma_data=config.sigma_data,
-        network=config.network,
+        network=_with_augmentation(config),
     )
     identity, training_config = dataset.identity(), config_to_dict(config)
     if config.cond and dataset.labels is not None and (empty := dataset.condition_space.empty_classes(dataset.labels)):
@@ -257,6 +260,22 @@ def _fitting_encoder(config: TrainConfig, dataset: Source) -> Encoder:
         content = "pixels" if fitting == "rgb" else "latents"
         raise ValueError(f"{dataset.path} holds {content}, but the encoder {spec['kind']!r} does not take them")
     return make_encoder(spec)
+
+
+def _with_augmentation(config: TrainConfig) -> Mapping[str, Any]:
+    """The arguments of the network, which takes augmentation labels if the run has any.
+
+    Raises ValueError if the images or the network do not suit --flip and --augment.
+    """
+    if (config.flip or config.augment) and config.encoder["kind"] != "rgb":
+        raise ValueError(
+            "--flip and --augment change pixels, but the data are latents; mirror or augment the images before encoding"
+        )
+    if not config.augment:
+        return config.network
+    if "augment_dim" not in NETWORKS[config.network_kind].defaults:
+        raise ValueError(f"a {config.network_kind} network cannot be told about augmentation; train without --augment")
+    return {**config.network, "augment_dim": NUM_LABELS}
 
 
 def _check_run_dir(run: Run) -> dict[str, Any] | None:
