@@ -21,6 +21,7 @@ NETWORKS: dict[str, NetworkKind] = {
     "edm2": NetworkKind(
         build=Precond,
         defaults=keyword_defaults(UNet),
+        added=frozenset(["augment_dim"]),
         label_weights=".emb_label.weight",
         count_blocks=count_blocks,
         freeze_=freeze_,

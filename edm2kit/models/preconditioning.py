@@ -319,6 +319,8 @@ class NetworkKind:
     - `build(img_resolution, img_channels, label_dim, sigma_data, logvar_channels, **arguments)` returns the denoiser;
       raises ValueError or TypeError for arguments that do not fit.
     - `defaults` holds every argument of its own with its default, so that snapshots record the complete architecture.
+    - `added` names the arguments that were added later. An architecture only mentions them if they differ from their
+      default, so that snapshots of a run from before and after agree.
     - `label_weights` is the end of the names of the weights whose shape depends on the number of classes. Fine-tuning
       on other classes starts these at random.
     - `count_blocks(architecture)` is the number of blocks that `build` would make; a damaged file may ask for billions.
@@ -332,6 +334,7 @@ class NetworkKind:
     defaults: Mapping[str, Any]
     label_weights: str
     count_blocks: Callable[[Mapping[str, Any]], int]
+    added: frozenset[str] = frozenset()
     normalize_weights_: Callable[[nn.Module], None] = normalize_weights_
     freeze_: Callable[[Any], Any] = evaluation_only_
 
@@ -368,4 +371,7 @@ class NetworkKind:
             **network,
         }
         architecture.pop("kind", None)
+        for name in self.added:
+            if architecture[name] == self.defaults[name]:
+                del architecture[name]
         return {name: list(value) if isinstance(value, tuple | list) else value for name, value in architecture.items()}

@@ -136,9 +136,10 @@ def test_an_augmented_run_resumes_to_the_same_bits_and_its_snapshots_generate(tm
     assert read_header(tmp_path / "whole" / name).architecture["augment_dim"] == 9
     net = tmp_path / "whole" / name
     invoke(generate.main, "--net", net, "--seeds", "0", "--steps", 2, "--outdir", tmp_path / "out", "--device", "cpu")
-    # fine-tuning adds augmentation to a network without it, and keeps it
+    # fine-tuning can add augmentation to a network without it, and keeps it
     tiny.write_config(tmp_path / "tiny.yaml")
     invoke(train.main, *common, "--outdir", tmp_path / "plain")
+    assert "augment_dim" not in read_header(tmp_path / "plain" / name).architecture  # as in snapshots from before
     start = ["--init-from", tmp_path / "plain" / name, "--data", data, "--device", "cpu", "--samples", 0]
     start += ["--duration", 32, "--batch", 16, "--snapshot", 1000, "--workers", 0]
     invoke(train.main, *start, "--augment", 0.3, "--outdir", tmp_path / "tuned")
