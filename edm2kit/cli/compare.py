@@ -13,16 +13,31 @@ from edm2kit.cli import click_types as cli
 from edm2kit.cli.generation import prepare
 from edm2kit.cli.image_source import image_batches, open_images
 from edm2kit.experiments.compare_guidance.cost import describe_student, measure_costs
-from edm2kit.experiments.compare_guidance.measure import Scoring, best_weight, measure_real, measure_row, read_record
+from edm2kit.experiments.compare_guidance.measure import (
+    Scoring,
+    best_weight,
+    measure_cost,
+    measure_real,
+    measure_row,
+    read_record,
+)
+from edm2kit.experiments.compare_guidance.pareto import draw_trade_offs
 from edm2kit.experiments.compare_guidance.report import (
     DOCUMENT,
     FOLDER,
-    METRIC,
+    PICTURE_NAME,
     RECORD_NAME,
     collect,
     document_parts,
 )
-from edm2kit.experiments.compare_guidance.rows import ROWS_FILE, ComparisonRow, load_rows, rows_named
+from edm2kit.experiments.compare_guidance.rows import (
+    ROWS_FILE,
+    Comparison,
+    ComparisonRow,
+    ImageSet,
+    load_comparison,
+    rows_named,
+)
 from edm2kit.experiments.compare_guidance.sheet import Strip, draw_sheet
 from edm2kit.experiments.documents import checkout, write_parts
 from edm2kit.metrics.scoring import image_features, make_scorer
@@ -30,8 +45,6 @@ from edm2kit.models.encoders import to_image
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.cache import fetch
 from edm2kit.torch_utils.files import atomic_write, sha256_of, write_json
-
-_TUNING_SEED = "1000000"  # far from the seeds of any report
 
 
 class NamedFile(click.ParamType):
@@ -69,7 +82,7 @@ _row_options = cli.section(
         type=click.Path(path_type=Path, dir_okay=False),
         default=ROWS_FILE,
         show_default="those of the package",
-        help="Definition of the rows",
+        help="The comparison: its rows, detector and numbers of images",
     ),
     click.option(
         "--outdir",
@@ -86,24 +99,36 @@ _reference_options = cli.section(
     click.option("--ref", metavar="NPZ", required=True, help="Reference statistics, from calculate_metrics.py ref"),
     click.option("--real", metavar="PATH", required=True, help="Real images for precision, recall and coverage"),
 )
+_THEIR_DEFAULT = "that of --rows-file"
 _tuned_seeds = click.option(
-    "--tuned-seed", "tuned", metavar="LIST", type=cli.IntRanges(), default=_TUNING_SEED, help="First seeds of `tune`"
+    "--tuned-seed",
+    "tuned",
+    metavar="LIST",
+    type=cli.IntRanges(),
+    show_default=_THEIR_DEFAULT,
+    help="First seeds of `tune`",
 )
+_fresh = click.option("--fresh", metavar="PATH", help="Other real images, to measure how far real is from real")
 
 
-def _image_options(num: int, seeds: str, *more: cli.Decorator) -> cli.Decorator:
+def _image_options(*more: cli.Decorator) -> cli.Decorator:
     return cli.section(
         "Images",
         # torchrun reads --num as its own --numa-binding, unless a lone -- precedes the script
         click.option(
-            "--num", "--num-images", metavar="N", type=click.IntRange(min=6), default=num, help="Images per value"
+            "--num",
+            "--num-images",
+            metavar="N",
+            type=click.IntRange(min=6),
+            show_default=_THEIR_DEFAULT,
+            help="Images per value",
         ),
         click.option(
             "--seed",
             "seeds",
             metavar="LIST",
             type=cli.IntRanges(),
-            default=seeds,
+            show_default=_THEIR_DEFAULT,
             help="First seed of each value, e.g. 10000,20000",
         ),
         *more,
@@ -118,6 +143,7 @@ def main() -> None:
 
     \b
     common="--network main=... --network guide=... --ref reference.npz --real pictures.zip"
+    python scripts/compare_guidance.py run $common       # tune, report and table; goes on where it stopped
     python scripts/compare_guidance.py tune $common
     python scripts/compare_guidance.py report $common --fresh fresh
     python scripts/compare_guidance.py sheet --network main=... --network guide=...
@@ -128,44 +154,64 @@ def main() -> None:
 @main.command()
 @_row_options
 @_reference_options
-@_image_options(200, _TUNING_SEED)
-def tune(outdir: Path, num: int, seeds: tuple[int, ...], device: str, **given: Any) -> None:
-    """Score every row at each of its weights."""
-    rows, networks = _take_rows(given)
+@cli.section("Images", _fresh, _batch, _device)
+def run(outdir: Path, fresh: str | None, device: str, **given: Any) -> None:
+    """Tune and report row by row, with the images that --rows-file says; then write the table and the picture.
+
+    Each score is kept as soon as it is measured: if it is stopped, the same command goes on from there.
+    """
+    comparison, rows, networks = _take_rows(given)
     with dist.session(device) as picked:
-        scoring = _scoring(picked, num, **given)
+        tuning = _scoring(picked, comparison.metric, comparison.tune.images, **given)
+        reporting = _scoring(picked, comparison.metric, comparison.report.images, **given)
+        if fresh is not None:
+            _report_real(outdir, fresh, reporting, comparison.report.seeds)
         for row in rows:
-            measure_row(outdir / "tune" / f"{row.name}.json", row, networks, scoring, row.weights, seeds)
+            _tune(outdir, row, networks, tuning, comparison.tune.seeds)
+            weight = _best_weight(row, outdir, comparison.tune.seeds, comparison.metric)
+            _report(outdir, row, networks, reporting, comparison.report.seeds, weight)
+        if dist.rank() == 0:
+            _write_table(outdir, comparison, rows, networks)
 
 
 @main.command()
 @_row_options
 @_reference_options
-@_image_options(
-    400,
-    "10000,20000",
-    _tuned_seeds,
-    click.option("--fresh", metavar="PATH", help="Other real images, to measure how far real is from real"),
-)
+@_image_options()
+def tune(outdir: Path, num: int | None, seeds: tuple[int, ...] | None, device: str, **given: Any) -> None:
+    """Score every row at each of its weights."""
+    comparison, rows, networks = _take_rows(given)
+    images = _images(comparison.tune, num, seeds)
+    with dist.session(device) as picked:
+        scoring = _scoring(picked, comparison.metric, images.images, **given)
+        for row in rows:
+            _tune(outdir, row, networks, scoring, images.seeds)
+
+
+@main.command()
+@_row_options
+@_reference_options
+@_image_options(_tuned_seeds, _fresh)
 def report(
     outdir: Path,
-    num: int,
-    seeds: tuple[int, ...],
-    tuned: tuple[int, ...],
+    num: int | None,
+    seeds: tuple[int, ...] | None,
+    tuned: tuple[int, ...] | None,
     fresh: str | None,
     device: str,
     **given: Any,
 ) -> None:
     """Score every row at its best weight, on other seeds than it was tuned on."""
-    rows, networks = _take_rows(given)
-    weights = {row.name: _best_weight(row, outdir, tuned) for row in rows}
+    comparison, rows, networks = _take_rows(given)
+    images = _images(comparison.report, num, seeds)
+    tuned = tuned or comparison.tune.seeds
+    weights = {row.name: _best_weight(row, outdir, tuned, comparison.metric) for row in rows}
     with dist.session(device) as picked:
-        scoring = _scoring(picked, num, **given)
+        scoring = _scoring(picked, comparison.metric, images.images, **given)
         if fresh is not None:
-            measure_real(outdir / "report" / "real.json", open_images(fresh), scoring, range(len(seeds)))
+            _report_real(outdir, fresh, scoring, images.seeds)
         for row in rows:
-            path = outdir / "report" / f"{row.name}.json"
-            measure_row(path, row, networks, scoring, [weights[row.name]], seeds)
+            _report(outdir, row, networks, scoring, images.seeds, weights[row.name])
 
 
 @main.command()
@@ -177,13 +223,15 @@ def report(
     _batch,
     _device,
 )
-def cost(outdir: Path, batch: int, rounds: int, tuned: tuple[int, ...], device: str, **given: Any) -> None:
+def cost(outdir: Path, batch: int, rounds: int, tuned: tuple[int, ...] | None, device: str, **given: Any) -> None:
     """Time the rows at their best weights and count their multiply-adds. The machine should be idle otherwise."""
-    rows, networks = _take_rows(given)
+    comparison, rows, networks = _take_rows(given)
+    tuned = tuned or comparison.tune.seeds
     with dist.session(device) as picked:
-        generations = {
-            row.name: prepare(row.request(_best_weight(row, outdir, tuned), networks), picked) for row in rows
-        }
+        generations = {}
+        for row in rows:
+            weight = _best_weight(row, outdir, tuned, comparison.metric)
+            generations[row.name] = prepare(row.request(weight, networks), picked)
         found = measure_costs(generations, batch, rounds)
     for name, values in found["rows"].items():
         click.echo(f"{name}: {values['seconds']:.4f} s, {values['multiply_adds']:.3g} multiply-adds per image")
@@ -199,18 +247,13 @@ def cost(outdir: Path, batch: int, rounds: int, tuned: tuple[int, ...], device: 
     ),
 )
 def make_table(outdir: Path, publish: bool, **given: Any) -> None:
-    """Print the table of all scores, and write its record to --outdir."""
-    rows, networks = _take_rows(given)
-    record = collect(rows, {row.name: row.cost(networks) for row in rows}, outdir)
-    if (outdir / "cost.json").exists() and "student" in networks:
-        record["costs"] = json.loads((outdir / "cost.json").read_text(encoding="utf-8"))
-        record["student"] = describe_student(Path(networks["student"]))
-    parts = document_parts(record)
-    click.echo("\n\n".join(parts.values()))
-    write_json(outdir / RECORD_NAME, record)
+    """Print the table of all scores, and write its record and a picture of the trade-offs to --outdir."""
+    comparison, rows, networks = _take_rows(given)
+    record = _write_table(outdir, comparison, rows, networks)
     if publish:
         write_json(checkout() / FOLDER / RECORD_NAME, record)
-        write_parts(checkout() / DOCUMENT, parts)
+        draw_trade_offs(record, checkout() / FOLDER / PICTURE_NAME)
+        write_parts(checkout() / DOCUMENT, document_parts(record))
 
 
 @main.command()
@@ -228,7 +271,7 @@ def make_table(outdir: Path, publish: bool, **given: Any) -> None:
 )
 def sheet(outdir: Path, images: int, dest: Path | None, device: str, **given: Any) -> None:
     """Make one picture of every row at every weight, with seeds 0, 1, ..."""
-    rows, networks = _take_rows(given)
+    _, rows, networks = _take_rows(given)
     path = dest or outdir / "sheet.png"
     with dist.session(device) as picked:
         lines = []
@@ -245,11 +288,49 @@ def sheet(outdir: Path, images: int, dest: Path | None, device: str, **given: An
     click.echo(f"Wrote {path}")
 
 
-def _take_rows(given: dict[str, Any]) -> tuple[list[ComparisonRow], Mapping[str, str]]:
-    """Take rows and files out of the options: the rows whose files were all given, and the files by name."""
+def _tune(
+    outdir: Path, row: ComparisonRow, networks: Mapping[str, str], scoring: Scoring, seeds: Sequence[int]
+) -> None:
+    measure_row(outdir / "tune" / f"{row.name}.json", row, networks, scoring, row.weights, seeds)
+
+
+def _report(
+    outdir: Path,
+    row: ComparisonRow,
+    networks: Mapping[str, str],
+    scoring: Scoring,
+    seeds: Sequence[int],
+    weight: float | None,
+) -> None:
+    path = outdir / "report" / f"{row.name}.json"
+    measure_row(path, row, networks, scoring, [weight], seeds)
+    measure_cost(path, row, networks, scoring.scorer.device)
+
+
+def _report_real(outdir: Path, fresh: str, scoring: Scoring, seeds: Sequence[int]) -> None:
+    measure_real(outdir / "report" / "real.json", open_images(fresh), scoring, range(len(seeds)))
+
+
+def _write_table(
+    outdir: Path, comparison: Comparison, rows: Sequence[ComparisonRow], networks: Mapping[str, str]
+) -> dict[str, Any]:
+    """Print the table of what was measured, and write record and picture to `outdir`; returns the record."""
+    record = collect(rows, {row.name: row.cost(networks) for row in rows}, outdir, comparison.about)
+    if (outdir / "cost.json").exists() and "student" in networks:
+        record["costs"] = json.loads((outdir / "cost.json").read_text(encoding="utf-8"))
+        record["student"] = describe_student(Path(networks["student"]))
+    click.echo("\n\n".join(document_parts(record).values()))
+    write_json(outdir / RECORD_NAME, record)
+    draw_trade_offs(record, outdir / PICTURE_NAME)
+    return record
+
+
+def _take_rows(given: dict[str, Any]) -> tuple[Comparison, list[ComparisonRow], Mapping[str, str]]:
+    """Take rows and files out of the options: the comparison, its rows whose files were all given, files by name."""
     names, networks = given.pop("names"), dict(given.pop("networks"))
+    comparison = load_comparison(given.pop("rows_file"))
     kept = []
-    for row in rows_named(load_rows(given.pop("rows_file")), names):
+    for row in rows_named(comparison.rows, names):
         missing = [name for name in row.needs if name not in networks]
         if missing:
             dist.print0(f"{row.name} is skipped: it needs --network {missing[0]}=PATH")
@@ -257,23 +338,27 @@ def _take_rows(given: dict[str, Any]) -> tuple[list[ComparisonRow], Mapping[str,
             kept.append(row)
     if not kept:
         raise ValueError("no row is left. Name its networks with --network NAME=PATH")
-    return kept, networks
+    return comparison, kept, networks
 
 
-def _scoring(device: torch.device, num: int, ref: str, real: str, batch: int) -> Scoring:
-    scorer, source = make_scorer(fetch(ref), device, [METRIC]), open_images(real)
+def _images(of_file: ImageSet, num: int | None, seeds: tuple[int, ...] | None) -> ImageSet:
+    return ImageSet(num or of_file.images, seeds or of_file.seeds)
+
+
+def _scoring(device: torch.device, metric: str, num: int, ref: str, real: str, batch: int) -> Scoring:
+    scorer, source = make_scorer(fetch(ref), device, [metric]), open_images(real)
     if len(source) < num:
         raise ValueError(f"--real {real} has {len(source)} images, fewer than --num {num}")
     picked = torch.linspace(0, len(source) - 1, num).long().tolist()
     scorer = replace(scorer, real=image_features(image_batches(source, picked, batch, 1), scorer.detectors, device))
-    identity = {"metric": METRIC, "reference_sha256": sha256_of(fetch(ref)), "real": f"{num} of {len(source)}"}
+    identity = {"metric": metric, "reference_sha256": sha256_of(fetch(ref)), "real": f"{num} of {len(source)}"}
     return Scoring(scorer, identity, num, batch)
 
 
-def _best_weight(row: ComparisonRow, outdir: Path, seeds: Sequence[int]) -> float | None:
+def _best_weight(row: ComparisonRow, outdir: Path, seeds: Sequence[int], metric: str) -> float | None:
     if not row.weights:
         return None
-    return best_weight(row.name, read_record(outdir / "tune" / f"{row.name}.json"), row.weights, seeds, METRIC)
+    return best_weight(row.name, read_record(outdir / "tune" / f"{row.name}.json"), row.weights, seeds, metric)
 
 
 if __name__ == "__main__":

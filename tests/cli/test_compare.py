@@ -11,14 +11,17 @@ from edm2kit.cli import compare as compare_guidance
 from edm2kit.cli import distill
 from edm2kit.cli import metrics as calculate_metrics
 from edm2kit.experiments.compare_guidance import measure
-from edm2kit.experiments.compare_guidance.report import cost_table, score_table
-from edm2kit.experiments.compare_guidance.rows import ROWS_FILE, load_rows
+from edm2kit.experiments.compare_guidance.report import cost_table, front, front_marks, score_table
+from edm2kit.experiments.compare_guidance.rows import ROWS_FILE, load_comparison
 from tests.support import tiny
 from tests.support.fakes import tiny_snapshot
 from tests.support.pictures import some_files, write_folder
 
 NUM = 8
 ROWS = """
+metric: fd_random
+tune: {images: 8, seeds: [1000000]}
+report: {images: 8, seeds: [0, 8]}
 common: --net {main} --steps 2
 rows:
   unguided: {title: alone, options: ""}
@@ -43,8 +46,8 @@ def place(tmp_path_factory):
 def run(place, command, outdir, *more, code=0, main="main"):
     words = [command, "--outdir", outdir, "--rows-file", place / "rows.yaml"]
     words += ["--network", f"main={place / main}", "--network", f"guide={place / 'guide'}", *more]
-    if command in ("tune", "report"):
-        words += ["--ref", place / "ref.npz", "--real", place / "real", "--num", NUM, "--device", "cpu"]
+    if command in ("tune", "report", "run"):
+        words += ["--ref", place / "ref.npz", "--real", place / "real", "--device", "cpu"]
     done = CliRunner().invoke(compare_guidance.main, [str(word) for word in words])
     assert done.exit_code == code, done.output
     return done.output
@@ -126,7 +129,13 @@ def test_the_table_has_real_images_first_then_the_nearest(place, measured):
     assert distances == sorted(distances)
     (pair,) = (row for row in cells if row[0] == "autoguidance")
     assert pair[2:4] == ["1.5, 3", "1 main + 1 guide"]
-    assert all(0 <= float(cell) <= 1 for row in cells for cell in row[6:])
+    assert all(0 <= float(cell) <= 1 for row in cells for cell in row[6:9])
+    assert lines[0].endswith("| multiply-adds per image | best trade-off |")
+    adds = {row[0]: row[9] for row in cells}
+    assert adds["other real pictures"] == ""
+    assert (
+        float(adds["autoguidance"]) == float(adds["random class"]) == pytest.approx(2 * float(adds["alone"]), rel=0.01)
+    )
 
 
 def test_the_cost_and_gain_of_a_student_are_reported(place, measured, tmp_path):
@@ -178,17 +187,94 @@ def test_the_sheet_has_a_line_for_each_row(place, tmp_path):
 
 
 def test_every_row_of_the_project_can_be_asked_for(place, tmp_path):
-    files = {name: str(place / "main") for name in ("main", "guide", "uncond", "sims", "student", "classifier")}
-    rows = load_rows(ROWS_FILE)
-    assert {name for row in rows.values() for name in row.needs} == set(files)
-    for row in rows.values():
+    files = {
+        name: str(place / "main") for name in ("main", "guide", "uncond", "joint", "sims", "student", "classifier")
+    }
+    comparison = load_comparison(ROWS_FILE)
+    assert {name for row in comparison.rows.values() for name in row.needs} == set(files)
+    for row in comparison.rows.values():
+        assert len(row.weights) in (0, 5)
         for weight in row.weights or (None,):
             request = row.request(weight, files)
             assert request.guidance.weight == (weight or 1)
         assert row.cost(files)
+    methods = set()
+    for row in comparison.rows.values():
+        methods.add(row.request(row.weights[0] if row.weights else None, files).guidance.method)
+    assert {"cfg", "loss", "classifier", "cfg-plus-autoguidance", "higs"} <= methods
 
 
-def test_a_file_without_rows_is_refused(tmp_path):
-    (tmp_path / "rows.yaml").write_text("rows: {a: {title: x}}")
-    with pytest.raises(ValueError, match="is not a list of rows to compare"):
-        load_rows(tmp_path / "rows.yaml")
+def test_a_comparison_has_its_detector_and_two_ranges_of_a_thousand_images():
+    comparison = load_comparison(ROWS_FILE)
+    assert comparison.metric == "fd_lite0"
+    assert (comparison.tune.images, comparison.report.images, len(comparison.report.seeds)) == (1000, 1000, 2)
+    ranges = [range(seed, seed + 1000) for seed in (*comparison.tune.seeds, *comparison.report.seeds)]
+    assert sum(len(one) for one in ranges) == len({seed for one in ranges for seed in one})
+
+
+def test_a_comparison_may_say_only_what_differs_from_the_default(tmp_path):
+    text = "{extends: default, about: Mine., metric: fd_random, common: '--net {main} --steps 3'}"
+    (tmp_path / "mine.yaml").write_text(text)
+    mine, default = load_comparison(tmp_path / "mine.yaml"), load_comparison(ROWS_FILE)
+    assert (mine.about, default.about) == ("Mine.", "")
+    assert (mine.metric, mine.report, list(mine.rows)) == ("fd_random", default.report, list(default.rows))
+    assert mine.rows["unguided"].options == "--net {main} --steps 3"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["rows: {a: {title: x}}", "extends: other", "{extends: default, metrics: fid}", "{extends: default, tune: 3}"],
+)
+def test_a_file_that_is_not_a_comparison_is_refused(tmp_path, text):
+    (tmp_path / "rows.yaml").write_text(text)
+    with pytest.raises(ValueError, match="is not a comparison"):
+        load_comparison(tmp_path / "rows.yaml")
+
+
+def test_one_command_tunes_and_reports_and_goes_on_where_it_stopped(place, measured, tmp_path, monkeypatch):
+    told = run(place, "run", tmp_path, "--fresh", place / "real")
+    assert "best trade-off" in told
+    record, apart = (json.loads((folder / "comparison.json").read_text()) for folder in (tmp_path, measured))
+    for one, other in zip(record["rows"], apart["rows"], strict=True):
+        assert one["name"] == other["name"]
+        assert [point["results"] for point in one["points"]] == [point["results"] for point in other["points"]]
+        assert [point["results"] for point in one["tuning"]] == [point["results"] for point in other["tuning"]]
+    with Image.open(tmp_path / "pareto.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 1000
+    (tmp_path / "report" / "icg.json").unlink()
+    drawn = []
+    monkeypatch.setattr(measure, "prepare", lambda request, device: drawn.append(request) or PREPARE(request, device))
+    assert run(place, "run", tmp_path).endswith(told.partition("| 8 images each")[2])
+    assert {request.guidance.method for request in drawn} == {"icg"}
+
+
+# ---- trade-offs
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([(1, 5), (2, 3), (3, 4), (4, 1)], [0, 1, 3]),
+        ([(2, 2), (1, 1), (3, 0)], [1, 2]),
+        ([(1, 1), (1, 2), (1, 1)], [0, 2]),
+        ([(1, 2), (1, 1)], [1]),
+        ([], []),
+    ],
+)
+def test_the_front_holds_what_nothing_beats(points, expected):
+    assert front(points) == expected
+    for k in range(len(points)):
+        beaten = any(q != points[k] and q[0] <= points[k][0] and q[1] <= points[k][1] for q in points)
+        assert beaten == (k not in expected)
+
+
+def test_rows_on_a_front_are_marked():
+    def row(name, distance, coverage, adds):
+        results = {"fd_random": distance, "fd_random.coverage": coverage}
+        points = [{"weight": None, "results": results}]
+        return {"name": name, "title": name, "asked": {"metric": "fd_random"}, "points": points, "multiply_adds": adds}
+
+    rows = [row("real", 0.1, 1.0, None), row("a", 1.0, 0.5, 10.0), row("b", 2.0, 0.9, 5.0), row("c", 3.0, 0.4, 20.0)]
+    rows.append(row("d", 0.5, 0.4, None))  # its cost is not known
+    assert front_marks({"rows": rows}) == {"a": "coverage, cost", "b": "coverage, cost", "d": "coverage"}

@@ -15,16 +15,19 @@ from edm2kit.training.log import STATS_NAME
 from edm2kit.training.run import RECORD_NAME
 
 
+def count_multiply_adds(generation: Generation, batch: int) -> float:
+    """Multiply-adds per image of a batch of `batch` images, of all networks and all steps together."""
+    with FlopCounterMode(display=False) as counter:
+        generation.engine.generate(range(batch))
+    return counter.get_total_flops() / 2 / batch
+
+
 def measure_costs(generations: Mapping[str, Generation], batch: int, rounds: int) -> dict[str, Any]:
     """Minimum of `rounds` times and multiply-adds, both per image in batches of `batch`, by row; and the provenance.
 
     The rows take turns, so that a change of the machine's pace affects all of them.
     """
-    multiply_adds = {}
-    for name, generation in generations.items():
-        with FlopCounterMode(display=False) as counter:
-            generation.engine.generate(range(batch))
-        multiply_adds[name] = counter.get_total_flops() / 2 / batch
+    multiply_adds = {name: count_multiply_adds(generation, batch) for name, generation in generations.items()}
     seconds = dict.fromkeys(generations, float("inf"))
     for _ in range(rounds):
         for name, generation in generations.items():

@@ -13,12 +13,14 @@ import torch
 
 from edm2kit.cli.generation import prepare
 from edm2kit.cli.image_source import ScoredImages, image_batches
+from edm2kit.experiments.compare_guidance.cost import count_multiply_adds
 from edm2kit.experiments.compare_guidance.rows import ComparisonRow
 from edm2kit.guidance.records import words_with_current_names
 from edm2kit.metrics.scoring import Scorer
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import differences, plain_json, provenance, sha256_of, write_json
 
+_COUNTED_IMAGES = 2
 Point = Mapping[str, Any]  # weight, first_seed, results by metric, and what made them
 
 
@@ -64,6 +66,16 @@ def measure_row(
             batches = (batch.images for batch in generation.batches(images, scoring.batch))
             _add_point(record, path, scoring, weight, seed, batches)
     return record
+
+
+def measure_cost(path: Path, row: ComparisonRow, networks: Mapping[str, str], device: torch.device) -> None:
+    """Add the multiply-adds per image at the reported weight to the record at `path`, if they are not there yet."""
+    record = dist.on_rank0(read_record, path)
+    if "multiply_adds" in record:
+        return
+    generation = prepare(row.request(record["points"][0]["weight"], networks), device)
+    record["multiply_adds"] = count_multiply_adds(generation, _COUNTED_IMAGES)
+    dist.on_rank0(write_json, path, record)
 
 
 def measure_real(path: Path, source: ScoredImages, scoring: Scoring, selections: Sequence[int]) -> dict[str, Any]:

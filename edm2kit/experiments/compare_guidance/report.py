@@ -1,6 +1,7 @@
 """The comparison's record, collected from those of its rows, and its tables, made from that record alone."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,24 +9,23 @@ from edm2kit.experiments.compare_guidance.measure import Point, read_record
 from edm2kit.experiments.compare_guidance.rows import ComparisonRow
 from edm2kit.experiments.documents import markdown_table
 
-METRIC = "fd_random"
 SHARES = ("precision", "recall", "coverage")
 FOLDER = Path("experiments", "compare_guidance")  # in the checkout: the published record and picture
 DOCUMENT = Path("docs", "guidance.md")
-RECORD_NAME = "comparison.json"
+RECORD_NAME, PICTURE_NAME = "comparison.json", "pareto.png"
 REAL = ComparisonRow("real", "other real pictures", "")
 Record = Mapping[str, Any]
 
 
-def collect(rows: Sequence[ComparisonRow], costs: Mapping[str, str], outdir: Path) -> dict[str, Any]:
-    """One record of all rows with scores. Raises ValueError if there are none, or if they cannot be compared."""
+def collect(rows: Sequence[ComparisonRow], costs: Mapping[str, str], outdir: Path, about: str = "") -> dict[str, Any]:
+    """One record of all rows with scores; `about` is a sentence on the networks. Raises ValueError if there are none, or if they cannot be compared."""
     found, settings = [], []
     for row in [REAL, *rows]:
         reported = read_record(outdir / "report" / f"{row.name}.json")
         if not reported["points"]:
             continue
         tuned = read_record(outdir / "tune" / f"{row.name}.json")
-        settings.append({key: reported["asked"][key] for key in ("num_images", "reference_sha256", "real")})
+        settings.append({key: reported["asked"][key] for key in ("num_images", "metric", "reference_sha256", "real")})
         found.append(
             {
                 "name": row.name,
@@ -35,6 +35,7 @@ def collect(rows: Sequence[ComparisonRow], costs: Mapping[str, str], outdir: Pat
                 "tuned_on": None if tuned["asked"] is None else tuned["asked"]["num_images"],
                 "tuning": tuned["points"],
                 "points": reported["points"],
+                "multiply_adds": reported.get("multiply_adds"),
             }
         )
     if not found:
@@ -44,12 +45,20 @@ def collect(rows: Sequence[ComparisonRow], costs: Mapping[str, str], outdir: Pat
             f"the scores in {outdir} are of different numbers of images or different references and cannot be "
             "compared. Run `report` for all rows with the same options and another --outdir"
         )
-    return {"num_images": settings[0]["num_images"], "rows": found}
+    return {"about": about, "num_images": settings[0]["num_images"], "rows": found}
+
+
+def metric_of(record: Record) -> str:
+    """The detector whose distance was measured."""
+    return record["rows"][0]["asked"]["metric"]
 
 
 def document_parts(record: Record) -> dict[str, str]:
     """The parts of docs/guidance.md that come from the record, by name."""
     parts = {"comparison": score_table(record)}
+    if record.get("about"):
+        picture = f"![Distance against coverage and against cost](../{FOLDER.as_posix()}/{PICTURE_NAME})"
+        parts["comparison"] = f"{record['about']}\n\n{picture}\n\n{parts['comparison']}"
     if "student" in record:
         parts["distillation"] = cost_table(record)
     return parts
@@ -57,23 +66,83 @@ def document_parts(record: Record) -> dict[str, str]:
 
 def score_table(record: Record) -> str:
     """Markdown table of the rows at their best weights: real images first, then by distance."""
+    metric, marks = metric_of(record), front_marks(record)
+    counted = any(row.get("multiply_adds") for row in record["rows"])
     rows = []
-    for row in sorted(record["rows"], key=lambda row: (row["name"] != REAL.name, _mean(row["points"], METRIC))):
+    for row in sorted(record["rows"], key=lambda row: (row["name"] != REAL.name, _mean(row["points"], metric))):
         weight = row["points"][0]["weight"]
         tried = dict.fromkeys(point["weight"] for point in row["tuning"] if point["weight"] is not None)
-        rows.append(
-            [
-                row["title"],
-                "" if weight is None else f"{weight:g}",
-                ", ".join(f"{one:g}" for one in tried),
-                row["cost"],
-                f"{_mean(row['points'], METRIC):.3f}",
-                ", ".join(f"{point['results'][METRIC]:.3f}" for point in row["points"]),
-                *(f"{_mean(row['points'], f'{METRIC}.{share}'):.2f}" for share in SHARES),
-            ]
-        )
-    head = [f"{record['num_images']} images each", "w", "of", "evaluations", METRIC, "each", *SHARES]
-    return markdown_table(head, rows, "lrllrlrrr")
+        cells = [
+            row["title"],
+            "" if weight is None else f"{weight:g}",
+            ", ".join(f"{one:g}" for one in tried),
+            row["cost"],
+            f"{_mean(row['points'], metric):.3f}",
+            ", ".join(f"{point['results'][metric]:.3f}" for point in row["points"]),
+            *(f"{_mean(row['points'], f'{metric}.{share}'):.2f}" for share in SHARES),
+        ]
+        if counted:
+            adds = row.get("multiply_adds")
+            cells += ["" if adds is None else f"{adds:.3g}", marks.get(row["name"], "")]
+        rows.append(cells)
+    head = [f"{record['num_images']} images each", "w", "of", "evaluations", metric, "each", *SHARES]
+    if counted:
+        head += ["multiply-adds per image", "best trade-off"]
+    return markdown_table(head, rows, "lrllrlrrr" + "rl" * counted)
+
+
+@dataclass(frozen=True)
+class Trade:
+    """A row at its best weight, as a point in two planes: its distance against 1 - coverage, and against its cost."""
+
+    name: str
+    title: str
+    weight: float | None
+    distance: float
+    coverage: float
+    multiply_adds: float | None
+
+
+def trades(record: Record) -> list[Trade]:
+    """Every row but real images at its best weight, on average over the seeds that are reported."""
+    metric = metric_of(record)
+    found: list[Trade] = []
+    for row in record["rows"]:
+        if row["name"] == REAL.name:
+            continue
+        distance, coverage = (_mean(row["points"], name) for name in (metric, f"{metric}.coverage"))
+        weight, adds = row["points"][0]["weight"], row.get("multiply_adds")
+        found.append(Trade(row["name"], row["title"], weight, distance, coverage, adds))
+    return found
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The Pareto front: indices of the points that no other one beats in one value without losing in the other.
+
+    Small values are better. In the order of the first value. Equal points are both on it.
+    """
+    best = float("inf")
+    found: list[int] = []
+    order = sorted(range(len(points)), key=lambda k: points[k])
+    for k in order:
+        if points[k][1] < best or (found and points[k] == points[found[-1]]):
+            found.append(k)
+            best = min(best, points[k][1])
+    return found
+
+
+def front_marks(record: Record) -> dict[str, str]:
+    """Which trade-offs a row is among the best in, "coverage" or "cost" or both, by name."""
+    rows = trades(record)
+    counted = [row for row in rows if row.multiply_adds]
+    marks: dict[str, list[str]] = {}
+    for word, some, values in (
+        ("coverage", rows, [(-row.coverage, row.distance) for row in rows]),
+        ("cost", counted, [(row.multiply_adds or 0.0, row.distance) for row in counted]),
+    ):
+        for k in front(values):
+            marks.setdefault(some[k].name, []).append(word)
+    return {name: ", ".join(words) for name, words in marks.items()}
 
 
 def _mean(points: Sequence[Point], metric: str) -> float:
@@ -82,18 +151,18 @@ def _mean(points: Sequence[Point], metric: str) -> float:
 
 def cost_table(record: Record) -> str:
     """Markdown table of the rows with measured cost, and a sentence on the training of the distilled network."""
-    costs = record["costs"]
+    costs, metric = record["costs"], metric_of(record)
     by_name = {row["name"]: row for row in record["rows"]}
     rows = [
         (
             by_name[name]["title"],
-            f"{_mean(by_name[name]['points'], METRIC):.3f}",
+            f"{_mean(by_name[name]['points'], metric):.3f}",
             f"{cost['multiply_adds']:.3g}",
             f"{cost['seconds']:.4f}",
         )
         for name, cost in costs["rows"].items()
     ]
-    table = markdown_table(("", METRIC, "multiply-adds per image", "seconds per image"), rows, "lrrr")
+    table = markdown_table(("", metric, "multiply-adds per image", "seconds per image"), rows, "lrrr")
     teacher, training = record["student"]["teacher"]["guidance"], record["student"]["training"]
     guided = f"weight {teacher['weight']:g}"
     if teacher["interval"] is not None:

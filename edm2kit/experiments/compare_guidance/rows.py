@@ -1,4 +1,4 @@
-"""Rows of a comparison, read from YAML: each is a way to guide, with the weights to try."""
+"""A comparison, read from YAML: how it is scored, and its rows, each a way to guide with the weights to try."""
 
 import shlex
 import string
@@ -46,13 +46,52 @@ class ComparisonRow:
         return "; ".join(METHODS[name].evaluations for name in methods_of(request.guidance))
 
 
-def load_rows(path: Path) -> dict[str, ComparisonRow]:
-    """The rows of a YAML file by name. Raises ValueError if a part is missing or unknown."""
-    content = read_yaml(path)
+@dataclass(frozen=True)
+class ImageSet:
+    """The images of one value: `images` with consecutive seeds, from each of the first seeds `seeds`."""
+
+    images: int
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows by name, the detector of the distance, and the images that weights are tuned on and reported on.
+
+    `about` is a sentence on the networks for the table.
+    """
+
+    rows: Mapping[str, ComparisonRow]
+    metric: str
+    tune: ImageSet
+    report: ImageSet
+    about: str = ""
+
+
+def load_comparison(path: Path) -> Comparison:
+    """The comparison in a YAML file. Raises ValueError if a part is missing or unknown.
+
+    With `extends: default` the file only has what differs from the comparison of the package.
+    """
+    content = dict(read_yaml(path))
     try:
-        return {name: _row(name, content["common"], **fields) for name, fields in content["rows"].items()}
+        if (base := content.pop("extends", None)) is not None:
+            if base != "default":
+                raise ValueError(f"extends: {base!r}; only default can be extended")
+            content = {**read_yaml(ROWS_FILE), **content}
+        common, rows = content.pop("common"), content.pop("rows")
+        return Comparison(
+            {name: _row(name, common, **fields) for name, fields in rows.items()},
+            tune=_image_set(**content.pop("tune")),
+            report=_image_set(**content.pop("report")),
+            **content,
+        )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is not a list of rows to compare: {type(error).__name__}, {error}") from error
+        raise ValueError(f"{path} is not a comparison: {type(error).__name__}, {error}") from error
+
+
+def _image_set(images: int, seeds: Sequence[int]) -> ImageSet:
+    return ImageSet(int(images), tuple(int(seed) for seed in seeds))
 
 
 def _row(name: str, common: str, title: str, options: str, weights: Sequence[Any] = ()) -> ComparisonRow:
