@@ -143,7 +143,7 @@ def main() -> None:
 
     \b
     common="--network main=... --network guide=... --ref reference.npz --real pictures.zip"
-    python scripts/compare_guidance.py run $common       # tune, report and table; goes on where it stopped
+    python scripts/compare_guidance.py run $common       # tune, report and table; resumes
     python scripts/compare_guidance.py tune $common
     python scripts/compare_guidance.py report $common --fresh fresh
     python scripts/compare_guidance.py sheet --network main=... --network guide=...
@@ -158,7 +158,7 @@ def main() -> None:
 def run(outdir: Path, fresh: str | None, device: str, **given: Any) -> None:
     """Tune and report row by row, with the images that --rows-file says; then write the table and the picture.
 
-    Each score is kept as soon as it is measured: if it is stopped, the same command goes on from there.
+    Each score is kept as soon as it is measured: if it is stopped, the same command resumes it.
     """
     comparison, rows, networks = _take_rows(given)
     with dist.session(device) as picked:

@@ -18,7 +18,10 @@ Record = Mapping[str, Any]
 
 
 def collect(rows: Sequence[ComparisonRow], costs: Mapping[str, str], outdir: Path, about: str = "") -> dict[str, Any]:
-    """One record of all rows with scores; `about` is a sentence on the networks. Raises ValueError if there are none, or if they cannot be compared."""
+    """One record of all rows with scores; `about` is a sentence on the networks.
+
+    Raises ValueError if there are none, or if they cannot be compared.
+    """
     found, settings = [], []
     for row in [REAL, *rows]:
         reported = read_record(outdir / "report" / f"{row.name}.json")
