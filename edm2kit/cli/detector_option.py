@@ -36,7 +36,7 @@ def detector_option() -> cli.Decorator:
         type=NewDetector(),
         multiple=True,
         is_eager=True,  # before --metrics is checked
-        help="Add detector N: a .pt2 of torch.export, or a folder or hub name of CLIP or SigLIP; clip is CMMD's",
+        help="Add a detector: .pt2 of torch.export, or CLIP or SigLIP",
     )
 
 

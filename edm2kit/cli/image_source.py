@@ -13,9 +13,9 @@ import torch
 from edm2kit.data.archive import open_archive
 from edm2kit.data.dataset import open_source, split_kind
 from edm2kit.data.image_files import IMAGE_EXTENSIONS, open_image, to_8bit
-from edm2kit.data.labels import Labels, folder_labels, noted_labels, read_labels
+from edm2kit.data.labels import Labels, folder_labels, labels_of_array, noted_labels, read_labels
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.arrays import BROKEN, map_npz_array
+from edm2kit.torch_utils.arrays import BROKEN, map_npz_array, read_npz_array
 from edm2kit.torch_utils.dist import progress_bar
 
 _BATCHES_AHEAD = 2
@@ -71,12 +71,18 @@ class SourceImages:
     """
 
     def __init__(self, path: str):
+        self._path = path
         self._source = open_source(path, use_labels=False)
         if self._source.item_dtype != np.uint8:
             raise ValueError(f"{path}: contains latents; {_SCORES_NEED_PIXELS}")
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def labels(self) -> Labels | None:
+        """The label of each image, or None."""
+        source = open_source(self._path)
+        return None if source.labels is None else Labels(source.labels, source.condition_space.class_names)
 
     def where(self, index: int) -> str:
         return f"{self._source.path}[{index}]"
@@ -96,7 +102,9 @@ class NpzImages:
         self._path = path
         try:
             with zipfile.ZipFile(path) as archive:
-                is_adm = "images.npy" not in archive.namelist() and "arr_0.npy" in archive.namelist()
+                members = archive.namelist()
+            is_adm = "images.npy" not in members and "arr_0.npy" in members
+            self._has_labels = "labels.npy" in members and not is_adm
             name = "arr_0" if is_adm else "images"
             self._images = map_npz_array(path, name)
         except BROKEN as error:
@@ -108,6 +116,15 @@ class NpzImages:
 
     def __len__(self) -> int:
         return len(self._images)
+
+    def labels(self) -> Labels | None:
+        """The array `labels` beside the images, as generate.py writes it, or None."""
+        if not self._has_labels:
+            return None
+        values = read_npz_array(self._path, "labels")
+        if values.shape != (len(self),):
+            raise ValueError(f"{self._path}: `labels` has shape {list(values.shape)}; expected [{len(self)}]")
+        return labels_of_array(values, str(self._path))
 
     def where(self, index: int) -> str:
         return f"{self._path}[{index}]"
@@ -128,15 +145,36 @@ def open_images(path: str | Path) -> ScoredImages:
     return ArchiveImages(Path(rest)) if kind == "image_files" else SourceImages(str(path))
 
 
-def image_classes(images: ScoredImages) -> torch.Tensor | None:
-    """The class of every image, int64 [N]: from dataset.json, class folders, or notes of generate.py; None if unknown.
+def image_labels(images: ScoredImages) -> Labels | None:
+    """The classes of all images and their names: from dataset.json, class folders, or notes of generate.py.
 
-    Raises ValueError if only some of the images have one.
+    None if they are unknown. Raises ValueError if only some of the images have one.
     """
-    found = images.labels() if isinstance(images, ArchiveImages) else None
-    if found is None or found.values.ndim != 1:
+    found = images.labels() if isinstance(images, ArchiveImages | SourceImages | NpzImages) else None
+    return None if found is None or found.values.ndim != 1 else found
+
+
+def image_classes(images: ScoredImages, names: Sequence[str] | None = None) -> torch.Tensor | None:
+    """The class of every image, int64 [N], None if unknown; `names` are those of the classes in another set.
+
+    If both sets name their classes, equal names get equal numbers. Raises ValueError if a name is not among `names`,
+    or only some of the images have a class.
+    """
+    found = image_labels(images)
+    if found is None:
         return None
-    return torch.from_numpy(found.values)
+    if names is None or found.class_names is None or tuple(names) == found.class_names:
+        return torch.from_numpy(found.values)
+    unknown = [
+        found.class_names[number] for number in np.unique(found.values) if found.class_names[number] not in names
+    ]
+    if unknown:
+        raise ValueError(
+            f"the generated images have the class {unknown[0]!r}, which the real images lack; their classes are "
+            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        )
+    numbers = np.array([names.index(name) if name in names else -1 for name in found.class_names])
+    return torch.from_numpy(numbers[found.values])
 
 
 def labelled_batches(

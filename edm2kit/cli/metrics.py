@@ -18,10 +18,12 @@ from edm2kit.cli import click_types as cli
 from edm2kit.cli.detector_option import detector_option
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.cli.generation_options import generation_options
-from edm2kit.cli.image_source import image_batches, image_classes, labelled_batches, open_images
+from edm2kit.cli.image_source import image_batches, image_classes, image_labels, labelled_batches, open_images
 from edm2kit.cli.metrics_reports import explain_command, list_command
-from edm2kit.metrics.card import cautions, intervals, markdown, run_line, summary, table
+from edm2kit.data.labels import Labels
+from edm2kit.metrics.card import by_class, cautions, intervals, markdown, run_line, summary, table
 from edm2kit.metrics.detectors.registry import DETECTORS, check_names, load_detectors
+from edm2kit.metrics.per_class import class_table
 from edm2kit.metrics.reference import (
     Reference,
     check_published,
@@ -70,6 +72,7 @@ class ScoreOptions:
     num: int
     real: str | None
     heldout: str | None
+    per_class: bool
     bootstrap: int
     record: Path | None
     batch: int
@@ -119,6 +122,7 @@ _scoring_options = cli.section(
         help="Real images (folder, .zip, .npz); by default adds precision, recall, density, coverage",
     ),
     click.option("--heldout", metavar="PATH", help="Real images not trained on (for ct)"),
+    click.option("--per-class", is_flag=True, help="Also distances by class, from --real with classes"),
     click.option(
         "--bootstrap",
         metavar="N",
@@ -171,18 +175,45 @@ def calc(images: str, num: int, seeds: tuple[int, ...], workers: int, device: st
             raise ValueError(f"{images} has {len(source)} images, but --num asks for {num}; add images or lower --num")
         if len(source) == num and len(seeds) > 1:
             raise ValueError(f"{images} has exactly --num images, so every --seed selects the same; give one seed")
-        classes = image_classes(source) if _wants_classes(options.metrics) else None
+        real_labels = _real_labels(options)
+        names = None if real_labels is None else real_labels.class_names
+        classes = image_classes(source, names) if _wants_classes(options) else None
+        if _needs_classes(options) and classes is None:
+            raise ValueError(
+                f"{_needs_classes(options)} needs the classes of generated images, which {images} lacks: use class "
+                "folders, a dataset.json, or images of generate.py"
+            )
         runs = {}
         for seed in seeds:
             picked = _select(len(source), num, seed)
             runs[f"selection {seed}"] = labelled_batches(source, picked, classes, options.batch, workers)
         origin = {"images": images, "num_images": num, "seeds": list(seeds)}
-        _score(options, _make_scorer(options, where), runs, origin)
+        _score(options, _make_scorer(options, where, real_labels), runs, origin, names)
 
 
-def _wants_classes(metrics: tuple[str, ...] | None) -> bool:
+def _wants_classes(options: ScoreOptions) -> bool:
     """Whether classes are worth reading, which may open every image."""
-    return any(name == ALL or name.endswith("knn_agreement") for name in metrics or ())
+    return options.per_class or any(name == ALL or name.endswith("knn_agreement") for name in options.metrics or ())
+
+
+def _needs_classes(options: ScoreOptions) -> str:
+    """What was asked for by name and cannot be computed without classes; empty if nothing was."""
+    if options.per_class:
+        return "--per-class"
+    return next((name for name in options.metrics or () if name.endswith("knn_agreement")), "")
+
+
+def _real_labels(options: ScoreOptions) -> Labels | None:
+    """The classes of all real images, if they are wanted and known."""
+    found = None
+    if options.real is not None and _wants_classes(options):
+        found = image_labels(open_images(options.real))
+    if _needs_classes(options) and found is None:
+        raise ValueError(
+            f"{_needs_classes(options)} needs real images with classes; give --real PATH with class folders or a "
+            "dataset.json"
+        )
+    return found
 
 
 def _select(available: int, num: int, seed: int) -> list[int]:
@@ -215,8 +246,11 @@ def gen(request: Request, num: int, seeds: tuple[int, ...], device: str, **scori
             )
     options = ScoreOptions(num=num, **scoring)
     with dist.session(device) as where:
-        scorer = _make_scorer(options, where)
+        real_labels = _real_labels(options)
+        scorer = _make_scorer(options, where, real_labels)
         generation = prepare(request, where)
+        if _needs_classes(options) and not generation.engine.label_dim:
+            raise ValueError(f"{_needs_classes(options)} needs a network with classes; this one is unconditional")
         dist.print0(generation.summary)
         runs = {
             f"seeds {start}-{start + num - 1}": (
@@ -224,10 +258,11 @@ def gen(request: Request, num: int, seeds: tuple[int, ...], device: str, **scori
             )
             for start in seeds
         }
-        _score(options, scorer, runs, {"settings": generation.settings, "num_images": num, "seeds": list(seeds)})
+        names = None if real_labels is None else real_labels.class_names
+        _score(options, scorer, runs, {"settings": generation.settings, "num_images": num, "seeds": list(seeds)}, names)
 
 
-def _make_scorer(options: ScoreOptions, device: torch.device) -> Scorer:
+def _make_scorer(options: ScoreOptions, device: torch.device, real_labels: Labels | None) -> Scorer:
     first, *others = options.ref
     scorer = make_scorer(fetch(first), device, options.metrics, options.weights_dir)
     more = {Path(other).name: load_reference(fetch(other)) for other in others}
@@ -246,20 +281,28 @@ def _make_scorer(options: ScoreOptions, device: torch.device) -> Scorer:
         batches = image_batches(source, picked, options.batch, _REAL_WORKERS)
         features = image_features(batches, scorer.detectors, device)
         scorer = replace(scorer, real=features) if side == "real" else replace(scorer, heldout=features)
-        if side == "real" and _wants_classes(options.metrics):
-            classes = image_classes(source)
-            scorer = replace(scorer, real_labels=None if classes is None else classes[picked])
+        if side == "real" and real_labels is not None:
+            scorer = replace(scorer, real_labels=torch.from_numpy(real_labels.values)[picked])
+    scorer = replace(scorer, per_class=options.per_class)
     scorer.check_names()
     return scorer
 
 
-def _score(options: ScoreOptions, scorer: Scorer, runs: Mapping[str, Images], origin: Mapping[str, Any]) -> None:
+def _score(
+    options: ScoreOptions,
+    scorer: Scorer,
+    runs: Mapping[str, Images],
+    origin: Mapping[str, Any],
+    class_names: tuple[str, ...] | None,
+) -> None:
     """Score each run, print the values, and write the record."""
     started, begin_sec = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     measured = {}
     for name, batches in runs.items():
         measured[name] = scorer.measure(batches)
         dist.print0(f"{name}: {run_line(measured[name])}")
+        if options.per_class:
+            dist.print0(class_table(measured[name].by_class, class_names))
     if caution := cautions(scorer.detectors):
         dist.print0(caution)
     if len(runs) > 1:
@@ -280,6 +323,7 @@ def _score(options: ScoreOptions, scorer: Scorer, runs: Mapping[str, Images], or
         **origin,
         "results": summary({name: one.values for name, one in measured.items()}),
         "intervals": intervals(measured),
+        **({"by_class": by_class(measured, class_names)} if options.per_class else {}),
         "cautions": {detector.name: detector.caution for detector in scorer.detectors if detector.caution},
         "detectors": {detector.name: detector.fingerprint for detector in scorer.detectors},
         "reference": references[0],

@@ -9,7 +9,7 @@ from typing import Any
 from edm2kit.metrics.detectors.registry import Detector
 from edm2kit.metrics.scoring import Measurement
 
-_TABLED = ("results", "intervals", "cautions")  # shown in the first table of a card
+_TABLED = ("results", "intervals", "cautions", "by_class")  # shown in the first tables of a card
 
 Runs = Mapping[str, Mapping[str, float]]  # run -> metric -> value
 
@@ -69,6 +69,19 @@ def intervals(measured: Mapping[str, Measurement]) -> dict[str, dict[str, list[f
     return found
 
 
+def by_class(measured: Mapping[str, Measurement], names: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """Run -> class (its number and name) -> numbers of images, and the distances by detector."""
+    found: dict[str, dict[str, Any]] = {}
+    for run, one in measured.items():
+        for detector, classes in one.by_class.items():
+            for number, of_class in classes.items():
+                title = f"{number} {names[number]}" if names else str(number)
+                counts = {"num_images": of_class.num_images, "num_real": of_class.num_real, "distances": {}}
+                entry = found.setdefault(run, {}).setdefault(title, counts)
+                entry["distances"][detector] = of_class.distance
+    return found
+
+
 def markdown(record: Mapping[str, Any]) -> str:
     """The card of a record as Markdown: a table of values, then everything that decides them."""
     lines = ["# Score card", "", "| metric | value | 95 % interval | remark |", "|---|---|---|---|"]
@@ -80,6 +93,13 @@ def markdown(record: Mapping[str, Any]) -> str:
             low_high = " to ".join(f"{end:.6g}" for end in ends)
             name = metric if len(entry["values"]) == 1 else f"{metric} ({run})"
             lines.append(f"| {name} | {value:.6g} | {low_high} | {caution} |")
+    for run, classes in record.get("by_class", {}).items():
+        detectors = list(dict.fromkeys(name for one in classes.values() for name in one["distances"]))
+        lines += ["", f"Distances by class ({run})", "", f"| class | images | real | {' | '.join(detectors)} |"]
+        lines.append("|---" * (3 + len(detectors)) + "|")
+        for title, one in classes.items():
+            values = " | ".join(f"{value:.6g}" for value in one["distances"].values())
+            lines.append(f"| {title} | {one['num_images']} | {one['num_real']} | {values} |")
     lines += ["", "| what | |", "|---|---|"]
     for name, value in _flat({key: value for key, value in record.items() if key not in _TABLED}):
         lines.append(f"| {name} | {str(value).replace('|', '/')} |")

@@ -14,6 +14,7 @@ from edm2kit.metrics.detectors.registry import Detector, load_detectors
 from edm2kit.metrics.frechet import frechet_distance, frechet_influence
 from edm2kit.metrics.frechet_variants import fdr
 from edm2kit.metrics.moments import FeaturePass, FeatureStatistics, Moments, statistics_of
+from edm2kit.metrics.per_class import ClassDistance, distances_by_class
 from edm2kit.metrics.reference import Reference, load_reference
 from edm2kit.metrics.score import Sample, Score
 from edm2kit.torch_utils import dist
@@ -99,12 +100,14 @@ class Measurement:
     """Values by metric, and the 95% interval of each for which one is known.
 
     An interval says how much the value would vary with other generated images of the same number (for recall and
-    coverage: other real images). It does not contain the bias of a small number of images.
+    coverage: other real images). It does not contain the bias of a small number of images. `by_class` are the distances
+    within each class by detector, if they were asked for.
     """
 
     values: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]]
     num_images: int
+    by_class: Mapping[str, Mapping[int, ClassDistance]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Scorer:
     `image_features`, metrics that compare image by image can be computed; that needs memory for the features of all
     images. `real_labels`, int64 [N], are the classes of the real images. With `real` but without `names`, precision,
     recall, density and coverage are computed. `more` are further references by name, whose distances are called
-    "DETECTOR@NAME".
+    "DETECTOR@NAME". With `per_class`, distances are computed within each class, too, from `real`.
     """
 
     reference: Reference
@@ -127,6 +130,7 @@ class Scorer:
     names: tuple[str, ...] | None = None
     more: Mapping[str, Reference] = field(default_factory=dict)
     replicates: int = 0
+    per_class: bool = False
 
     def score(self, images: Images) -> dict[str, float]:
         """The Frechet distance by detector of the images of all ranks; arguments and errors as for `image_statistics`.
@@ -150,11 +154,15 @@ class Scorer:
         self._metrics()
 
     def _feature_pass(self, metrics: Mapping[str, Sequence[str]]) -> FeaturePass:
-        keep = self.replicates > 0 or any(metrics.values())
+        keep = self.replicates > 0 or self.per_class or any(metrics.values())
         return FeaturePass(self.detectors, self.device, keep)
 
     def _metrics(self) -> dict[str, tuple[str, ...]]:
         """The metrics of each detector besides its distance."""
+        if self.per_class and (self.real is None or self.real_labels is None):
+            raise ValueError(
+                "distances by class need real images with classes; give --real PATH with class folders or labels"
+            )
         detectors = [detector.name for detector in self.detectors]
         if self.names is None or set(self.names) <= set(detectors):
             return dict.fromkeys(detectors, () if self.real is None else _NEIGHBOUR_METRICS)
@@ -208,7 +216,18 @@ class Scorer:
         if self._wants_fdr(statistics):
             scores[registry.FDR] = fdr(scores)
         intervals = poisson_intervals(scores, self.replicates) if self.replicates > 0 else {}
-        return Measurement({name: score.value for name, score in scores.items()}, intervals, count)
+        by_class = self._by_class(features, labels) if self.per_class else {}
+        return Measurement({name: score.value for name, score in scores.items()}, intervals, count, by_class)
+
+    def _by_class(
+        self, features: Mapping[str, torch.Tensor], labels: torch.Tensor
+    ) -> dict[str, dict[int, ClassDistance]]:
+        if self.real is None or self.real_labels is None or len(labels) != len(next(iter(features.values()))):
+            raise ValueError("distances by class need the classes of all generated images")
+        return {
+            name: distances_by_class(rows, labels, self.real[name], self.real_labels, name)
+            for name, rows in features.items()
+        }
 
     def _wants_fdr(self, statistics: Mapping[str, FeatureStatistics]) -> bool:
         names = self.names or ()

@@ -156,11 +156,11 @@ def test_detectors_of_one_network_share_its_pass(monkeypatch):
     monkeypatch.setitem(registry.DETECTORS, "fd_two", DetectorSpec(num_features=3, **common))
     monkeypatch.setitem(registry.DETECTORS, "sfd_two", DetectorSpec(num_features=2, output="spatial", **common))
     detectors = load_detectors(["sfd_two", "fd_two"])
-    spatial, pooled = detect(detectors, images(0, 5))
+    spatial, pooled = detect(detectors, images(0, 4))
     assert TwoOutputs.calls == 1
-    assert spatial.tolist() == images(0, 5).flatten(1)[:, 3:5].tolist()
-    assert pooled.tolist() == images(0, 5).flatten(1)[:, :3].tolist()
-    assert load_detector("sfd_two")(images(0, 5)).shape == (5, 2)
+    assert spatial.tolist() == images(0, 4).flatten(1)[:, 3:5].tolist()
+    assert pooled.tolist() == images(0, 4).flatten(1)[:, :3].tolist()
+    assert load_detector("sfd_two")(images(0, 4)).shape == (4, 2)
 
 
 def test_sfid_reads_the_first_seven_channels_of_mixed_6_in_the_order_of_tensorflow():

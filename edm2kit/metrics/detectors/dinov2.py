@@ -1,5 +1,7 @@
 """The DINOv2 vision transformer (without registers): class-token features."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,7 +11,7 @@ from edm2kit.metrics.detectors.preprocess import as_rgb, resize_bicubic, resize_
 IMAGE_SIZE = 224
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
-_RESIZE = {"torch": resize_bicubic, "pil": resize_bicubic_pil}
+_RESIZE: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {"torch": resize_bicubic, "pil": resize_bicubic_pil}
 
 
 class PatchEmbed(nn.Module):

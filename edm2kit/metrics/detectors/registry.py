@@ -22,6 +22,9 @@ from edm2kit.metrics.detectors.random_features import WEIGHTS_SHA256, RandomFeat
 from edm2kit.torch_utils.cache import fetch
 from edm2kit.torch_utils.files import sha256_of
 
+# Images in one forward pass on a CPU: kernels choose the order of their sums by the size of the batch, so it is always
+# the same. Activations of few images stay in the cache: 4 take 25 % less time each than 32.
+_CPU_IMAGES = 4
 NOT_FID = "not FID; compares only with itself"
 _NAME = re.compile(r"[A-Za-z][\w-]*")
 
@@ -186,22 +189,28 @@ def detect(detectors: Sequence[Detector], images: torch.Tensor) -> list[torch.Te
     Detectors that share a network share its forward pass. On a CPU the features of an image do not depend on the other
     images in the batch, to the last bit.
     """
-    batch = images
-    if len(images) == 1 and images.device.type == "cpu":
-        batch = images.expand(2, -1, -1, -1)  # for a single image, some kernels sum in another order
+    if len(images) == 0:
+        return [torch.empty(0, detector.num_features, device=images.device) for detector in detectors]
+    size = _CPU_IMAGES if images.device.type == "cpu" else len(images)
+    # by default, cuDNN rounds convolutions to TF32
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        parts = [_detect_together(detectors, some, size) for some in images.split(size)]
+    return [torch.cat(rows).float() for rows in zip(*parts, strict=True)]
+
+
+def _detect_together(detectors: Sequence[Detector], images: torch.Tensor, size: int) -> list[torch.Tensor]:
+    """The features of at most `size` images; the networks see exactly `size`, the last image again and again."""
+    batch = images[torch.arange(size, device=images.device).clamp(max=len(images) - 1)]
     wanted: dict[nn.Module, set[str]] = {}
     for detector in detectors:
         wanted.setdefault(detector.net, set()).add(detector.output)
     found: dict[nn.Module, dict[str, torch.Tensor]] = {}
-    # by default, cuDNN rounds convolutions to TF32
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for net, outputs in wanted.items():
-            if outputs == {"features"}:
-                found[net] = {"features": net(batch)}
-            else:
-                found[net] = net.outputs(batch)  # type: ignore[operator]
-    rows = [found[detector.net][detector.output] for detector in detectors]
-    return [features[: len(images)].float() for features in rows]
+    for net, outputs in wanted.items():
+        if outputs == {"features"}:
+            found[net] = {"features": net(batch)}
+        else:
+            found[net] = net.outputs(batch)  # type: ignore[operator]
+    return [found[detector.net][detector.output][: len(images)] for detector in detectors]
 
 
 def check_names(names: Sequence[str]) -> None:
