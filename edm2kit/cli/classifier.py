@@ -56,6 +56,7 @@ class ClassifierTraining:
 @click.option("--levels", metavar="N", type=cli.AtLeast(int, 1), default=3, help="Levels, each half as wide and high")
 @click.option("--workers", metavar="N", type=cli.AtLeast(int, 0), default=0, help="Processes that read images")
 @cli.device_option()
+@cli.timeout_option()
 @click.option("--overwrite", is_flag=True, help="Replace an existing file")
 def main(
     data: str, dest: Path, width: int, levels: int, workers: int, device: str, overwrite: bool, **settings: Any

@@ -29,6 +29,7 @@ _MEMORY_OPTIONS = {
     "--precision": "--precision bf16 or fp16",
 }
 _MAX_NUMBERS = 4_000_000  # in a list of ranges, which is held in memory
+_UNIT_SEC = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _SUFFIX = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
 
@@ -186,6 +187,23 @@ def device_option() -> Decorator:
     return click.option("--device", metavar="NAME", default="auto", help="auto, cuda, mps or cpu")
 
 
+def timeout_option() -> Decorator:
+    """--timeout, after which no command waits any longer for another process."""
+
+    def apply(ctx: click.Context, param: click.Parameter, value: float | None) -> None:
+        if value is not None:
+            ctx.with_resource(dist.waiting_at_most(value))
+
+    return click.option(
+        "--timeout",
+        metavar="TIME",
+        type=Parsed(parse_duration_sec),
+        expose_value=False,
+        callback=apply,
+        help="Longest wait for another process  [default: 30m]",
+    )
+
+
 def numerics_option(name: str, switch: Callable[[], contextlib.AbstractContextManager[None]], help: str) -> Decorator:
     """A flag that switches a setting of torch inside the command; `switch()` makes it and restores it at the end."""
 
@@ -284,6 +302,14 @@ class Parsed(click.ParamType):
             return self.parse(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+def parse_duration_sec(text: str) -> float:
+    """Seconds in a duration such as 90s, 45m, 11.5h or 2d. Raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)([smhd])\s*", text)
+    if match is None or float(match[1]) <= 0:
+        raise ValueError(f"{text!r} is not a time limit; write for example 90s, 45m, 11.5h or 2d")
+    return float(match[1]) * _UNIT_SEC[match[2]]
 
 
 def split_names(text: str) -> list[str]:

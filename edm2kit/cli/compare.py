@@ -134,6 +134,7 @@ def _image_options(*more: cli.Decorator) -> cli.Decorator:
         *more,
         _batch,
         _device,
+        cli.timeout_option(),
     )
 
 

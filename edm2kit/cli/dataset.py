@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edm2kit.cli.click_types import Decorator, Group, section
+from edm2kit.cli.click_types import Decorator, Group, section, timeout_option
 from edm2kit.data import check as dataset_check
 from edm2kit.data import convert as dataset_convert
 from edm2kit.data import encode as dataset_encode
@@ -89,7 +89,7 @@ def main() -> None:
     ),
     click.option("--transform", type=click.Choice(list(TRANSFORMS)), default="none", help="How to make images square"),
 )
-@section("Speed", _processes)
+@section("Speed", _processes, timeout_option())
 def convert(**options: Any) -> None:
     """Convert images to a training set: square PNG files of one size, and dataset.json with their labels.
 
@@ -144,6 +144,7 @@ def _vae_options(vae: Decorator) -> Decorator:
             "--workers", metavar="N", type=click.IntRange(min=1), default=4, help="Reading threads per process"
         ),
         click.option("--device", default="auto", help="Device to use: auto, cuda, mps or cpu"),
+        timeout_option(),
     )
 
 
@@ -190,6 +191,7 @@ def decode(**options: Any) -> None:
 @main.command()
 @click.option("--source", metavar="PATH", required=True, help=_SOURCE_HELP)
 @_processes
+@timeout_option()
 def check(source: str, workers: int) -> None:
     """Read every file of a training set; print counts, shapes and labels, and list everything that is wrong.
 

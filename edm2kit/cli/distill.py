@@ -22,7 +22,7 @@ from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.rng import StackedGenerator
 from edm2kit.training.config import TrainConfig
 from edm2kit.training.distillation import DistillationLoss
-from edm2kit.training.run import RECORD_NAME, Run, StopRequest, parse_duration_sec, prepare_run
+from edm2kit.training.run import RECORD_NAME, Run, StopRequest, prepare_run
 
 _NOISE_LEVELS = ("P_mean", "P_std")
 # where distilling differs from training
@@ -34,7 +34,8 @@ _DEFAULTS = {
 }
 _AS_TRAINED = dict.fromkeys(_NOISE_LEVELS, "as the network was trained")
 # options of generate.py that make no difference to what a network can learn
-_UNLISTED = ("classes", "balanced", "solver", "S_churn", "S_min", "S_max", "S_noise", "times", "travel_interval")
+_SOLVER_ONLY = ("solver", "S_churn", "S_min", "S_max", "S_noise", "times", "travel_interval")
+_UNLISTED = ("classes", "balanced", "timeout", *_SOLVER_ONLY)
 
 
 @click.command(cls=cli.Command, sections=("Networks", "Distillation"), unlisted=_UNLISTED)
@@ -50,9 +51,10 @@ _UNLISTED = ("classes", "balanced", "solver", "S_churn", "S_min", "S_max", "S_no
     click.option(
         "--max-time",
         metavar="TIME",
-        type=cli.Parsed(parse_duration_sec),
+        type=cli.Parsed(cli.parse_duration_sec),
         help="Save and stop after 90s, 45m, 11.5h or 2d",
     ),
+    cli.timeout_option(),
 )
 @cli.device_option()
 def main(request: Request, outdir: str, max_time: float | None, device: str, **options: Any) -> None:

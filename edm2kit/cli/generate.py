@@ -195,6 +195,7 @@ def _is_complete_png(path: Path) -> bool:
     click.option("--overwrite", is_flag=True, help="Replace existing images, also those with other settings"),
 )
 @cli.device_option()
+@cli.timeout_option()
 @cli.tf32_option()
 @cli.deterministic_option()
 def main(

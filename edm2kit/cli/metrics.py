@@ -88,6 +88,7 @@ _workers = click.option("--workers", metavar="N", type=cli.AtLeast(int, 1), defa
 _speed_options = (
     click.option("--batch", metavar="N", type=cli.AtLeast(int, 1), default=32, help="Images per batch and process"),
     click.option("--device", metavar="NAME", default="auto", help="auto, cuda, mps or cpu"),
+    cli.timeout_option(),
     *cli.numerics_options(),
 )
 _weights_dir = click.option("--weights-dir", metavar="DIR", help="Detector weights  [default: cache or download]")
@@ -221,7 +222,7 @@ def _select(available: int, num: int, seed: int) -> list[int]:
     return np.sort(np.random.RandomState(seed % (1 << 31)).permutation(available)[:num]).tolist()
 
 
-@main.command(sections=("Networks", "Scoring", "Seeds and output"), unlisted=("tf32", "deterministic"))
+@main.command(sections=("Networks", "Scoring", "Seeds and output"), unlisted=("tf32", "deterministic", "timeout"))
 @generation_options
 @_scoring_options
 @cli.section(
@@ -238,7 +239,7 @@ def _select(available: int, num: int, seed: int) -> list[int]:
 )
 @cli.section("Speed", *_speed_options)
 def gen(request: Request, num: int, seeds: tuple[int, ...], device: str, **scoring: Any) -> None:
-    """Score the images of a network without writing them; takes the options of generate.py."""
+    """Score a network's images without writing them; takes generate.py's options."""
     for first, second in itertools.pairwise(sorted(seeds)):
         if second - first < num:
             raise click.UsageError(

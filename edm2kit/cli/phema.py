@@ -135,6 +135,7 @@ class Plan:
     ),
     click.option("--skip", is_flag=True, help="Skip complete outputs that were rebuilt from the same snapshots"),
     click.option("--batch", metavar="N", type=cli.AtLeast(int, 1), default=128, help="Outputs per pass over the input"),
+    cli.timeout_option(),
     click.option("-n", "--dry-run", is_flag=True, help="Print how well each length can be rebuilt, then stop"),
 )
 def main(batch: int, dry_run: bool, **options: Any) -> None:

@@ -204,6 +204,7 @@ def download(table: str, rows: Sequence[str] | None, metrics: Sequence[str] | No
     click.option("--batch", metavar="N", type=click.IntRange(1), default=32, help="Images per batch and process"),
     _precision,
     _device,
+    cli.timeout_option(),
 )
 def run(
     table: str,

@@ -24,7 +24,7 @@ from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write
 from edm2kit.torch_utils.rng import StackedGenerator
 from edm2kit.training.config import TrainConfig, config_from_dict, preset_names, preset_path, read_yaml
-from edm2kit.training.run import Run, StopRequest, parse_duration_sec, prepare_run
+from edm2kit.training.run import Run, StopRequest, prepare_run
 
 SAMPLE_BATCH = 16
 
@@ -41,9 +41,10 @@ SAMPLE_BATCH = 16
     click.option(
         "--max-time",
         metavar="TIME",
-        type=cli.Parsed(parse_duration_sec),
+        type=cli.Parsed(cli.parse_duration_sec),
         help="Save and stop after 90s, 45m, 11.5h or 2d",
     ),
+    cli.timeout_option(),
     click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and a forecast, then stop"),
 )
 @cli.section(

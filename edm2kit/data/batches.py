@@ -3,23 +3,32 @@
 import atexit
 import ctypes
 import functools
+import math
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Generator, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.utils.data
 
 from edm2kit.data.dataset import Source
+from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.rng import derive_seed
 
 # what asks a training run to save and stop; some systems lack some of them
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
 )
+
+
+LOOK_SEC = 60.0  # without a batch before the reading processes are named
+_SHARED_MEMORY = "/dev/shm"
+_MAX_TMPDIR_BYTES = 75  # a socket's path has at most 107, and its name in the folder takes 32
 
 
 class GlobalOrder:
@@ -115,19 +124,22 @@ def training_batches(
     Each step yields len(micro_batch_sizes(batch_size, world_size, batch_gpu)) micro-batches. The global batch [nimg,
     nimg + batch_size) is divided into one contiguous share per rank, and a share into contiguous micro-batches.
     `workers` processes read ahead (0: no processes); close the generator to end them. The global random state is not
-    used. Raises ValueError, naming the file, if an image cannot be read.
+    used. Raises ValueError, naming the file, if an image cannot be read, and if the processes read nothing for as long
+    as `dist.timeout_sec` allows.
     """
     if order.num_images != len(source):
         raise ValueError(f"the order is for {order.num_images} images, but the data set has {len(source)}")
     sizes = micro_batch_sizes(batch_size, world_size, batch_gpu)
     plan = _Plan(order, start_nimg, batch_size, rank, sizes)
     closing = multiprocessing.RawValue(ctypes.c_bool, False)
+    share_memory = workers == 0 or _can_share_memory(source, max(sizes), workers)
     loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
-        _Reader(source),
+        _Reader(source, share_memory),
         sampler=plan,
         batch_size=None,
-        collate_fn=_identity,  # type: ignore[arg-type]  # with batch_size=None it gets a MicroBatch, not a list
+        collate_fn=_identity,
         num_workers=workers,
+        timeout=min(LOOK_SEC, dist.timeout_sec()) if workers else 0,
         worker_init_fn=functools.partial(_ignore_signals, closing),
         generator=torch.Generator(),  # otherwise the loader takes a seed from the global generator
     )
@@ -142,6 +154,7 @@ def _stream(loader: torch.utils.data.DataLoader, closing: ctypes.c_bool) -> Gene
     # a worker must not see these signals before _ignore_signals has run
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     on_death = signal.getsignal(signal.SIGCHLD)
+    others = multiprocessing.active_children()
     try:
         batches = iter(loader)
         if signal.getsignal(signal.SIGCHLD) is not on_death:
@@ -149,22 +162,48 @@ def _stream(loader: torch.utils.data.DataLoader, closing: ctypes.c_bool) -> Gene
             signal.signal(signal.SIGCHLD, on_death)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    readers = [child for child in multiprocessing.active_children() if child not in others]
     # registered after the loader's own exit handlers, so it runs before them
     atexit.register(close)
     try:
-        for batch in batches:
+        while True:
+            batch = _next_watched(batches, readers, loader.timeout)
             if isinstance(batch, Exception):
                 raise batch
-            yield batch
-    except RuntimeError as error:  # from the loader
-        raise ValueError(
-            f"a reading process died ({str(error).splitlines()[0].strip()}). The system may have killed it for lack of "
-            "memory: use fewer --workers"
-        ) from error
+            yield MicroBatch(*(torch.as_tensor(part) for part in batch))
     finally:
         del batches  # ends the workers, even if a traceback keeps this frame alive
         close()
         atexit.unregister(close)
+
+
+def _next_watched(batches: Iterator[Any], readers: list[multiprocessing.process.BaseProcess], look_sec: float) -> Any:
+    """The next batch of a loader, which gives up after `look_sec` but can be asked again.
+
+    Raises ValueError if one of its processes `readers` has died, or if they are silent for too long.
+    """
+    limit_sec, waited_sec = dist.timeout_sec(), 0.0
+    while True:
+        try:
+            return next(batches)
+        except RuntimeError as error:  # from the loader
+            first_line = str(error).splitlines()[0].strip()
+            if "timed out" not in first_line:
+                raise ValueError(
+                    f"a reading process died ({first_line}). The system may have killed it for lack of memory: use "
+                    "fewer --workers"
+                ) from error
+            waited_sec += look_sec
+            pids = ", ".join(str(reader.pid) for reader in readers)
+            text = (
+                f"the reading processes ({pids}) have read nothing for {waited_sec:.0f} s: one may be stopped, or the "
+                "disk of --data does not answer"
+            )
+            if waited_sec >= limit_sec:
+                for reader in readers:
+                    reader.kill()  # one that is stopped would keep this process from ending
+                raise ValueError(f"{text}. Run the same command to resume; --timeout sets the time to wait") from error
+            dist.warn0(f"{text} (gives up after {limit_sec:.0f} s; see --timeout)")
 
 
 def next_step(
@@ -196,19 +235,48 @@ class _Plan(torch.utils.data.Sampler):
 class _Reader(torch.utils.data.Dataset):
     """Reads micro-batches. Returns errors instead of raising them: the loader would wrap them in its own traceback."""
 
-    def __init__(self, source: Source):
-        self.source = source
+    def __init__(self, source: Source, share_memory: bool):
+        self.source, self.share_memory = source, share_memory
 
-    def __getitem__(self, key: tuple[np.ndarray, np.ndarray]) -> MicroBatch | Exception:
+    def __getitem__(self, key: tuple[np.ndarray, np.ndarray]) -> Any:
         positions, indices = key
         try:
             raw, labels = self.source.read(indices), self.source.read_labels(indices)
         except (ValueError, OSError) as error:
             return error
+        if not self.share_memory:
+            return raw, labels, positions  # the loader sends arrays through a pipe, but tensors through shared memory
         return MicroBatch(torch.from_numpy(raw), torch.from_numpy(labels), torch.from_numpy(positions))
 
 
-def _identity(batch: MicroBatch | Exception) -> MicroBatch | Exception:
+def _can_share_memory(source: Source, batch_size: int, workers: int) -> bool:
+    """Whether reading processes can pass batches in shared memory, which is faster than through pipes.
+
+    Without enough of it (a container's default is 64 MB), or without sockets to pass it on, the loader would wait
+    forever for a batch that its worker failed to send.
+    """
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > _MAX_TMPDIR_BYTES:
+        dist.warn0(
+            f"the folder of temporary files, {folder}, has too long a name for sockets, so that images are read more "
+            f"slowly; set TMPDIR to one of at most {_MAX_TMPDIR_BYTES} characters"
+        )
+        return False
+    if not os.path.isdir(_SHARED_MEMORY):
+        return True
+    # each worker prepares two batches; the one in use and the one that waits come on top
+    batches = (2 * workers + 2) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = batches * batch_size * math.prod(source.item_shape) * source.item_dtype.itemsize
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    if needed > free:
+        dist.warn0(
+            f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, but --workers {workers} needs {needed / 1e6:.0f} MB, so "
+            "that images are read more slowly. Enlarge it (docker run --shm-size 8g), or use fewer --workers"
+        )
+    return needed <= free
+
+
+def _identity(batch: Any) -> Any:
     return batch
 
 

@@ -62,10 +62,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | OSError) and any(text in str(error).lower() for text in texts)
 
 
+DEFAULT_TIMEOUT_SEC = 1800.0
 _had_group = False
-
-
 _tf32_wanted = False
+_timeout_sec: float | None = None  # as the user asked
+_num_meetings = 0  # how often this rank has come to a point where all ranks meet
+
+
+@contextlib.contextmanager
+def waiting_at_most(seconds: float) -> Iterator[None]:
+    """Inside, no wait for another process lasts longer; without it, 30 minutes (see `timeout_sec`)."""
+    global _timeout_sec
+    before, _timeout_sec = _timeout_sec, seconds
+    try:
+        yield
+    finally:
+        _timeout_sec = before
+
+
+def timeout_sec(default_sec: float = DEFAULT_TIMEOUT_SEC) -> float:
+    """How long to wait for another process: what `waiting_at_most` says, else `default_sec`."""
+    return default_sec if _timeout_sec is None else _timeout_sec
 
 
 @contextlib.contextmanager
@@ -122,13 +139,15 @@ def exit_process(code: int) -> None:
 
 
 @contextlib.contextmanager
-def session(device: str = "auto", timeout_minutes: float = 30) -> Iterator[torch.device]:
+def session(device: str = "auto", timeout_minutes: float = DEFAULT_TIMEOUT_SEC / 60) -> Iterator[torch.device]:
     """Join the process group if torchrun started this process, and leave it at the end. Yields the device to use.
 
     A plain `python x.py` runs without a process group. CPU tensors are exchanged over gloo, CUDA tensors over nccl. An
     error leaves the group without a farewell, which would wait for ranks that wait for this one: the caller should
     report it and call `exit_process`. Inside, float32 is float32 on a GPU as well, unless `tf32()` is active.
-    Raises ValueError as `pick_device` does.
+
+    A rank that is missing is named after a minute. If the others have waited for `timeout_minutes` (or as long as
+    `waiting_at_most` says), they raise ValueError, naming it. Raises ValueError as `pick_device` does.
 
     Example: `with session("auto") as device: net.to(device)`
     """
@@ -136,24 +155,53 @@ def session(device: str = "auto", timeout_minutes: float = 30) -> Iterator[torch
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     with _float32_means_float32():
-        yield from _in_group(picked, timeout_minutes)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+            yield from _in_group(picked, timeout_sec(timeout_minutes * 60))
+        else:
+            yield picked
 
 
-def _in_group(picked: torch.device, timeout_minutes: float) -> Iterator[torch.device]:
-    started = False
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-        global _had_group
-        started = _had_group = True
-    try:
-        yield picked
-    except (ValueError, OSError) as error:
-        if started and not _is_first_to_report(str(error)):
-            raise ReportedElsewhere(str(error)) from error
-        raise
-    if started:
-        torch.distributed.destroy_process_group()
+def _in_group(picked: torch.device, limit_sec: float) -> Iterator[torch.device]:
+    global _had_group
+    from edm2kit.torch_utils.heartbeat import watching  # a single process has nobody to watch
+
+    own_rank, size = int(os.environ.get("RANK", "0")), int(os.environ["WORLD_SIZE"])
+    backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
+
+    def say(text: str) -> None:
+        _say(f"Warning: {printable(text)} (gives up after {limit_sec:.0f} s; see --timeout)\n", sys.stderr)
+
+    with watching(own_rank, size, lambda: _num_meetings, say) as late_ranks:
+        try:
+            torch.distributed.init_process_group(backend, timeout=timedelta(seconds=limit_sec))
+            _had_group = True
+            yield picked
+        except (ValueError, OSError) as error:
+            if _had_group and not _is_first_to_report(str(error)):
+                raise ReportedElsewhere(str(error)) from error
+            raise
+        except RuntimeError as error:
+            if not _is_of_group(error):
+                raise
+            raise ValueError(_lost(str(error), late_ranks(), limit_sec)) from error
+    torch.distributed.destroy_process_group()
+
+
+def _is_of_group(error: RuntimeError) -> bool:
+    """Whether an error says that other ranks cannot be reached; gloo has no class of its own."""
+    return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
+
+
+def _lost(reason: str, late: list[str], limit_sec: float) -> str:
+    first_line = reason.splitlines()[0]
+    if "timed out" in first_line.lower() or "timeout" in first_line.lower():
+        who = "; ".join(late) or "all of them report that they are alive"
+        return (
+            f"waited {limit_sec:.0f} s for the other ranks and gave up: {who}. Run the same command to resume; "
+            "--timeout sets the time to wait"
+        )
+    who = f": {'; '.join(late)}" if late else ""
+    return f"another rank has ended{who}. Its own message says why, unless the system killed it ({first_line})"
 
 
 class ReportedElsewhere(ValueError):
@@ -206,22 +254,29 @@ def _say(text: str, stream: TextIO) -> None:
         pass
 
 
+def _meet() -> bool:
+    """Count a point where all ranks meet; whether there are others to meet."""
+    global _num_meetings
+    _num_meetings += 1
+    return world_size() > 1
+
+
 def barrier() -> None:
     """Wait until every rank has reached this point."""
-    if world_size() > 1:
+    if _meet():
         torch.distributed.barrier()
 
 
 def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
     """Replace `tensor` with its sum over all ranks, in place, and return it."""
-    if world_size() > 1:
+    if _meet():
         torch.distributed.all_reduce(tensor)
     return tensor
 
 
 def broadcast_(tensor: torch.Tensor, source: int) -> torch.Tensor:
     """Replace `tensor` with that of rank `source`, in place, and return it."""
-    if world_size() > 1:
+    if _meet():
         torch.distributed.broadcast(tensor, source)
     return tensor
 
@@ -231,6 +286,7 @@ def send_to_rank0(tensor: torch.Tensor | None, source: int, like: torch.Tensor) 
 
     Only rank `source` needs to pass a tensor.
     """
+    _meet()
     if rank() == source:
         assert tensor is not None
         tensor = tensor.detach().cpu()
@@ -251,7 +307,7 @@ def any_rank(flag: bool) -> bool:
 
 def broadcast_object(value: Any) -> Any:
     """The `value` of rank 0, on every rank. Any object that can be pickled; only data of rank 0 is unpickled."""
-    if world_size() == 1:
+    if not _meet():
         return value
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
@@ -260,7 +316,7 @@ def broadcast_object(value: Any) -> Any:
 
 def gather_objects(value: Any) -> list[Any]:
     """The `value` of every rank, in rank order, on every rank."""
-    if world_size() == 1:
+    if not _meet():
         return [value]
     box: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(box, value)
@@ -269,7 +325,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 def gather_on_rank0(value: Any) -> list[Any]:
     """The `value` of every rank, in rank order, on rank 0; an empty list on the others."""
-    if world_size() == 1:
+    if not _meet():
         return [value]
     box: list[Any] | None = [None] * world_size() if rank() == 0 else None
     torch.distributed.gather_object(value, box, dst=0)

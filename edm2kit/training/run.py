@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import re
 import signal
 import sys
 import time
@@ -36,7 +35,6 @@ from edm2kit.training.loss import TrainingLoss
 
 CONFIG_NAME = "config.yaml"
 RECORD_NAME = "run.json"
-_UNIT_SEC = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 @dataclass(frozen=True)
@@ -350,11 +348,3 @@ class StopRequest:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
-
-
-def parse_duration_sec(text: str) -> float:
-    """Seconds in a duration such as 90s, 45m, 11.5h or 2d. Raises ValueError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)([smhd])\s*", text)
-    if match is None or float(match[1]) <= 0:
-        raise ValueError(f"{text!r} is not a time limit; write for example 90s, 45m, 11.5h or 2d")
-    return float(match[1]) * _UNIT_SEC[match[2]]

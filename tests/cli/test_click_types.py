@@ -213,3 +213,14 @@ def test_commands_that_compute_offer_tf32_and_deterministic(command):
         found = found.commands[name]
     options = {option for parameter in found.params for option in parameter.opts}
     assert options >= {"--tf32", "--deterministic"}
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("45m", 2700), (" 1.5h ", 5400), ("2d", 172800)])
+def test_time_limits(text, seconds):
+    assert cli.parse_duration_sec(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "5", "5w", "-1h", "0s", "h"])
+def test_wrong_time_limits(text):
+    with pytest.raises(ValueError, match="write for example"):
+        cli.parse_duration_sec(text)

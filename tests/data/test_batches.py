@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from edm2kit.data import batches
 from edm2kit.data.batches import GlobalOrder, micro_batch_sizes, training_batches
 from edm2kit.data.dataset import ImageDataset
 from edm2kit.data.image_files import encode_png
@@ -189,3 +191,74 @@ def test_workers_outlive_signals_to_the_group_but_not_the_training_process(datas
         check=False,
     )
     assert (done.returncode, done.stdout) == (code, "read on\n"), done.stderr
+
+
+@pytest.mark.parametrize("trouble", ["long TMPDIR", "small shared memory"])
+def test_without_shared_memory_batches_come_through_pipes_and_are_the_same(tmp_path, monkeypatch, capsys, trouble):
+    source = ImageDataset(write_folder(tmp_path / "data", some_files(8)))
+    expected = list(itertools.islice(training_batches(source, GlobalOrder(8, 0), 0, 4, rank=0, world_size=1), 4))
+    if trouble == "long TMPDIR":
+        folder = tmp_path / ("x" * 100)
+        folder.mkdir()
+        monkeypatch.setattr(batches.tempfile, "gettempdir", lambda: str(folder))
+    else:
+        monkeypatch.setattr(batches.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+    stream = training_batches(source, GlobalOrder(8, 0), 0, 4, rank=0, world_size=1, workers=1)
+    assert "read more slowly" in capsys.readouterr().err
+    for batch, other in zip(itertools.islice(stream, 4), expected, strict=True):
+        for a, b in zip(batch, other, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+    stream.close()
+
+
+class Slow:
+    """A source that reads only once the file `gate` exists."""
+
+    def __init__(self, source, gate):
+        self.source, self.gate = source, gate
+        self.item_shape, self.item_dtype = source.item_shape, source.item_dtype
+
+    def __len__(self):
+        return len(self.source)
+
+    def read(self, indices):
+        with open(self.gate):  # a FIFO: waits until somebody writes
+            return self.source.read(indices)
+
+    def read_labels(self, indices):
+        return self.source.read_labels(indices)
+
+
+@pytest.fixture
+def gated(tmp_path):
+    """A data set that answers as soon as somebody opens the FIFO `gate` for writing."""
+    os.mkfifo(tmp_path / "gate")
+    return Slow(ImageDataset(write_folder(tmp_path / "data", some_files(8))), tmp_path / "gate")
+
+
+def test_a_disk_that_does_not_answer_is_reported_and_reading_goes_on_when_it_does(gated, monkeypatch):
+    said, held = [], []
+
+    def open_the_gate(text):
+        said.append(text)
+        held.append(os.open(gated.gate, os.O_RDWR))
+
+    monkeypatch.setattr(batches, "LOOK_SEC", 0.2)
+    monkeypatch.setattr(batches.dist, "warn0", open_the_gate)
+    stream = training_batches(gated, GlobalOrder(8, 0), 0, 8, rank=0, world_size=1, workers=1)
+    assert next(stream).positions.tolist() == list(range(8))
+    assert "have read nothing for 0 s: one may be stopped" in said[0]
+    stream.close()
+    for file in held:
+        os.close(file)
+
+
+def test_reading_processes_that_are_stopped_end_the_run_after_the_time_to_wait(gated, monkeypatch):
+    monkeypatch.setattr(batches, "LOOK_SEC", 0.1)
+    before = multiprocessing.active_children()
+    with batches.dist.waiting_at_most(0.3):
+        stream = training_batches(gated, GlobalOrder(8, 0), 0, 8, rank=0, world_size=1, workers=1)
+        with pytest.raises(ValueError, match=r"reading processes \(\d+\) have read nothing .*--timeout sets"):
+            next(stream)
+    assert multiprocessing.active_children() == before

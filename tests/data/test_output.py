@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 
 from edm2kit.cli.dataset import main
 from edm2kit.data import output as dataset_output
+from edm2kit.data import workers as data_workers
 from edm2kit.data.archive import open_archive
 from edm2kit.data.dataset import ImageDataset
 from edm2kit.data.output import PartialDataset
@@ -225,3 +227,16 @@ def test_results_come_in_order_and_errors_reach_the_caller(workers):
     assert list(run_in_order(partial(pow, 2), range(100), workers)) == [(k, 2**k) for k in range(100)]
     with pytest.raises(ZeroDivisionError):
         list(run_in_order(partial(divmod, 1), range(-50, 50), workers))
+
+
+def _stop_oneself(item):
+    if item == 40:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return item
+
+
+def test_a_worker_that_is_stopped_is_named_and_given_up(monkeypatch, capsys):
+    monkeypatch.setattr(data_workers, "LOOK_SEC", 0.2)
+    with data_workers.dist.waiting_at_most(0.6), pytest.raises(ValueError, match=r"worker processes \(\d+, \d+\) have"):
+        list(run_in_order(_stop_oneself, range(100), workers=2))
+    assert "have finished nothing for 0 s: one may be stopped" in capsys.readouterr().err

@@ -10,19 +10,8 @@ import torch
 from PIL import Image
 
 from edm2kit.training.config import config_from_dict
-from edm2kit.training.run import StopRequest, parse_duration_sec, prepare_run
+from edm2kit.training.run import StopRequest, prepare_run
 from tests.support.tiny import TINY, make_dataset
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("45m", 2700), (" 1.5h ", 5400), ("2d", 172800)])
-def test_time_limits(text, seconds):
-    assert parse_duration_sec(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "5", "5w", "-1h", "0s", "h"])
-def test_wrong_time_limits(text):
-    with pytest.raises(ValueError, match="write for example"):
-        parse_duration_sec(text)
 
 
 def test_stop_is_asked_by_signal_or_by_time_and_handlers_come_back():

@@ -1,0 +1,182 @@
+"""Which process the others wait for: each rank reports that it is alive, and a missing one is named in a minute."""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+BEAT_SEC = 5.0
+LATE_SEC = 60.0
+_STORE_WAIT_SEC = 20
+_DONE, _FAILED = "done", "failed"  # instead of the number of a beat
+
+
+class Store(Protocol):
+    """What a heartbeat needs of the stores of torch.distributed: texts by name, shared by all ranks."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+
+    def get(self, key: str, /) -> bytes: ...
+
+    def check(self, keys: list[str], /) -> bool: ...
+
+
+@dataclass
+class _Seen:
+    """What a rank last reported, and when that changed by the clock of this process."""
+
+    beat: str
+    steps: int
+    who: str
+    changed: float
+
+
+class Heartbeat:
+    """Reports where this rank is, looks where the others are, and names those that are late.
+
+    A rank is late if nothing new has come from it for `late_sec` (its process is stopped, or its machine is down), or
+    if this rank has waited for it as long (it is alive, but busy with something else, such as a disk that does not
+    answer). The lowest rank that is not late itself names the others by `say(text)`: once, and again when they are
+    back. `steps()` is the number of times that this rank has come to a point where all ranks meet. `clock` gives
+    seconds.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        steps: Callable[[], int],
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+        late_sec: float = LATE_SEC,
+    ):
+        self.store, self.rank, self.world_size, self.steps, self.say = store, rank, world_size, steps, say
+        self.clock, self.late_sec = clock, late_sec
+        # torchrun starts all ranks again under the same store
+        self._prefix = f"edm2kit/heartbeat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._beats = 0
+        self._own = (-1, clock())  # steps of this rank, and since when
+        self._seen = {other: _Seen("", -1, "", clock()) for other in range(world_size) if other != rank}
+        self._named: set[int] = set()
+
+    def beat(self) -> None:
+        """Report, look and speak; to be called every few seconds."""
+        self._beats += 1
+        self._report(str(self._beats))
+        if self.steps() != self._own[0]:
+            self._own = (self.steps(), self.clock())
+        for lower in range(self.rank):
+            self._look_at(lower)
+            if self._reason(lower) is None:
+                if lower in self._named:
+                    self._tell(lower)
+                return  # it tells of the others
+        for other in self._seen:
+            if other > self.rank:
+                self._look_at(other)
+            self._tell(other)
+
+    def leave(self, failed: bool) -> None:
+        """Report that this rank needs the others no more, or that it `failed`."""
+        self._report(_FAILED if failed else _DONE)
+
+    def late(self) -> list[str]:
+        """Those ranks that are late, such as "rank 3 (process 7 on host) has not reported for 61 s"."""
+        for other in self._seen:
+            with contextlib.suppress(RuntimeError):
+                self._look_at(other)
+        return [self._description(other) for other in self._seen if self._reason(other) is not None]
+
+    def _tell(self, other: int) -> None:
+        is_late = self._reason(other) is not None
+        if is_late and other not in self._named:
+            self._named.add(other)
+            self.say(f"{self._description(other)}; the other ranks wait for it")
+        elif not is_late and other in self._named:
+            self._named.remove(other)
+            self.say(f"rank {other} ({self._seen[other].who}) is back")
+
+    def _report(self, beat: str) -> None:
+        self.store.set(f"{self._prefix}/{self.rank}", f"{beat} {self.steps()} {_this_process()}")
+
+    def _look_at(self, other: int) -> None:
+        key = f"{self._prefix}/{other}"
+        if self.store.check([key]):
+            beat, steps, who = self.store.get(key).decode().split(" ", 2)
+            if beat != self._seen[other].beat:
+                self._seen[other] = _Seen(beat, int(steps), who, self.clock())
+
+    def _reason(self, other: int) -> str | None:
+        """Why the others wait for a rank; None if they do not."""
+        seen, now = self._seen[other], self.clock()
+        if seen.beat == _DONE:
+            return None
+        if seen.beat == _FAILED:
+            return "has ended with an error"
+        silent_sec, waiting_sec = now - seen.changed, now - self._own[1]
+        if silent_sec >= self.late_sec:
+            return f"has not reported for {silent_sec:.0f} s" if seen.beat else f"has not started in {silent_sec:.0f} s"
+        if seen.steps < self._own[0] and waiting_sec >= self.late_sec:
+            return f"is alive, but has been busy for {waiting_sec:.0f} s"
+        return None
+
+    def _description(self, other: int) -> str:
+        who = self._seen[other].who
+        return f"rank {other}{f' ({who})' if who else ''} {self._reason(other)}"
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+@contextlib.contextmanager
+def watching(
+    rank: int, world_size: int, steps: Callable[[], int], say: Callable[[str], None]
+) -> Iterator[Callable[[], list[str]]]:
+    """Run the heartbeat of this rank in a thread inside the block. Yields a function that gives the late ranks.
+
+    Without a connection to the store of the process group at MASTER_ADDR, it says so and gives none.
+    """
+    beats: list[Heartbeat] = []
+    ending = threading.Event()
+
+    def run() -> None:
+        import torch.distributed
+
+        host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+        failures = 0
+        while True:
+            try:
+                if not beats:
+                    # a connection of its own: that of the process group is busy as long as the group waits
+                    limit = timedelta(seconds=_STORE_WAIT_SEC)
+                    store = torch.distributed.TCPStore(host, int(port), timeout=limit, wait_for_workers=False)
+                    beats.append(Heartbeat(store, rank, world_size, steps, say, late_sec=LATE_SEC))
+                beats[0].beat()
+                failures = 0
+            except (RuntimeError, OSError, ValueError):
+                failures += 1
+                if failures * _STORE_WAIT_SEC > LATE_SEC and not ending.is_set():
+                    say(f"{host}, port {port}, where the ranks find each other, does not answer; late ranks go unnamed")
+                    return
+            if ending.wait(BEAT_SEC):
+                return
+
+    thread = threading.Thread(target=run, name="heartbeat", daemon=True)
+    thread.start()
+    failed = True
+    try:
+        yield lambda: beats[0].late() if beats else []
+        failed = False
+    finally:
+        ending.set()
+        thread.join(timeout=_STORE_WAIT_SEC)
+        if beats and not thread.is_alive():
+            with contextlib.suppress(RuntimeError):
+                beats[0].leave(failed)
