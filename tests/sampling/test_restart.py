@@ -8,7 +8,7 @@ from edm2kit.experiments.solvers.convergence import order_of, solve
 from edm2kit.guidance.combine import Guided
 from edm2kit.guidance.interval import GuidanceInterval
 from edm2kit.sampling.noise_levels import karras_sigmas
-from edm2kit.sampling.restart import IMAGENET64, Restart, parse_intervals, restart
+from edm2kit.sampling.restart import DEFAULT, Restart, parse_intervals, restart
 from edm2kit.sampling.solvers import Sampler, heun
 from tests.support.fakes import Constant, Counting, Following, Gaussian, Mixture
 
@@ -23,7 +23,7 @@ def test_without_restarts_it_is_heun_bitwise():
         assert torch.equal(restart(MIXTURE, NOISE, sigmas, settings=settings), heun(MIXTURE, NOISE, sigmas))
 
 
-def test_the_published_setting_costs_203_evaluations():
+def test_the_default_setting_costs_203_evaluations():
     counting = Counting(MIXTURE)
     restart(counting, NOISE, karras_sigmas(36, 0.002, 80, 7), randn_like=torch.zeros_like)
     assert len(counting.calls) == 203
@@ -113,4 +113,4 @@ def test_a_sampler_hands_its_settings_on():
     )
     sigmas = karras_sigmas(8, 0.002, 80, 7, torch.float64)
     assert torch.equal(made, restart(MIXTURE, NOISE, sigmas, randn_like=torch.ones_like, settings=settings))
-    assert Restart() == IMAGENET64
+    assert Restart() == DEFAULT
