@@ -34,7 +34,15 @@ from edm2kit.models.encoders import to_image
 from edm2kit.sampling.engine import ImageBatch
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.arrays import read_npz_array
-from edm2kit.torch_utils.files import atomic_write, provenance, write_json
+from edm2kit.torch_utils.files import (
+    atomic_write,
+    exclusive,
+    file_lock,
+    patience,
+    provenance,
+    remove_partial_files,
+    write_json,
+)
 
 _MAX_GRID = 1024
 _folder = click.Path(path_type=Path, file_okay=False)
@@ -77,8 +85,15 @@ class ImageFolder:
         """Make sure that the images in the folder were made with these settings, or remove them if `overwrite` is set.
 
         Overwriting removes the images of `seeds` and, if the settings differ, every image of the old record, so that a
-        folder never holds a mixture. To be called on rank 0. Raises ValueError with the differences.
+        folder never holds a mixture. Writes a record without runs if there is none, so that another process sees the
+        settings. To be called on rank 0 while the folder is `held`. Raises ValueError with the differences.
         """
+        with self._record_lock():
+            self._claim(seeds, overwrite)
+            if not (self.path / RECORD).exists():
+                write_json(self.path / RECORD, {"settings": self.all_settings, "runs": []})
+
+    def _claim(self, seeds: Sequence[int], overwrite: bool) -> None:
         old = read_record(self.path / RECORD)
         reasons = []
         if old is not None:
@@ -111,11 +126,28 @@ class ImageFolder:
         found = dist.gather_objects([seed for seed in share if not _is_complete_png(self.file(seed))])
         return sorted(seed for part in found for seed in part)
 
+    @contextlib.contextmanager
+    def held(self, alone: bool) -> Iterator[None]:
+        """Keep others from writing this folder inside the block; those with equal settings may, unless `alone`.
+
+        Raises ValueError on every rank if another process writes there.
+        """
+        with contextlib.ExitStack() as stack:
+            dist.on_rank0(stack.enter_context, exclusive(self.path, shared=not alone))
+            for folder in self.path.glob("*000/") if self.subdirs and dist.rank() == 0 else ():
+                remove_partial_files(folder)
+            yield
+
+    def _record_lock(self) -> contextlib.AbstractContextManager[None]:
+        """Held while the record is read and written: another process may write its own runs into it."""
+        return file_lock(self.path / f".{RECORD}.lock", patience(str(self.path / RECORD)))
+
     def note_run(self, run: Mapping[str, Any]) -> None:
         """Add a run to the record, on rank 0; it has at least the key `seeds`, as from `seed_ranges`."""
-        record = read_record(self.path / RECORD) or {"settings": self.all_settings, "runs": []}
-        record["runs"].append(dict(run))
-        write_json(self.path / RECORD, record)
+        with self._record_lock():
+            record = read_record(self.path / RECORD) or {"settings": self.all_settings, "runs": []}
+            record["runs"].append(dict(run))
+            write_json(self.path / RECORD, record)
 
     def save(self, batches: Iterable[ImageBatch]) -> None:
         """Write every image of `batches`, each batch while the next is generated. Raises OSError if that fails."""
@@ -211,8 +243,9 @@ def main(
 ) -> None:
     """Generate one image per seed, optionally guided by a second network.
 
-    Image k depends on seed k alone, whatever --batch and the number of processes. Complete images of the same settings
-    are kept: repeat the command to resume.
+    Noise and label of image k depend on seed k alone. --batch and the number of processes change at most the last bits
+    of rounding: single pixels by one grey level. With --batch 1 on CPUs of one kind, they change nothing. Complete
+    images of the same settings are kept: repeat the command to resume.
 
     \b
     python generate.py --preset cifar10-autoguidance --seeds 0-63 --grid sheet.png
@@ -243,19 +276,27 @@ def main(
         if npz is not None and dist.on_rank0(_is_complete, npz, seeds, folder.all_settings, overwrite):
             dist.print0(f"{npz} already holds these images")
             return
-        _generate(generation, folder, seeds, batch, overwrite)
-        if grid is not None:
-            dist.on_rank0(_write_grid, grid, folder, seeds)
-        if npz is not None:
-            dist.on_rank0(_pack, npz, folder, seeds)
-        elif outdir is None:
-            dist.on_rank0(shutil.rmtree, path)
-            dist.print0(f"Wrote {grid}; with --outdir the images are kept, too")
+        with folder.held(alone=overwrite or outdir is None):
+            _generate(generation, folder, seeds, batch, overwrite)
+            if grid is not None:
+                dist.on_rank0(_write_grid, grid, folder, seeds)
+            if npz is not None:
+                dist.on_rank0(_pack, npz, folder, seeds)
+            elif outdir is None:
+                dist.on_rank0(shutil.rmtree, path)
+                dist.print0(f"Wrote {grid}; with --outdir the images are kept, too")
 
 
 def _check_outputs(folder: Path, outdir: Path | None, npz: Path | None, grid: Path | None) -> None:
     """Refuse outputs that cannot be written, or that would replace something else."""
     check_writable(folder)
+    others = [path for path in folder.glob("[!.]*") if outdir is None]
+    if others and not (folder / RECORD).exists():
+        raise ValueError(
+            f"{folder} is needed for unfinished images, but holds other files; move it, or choose another name"
+        )
+    if npz is not None and grid is not None and npz.resolve() == grid.resolve():
+        raise ValueError(f"--npz and --grid both name {grid}; give different files")
     if npz is not None:
         check_output(npz, "set of generated images")
     if grid is not None:

@@ -30,7 +30,10 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class Engine:
-    """Generates images with a denoiser; image k depends on seed k only, not on the batch or the number of ranks.
+    """Generates images with a denoiser, image k from seed k alone.
+
+    Noise and label are the same to the last bit in any batch and on any rank. Networks round differently in batches of
+    other sizes, which changes single pixels by one grey level; images generated one at a time are the same on a CPU.
 
     `sampler` is (denoiser, noise, condition, randn_like) -> x0, such as `edm2kit.sampling.solvers.Sampler`. `decode`
     turns float32 latents [N,C,H,W] into uint8 images. `shape` is the shape of one latent, (C, H, W).

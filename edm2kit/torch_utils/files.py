@@ -34,7 +34,7 @@ HAS_LOCKS = fcntl is not None
 LOCK_NAME = ".running"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 _CHUNK_BYTES = 1 << 20
-_LOOK_AGAIN_SEC = 0.5  # for a lock that another process holds
+_LOOK_AGAIN_SEC = 0.1  # for a lock that another process holds
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 _held: set[IO[Any]] = set()  # files whose locks this process holds
 _PIECES, _PIECE_BYTES = 64, 4096  # that sampled_sha256 reads
@@ -157,11 +157,12 @@ def free_bytes(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def exclusive(folder: str | Path) -> Iterator[None]:
+def exclusive(folder: str | Path, shared: bool = False) -> Iterator[None]:
     """Keep other runs out of `folder` inside the block; the folder is created if needed.
 
-    Removes partial files of a killed process. Raises ValueError at once if another process holds the folder, on this
-    machine or on another one of the same file system.
+    With `shared`, others may come in that ask for it, too: they must agree on what they write. Removes partial files of
+    killed processes. Raises ValueError at once if another process holds the folder, on this machine or on another one
+    of the same file system.
     """
 
     def refuse(owner: str) -> None:
@@ -169,21 +170,23 @@ def exclusive(folder: str | Path) -> Iterator[None]:
             f"{folder} is being written by another run ({owner}); wait for it to finish, or choose another folder"
         )
 
-    with file_lock(Path(folder) / LOCK_NAME, refuse):
+    with file_lock(Path(folder) / LOCK_NAME, refuse, shared):
         remove_partial_files(Path(folder))
         yield
 
 
 @contextlib.contextmanager
-def file_lock(path: Path, when_held: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock file `path` inside the block; a process that dies releases it.
+def file_lock(path: Path, when_held: Callable[[str], None], shared: bool = False) -> Iterator[None]:
+    """Hold the lock file `path` inside the block, alone or with others that want it `shared`.
 
-    As long as another process holds it, `when_held(owner)` is called about twice a second, `owner` being text for a
+    A process that dies releases it.
+
+    As long as another process holds it, `when_held(owner)` is called ten times a second, `owner` being text for a
     message: it raises, or returns to wait on. If the file system has no locks, prints a warning and continues without
     one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _open_locked(path, when_held) as file, _kept_from_children(file):
+    with _open_locked(path, when_held, shared) as file, _kept_from_children(file):
         with contextlib.suppress(OSError):  # a full disk: the lock works without the name of its owner
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -191,14 +194,31 @@ def file_lock(path: Path, when_held: Callable[[str], None]) -> Iterator[None]:
             yield
         finally:
             with contextlib.suppress(OSError):  # Windows cannot remove an open file; an unlocked one does no harm
-                path.unlink()
+                if not shared or _is_last(file):
+                    path.unlink()
+
+
+def patience(what: str) -> Callable[[str], None]:
+    """For `file_lock`: wait as long as `dist.timeout_sec` allows, then raise ValueError naming `what` and its owner."""
+    started = time.monotonic()
+
+    def wait(owner: str) -> None:
+        if time.monotonic() - started > dist.timeout_sec():
+            raise ValueError(f"{what} has been in use for {dist.timeout_sec():.0f} s by {owner}; it may be stopped")
+
+    return wait
+
+
+def _is_last(file: IO[str]) -> bool:
+    """Whether no other process holds the shared lock that this one holds."""
+    return HAS_LOCKS and _try_lock(file, fcntl.LOCK_EX)
 
 
 @contextlib.contextmanager
-def _open_locked(path: Path, when_held: Callable[[str], None]) -> Iterator[IO[str]]:
+def _open_locked(path: Path, when_held: Callable[[str], None], shared: bool) -> Iterator[IO[str]]:
     while True:
         with open(path, "a+", encoding="utf-8") as file:
-            _acquire(file, path, when_held)
+            _acquire(file, path, when_held, shared)
             try:
                 is_current = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
             except FileNotFoundError:
@@ -209,11 +229,11 @@ def _open_locked(path: Path, when_held: Callable[[str], None]) -> Iterator[IO[st
             # the former owner removed the file after we opened it: a lock on it keeps nobody out, so open a new one
 
 
-def _acquire(file: IO[str], path: Path, when_held: Callable[[str], None]) -> None:
+def _acquire(file: IO[str], path: Path, when_held: Callable[[str], None], shared: bool) -> None:
     if not HAS_LOCKS:
         return
     try:
-        while not _try_lock(file):
+        while not _try_lock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
             file.seek(0)
             when_held(file.read().strip() or "just started")
             time.sleep(_LOOK_AGAIN_SEC)
@@ -223,9 +243,9 @@ def _acquire(file: IO[str], path: Path, when_held: Callable[[str], None]) -> Non
         dist.warn0(f"the file system of {path.parent} has no file locks: make sure that no other process writes there")
 
 
-def _try_lock(file: IO[str]) -> bool:
+def _try_lock(file: IO[str], kind: int) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

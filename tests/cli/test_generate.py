@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -93,6 +94,15 @@ def test_the_batch_does_not_matter(nets, tmp_path):
     assert len({image.tobytes() for image in pixels(tmp_path / "1").values()}) == 9
 
 
+def test_one_image_at_a_time_is_the_same_to_the_last_bit_in_any_company(nets, tmp_path):
+    for name, seeds in (("all", "0-8"), ("some", "7,3")):
+        arguments = (*guided(nets), "--seeds", seeds, "--batch", 1, "--outdir", tmp_path / name)
+        assert run(*arguments, net=nets / "main")[0] == 0
+    for seed in (3, 7):
+        files = [tmp_path / name / f"{seed:06d}.png" for name in ("all", "some")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_two_ranks_generate_the_images_of_one(nets, tmp_path):
     arguments = (*guided(nets), "--seeds", "0-4", "--batch", "2")
     assert run(*arguments, "--outdir", tmp_path / "one", net=nets / "main")[0] == 0
@@ -169,6 +179,59 @@ def test_other_settings_are_refused_until_overwritten(nets, tmp_path):
     assert run(*changed, "--overwrite", net=nets / "main")[0] == 0
     assert sorted(contents(tmp_path)) == ["000000.png", "000001.png", "generation.json"]
     assert contents(tmp_path)["000000.png"] != first["000000.png"]
+
+
+def test_writers_of_the_same_settings_share_a_folder_and_lose_no_record(tmp_path):
+    folders = [generate.ImageFolder(tmp_path, False, {"steps": 3}) for _ in range(4)]
+
+    def write(folder, number):
+        with folder.held(alone=False):
+            folder.claim([number], overwrite=False)
+            folder.note_run({"seeds": str(number)})
+
+    with ThreadPoolExecutor(4) as pool:
+        for job in [pool.submit(write, folders[k % 4], k) for k in range(12)]:
+            job.result()
+    record = json.loads((tmp_path / "generation.json").read_text())
+    assert sorted(int(run["seeds"]) for run in record["runs"]) == list(range(12))
+    assert [path.name for path in tmp_path.iterdir()] == ["generation.json"]
+
+
+def test_writers_of_other_settings_and_those_who_overwrite_are_refused_while_a_folder_is_written(nets, tmp_path):
+    with generate.ImageFolder(tmp_path, False, {"steps": 2}).held(alone=False):
+        code, output = run("--seeds", "0", "--outdir", tmp_path, "--overwrite", net=nets / "main")
+        assert (code, output.count("is being written by another run")) == (1, 1)
+    first = generate.ImageFolder(tmp_path, False, {"steps": 2})
+    with first.held(alone=False):
+        first.claim([0], overwrite=False)  # no image yet
+        code, output = run("--seeds", "1", "--outdir", tmp_path, net=nets / "main")
+        assert (code, output.count("holds images made with other settings")) == (1, 1)
+        assert not list(tmp_path.glob("*.png"))
+    with generate.ImageFolder(tmp_path / "a.npz.parts", False, {}).held(alone=True):
+        code, output = run("--seeds", "1", "--npz", tmp_path / "a.npz", net=nets / "main")
+        assert (code, output.count("is being written by another run")) == (1, 1)
+
+
+def test_what_killed_writers_left_is_removed(nets, tmp_path):
+    leftovers = [
+        tmp_path / name for name in (".generation.json.0123456789ab.tmp", "000000/.000001.png.0123456789ab.tmp")
+    ]
+    for path in leftovers:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+    assert run("--seeds", "0", "--subdirs", "--outdir", tmp_path, net=nets / "main")[0] == 0
+    assert sorted(contents(tmp_path)) == ["000000/000000.png", "generation.json"]
+
+
+def test_the_folder_for_unfinished_images_is_never_somebody_elses(nets, tmp_path):
+    other = tmp_path / "a.npz.parts" / "thesis.tex"
+    other.parent.mkdir()
+    other.write_text("years of work")
+    code, output = run("--seeds", "0", "--npz", tmp_path / "a.npz", net=nets / "main")
+    assert (code, output.count("holds other files; move it")) == (1, 1)
+    assert other.read_text() == "years of work"
+    code, output = run("--seeds", "0", "--npz", tmp_path / "b", "--grid", tmp_path / "b", net=nets / "main")
+    assert (code, output.count("--npz and --grid both name")) == (1, 1)
 
 
 def test_an_npz_of_other_settings_or_seeds_is_refused(nets, tmp_path):

@@ -112,11 +112,11 @@ def test_a_lock_file_removed_in_between_is_created_again(tmp_path, monkeypatch):
     """The former owner removes the file after we opened it: the lock on the old one would keep nobody out."""
     acquire, calls = files._acquire, []
 
-    def late(file, path, when_held):
+    def late(file, path, when_held, shared):
         if not calls:
             path.unlink()
         calls.append(path)
-        acquire(file, path, when_held)
+        acquire(file, path, when_held, shared)
 
     monkeypatch.setattr(files, "_acquire", late)
     with exclusive(tmp_path):
