@@ -1,5 +1,6 @@
 """Opening a snapshot of any format, by path or URL: as a network, or as weights that are read on demand."""
 
+import errno
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,12 @@ from edm2kit.snapshots.file_format import Header, check_weights, network_on_meta
 from edm2kit.snapshots.published import read_published
 from edm2kit.torch_utils.cache import fetch
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+_MANY_FILES = 10240
 _SUFFIXES = (".safetensors", ".pkl")
 
 
@@ -155,6 +162,29 @@ def _with_stds(found: list[Weights], stds: set[float], where: str) -> list[Weigh
     return [weights for weights in found if weights.header.ema_std in stds]
 
 
+def _open_one_of_many(path: str | Path) -> FileIO:
+    """Open a file; if this process has too many open, raise its limit as far as the system allows.
+
+    Raises ValueError that says what to set if that is not enough.
+    """
+    try:
+        return FileIO(path)
+    except OSError as error:
+        if error.errno != errno.EMFILE or resource is None:
+            raise
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            # macOS says that there is no limit, but allows only so many
+            wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else hard
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+            if soft < wanted:
+                return FileIO(path)
+        raise ValueError(
+            f"{path}: this process may open {soft} files, which is not enough for all snapshots at once; raise the limit "
+            "(ulimit -n 4096), or rebuild from fewer snapshots"
+        ) from error
+
+
 class WeightReader:
     """Reads parts of the tensors of one `Weights`. A context manager; threads may share it."""
 
@@ -162,7 +192,7 @@ class WeightReader:
         self.weights = weights
         # not memory-mapped: the mapped pages of hundreds of files would count as this process's memory
         self._lock = Lock()  # for seek and read on systems without preadv (Windows)
-        self._file = None if weights.path is None else FileIO(weights.path)
+        self._file = None if weights.path is None else _open_one_of_many(weights.path)
 
     def __enter__(self) -> "WeightReader":
         return self

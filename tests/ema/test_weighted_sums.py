@@ -1,5 +1,8 @@
 """Weighted sums of stored weights: exact, whatever the stretches, threads, groups and dtypes, in bounded memory."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,8 @@ from edm2kit.ema import weighted_sums as averaging
 from edm2kit.ema.rebuild import plan_outputs, reconstruct
 from edm2kit.snapshots.file_format import read_tensors
 from edm2kit.snapshots.loading import Weights, open_sources
-from tests.support import runs
+from tests.support import ROOT, runs
+from tests.support.fakes import tiny_snapshot
 from tests.support.runs import Walk
 
 WEIGHT = "unet.out_conv.weight"
@@ -97,3 +101,26 @@ def test_memory_knows_no_number_of_outputs(itemsize):
         held = sum(part.nbytes for part in (scratch.stored, scratch.sums, scratch.rounded))
         assert averaging._SCRATCH_BYTES / 2 < held < averaging._SCRATCH_BYTES * 1.05
         assert scratch.rows.nbytes <= 48 * averaging._BLOCK * 4
+
+
+_FEW_FILES = """
+import resource, sys
+from edm2kit.snapshots.loading import WeightReader, open_weights
+
+weights = open_weights(sys.argv[1])
+hard = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))
+try:
+    readers = [WeightReader(weights) for _ in range(60)]
+    print(len(readers), "open")
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("hard", "said"), [(80, "60 open"), (40, "may open 40 files, which is not enough")])
+def test_more_files_than_the_soft_limit_are_opened_and_more_than_the_hard_one_named(tmp_path, hard, said):
+    tiny_snapshot(tmp_path / "a.safetensors")
+    command = [sys.executable, "-c", _FEW_FILES, str(tmp_path / "a.safetensors"), str(hard)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert said in done.stdout
