@@ -180,8 +180,8 @@ def _open_one_of_many(path: str | Path) -> FileIO:
             if soft < wanted:
                 return FileIO(path)
         raise ValueError(
-            f"{path}: this process may open {soft} files, which is not enough for all snapshots at once; raise the limit "
-            "(ulimit -n 4096), or rebuild from fewer snapshots"
+            f"{path}: this process may open {soft} files, which is not enough for all snapshots at once; raise "
+            "that limit (ulimit -n 4096), or rebuild from fewer snapshots"
         ) from error
 
 
