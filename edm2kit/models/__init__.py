@@ -3,6 +3,7 @@
 `NETWORKS` names the kinds of networks; `full_architecture` and `build_network` make one of them.
 """
 
+from edm2kit.models.adapters import VP, Adapted, DiscreteVP, Flow, Rescaled
 from edm2kit.models.cost import Cost, evaluation_cost
 from edm2kit.models.edm2 import Precond, freeze_
 from edm2kit.models.encoders import ENCODERS, Encoder, make_encoder
@@ -20,13 +21,18 @@ from edm2kit.models.preconditioning import Edits, Preconditioner, RawNetwork, co
 __all__ = [
     "ENCODERS",
     "NETWORKS",
+    "VP",
+    "Adapted",
     "Cost",
+    "DiscreteVP",
     "Edits",
     "Encoder",
+    "Flow",
     "NetworkKind",
     "Precond",
     "Preconditioner",
     "RawNetwork",
+    "Rescaled",
     "build_network",
     "compile_",
     "evaluation_cost",
