@@ -6,7 +6,7 @@ protocol; classifier-free guidance, independent-condition guidance and batching 
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeAlias, cast, overload, runtime_checkable
 
@@ -215,3 +215,77 @@ def class_named(name: str, label_dim: int, names: Sequence[str] | None) -> int:
     if nearest:
         raise ValueError(f"class {name!r} is unknown; did you mean {nearest[0]!r}?")
     raise ValueError(f"class {name!r} is unknown; available: {', '.join(names[:8])}, ...")
+
+
+@dataclass(frozen=True, eq=False)
+class TextPrompts:
+    """Text prompts, encoded once: image n has the prompt `texts[rows[n]]`, and row K is the null prompt.
+
+    `encodings` holds what text encoders made of the K texts and of the null prompt (the empty or a negative one): for
+    each network by name, tensors [K + 1, ...] by the name that the network knows them by. Networks whose encoders
+    differ each have an entry. `rows` is int64 [N] and stays on the CPU.
+
+    Example: `prompts = TextPrompts(texts, {"net": {"prompt_embeds": embeddings}}, torch.arange(len(texts)))`, then
+    `prompts[torch.tensor([0, 0, 1])]` for two images of the first prompt and one of the second.
+    """
+
+    texts: tuple[str, ...]
+    encodings: Mapping[str, Mapping[str, torch.Tensor]]
+    rows: torch.Tensor
+
+    def __post_init__(self) -> None:
+        for name, tensors in self.encodings.items():
+            for key, tensor in tensors.items():
+                if len(tensor) != len(self.texts) + 1:
+                    raise ValueError(
+                        f"{key} for {name} has {len(tensor)} rows; expected {len(self.texts) + 1}, one per prompt and "
+                        "one for the null prompt"
+                    )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Any) -> "TextPrompts":
+        return self._at(self.rows[rows.cpu() if isinstance(rows, torch.Tensor) else rows])
+
+    def null(self) -> "TextPrompts":
+        return self._at(torch.full_like(self.rows, len(self.texts)))
+
+    def others(self, rng: StackedGenerator, include_own: bool = False) -> "TextPrompts":
+        """For each image another prompt of the set. Raises ValueError if there is only one."""
+        count = len(self.texts)
+        if count < 2 and not include_own:
+            raise ValueError("another prompt needs at least two prompts to choose from")
+        drawn = rng.randint(count if include_own else count - 1, size=[len(self)]).cpu()
+        if not include_own:
+            drawn = drawn + (drawn >= self.rows).long()
+        return self._at(drawn)
+
+    def cat(self, *more: "TextPrompts") -> "TextPrompts":
+        """Raises ValueError for prompts of another set."""
+        if any(other.encodings is not self.encodings for other in more):
+            raise ValueError("prompts of different sets cannot form one batch; encode them together")
+        return self._at(torch.cat([self.rows, *(other.rows for other in more)]))
+
+    def repeat(self, times: int) -> "TextPrompts":
+        return self._at(self.rows.repeat(times))
+
+    def to(self, device: torch.device | str) -> "TextPrompts":
+        """The same prompts: `encoded` moves what a call needs."""
+        return self
+
+    def encoded(self, name: str, device: torch.device | str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """What the network `name` takes for these N images, floats in `dtype`.
+
+        Raises ValueError for an unknown name.
+        """
+        if name not in self.encodings:
+            raise ValueError(f"the prompts are not encoded for {name!r}; encoded for: {', '.join(self.encodings)}")
+        found = {}
+        for key, tensor in self.encodings[name].items():
+            picked = tensor[self.rows.to(tensor.device)]
+            found[key] = picked.to(device, dtype if picked.is_floating_point() else None)
+        return found
+
+    def _at(self, rows: torch.Tensor) -> "TextPrompts":
+        return TextPrompts(self.texts, self.encodings, rows)
