@@ -58,7 +58,7 @@ class NamedFile(click.ParamType):
         name, equals, path = value.partition("=")
         if not equals:
             self.fail(f"{value!r} is not NAME=PATH. Write for example main=net.safetensors", param, ctx)
-        if not Path(path).is_file():
+        if not path.startswith("diffusers:") and not Path(path).is_file():
             self.fail(f"{value!r}: the file {path} does not exist", param, ctx)
         return name, path
 

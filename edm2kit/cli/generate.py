@@ -272,6 +272,16 @@ def main(
     with dist.session(device) as where:
         generation = prepare(request, where)
         dist.print0(generation.summary)
+        prompts = generation.by_prompt()
+        if len(prompts) > 1:
+            if npz is not None:
+                raise ValueError("--npz holds the images of one prompt; use --outdir, or give one prompt")
+            folders = [ImageFolder(path / prompt_folder(k), subdirs, one.settings) for k, one in enumerate(prompts)]
+            for one, folder in zip(prompts, folders, strict=True):
+                _generate(one, folder, seeds, batch, overwrite)
+            if grid is not None:
+                dist.on_rank0(_write_prompts_grid, grid, folders, seeds)
+            return
         folder = ImageFolder(path, subdirs, generation.settings)
         if npz is not None and dist.on_rank0(_is_complete, npz, seeds, folder.all_settings, overwrite):
             dist.print0(f"{npz} already holds these images")
@@ -333,6 +343,20 @@ def _write_grid(path: Path, folder: ImageFolder, seeds: tuple[int, ...]) -> None
     images = [to_image(pixels) for pixels, _ in folder.read(seeds)]
     with atomic_write(path) as file:
         contact_sheet(images, columns=math.ceil(math.sqrt(len(images)))).save(file, "PNG")
+
+
+def prompt_folder(number: int) -> str:
+    """The name of the folder for the images of a prompt, if there are several."""
+    return f"prompt-{number:04d}"
+
+
+def _write_prompts_grid(path: Path, folders: Sequence[ImageFolder], seeds: tuple[int, ...]) -> None:
+    """A row per prompt, a column per seed."""
+    if len(folders) * len(seeds) > _MAX_GRID:
+        raise ValueError(f"--grid shows at most {_MAX_GRID} images; there are {len(folders) * len(seeds)}")
+    images = [to_image(pixels) for folder in folders for pixels, _ in folder.read(seeds)]
+    with atomic_write(path) as file:
+        contact_sheet(images, columns=len(seeds)).save(file, "PNG")
 
 
 def _record_of(npz: Path) -> Path:

@@ -44,7 +44,7 @@ def _option(option: str, help: str, default: Any = None, **metadata: Any) -> Any
 class Request:
     """What images to generate. The metadata of a field describes its command-line option.
 
-    - `net`, `gnet`, `uncond`: paths or URLs of snapshots.
+    - `net`, `gnet`, `uncond`: paths or URLs of snapshots, or diffusers:FOLDER and diffusers:HUB_NAME.
     - `classes`: None for a random class from each seed; ALL_CLASSES, or a text such as "3,7" or "cat,dog", to cycle
       through classes by seed (seed modulo the number of classes).
     - `labels`: for a network trained on label vectors, a file of vectors to cycle through by seed: a .npy array [K, D]
@@ -52,6 +52,8 @@ class Request:
     - `precision`: inside the networks, a key of PRECISIONS or "auto" (fp16 on a CUDA device, fp32 elsewhere).
     - `vae`: hub name or folder that replaces the VAE named in the snapshot.
     - `compiled`: compile the networks with torch.compile.
+    - `prompt`, `prompts`, `negative`, `gnet_lora`, `gnet_lora_scale`, `pixels`, `offload`, `vae_tiling`: for networks
+      of diffusers only; see docs/any-model.md.
     """
 
     net: str = field(metadata={"option": "--net", "metavar": "PATH|URL", "help": "Network snapshot"})
@@ -75,6 +77,34 @@ class Request:
         "--uncond", "Unconditional network beside --gnet, if a method takes both", metavar="PATH|URL"
     )
     compiled: bool = _option("--compile", "torch.compile the networks, for thousands of images", False)
+    prompt: str | None = _option("--prompt", "Prompt, for a network that takes text", metavar="TEXT", hidden=True)
+    prompts: str | None = _option(
+        "--prompts", "Prompts, a text file with one per line or a JSON list", metavar="FILE", hidden=True
+    )
+    negative: str | None = _option(
+        "--negative",
+        "Prompt to lead away from in classifier-free guidance",
+        metavar="TEXT",
+        default_shown="none, as the pipeline encodes it",
+        hidden=True,
+    )
+    gnet_lora: str | None = _option(
+        "--gnet-lora", "Guide network: the main one with this LoRA", metavar="PATH", hidden=True
+    )
+    gnet_lora_scale: float = _option("--gnet-lora-scale", "Strength of that LoRA", 1.0, metavar="X", hidden=True)
+    pixels: int | None = _option(
+        "--pixels", "Height and width of images", metavar="N", min=1, default_shown="as trained", hidden=True
+    )
+    offload: str | None = _option(
+        "--offload",
+        "Keep the network in main memory and move parts to the GPU when needed: blocks, or layers (least memory)",
+        metavar="PARTS",
+        choices=("blocks", "layers"),
+        hidden=True,
+    )
+    vae_tiling: bool = _option(
+        "--vae-tiling", "Decode large images in tiles: less memory, blended seams", False, hidden=True
+    )
     labels: str | None = _option(
         "--labels", "Label vectors to cycle through, .npy [K, D] or JSON, if the network takes vectors", metavar="FILE"
     )
@@ -87,6 +117,18 @@ class Generation:
     engine: Engine
     settings: Mapping[str, Any]
     summary: str
+
+    def by_prompt(self) -> list["Generation"]:
+        """The same for each prompt alone; this one itself if there is at most one prompt."""
+        texts = getattr(self.engine.prompts, "texts", ())
+        if len(texts) < 2:
+            return [self]
+        parts = []
+        for number, text in enumerate(texts):
+            settings = {**self.settings, "diffusers": {**self.settings["diffusers"], "prompts": [text]}}
+            engine = dataclasses.replace(self.engine, classes=[number])
+            parts.append(Generation(engine, settings, self.summary))
+        return parts
 
     def batches(self, seeds: Sequence[int], batch_size: int) -> Generator[ImageBatch]:
         """Yield the images of this rank's share of `seeds`, possibly none, with a progress bar on rank 0."""
@@ -102,32 +144,49 @@ def prepare(
     device: torch.device,
     labels_from_data: bool = False,
     loaded: Mapping[str, Snapshot] | None = None,
+    networks: Any = None,
 ) -> Generation:
     """Load the networks of a request, check that they fit together, and combine them by guidance.
 
     With `labels_from_data`, only the denoiser is used, on labels from a data set: a network that takes label vectors
     then needs no `request.labels`. `loaded` holds networks that are in memory already, as from `load_for_sampling`, by
-    the field of the request that they stand for; the text in that field then only names them.
+    the field of the request that they stand for; the text in that field then only names them. `networks` is the result
+    of `diffusers_networks.load_networks` for this request, if there is one already.
 
     Raises ValueError if a file is not a snapshot, the networks do not fit each other, a class is unknown, or the
     guidance method refuses its settings.
     """
+    sources = {"net": request.net, "gnet": request.gnet, "uncond": request.uncond}
+    of_diffusers = any(source is not None and source.startswith("diffusers:") for source in sources.values())
     precision = resolve_precision(request.precision, device)
+    if of_diffusers:
+        from edm2kit.cli.diffusers_networks import load_networks, precision_of
+
+        precision = precision_of(request, device)
     slow = None if precision == "fp32" else slow_precision(PRECISIONS[precision], device)
     if slow:
         dist.warn0(f"--precision {precision}: {slow}")
-    loaded = loaded or {}
-    snapshots = {}
-    for name, source in (("net", request.net), ("gnet", request.gnet), ("uncond", request.uncond)):
-        if source is not None:
-            in_memory = loaded.get(name)
-            snapshots[name] = in_memory or _load(source, device, precision, request.compiled)
+    loaded, foreign = loaded or {}, networks
+    if of_diffusers:
+        if foreign is None:
+            foreign = load_networks(request, device, lambda source: _load(source, device, precision, False))
+        snapshots = dict(foreign.snapshots)
+    else:
+        _refuse_options_of_diffusers(request)
+        snapshots = {}
+        for name, source in sources.items():
+            if source is not None:
+                in_memory = loaded.get(name)
+                snapshots[name] = in_memory or _load(source, device, precision, request.compiled)
     main = snapshots["net"] = _with_vae(snapshots["net"], request.vae)
     classes, vectors = (None, None) if labels_from_data else _pick_labels(request, main)
     for name in ("gnet", "uncond"):
         if name in snapshots:
             check_pair(main, snapshots[name])
-    nets = {name: snapshot.net for name, snapshot in snapshots.items()}
+    nets: Mapping[str, Any] = {name: snapshot.net for name, snapshot in snapshots.items()}
+    if foreign is not None:
+        nets = foreign.denoisers
+        request = dataclasses.replace(request, sampler=foreign.sampler(request.sampler, device))
     parts = Parts(**nets, pixels=None if isinstance(main.encoder, RGBEncoder) else main.encoder.pixels)
     request = dataclasses.replace(request, guidance=name_by_networks(request.guidance, parts))
     if drops_condition(request.guidance, parts) and not main.header.training_config.get("label_dropout"):
@@ -139,6 +198,8 @@ def prepare(
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     _check_decoder(main, shape, device)
     denoiser = guide(request.guidance, parts)
+    if foreign is not None:
+        denoiser = foreign.limited(denoiser)
     engine = Engine(
         denoiser,
         main.encoder.decode,
@@ -150,6 +211,7 @@ def prepare(
         vectors,
         pad=request.compiled,
         empty_classes=main.header.classes_without_images,
+        prompts=None if foreign is None else foreign.prompts,
     )
     if request.sampler.levels == "gits" and not labels_from_data:
         request = dataclasses.replace(request, sampler=dist.on_rank0(with_fitted_levels, engine, request.sampler))
@@ -157,7 +219,7 @@ def prepare(
     settings = {
         **{name: None for name in ("net", "gnet", "uncond")},
         **{
-            name: _identity(None if name in loaded else getattr(request, name), snapshot)
+            name: _identity(None if name in loaded else sources[name], snapshot, foreign, name)
             for name, snapshot in snapshots.items()
         },
         "guidance": _guidance_settings(request),
@@ -171,6 +233,8 @@ def prepare(
         settings["classes_left_out"] = list(engine.empty_classes)
     if request.labels is not None:
         settings["labels_sha256"] = sha256_of(request.labels)
+    if foreign is not None:
+        settings["diffusers"] = plain_json(foreign.settings(request))
     return Generation(engine, settings, _summary(request, snapshots, classes, precision))
 
 
@@ -178,6 +242,16 @@ def load_for_sampling(weights: Weights, device: torch.device, precision: str) ->
     """A network in memory that is ready to generate; `precision` is a key of PRECISIONS."""
     snapshot = load_weights(weights, device, PRECISIONS[precision])
     return dataclasses.replace(snapshot, net=NETWORKS[snapshot.header.network].freeze_(snapshot.net))
+
+
+def _refuse_options_of_diffusers(request: Request) -> None:
+    fields = {field.name: field for field in dataclasses.fields(Request)}
+    for name in ("prompt", "prompts", "negative", "gnet_lora", "pixels", "offload", "vae_tiling", "gnet_lora_scale"):
+        if getattr(request, name) != fields[name].default:
+            option = fields[name].metadata["option"]
+            raise ValueError(f"{option} is for networks of diffusers (--net diffusers:...); leave it out")
+    if request.sampler.levels == "own":
+        raise ValueError("--levels own is for networks of diffusers; leave it out, or use --levels karras")
 
 
 def _load(source: str, device: torch.device, precision: str, compiled: bool) -> Snapshot:
@@ -200,7 +274,7 @@ def check_pair(main: Snapshot, guide_snapshot: Snapshot) -> None:
     kinds = main.header.label_kind, guide_snapshot.header.label_kind
     if other.label_dim and kinds[0] != kinds[1]:
         reasons.append(f"its labels are {kinds[1]}, the main network's {kinds[0]}")
-    elif other.label_dim not in (0, net.label_dim):
+    elif kinds[0] != "text" and other.label_dim not in (0, net.label_dim):
         reasons.append(f"it has {other.label_dim} classes, the main network {net.label_dim}")
     names = main.header.label_names, guide_snapshot.header.label_names
     if None not in names and names[0] != names[1]:
@@ -224,6 +298,8 @@ def _with_vae(snapshot: Snapshot, vae: str | None) -> Snapshot:
 
 def _check_decoder(main: Snapshot, shape: tuple[int, int, int], device: torch.device) -> None:
     """Decode a first image before hours of work: this loads the decoder, and shows whether its output is a picture."""
+    if main.header.network == "diffusers" and not isinstance(main.encoder, RGBEncoder):
+        return  # loaded already, and always RGB
     pixels = main.encoder.decode(torch.zeros([1, *shape], device=device))
     if pixels.shape[1] not in (1, 3):
         raise ValueError(f"the network generates images of {pixels.shape[1]} channels; expected 1 (grey) or 3 (RGB)")
@@ -289,8 +365,10 @@ def parse_classes(
     return tuple(classes)
 
 
-def _identity(source: str | None, snapshot: Snapshot) -> dict[str, Any]:
-    """What identifies the weights of a snapshot in records; `source` is None if they are not in a file."""
+def _identity(source: str | None, snapshot: Snapshot, foreign: Any, name: str) -> dict[str, Any]:
+    """What identifies the weights of a network in records; `source` is None if they are not in a file."""
+    if foreign is not None and name in foreign.identities:
+        return plain_json(foreign.identities[name])
     header = dataclasses.asdict(snapshot.header)
     # without the training configuration, which is long, and the commit, which is the reader's own for published files
     known = {key: header[key] for key in ("architecture", "encoder", "nimg", "ema_std", "run_id", "recipe")}
@@ -327,7 +405,8 @@ def _summary(request: Request, snapshots: Mapping[str, Snapshot], classes: Seque
     main = snapshots["net"]
     lines = [f"Network:  {request.net} ({_describe(main, precision)})"]
     if "gnet" in snapshots:
-        lines.append(f"Guide:    {request.gnet} ({_describe(snapshots['gnet'], precision)})")
+        guide_name = request.gnet or f"the same with the LoRA {request.gnet_lora}"
+        lines.append(f"Guide:    {guide_name} ({_describe(snapshots['gnet'], precision)})")
     if request.guidance.method != "none":
         lines.append(f"Guidance: {_describe_guidance(request.guidance)}")
     lines.append(f"Sampler:  {request.sampler.num_steps} steps of {request.sampler.solver}")
@@ -344,6 +423,10 @@ def _summary(request: Request, snapshots: Mapping[str, Snapshot], classes: Seque
 
 def _describe(snapshot: Snapshot, precision: str) -> str:
     net, header = snapshot.net, snapshot.header
+    if header.network == "diffusers":
+        takes = "text" if header.label_kind == "text" else f"{net.label_dim or 'no'} classes"
+        kind, size = header.architecture["class"], f"{net.img_channels}x{net.img_resolution}x{net.img_resolution}"
+        return f"{kind} of diffusers, {size}, {takes}, {precision}"
     size = f"{net.img_channels}x{net.img_resolution}x{net.img_resolution}"
     labels = f"{net.label_dim or 'no'} classes"
     if header.label_kind == "vectors":

@@ -33,6 +33,9 @@ from edm2kit.guidance.weight_schedule import CFG_PLUS_PLUS, SCHEDULES
 
 SECTIONS = ("Networks", "Seeds and output", "Guidance", "Sampler")  # the order of --help
 _FIELDS = {config: option_fields(config) for config in (Request, Reuse)}
+_DIFFUSERS = (
+    "prompt", "prompts", "negative", "gnet_lora", "gnet_lora_scale", "pixels", "offload", "vae_tiling",
+)  # fmt: skip
 _WITH_GUIDE = "autoguidance"  # the method if --gnet is given and no method is named
 
 
@@ -111,6 +114,10 @@ def _option_sections() -> list[cli.Decorator]:
                 "Print the names of presets and exit",
             ),
             *options_from(Request, "precision", "vae", "compiled"),
+            *options_from(Request, *_DIFFUSERS),
+            cli.printing_option(
+                "--help-diffusers", lambda _: diffusers_help(), "Options of diffusers:... networks: prompts, LoRA, size"
+            ),
         ),
         cli.section(
             "Seeds and output",
@@ -219,6 +226,30 @@ def method_help(name: str) -> str:
     return formatter.getvalue().rstrip()
 
 
+def diffusers_help() -> str:
+    """What --help-diffusers prints: how to name networks of diffusers, and the options for these only."""
+
+    @click.command()
+    def ask() -> None: ...
+
+    for decorate in options_from(Request, *_DIFFUSERS):
+        ask = decorate(ask)
+    formatter = click.HelpFormatter()
+    formatter.write_text(
+        "--net, --gnet and --uncond take models of the diffusers library: diffusers:FOLDER, a pipeline that was saved "
+        "with save_pretrained, or diffusers:org/name[@revision] on the Hugging Face hub. docs/any-model.md has "
+        "commands, memory and limits."
+    )
+    with formatter.section("Options"):
+        options = [parameter for parameter in ask.params if isinstance(parameter, click.Option)]
+        rows = []
+        for option in options:
+            metavar = "" if option.is_flag else f" {option.metavar}"
+            rows.append((f"{option.opts[0]}{metavar}", option.help or ""))
+        formatter.write_dl(rows)
+    return formatter.getvalue().rstrip()
+
+
 def _take_request(options: dict[str, Any]) -> Request:
     """Remove the options that belong to a request from `options`, and return the request."""
     name = options.pop("preset")
@@ -289,12 +320,15 @@ def _apply_preset_file(options: dict[str, Any], path: Path) -> None:
 def _take_guidance(options: dict[str, Any]) -> Choice:
     """Remove the guidance options from `options`, except the networks, and return the choice that they describe."""
     method = options.pop("method")
+    if options["gnet"] is not None and options["gnet_lora"] is not None:
+        raise click.UsageError("give one guide network: --gnet, or --gnet-lora")
+    gnet = options["gnet"] or options["gnet_lora"]
     if method is None:
-        method = "none" if options["gnet"] is None else _WITH_GUIDE
+        method = "none" if gnet is None else _WITH_GUIDE
     also, rule, schedule = options.pop("also"), options.pop("rule"), options.pop("schedule")
     names = [method, *(name for name, _ in also)]
     own_options = _take_method_options(options, {**{name: METHODS[name] for name in names}, rule: RULES[rule]})
-    _check_networks(names, options["gnet"], options["uncond"])
+    _check_networks(names, gnet, options["uncond"])
     weight, interval = options.pop("weight"), options.pop("interval")
     try:
         reuse_options = cli.given_options(options, _FIELDS[Reuse])

@@ -18,6 +18,7 @@ _LEVELS_HELP = {
     "ays-sd15": "table for Stable Diffusion 1.5, stretched to --sigma_min and --sigma_max",
     "ays-sdxl": "table for Stable Diffusion XL, likewise",
     "ays-svd": "table for Stable Video Diffusion, likewise",
+    "own": "those of the pipeline's own scheduler, for models of diffusers, where they are the default",
     "gits": "fitted to the guided denoiser first, at the price of 256 images of 60 steps",
 }
 
@@ -88,6 +89,9 @@ def take_sampler(options: dict[str, Any]) -> Sampler:
         "time-travel": cli.given_options(options, _FIELDS[TimeTravel]),
         "restart": cli.given_options(options, _FIELDS[Restart]),
     }
+    of_diffusers = str(options.get("net") or "").startswith("diffusers:")
+    if of_diffusers and not {"levels", "sigma_min", "sigma_max", "rho"} & steps.keys():
+        steps["levels"] = "own"
     interval = options.pop("travel_interval")
     if interval is not None:
         own["time-travel"]["sigma_lo"], own["time-travel"]["sigma_hi"] = interval

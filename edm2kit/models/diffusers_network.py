@@ -139,7 +139,8 @@ class DiffusersNetwork:
     - `prompts_name`: by which name the model finds its encodings in `TextPrompts`.
     - `pixels_per_latent`: how much the VAE enlarges, 1 without a VAE. `embedded_guidance`: for models that were
       distilled to take a guidance weight (Flux).
-    - `lora`: an adapter of the model to switch on in its own calls, and off in those of other networks on it.
+    - `lora`: an adapter of the model to switch on in its own calls, and off in those of other networks on it;
+      `lora_scale`: how strongly.
 
     Raises ValueError for a model of another class or kind.
 
@@ -159,6 +160,7 @@ class DiffusersNetwork:
         pixels_per_latent: int = 1,
         embedded_guidance: float = 3.5,
         lora: str | None = None,
+        lora_scale: float = 1.0,
     ):
         kind = type(model).__name__
         if kind not in FAMILIES:
@@ -169,7 +171,7 @@ class DiffusersNetwork:
             raise ValueError(f"this {kind} cannot generate images from noise alone: {reason}")
         self.model, self.schedule, self.prediction = model.eval().requires_grad_(False), schedule, prediction
         self.prompts_name, self.pixels_per_latent = prompts_name, pixels_per_latent
-        self.embedded_guidance, self.lora = embedded_guidance, lora
+        self.embedded_guidance, self.lora, self.lora_scale = embedded_guidance, lora, lora_scale
         self.img_channels = self.family.latent_channels(model.config)
         self.img_resolution = size or trained_size(model)
 
@@ -247,8 +249,8 @@ class DiffusersNetwork:
         if self.lora is None:
             self.model.disable_lora()
         else:
-            self.model.set_adapter(self.lora)
             self.model.enable_lora()
+            self.model.set_adapters(self.lora, self.lora_scale)
 
     def _condition(self, x: torch.Tensor, condition: ConditionLike) -> Any:
         if self.takes_text:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,6 +40,12 @@ def diffusers_package() -> Any:
     except ImportError as error:
         raise ValueError(f"models of diffusers need diffusers and transformers: {_INSTALL}") from error
     return diffusers
+
+
+def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The keyword argument of `from_pretrained` that asks for weights in `dtype`."""
+    version = tuple(int(part) for part in diffusers_package().__version__.split(".")[:2] if part.isdigit())
+    return {"dtype" if version >= (0, 42) else "torch_dtype": dtype}
 
 
 # ---- noise schedules
@@ -220,7 +227,7 @@ def load_component(repository: Repository, component: str, dtype: torch.dtype) -
         has_half = any(folder.glob("*.fp16.safetensors")) or any(folder.glob("*.fp16-*.safetensors"))
         has_full = any(file for file in folder.glob("*.safetensors") if ".fp16" not in file.name)
         variant = "fp16" if has_half and (dtype != torch.float32 or not has_full) else None
-        options = {"torch_dtype": dtype, "use_safetensors": True, "variant": variant}
+        options = {**dtype_option(dtype), "use_safetensors": True, "variant": variant}
     try:
         return getattr(diffusers, kind).from_pretrained(str(folder), local_files_only=True, **options)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
@@ -307,14 +314,15 @@ def _encode(
         raise ValueError(f"text prompts need transformers: {_INSTALL}") from error
     kind = str(repository.index.get("_class_name"))
     left_out = [name for name in ("unet", "transformer", "vae", *_UNUSED) if name in repository.index]
+    left_out += [name for name, value in repository.index.items() if value == [None, None] and name not in left_out]
     variant = "fp16" if any((repository.folder / "text_encoder").glob("*.fp16*.safetensors")) else None
     try:
         pipeline = getattr(diffusers, kind).from_pretrained(
             str(repository.folder),
             local_files_only=True,
             use_safetensors=True,
-            torch_dtype=dtype,
             variant=variant,
+            **dtype_option(dtype),
             **dict.fromkeys(left_out),
         )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, AttributeError) as error:
@@ -325,6 +333,9 @@ def _encode(
             f"{repository.name}: how a {kind} encodes prompts is not known; known: {', '.join(PROMPT_ENCODERS)}"
         )
     pipeline.to(device)
+    if "transformer" in left_out:  # SD3 without T5 reads the width of its embeddings there
+        config = _read_json(repository.folder / "transformer" / "config.json")
+        pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**config))
     parts: list[dict[str, torch.Tensor]] = []
     with torch.no_grad():
         for first in range(0, len(texts), _PROMPTS_AT_ONCE):

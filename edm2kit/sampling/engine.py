@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from edm2kit.conditions import ConditionLike, FloatVectors
+from edm2kit.conditions import Condition, ConditionLike, FloatVectors
 from edm2kit.denoiser import Denoiser, for_images
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.rng import StackedGenerator, derive_seed
@@ -39,10 +39,13 @@ class Engine:
     turns float32 latents [N,C,H,W] into uint8 images. `shape` is the shape of one latent, (C, H, W).
 
     `label_dim` is the number of classes, 0 for an unconditional denoiser. Each image gets a random class, none of
-    `empty_classes`; with
-    `classes`, seed s gets class classes[s % len(classes)]. For a denoiser conditioned on float vectors, `vectors`
-    [M, label_dim] are those to choose from, and `classes` are rows of it. With `pad`, all batches have the same size,
-    as a compiled denoiser is compiled again for each size: the last one is filled up with images that are dropped.
+    `empty_classes`; with `classes`, seed s gets class classes[s % len(classes)]. For a denoiser conditioned on float
+    vectors, `vectors` [M, label_dim] are those to choose from, and `classes` are rows of it. For one conditioned on
+    anything else, `prompts` are M conditions, such as `TextPrompts`: seed s gets number s % M, or with `classes` number
+    classes[s % len(classes)].
+
+    With `pad`, all batches have the same size, as a compiled denoiser is compiled again for each size: the last one is
+    filled up with images that are dropped.
 
     Example: `Engine(net, encoder.decode, Sampler(), (3, 64, 64), 1000, torch.device("cuda")).generate(range(4))`
     """
@@ -57,6 +60,7 @@ class Engine:
     vectors: torch.Tensor | None = None
     pad: bool = False
     empty_classes: Sequence[int] = ()
+    prompts: Condition | None = None
 
     def batches(self, seeds: Sequence[int], batch_size: int) -> Iterator[ImageBatch]:
         """The images of `seeds`, in that order, at most `batch_size` at a time; no batches if there are no seeds.
@@ -90,11 +94,14 @@ class Engine:
                 f"the image of seed {seeds[finite.index(False)]} is not finite; if the network computes in float16, "
                 "try bfloat16 or float32, or use a guidance weight closer to 1 (or a loss that is never negative)"
             )
-        classes = picked if self.vectors is None else None
+        classes = picked if self.vectors is None and self.prompts is None else None
         return ImageBatch(tuple(seeds), classes, latents, self.decode(latents))
 
     def _pick_conditions(self, rng: StackedGenerator, seeds: Sequence[int]) -> torch.Tensor | None:
-        """The class, or the row of `vectors`, of each image: int64 [N]; None for an unconditional denoiser."""
+        """The class, or the row of `vectors` or `prompts`, of each image: int64 [N]; None if unconditional."""
+        if self.prompts is not None:
+            rows = range(len(self.prompts)) if self.classes is None else self.classes
+            return torch.tensor([rows[seed % len(rows)] for seed in seeds])
         if self.label_dim == 0:
             return None
         if self.vectors is None and self.classes is None and 0 < len(self.empty_classes) < self.label_dim:
@@ -108,6 +115,8 @@ class Engine:
     def _condition(self, picked: torch.Tensor | None) -> ConditionLike:
         if picked is None:
             return None
+        if self.prompts is not None:
+            return self.prompts[picked].to(self.device)
         if self.vectors is None:
             return torch.nn.functional.one_hot(picked, self.label_dim).float()
         vectors = self.vectors.to(self.device)

@@ -50,7 +50,7 @@ AYS: dict[str, tuple[float, ...]] = {
     "ays-svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034),
 }
 TEACHER_STEPS = 60  # of GITS
-LEVELS = ("karras", *AYS, "gits")  # names of schedules
+LEVELS = ("karras", *AYS, "gits", "own")  # names of schedules
 
 
 def ays_sigmas(

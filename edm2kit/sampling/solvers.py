@@ -293,17 +293,22 @@ class Sampler:
             raise ValueError(f"noise levels {self.levels!r} are unknown; expected one of {', '.join(LEVELS)}")
         if not isinstance(self.levels, str) and len(self.levels) != self.num_steps:
             raise ValueError(f"{len(self.levels)} noise levels for {self.num_steps} steps; expected one for each step")
-        if self.levels != "gits":
+        if self.levels not in ("gits", "own"):
             self.sigmas()
-        elif not 2 <= self.num_steps <= TEACHER_STEPS:
+        elif self.levels == "gits" and not 2 <= self.num_steps <= TEACHER_STEPS:
             raise ValueError(f"steps is {self.num_steps}; the noise levels of GITS take 2 to {TEACHER_STEPS} steps")
 
     def sigmas(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The noise levels, [num_steps + 1]. Raises ValueError for "gits", which depends on the denoiser."""
+        """The noise levels, [num_steps + 1].
+
+        Raises ValueError for "gits", which depends on the denoiser, and "own", which depends on its scheduler.
+        """
         if not isinstance(self.levels, str):
             return listed_sigmas(self.levels, self.dtype, device)
         if self.levels == "gits":
             raise ValueError("the noise levels of GITS depend on the denoiser; see gits_sigmas")
+        if self.levels == "own":
+            raise ValueError("a model's own noise levels depend on its scheduler; see diffusers_pipeline.own_levels")
         if self.levels in AYS:
             return ays_sigmas(self.levels, self.num_steps, self.sigma_min, self.sigma_max, self.dtype, device)
         return karras_sigmas(self.num_steps, self.sigma_min, self.sigma_max, self.rho, self.dtype, device)

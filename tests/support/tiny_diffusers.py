@@ -1,5 +1,6 @@
 """Tiny random models of diffusers, their schedulers and pipelines; nothing is downloaded."""
 
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -15,6 +16,11 @@ def diffusers():
 
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
+    with contextlib.suppress(ImportError):
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
     return diffusers
 
 
@@ -69,7 +75,7 @@ def _pixart():
 def _sd3():
     return diffusers().SD3Transformer2DModel(
         sample_size=4, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=4, num_attention_heads=2,
-        joint_attention_dim=TEXT, caption_projection_dim=8, pooled_projection_dim=POOLED, out_channels=4,
+        joint_attention_dim=2 * TEXT, caption_projection_dim=8, pooled_projection_dim=2 * POOLED, out_channels=4,
         pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm="rms_norm",
     )  # fmt: skip
 
@@ -134,9 +140,10 @@ def scheduler(name: str):
 def text_tensors(name: str, count: int, seed: int = 1) -> dict[str, torch.Tensor]:
     """Made-up encodings of `count` prompts, the null prompt included."""
     rng = torch.Generator().manual_seed(seed)
-    found = {"prompt_embeds": torch.randn(count, 6, TEXT, generator=rng)}
+    encoders = 2 if name == "SD3" else 1
+    found = {"prompt_embeds": torch.randn(count, 6, encoders * TEXT, generator=rng)}
     if name in ("SDXL", "SD3", "Flux"):
-        found["pooled"] = torch.randn(count, POOLED, generator=rng)
+        found["pooled"] = torch.randn(count, encoders * POOLED, generator=rng)
     if name == "PixArt":
         found["mask"] = (torch.arange(6) < torch.arange(2, 2 + count)[:, None]).long()
     return found
@@ -203,6 +210,10 @@ def pipeline(name: str, folder: Path, seed: int = 0, text_seed: int = 0, **vae_o
         if name == "Flux":
             t5_tokenizer, t5 = _t5()
             return d.FluxPipeline(times, vae(**vae_options), encoder, tokenizer, t5, t5_tokenizer, net)
+        if name == "SD3":
+            return d.StableDiffusion3Pipeline(
+                net, times, vae(**vae_options), encoder, tokenizer, encoder, tokenizer, None, None
+            )
         raise KeyError(name)
 
 
