@@ -169,7 +169,9 @@ def section(title: str, *options: Decorator) -> Decorator:
     return decorate
 
 
-def printing_option(name: str, text: Callable[[Any], str], help: str, metavar: str | None = None) -> Decorator:
+def printing_option(
+    name: str, text: Callable[[Any], str], help: str, metavar: str | None = None, hidden: bool = False
+) -> Decorator:
     """An option that prints `text(value)` and ends the command; a flag unless it has a metavar."""
 
     def show(ctx: click.Context, param: click.Parameter, value: Any) -> None:
@@ -178,7 +180,14 @@ def printing_option(name: str, text: Callable[[Any], str], help: str, metavar: s
             ctx.exit()
 
     return click.option(
-        name, metavar=metavar, is_flag=metavar is None, is_eager=True, expose_value=False, callback=show, help=help
+        name,
+        metavar=metavar,
+        is_flag=metavar is None,
+        is_eager=True,
+        expose_value=False,
+        callback=show,
+        help=help,
+        hidden=hidden,
     )
 
 

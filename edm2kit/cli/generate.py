@@ -4,6 +4,7 @@ The images are in a folder, a PNG per seed, with a record of the settings; both 
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -272,7 +273,7 @@ def main(
     with dist.session(device) as where:
         generation = prepare(request, where)
         dist.print0(generation.summary)
-        prompts = generation.by_prompt()
+        prompts = by_prompt(generation)
         if len(prompts) > 1:
             if npz is not None:
                 raise ValueError("--npz holds the images of one prompt; use --outdir, or give one prompt")
@@ -343,6 +344,19 @@ def _write_grid(path: Path, folder: ImageFolder, seeds: tuple[int, ...]) -> None
     images = [to_image(pixels) for pixels, _ in folder.read(seeds)]
     with atomic_write(path) as file:
         contact_sheet(images, columns=math.ceil(math.sqrt(len(images)))).save(file, "PNG")
+
+
+def by_prompt(generation: Generation) -> list[Generation]:
+    """The same for each prompt alone; `generation` itself if there is at most one prompt."""
+    texts = getattr(generation.engine.prompts, "texts", ())
+    if len(texts) < 2:
+        return [generation]
+    parts = []
+    for number, text in enumerate(texts):
+        settings = {**generation.settings, "diffusers": {**generation.settings["diffusers"], "prompts": [text]}}
+        engine = dataclasses.replace(generation.engine, classes=[number])
+        parts.append(Generation(engine, settings, generation.summary))
+    return parts
 
 
 def prompt_folder(number: int) -> str:

@@ -56,7 +56,13 @@ class Request:
       of diffusers only; see docs/any-model.md.
     """
 
-    net: str = field(metadata={"option": "--net", "metavar": "PATH|URL", "help": "Network snapshot"})
+    net: str = field(
+        metadata={
+            "option": "--net",
+            "metavar": "PATH|URL",
+            "help": "Snapshot, or model (--help-diffusers)",
+        }
+    )
     gnet: str | None = _option("--gnet", "Guide network: weaker, or unconditional (CFG)", metavar="PATH|URL")
     guidance: Choice = NO_GUIDANCE
     sampler: Sampler = PUBLISHED
@@ -117,18 +123,6 @@ class Generation:
     engine: Engine
     settings: Mapping[str, Any]
     summary: str
-
-    def by_prompt(self) -> list["Generation"]:
-        """The same for each prompt alone; this one itself if there is at most one prompt."""
-        texts = getattr(self.engine.prompts, "texts", ())
-        if len(texts) < 2:
-            return [self]
-        parts = []
-        for number, text in enumerate(texts):
-            settings = {**self.settings, "diffusers": {**self.settings["diffusers"], "prompts": [text]}}
-            engine = dataclasses.replace(self.engine, classes=[number])
-            parts.append(Generation(engine, settings, self.summary))
-        return parts
 
     def batches(self, seeds: Sequence[int], batch_size: int) -> Generator[ImageBatch]:
         """Yield the images of this rank's share of `seeds`, possibly none, with a progress bar on rank 0."""

@@ -116,7 +116,10 @@ def _option_sections() -> list[cli.Decorator]:
             *options_from(Request, "precision", "vae", "compiled"),
             *options_from(Request, *_DIFFUSERS),
             cli.printing_option(
-                "--help-diffusers", lambda _: diffusers_help(), "Options of diffusers:... networks: prompts, LoRA, size"
+                "--help-diffusers",
+                lambda _: diffusers_help(),
+                "Options of diffusers:... networks: prompts, LoRA, size",
+                hidden=True,  # --net names it
             ),
         ),
         cli.section(

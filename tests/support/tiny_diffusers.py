@@ -190,6 +190,8 @@ def pipeline(name: str, folder: Path, seed: int = 0, text_seed: int = 0, **vae_o
     """A pipeline of this kind; `folder` is for the files of its tokenizer."""
     d = diffusers()
     net, times = fresh(name, seed), scheduler(name)
+    if name in ("SD3", "Flux"):
+        vae_options = {"shift_factor": 0.1, "scaling_factor": 0.36, **vae_options}
     with torch.random.fork_rng():
         torch.manual_seed(text_seed)
         if name == "UNet2D":
