@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edm2kit.conditions import ClassLabels, Condition, FloatVectors
     from edm2kit.data.dataset import ImageDataset, Source, open_source
     from edm2kit.denoiser import Denoiser, Wrapper
+    from edm2kit.ema.any_training import PowerEMA
     from edm2kit.ema.power_function import (
         PowerFunctionEMA,
         exp_to_std,
@@ -57,6 +58,7 @@ _HOMES = {
     "open_source": "data.dataset",
     "Denoiser": "denoiser",
     "Wrapper": "denoiser",
+    "PowerEMA": "ema.any_training",
     "PowerFunctionEMA": "ema.power_function",
     "exp_to_std": "ema.power_function",
     "power_function_beta": "ema.power_function",

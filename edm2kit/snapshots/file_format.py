@@ -248,6 +248,11 @@ def network_on_meta(header: Header, source: str | Path = "the snapshot") -> Prec
     Raises ValueError, beginning with `source`, if this code does not know the kind, lacks a package for it, or cannot
     build the architecture.
     """
+    if header.network == "parameters":
+        raise ValueError(
+            f"{source} holds parameters of a module that PowerEMA averaged; load them with "
+            "edm2kit.ema.any_training.load_parameters_(module, path)"
+        )
     if header.network not in NETWORKS:
         raise ValueError(
             f"{source} holds a network of kind {header.network!r}, which this version does not know (it knows "
