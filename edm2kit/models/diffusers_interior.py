@@ -122,9 +122,14 @@ def edited(model: nn.Module, edits: Edits, num_image_tokens: int | None, text_fi
             if edits.embedding is not None and name.split(".")[-1] in _EMBEDDERS:
                 change = edits.embedding
                 stack.callback(module.register_forward_hook(lambda m, a, y, f=change: f(y)).remove)
-            if edits.dropout is not None:
+            if edits.dropout is not None or name in edits.skip:
                 for branch in _branches(module):
-                    stack.callback(branch.register_forward_hook(_branch_hook(name, edits.dropout)).remove)
+                    stack.callback(branch.register_forward_hook(_branch_hook(name, edits)).remove)
+        for name in edits.skip:
+            module = model.get_submodule(name)
+            if type(module).__name__ == "Attention":  # a block of its own; its input is added inside
+                output: Any = module.to_out
+                stack.callback(output[-1].register_forward_hook(_branch_hook(name, edits)).remove)
         yield
         for mode in modes:
             if not mode.was_used:
@@ -145,12 +150,15 @@ def _branches(module: nn.Module) -> Iterator[nn.Module]:
             yield found
 
 
-def _branch_hook(block: str, dropout: Callable[[str, torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _branch_hook(block: str, edits: Edits) -> Callable[..., torch.Tensor]:
     def hook(module: nn.Module, arguments: Any, y: torch.Tensor) -> torch.Tensor:
+        if edits.dropout is None:
+            return edits.unless_skipped(block, y)
         if y.ndim == 4:
-            return dropout(block, y)
+            return edits.unless_skipped(block, edits.dropout(block, y))
         tokens = y.transpose(1, 2).unsqueeze(3)  # [N, tokens, C] -> [N, C, tokens, 1]
-        return dropout(block, tokens).squeeze(3).transpose(1, 2).to(y.dtype)
+        changed = edits.dropout(block, tokens).squeeze(3).transpose(1, 2).to(y.dtype)
+        return edits.unless_skipped(block, changed)
 
     return hook
 

@@ -147,7 +147,7 @@ class DiffusersNetwork:
     Example: `DiffusersNetwork(UNet2DModel.from_pretrained(folder), *schedule_of(scheduler))`.
     """
 
-    supported_edits = frozenset(("attention", "return_attention", "embedding", "dropout"))
+    supported_edits = frozenset(("attention", "return_attention", "embedding", "dropout", "skip"))
 
     def __init__(
         self,
@@ -215,6 +215,7 @@ class DiffusersNetwork:
         attention: Mapping[str, Callable[..., torch.Tensor]] | None = None,
         embedding: Callable[[torch.Tensor], torch.Tensor] | None = None,
         dropout: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+        skip: Mapping[str, torch.Tensor] | None = None,
         return_attention: Sequence[str] = (),
     ) -> Any:
         """D in the dtype of x (float32 or float64); with `return_attention` also the maps; see `denoiser.Network`.
@@ -222,8 +223,8 @@ class DiffusersNetwork:
         `condition`: labels [N, K] or `ClassLabels`, one-hot or zero; `TextPrompts`; None for no class or without any.
         Raises ValueError for a condition of another kind, and for a block without self-attention.
         """
-        edits = Edits(attention or {}, embedding, dropout, return_attention)
-        for block in (*edits.attention, *edits.return_attention):
+        edits = Edits(attention or {}, embedding, dropout, skip=skip or {}, return_attention=return_attention)
+        for block in (*edits.attention, *edits.skip, *edits.return_attention):
             if block not in self.attention_roles:
                 known = ", ".join(self.attention_roles)
                 raise ValueError(f"no self-attention in a block called {block!r}; blocks with it: {known}")

@@ -172,7 +172,10 @@ def test_images_of_a_network_are_scored(pipes, tmp_path):
 
 def test_compare_takes_networks_of_diffusers(pipes, tmp_path):
     rows = tmp_path / "rows.yaml"
-    rows.write_text('common: --net {main} --steps 2 --prompt cat\nrows:\n  plain: {title: Plain, options: ""}\n')
+    rows.write_text(
+        "metric: fd_random\ntune: {images: 6, seeds: [0]}\nreport: {images: 6, seeds: [9]}\n"
+        'common: --net {main} --steps 2 --prompt cat\nrows:\n  plain: {title: Plain, options: ""}\n'
+    )
     output = run(
         compare.main, f"sheet --rows-file {rows} --network main={{SD}} --images 1 --dest {tmp_path / 's.png'}", pipes
     )

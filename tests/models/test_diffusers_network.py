@@ -269,21 +269,32 @@ def test_a_transformer_with_all_blocks_skipped_knows_neither_text_nor_neighbours
     """Skip-layer guidance leaves the residual path only: a block adds nothing, to image or text."""
     net = network(name)
     condition, x = condition_of(name, net), noise_of(net)
-    blocks = tuple(net.attention_blocks)
-
-    def zero(q, k, v):
-        return torch.zeros_like(v)
-
-    def drop(block, y):
-        return torch.zeros_like(y) if block in blocks else y
-
-    D = net(x, 2.0, condition, attention=dict.fromkeys(blocks, zero), dropout=drop)
+    skip = {block: torch.tensor([True, False]) for block in net.attention_blocks}  # in the first image only
+    plain, D = net(x, 2.0, condition), net(x, 2.0, condition, skip=skip)
     moved = x.clone()
     moved[:, :, 2:, 2:] += 1.0  # one token of 2x2
-    D_moved = net(moved, 2.0, condition, attention=dict.fromkeys(blocks, zero), dropout=drop)
-    changed = (D_moved - D).abs().amax(1) > 1e-6
-    assert changed[:, 2:, 2:].all()
-    assert not changed[:, :2, :].any()
+    changed = (net(moved, 2.0, condition, skip=skip) - D).abs().amax(1) > 1e-6
+    assert changed[0, 2:, 2:].all()
+    assert not changed[0, :2, :].any()
+    assert changed[1, :2, :].any()
+    torch.testing.assert_close(D[1], plain[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["UNet2D", "SD", "IF"])
+def test_a_skipped_block_of_a_unet_adds_nothing(name):
+    """The same as its linear layers set to zero."""
+    net = network(name)
+    condition, x = condition_of(name, net), noise_of(net)
+    block = net.attention_blocks[-1]
+    silent = DiffusersNetwork(tiny.fresh(name), net.schedule, net.prediction)
+    module = silent.model.get_submodule(block)
+    last = [module.to_out[0]] if name != "SD" else [module.attn1.to_out[0], module.attn2.to_out[0], module.ff.net[2]]
+    for linear in last:
+        linear.weight.zero_()
+        linear.bias.zero_()
+    D = net(x, 2.0, condition, skip={block: torch.tensor([True, True])})
+    torch.testing.assert_close(D, silent(x, 2.0, condition), atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(D, net(x, 2.0, condition), atol=1e-4)
 
 
 def test_an_attention_that_does_not_pass_through_pytorch_is_refused():
