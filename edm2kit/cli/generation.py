@@ -305,6 +305,8 @@ def _pick_labels(request: Request, main: Snapshot) -> tuple[Sequence[int] | None
     Raises ValueError if the request does not suit the kind of labels that the network takes.
     """
     label_dim = main.net.label_dim
+    if main.header.label_kind == "text":
+        return None, None
     if main.header.label_kind != "vectors":
         if request.labels is not None:
             raise ValueError("--labels is for networks that take label vectors, and this one does not; use --class")
