@@ -245,10 +245,8 @@ def _prompts(
         if given or request.negative is not None:
             raise ValueError("--prompt, --prompts and --negative are for networks that take text; this one does not")
         return None
-    if request.classes is not None or request.labels is not None:
-        raise ValueError(
-            "the network takes text; use --prompt or --prompts instead of --class, --balanced and --labels"
-        )
+    if request.classes or request.labels is not None:  # --balanced, an empty text, means all prompts by turns
+        raise ValueError("the network takes text; use --prompt or --prompts instead of --class and --labels")
     if not given:
         raise ValueError("the network takes text; give --prompt TEXT, or --prompts FILE with one prompt per line")
     texts = [] if request.prompt is None else [request.prompt]
