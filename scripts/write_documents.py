@@ -12,6 +12,7 @@ try:
     from edm2kit.cli import click_types as cli
     from edm2kit.cli.field_options import settings_table
     from edm2kit.experiments import documents, lite_features
+    from edm2kit.experiments.cifar10 import report as cifar10
     from edm2kit.experiments.compare_guidance import report as comparison
     from edm2kit.experiments.demo import report as demo
     from edm2kit.experiments.paper_tables import document as paper_tables
@@ -38,13 +39,15 @@ def _guidance_parts() -> Parts:
 
 # document -> its generated parts; docs/performance.md and docs/scaling.md belong to benchmarks/report.py
 DOCUMENTS: dict[str, Callable[[], Parts]] = {
-    "README.md": lambda: demo.document_parts(_record(demo.FOLDER / demo.RECORDS_NAME)),
+    "README.md": lambda: cifar10.first_parts(_record(cifar10.FOLDER / cifar10.RECORD_NAME)),
     "docs/guidance.md": _guidance_parts,
     "docs/metrics.md": lambda: lite_features.document_parts(_record(lite_features.RECORD)),
     "docs/reproduction.md": lambda: paper_tables.document_parts(_record(paper_tables.RECORD)),
     "docs/solvers.md": lambda: solvers.document_parts(_record(solvers.FOLDER / solvers.RECORD_NAME)),
     "docs/toy.md": lambda: toy.document_parts(_record(toy.FOLDER / toy.RECORD_NAME)),
     "docs/train-config.md": lambda: {"settings": settings_table(TrainConfig)},
+    "experiments/cifar10/README.md": lambda: cifar10.document_parts(_record(cifar10.FOLDER / cifar10.RECORD_NAME)),
+    "experiments/demo/README.md": lambda: demo.document_parts(_record(demo.FOLDER / demo.RECORDS_NAME)),
 }
 
 

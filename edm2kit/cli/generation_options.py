@@ -106,7 +106,7 @@ def _option_sections() -> list[cli.Decorator]:
             click.option(
                 "--preset",
                 metavar="NAME|YAML",
-                help="Published networks and settings, or a file of edm2kit-tune; other options override",
+                help="Settings by name or from a file; options override",
             ),
             cli.printing_option(
                 "--list-presets",

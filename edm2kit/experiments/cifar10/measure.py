@@ -18,6 +18,7 @@ from edm2kit.experiments.cifar10.networks import words
 from edm2kit.experiments.cifar10.settings import (
     BATCH,
     DETECTORS,
+    INFINITY,
     METHODS,
     METRICS,
     PART,
@@ -189,7 +190,8 @@ def score(
             }
             if any(point["key"] == key for point in points):
                 continue
-            measured = make_scorer(real, METRICS, count, REPLICATES).measure_features(features)
+            metrics = (*METRICS, INFINITY) if title == "all" else METRICS
+            measured = make_scorer(real, metrics, count, REPLICATES).measure_features(features)
             points.append(
                 {
                     "key": key,

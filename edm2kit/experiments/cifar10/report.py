@@ -32,6 +32,7 @@ RECORD_NAME, PICTURE_NAME, SHEET_NAME, WEIGHTS_NAME = "study.json", "first.png",
 COMMAND = "python scripts/cifar10_study.py"
 _COLUMNS = {
     "fd_lite0": "fd_lite0",
+    "fd_lite0.fd_infinity": "fd_infinity",
     "fd_lite2": "fd_lite2",
     "fd_lite0.kid": "kid",
     "fd_lite0.precision": "precision",
@@ -47,9 +48,9 @@ def publish(out: Path, box: bool, report: Callable[[str], None]) -> None:
     folder = checkout() / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     best = read_best(out)
-    if box:
-        write_box(out, best, report)
     record = study_record(out)
+    if box:
+        write_box(out, record, report)
     write_json(folder / RECORD_NAME, record)
     figure = weight_figure(record)
     if figure is not None:
@@ -61,7 +62,7 @@ def publish(out: Path, box: bool, report: Callable[[str], None]) -> None:
     ):
         with atomic_write(folder / name) as file:
             image.save(file, "PNG", optimize=True)
-    report(document_parts(record)["cifar10"])
+    report(document_parts(record)["scores"])
     report(f"Wrote {folder}; now run: python scripts/write_documents.py")
 
 
@@ -107,13 +108,19 @@ def current_points(record: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any
     return rows
 
 
+def first_parts(record: Mapping[str, Any]) -> dict[str, str]:
+    """The generated part of the README."""
+    return {"cifar10": _short_table(current_points(record))}
+
+
 def document_parts(record: Mapping[str, Any]) -> dict[str, str]:
-    """The generated parts: `cifar10` for the README, `cifar10-table` and `cifar10-settings` for the study's page."""
-    rows = current_points(record)
-    return {"cifar10": _short_table(rows), "cifar10-table": _table(rows), "cifar10-settings": _settings(record)}
+    """The generated parts of the study's page."""
+    return {"scores": _table(current_points(record)), "settings": _settings(record)}
 
 
 def _short_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    if "none" not in rows:
+        return "The scores of these networks are not measured yet."
     lines, count = [], 0
     for name in ("real", "none", "cfg-interval", "cfg", "autoguidance", "autoguidance-interval"):
         if name in rows:
@@ -135,13 +142,14 @@ def _table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def _with_interval(point: Mapping[str, Any], metric: str) -> str:
-    value = point["results"][metric]
-    text = f"{value:.1f}" if metric.startswith("fd_") and "." not in metric else f"{value:.3g}"
-    bounds = point["intervals"].get(metric)
+    value, bounds = point["results"].get(metric), point["intervals"].get(metric)
+    if value is None:
+        return ""
+    digits = ".1f" if metric.rpartition(".")[2].startswith("fd_") else ".3g"
     if bounds is None or point["key"]["images"] != "all":
-        return text
-    low, high = (f"{bound:.1f}" if "." not in metric else f"{bound:.3g}" for bound in bounds)
-    return f"{text} ({low} to {high})"
+        return format(value, digits)
+    low, high = bounds
+    return f"{value:{digits}} ({low:{digits}} to {high:{digits}})"
 
 
 def _settings(record: Mapping[str, Any]) -> str:
@@ -225,13 +233,13 @@ def _sheet(out: Path, best: Mapping[str, Setting]) -> Image.Image:
 # the networks in the package
 
 
-def write_box(out: Path, best: Mapping[str, Setting], report: Callable[[str], None]) -> None:
-    """Copy the networks of the best settings into the package, and write the presets that use them."""
+def write_box(out: Path, record: Mapping[str, Any], report: Callable[[str], None]) -> None:
+    """Put the networks of the best settings into the package instead of older ones, with presets and cards."""
     BOX.mkdir(exist_ok=True)
     files: dict[str, str] = {}
-    for preset, name in (("cifar10", "none"), ("cifar10-cfg", "cfg"), ("cifar10-autoguidance", "autoguidance")):
-        if name not in best:
-            continue
+    best = read_best(out)
+    presets = {"cifar10": "none", "cifar10-cfg": "cfg", "cifar10-autoguidance": best_guided(best, record)}
+    for preset, name in presets.items():
         setting = best[name]
         options: dict[str, Any] = {"net": _boxed(out, "main", setting.nimg, setting.ema, files)}
         if setting.guide == "uncond":
@@ -244,18 +252,32 @@ def write_box(out: Path, best: Mapping[str, Setting], report: Callable[[str], No
         if setting.interval != (0.0, float("inf")):
             options["interval"] = "{:g},{:g}".format(*setting.interval)
         options |= {key.removeprefix("--"): value for key, value in zip(*[iter(setting.sampler)] * 2, strict=True)}
-        text = "# Written by scripts/cifar10_study.py publish --box\n" + yaml.safe_dump(
-            {"options": options}, sort_keys=False
-        )
         with atomic_write(BOX / f"{preset}.yaml", "w") as file:
-            file.write(text)
+            file.write("# Written by scripts/cifar10_study.py publish --box\n")
+            yaml.safe_dump({"options": options}, file, sort_keys=False)
+    for path in BOX.glob("cifar10-*.safetensors"):
+        if path.name not in files.values():
+            path.unlink()
+            path.with_suffix(".md").unlink(missing_ok=True)
     for name in files.values():
         with atomic_write((BOX / name).with_suffix(".md"), "w") as file:
-            file.write(card(BOX / name))
+            file.write(card(BOX / name, box_scores(presets, record)))
     report(f"Wrote {', '.join(sorted(files.values()))}, their cards and presets to {BOX}")
 
 
-def card(path: Path) -> str:
+def box_scores(presets: Mapping[str, str], record: Mapping[str, Any]) -> str:
+    """The scores of the presets, as a card says them."""
+    rows = current_points(record)
+    found = [
+        f"`{preset}` {rows[name][-1]['results']['fd_lite0']:.1f}" for preset, name in presets.items() if name in rows
+    ]
+    if not found:
+        return "not scored yet"
+    count = rows[presets["cifar10"]][-1]["key"]["num"]
+    return f"fd_lite0 of {count:,} images: {', '.join(found)}; more in experiments/cifar10 of the project"
+
+
+def card(path: Path, scores: str) -> str:
     """The model card of a network in the package."""
     header = read_header(path)
     config, network = header.training_config, header.architecture
@@ -278,7 +300,7 @@ def card(path: Path) -> str:
         f"| training | {header.nimg:,} images seen, {trained}, on one thread of a CPU |",
         f"| settings | {', '.join(f'`{name}` {config[name]}' for name in settings)} |",
         f"| EMA | relative length {header.ema_std:.3f}, stored as {header.dtype} |",
-        "| scores | the table of experiments/cifar10 in the project |",
+        f"| scores | {scores} |",
         "| licence | Apache-2.0, as the project |",
     ]
     return "\n".join(lines) + "\n"

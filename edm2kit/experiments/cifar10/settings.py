@@ -11,6 +11,7 @@ REFERENCE_IMAGES = 5_000  # training images, evenly over the classes, that dista
 DETECTORS = ("fd_lite0", "fd_lite2")  # the first is tuned on, the second confirms
 TUNED_ON = "fd_lite0"
 METRICS = (*DETECTORS, "fd_lite0.kid", "fd_lite0.precision", "fd_lite0.recall", "fd_lite0.coverage")
+INFINITY = "fd_lite0.fd_infinity"  # of the images of all ranges together, as it needs many
 TUNE_SEED = 5_000_000  # seeds of the search; never among those that are scored
 SCORE_SEEDS = (0, 100_000, 200_000)
 SHEET_SEEDS = range(900_000, 900_040)
@@ -63,43 +64,46 @@ def axis(name: str, *values: Any) -> list[dict[str, Any]]:
     return [{name: value} for value in values]
 
 
+def _in_parts(intervals: Sequence[tuple[float, float]], *weights: float) -> list[dict[str, Any]]:
+    """An axis of intervals and weights together."""
+    return [{"interval": interval, "weight": weight} for interval in intervals for weight in weights]
+
+
 KI = 1024
-_EVERYWHERE = (0.0, float("inf"))
 _SAMPLER = ("--solver", "dpmpp2m", "--steps", "12", "--sigma_min")
 _SAMPLERS = axis("sampler", *((*_SAMPLER, level) for level in ("0.02", "0.05", "0.08")))
 _EMAS = axis("ema", 0.05, 0.10, 0.15)
 _GUIDES = [
-    {"guide": "main", "guide_nimg": 16 * KI},
-    {"guide": "main", "guide_nimg": 32 * KI},
-    {"guide": "main", "guide_nimg": 64 * KI},
-    {"guide": "guide", "guide_nimg": 16 * KI},
-    {"guide": "guide", "guide_nimg": 40 * KI},
+    {"guide": run, "guide_nimg": nimg, "weight": weight}
+    for run, nimg in (("main", 32 * KI), ("main", 64 * KI), ("main", 128 * KI), ("guide", 40 * KI))
+    for weight in (1.25, 1.5, 2.0)
 ]
 START = Setting(ema=0.10, sampler=(*_SAMPLER, "0.05"))
 METHODS: dict[str, Method] = {
     "none": Method("no guidance", [_EMAS, _SAMPLERS]),
     "cfg": Method(
         "classifier-free guidance",
-        [axis("weight", 1.5, 2.0, 3.0, 4.0), _EMAS, _SAMPLERS],
-        {"guide": "uncond", "weight": 2.0},
+        [axis("weight", 1.25, 1.5, 2.0, 3.0)],
+        {"guide": "uncond", "weight": 1.5},
         "none",
     ),
     "cfg-interval": Method(
         "classifier-free guidance in an interval",
-        [axis("interval", _EVERYWHERE, (0.0, 3.0), (0.0, 10.0), (0.2, 10.0)), axis("weight", 2.0, 3.0, 4.0, 6.0)],
+        [_in_parts([(0.0, 1.0)], 1.5, 2.0) + _in_parts([(0.5, 80.0)], 2.0, 3.0)],
         base="cfg",
     ),
     "autoguidance": Method(
         "autoguidance",
-        [_GUIDES, axis("weight", 1.5, 2.0, 2.5, 3.0), _EMAS, axis("guide_ema", 0.05, 0.10, 0.15), _SAMPLERS],
-        {"guide": "main", "guide_nimg": 32 * KI, "guide_ema": 0.10, "weight": 2.0},
+        [_GUIDES, axis("guide_ema", 0.05, 0.10, 0.15)],
+        {"guide": "main", "guide_nimg": 64 * KI, "guide_ema": 0.10, "weight": 1.5},
         "none",
     ),
     "autoguidance-interval": Method(
         "autoguidance in an interval",
         [
-            axis("interval", _EVERYWHERE, (0.0, 3.0), (0.0, 10.0), (0.2, float("inf"))),
-            axis("weight", 2.0, 2.5, 3.0, 4.0),
+            _in_parts([(0.0, 1.0), (0.0, 3.0), (0.5, 80.0)], 1.5, 2.0)
+            + _in_parts([(1.5, 80.0)], 2.0, 3.0)
+            + _in_parts([(0.5, 80.0)], 2.5)
         ],
         base="autoguidance",
     ),

@@ -106,11 +106,21 @@ def train(
         if precision is not None:
             words += ["--precision", precision]
         if from_box:
-            words += ["--init-from", str(report.BOX / f"cifar10-{run}.safetensors")]
+            words += ["--init-from", str(boxed_start(run))]
         # a process of its own, as training takes signals and sets threads
         done = subprocess.run([sys.executable, "-m", "edm2kit.cli.train", *words])
         if done.returncode:
             raise ValueError(f"training of {run} ended with exit code {done.returncode}; see above")
+
+
+def boxed_start(run: str) -> Path:
+    """The network of a run in the package that has seen the most images; raises ValueError if there is none."""
+    found = sorted(report.BOX.glob(f"cifar10-{run}-*.safetensors"))  # the number of images is in the name
+    if not found:
+        raise ValueError(
+            f"the package has no network of the run {run}; train it without --from-box, or use --only main"
+        )
+    return found[-1]
 
 
 def _chosen(methods: str) -> list[str]:

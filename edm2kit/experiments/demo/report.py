@@ -56,7 +56,7 @@ def metric_of(records: Records) -> str:
 
 
 def document_parts(records: Records) -> dict[str, str]:
-    """The generated part of README.md."""
+    """The generated part of the demo's page, experiments/demo/README.md."""
     return {"demo": table(records)}
 
 
@@ -109,7 +109,7 @@ def _first_images(folder: Path, count: int) -> list[Image.Image]:
 )
 @click.option("--columns", type=click.IntRange(min=1), default=10, show_default=True, help="Images per row")
 @click.option("--rows", type=click.IntRange(min=1), default=8, show_default=True, help="Rows of images")
-@click.option("--publish", is_flag=True, help="Also update experiments/demo/ and README.md in the checkout")
+@click.option("--publish", is_flag=True, help="Also update experiments/demo/ in the checkout")
 def main(out: Path, columns: int, rows: int, publish: bool) -> None:
     """Write OUT/demo.png and OUT/table.md from the images and records in OUT."""
     records = read_records(out)
@@ -127,7 +127,7 @@ def main(out: Path, columns: int, rows: int, publish: bool) -> None:
         _save_picture(sheet, folder)
         with atomic_write(folder / RECORDS_NAME, "w") as file:
             json.dump(records, file, indent=1)
-        write_parts(checkout() / "README.md", document_parts(records))
+        write_parts(folder / "README.md", document_parts(records))
 
 
 def _save_picture(sheet: Image.Image, folder: Path) -> None:

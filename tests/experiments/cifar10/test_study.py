@@ -18,7 +18,7 @@ from edm2kit.experiments.cifar10.settings import METHODS, METRICS, RUNS, START, 
 from edm2kit.experiments.demo import pictures
 from edm2kit.metrics.scoring import image_features, make_scorer, measure_reference
 from edm2kit.snapshots.file_format import read_header, save_snapshot, snapshot_name
-from edm2kit.training.config import config_from_dict, preset_path, read_yaml
+from edm2kit.training.config import TrainConfig, config_from_dict, preset_path, read_yaml
 from tests.support.fakes import tiny_snapshot
 
 SAMPLER = ("--solver", "dpmpp2m", "--steps", "3")
@@ -44,6 +44,29 @@ def test_the_step_data_divides_the_images(tmp_path, monkeypatch):
     # folder by folder: the pictures k = 0, 3, 6, 9 are of kind 0
     np.testing.assert_array_equal(heldout.read(np.arange(1))[0], images[9].transpose(2, 0, 1))
     assert not (train.read(np.arange(9))[:, None] == heldout.read(np.arange(3))[None]).all(axis=(2, 3, 4)).any()
+
+
+def test_the_step_train_continues_runs_with_the_command_of_training(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study.subprocess, "run", lambda words: asked.append(words) or Done())
+    options = ["--out", str(tmp_path), "--hours", "1.5", "--nimg", "2Mi"]
+    study.main(["train", *options, "--from-box", "--only", "main"], standalone_mode=False)
+    (words_of,) = asked
+    assert words_of[2:5] == ["edm2kit.cli.train", "--preset", "cifar10"]
+    assert words_of[words_of.index("--max-time") + 1] == "1.5h"
+    assert words_of[words_of.index("--duration") + 1] == "2Mi"
+    start = read_header(words_of[words_of.index("--init-from") + 1])
+    assert start.nimg == max(read_header(path).nimg for path in report.BOX.glob("cifar10-main-*.safetensors"))
+    study.main(["train", *options], standalone_mode=False)
+    assert [words_of[4] for words_of in asked[1:]] == ["cifar10-guide", "cifar10"]
+    assert "--duration" not in asked[1]
+    monkeypatch.setattr(report, "BOX", tmp_path)
+    with pytest.raises(ValueError, match="no network of the run main"):
+        study.boxed_start("main")
+
+
+class Done:
+    returncode = 0
 
 
 @pytest.mark.parametrize("name", [*RUNS.values(), "cifar10-gpu"])
@@ -86,7 +109,8 @@ def out(tmp_path):
         for nimg in times:
             for std in (0.05, 0.1):
                 path = tiny_snapshot(tmp_path / "runs" / run / snapshot_name(nimg, std), label_dim=10)
-                header = dataclasses.replace(read_header(path), nimg=nimg, ema_std=std)
+                config = {**dataclasses.asdict(TrainConfig()), "data": "/home/me/train.zip"}
+                header = dataclasses.replace(read_header(path), nimg=nimg, ema_std=std, training_config=config)
                 save_snapshot(path, load_file(path), header)
     return tmp_path
 
@@ -136,13 +160,13 @@ def record():
 
 
 def test_the_tables_show_the_scores_of_the_best_settings_only(record):
-    parts = report.document_parts(record)
+    parts = {**report.document_parts(record), **report.first_parts(record)}
     assert "| no guidance | 77.0 (76.0 to 78.0) |" in parts["cifar10"]
-    assert "70.0" not in parts["cifar10"] + parts["cifar10-table"]
+    assert "70.0" not in parts["cifar10"] + parts["scores"]
     assert "| autoguidance | 41.0 (40.0 to 42.0) |" in parts["cifar10"]
     assert "30 images each" in parts["cifar10"]
-    assert "|  | 0-9 | 20.0 |" in parts["cifar10-table"]
-    assert "| no guidance | EMA 0.10 | 80.0 |" in parts["cifar10-settings"]
+    assert "|  | 0-9 | 20.0 |" in parts["scores"]
+    assert "| no guidance | EMA 0.10 | 80.0 |" in parts["settings"]
 
 
 def test_the_figure_has_a_curve_of_each_guided_method_and_the_unguided_value(record):
@@ -150,6 +174,34 @@ def test_the_figure_has_a_curve_of_each_guided_method_and_the_unguided_value(rec
     assert figure.count("<circle") == 2
     assert "no guidance" in figure
     assert report.best_guided({"autoguidance": None}, record) == "autoguidance"
+
+
+def test_the_box_gets_the_networks_of_the_best_settings_and_nothing_else(out, tmp_path, monkeypatch):
+    box = tmp_path / "box"
+    box.mkdir()
+    (box / "cifar10-main-00000001-0.100.safetensors").write_bytes(b"older")
+    monkeypatch.setattr(report, "BOX", box)
+    guided = Setting(0.1, None, "guide", 2048, 0.05, 2.5, (0.5, 80.0), SAMPLER)
+    best = {"none": Setting(0.1, sampler=SAMPLER), "cfg": Setting(0.1, guide="uncond", weight=1.5, sampler=SAMPLER)}
+    best |= {"autoguidance": guided.with_values({"weight": 2.0}), "autoguidance-interval": guided}
+    plain = {name: measure.plain_json(dataclasses.asdict(setting)) for name, setting in best.items()}
+    (out / "best.json").write_text(json.dumps(plain))
+    trials = [{"key": {"setting": plain["autoguidance"]}, "value": 3.0}]
+    trials.append({"key": {"setting": plain["autoguidance-interval"]}, "value": 2.0})
+    points = [point("none", "all", 30, 77.0, plain["none"])]
+    lines = []
+    report.write_box(out, {"trials": trials, "best": plain, "points": points}, lines.append)
+    networks = ["cifar10-guide-00002048-0.050", "cifar10-main-00004096-0.100"]
+    assert sorted(path.stem for path in box.glob("*.safetensors")) == networks
+    request = parse_request(["--preset", str(box / "cifar10-autoguidance.yaml")])
+    assert (request.guidance.weight, request.guidance.interval) == (2.5, (0.5, 80.0))
+    assert request.gnet == str(box / f"{networks[0]}.safetensors")
+    assert request.sampler.num_steps == 3
+    assert parse_request(["--preset", str(box / "cifar10-cfg.yaml")]).guidance.method == "cfg"
+    text = (box / f"{networks[1]}.md").read_text()
+    assert "4,096 images seen" in text
+    assert "fd_lite0 of 30 images: `cifar10` 77.0" in text
+    assert read_header(box / f"{networks[1]}.safetensors").training_config["data"] == "train.zip"
 
 
 def test_features_that_are_known_score_as_their_images_do():
