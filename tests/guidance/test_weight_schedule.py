@@ -8,7 +8,8 @@ import torch
 from edm2kit.denoiser import after_step, for_images, for_step
 from edm2kit.guidance.combine import Combination, Guided, Negative
 from edm2kit.guidance.interval import GuidanceInterval
-from edm2kit.guidance.registry import METHODS, Choice, Parts, guide
+from edm2kit.guidance.registry import METHODS, RULES, Choice, Parts, guide
+from edm2kit.guidance.reuse import NO_REUSE, Reuse
 from edm2kit.guidance.weight_schedule import (
     SCHEDULES,
     SHAPES,
@@ -40,6 +41,16 @@ def test_no_weight_is_off_bitwise_and_calls_no_negative():
     negative = Counting(NEG)
     off = WeightSchedule(Guided(POS, negative, 2.1), lambda u: 0.0)
     assert torch.equal(edm_sampler(off, X), edm_sampler(POS, X))
+    assert negative.calls == []
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_weight_1_is_off_bitwise_with_every_rule_and_calls_no_negative(schedule):
+    negative, plain = Counting(NEG), edm_sampler(POS, X, num_steps=4)
+    for rule, reuse in itertools.product(RULES, (NO_REUSE, Reuse(every=2, stop=0.9, once=True))):
+        choice = Choice("autoguidance", 1.0, rule=rule, schedule=schedule, reuse=reuse)
+        off = for_images(guide(choice, Parts(POS, negative)), StackedGenerator("cpu", range(3)))
+        assert torch.equal(edm_sampler(off, X, num_steps=4), plain), rule
     assert negative.calls == []
 
 

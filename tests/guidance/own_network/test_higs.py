@@ -125,3 +125,21 @@ def test_on_top_of_another_method_it_remembers_guided_images():
 def test_times_the_wrong_way_round_are_refused():
     with pytest.raises(ValueError, match=r"--higs-t-low is 0\.9 and --higs-t-high 0\.1; nothing is in between"):
         from_history(higs_t_low=0.9, higs_t_high=0.1)
+
+
+def test_weight_1_is_off_bitwise_and_so_is_a_share_of_0():
+    assert guide(Choice("higs", 1.0), ALONE) is MAIN
+    run = from_history(2.0, **EVERYWHERE)
+    for i, sigma in enumerate(SIGMAS[:3]):
+        x = sigma * NOISE
+        assert torch.equal(for_step(run.scaled(0.0), i, SIGMAS)(x, sigma), MAIN(x, sigma))
+
+
+def test_pinned_value():
+    run = from_history(2.0, **EVERYWHERE)
+    for i, sigma in enumerate(SIGMAS[:3]):
+        D = for_step(run, i, SIGMAS)(sigma * NOISE, sigma)
+    assert [D.mean().item(), D.std().item(), D[1, 1, 2, 3].item()] == pytest.approx(PINNED, rel=1e-6)
+
+
+PINNED = [0.04417563051767756, 0.8947944719165496, -1.0041114234929802]
