@@ -13,7 +13,8 @@ import torch
 from edm2kit.data.archive import open_archive
 from edm2kit.data.dataset import open_source, split_kind
 from edm2kit.data.image_files import IMAGE_EXTENSIONS, open_image, to_8bit
-from edm2kit.data.labels import Labels, folder_labels, labels_of_array, noted_labels, read_labels
+from edm2kit.data.labels import Labels, folder_labels, labels_of_array, noted_labels, read_labels, read_labels_file
+from edm2kit.metrics.reference import Reference
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.arrays import BROKEN, map_npz_array, read_npz_array
 from edm2kit.torch_utils.dist import progress_bar
@@ -54,6 +55,13 @@ class ArchiveImages:
     def labels(self) -> Labels | None:
         """The label of each image, or None."""
         return read_labels(self._archive) or folder_labels(self._archive.names) or noted_labels(self._archive)
+
+    def crop(self) -> str | None:
+        """How dataset_tool.py made the images, such as "center-crop to 256x256"; None if something else made them."""
+        settings = (read_labels_file(self._archive) or {}).get("settings")
+        if not isinstance(settings, dict) or settings.get("transform") in (None, "none"):
+            return None
+        return f"{settings['transform']} to {'x'.join(map(str, settings.get('resolution', ())))}"
 
     def where(self, index: int) -> str:
         return self._archive.where(index)
@@ -143,6 +151,23 @@ def open_images(path: str | Path) -> ScoredImages:
         return NpzImages(Path(path))
     kind, rest = split_kind(path)
     return ArchiveImages(Path(rest)) if kind == "image_files" else SourceImages(str(path))
+
+
+def warn_of_another_crop(images: ScoredImages, what: str, reference: Reference) -> None:
+    """Warn if `images`, called `what`, were cropped or resized otherwise than the reference's, as far as known."""
+    size, expected_size = list(images.read(0).shape[1:]), reference.source.get("image_size")
+    crop = images.crop() if isinstance(images, ArchiveImages) and "crop" in reference.source else None
+    expected = reference.source.get("crop")
+    if None not in (crop, expected) and crop != expected:
+        dist.warn0(
+            f"{what} was made with {crop}, the images of the reference with {expected}: the crop alone moves a "
+            "distance by several tenths or more. Convert both with one --transform of scripts/dataset_tool.py"
+        )
+    elif expected_size not in (None, size):
+        dist.warn0(
+            f"{what} has images of {size} pixels (height, width), those of the reference were {expected_size}: resize "
+            "one of them with scripts/dataset_tool.py"
+        )
 
 
 def image_labels(images: ScoredImages) -> Labels | None:

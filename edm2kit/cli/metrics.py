@@ -4,7 +4,7 @@ import itertools
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,15 @@ from edm2kit.cli import click_types as cli
 from edm2kit.cli.detector_option import detector_option
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.cli.generation_options import generation_options
-from edm2kit.cli.image_source import image_batches, image_classes, image_labels, labelled_batches, open_images
+from edm2kit.cli.image_source import (
+    ArchiveImages,
+    image_batches,
+    image_classes,
+    image_labels,
+    labelled_batches,
+    open_images,
+    warn_of_another_crop,
+)
 from edm2kit.cli.metrics_reports import explain_command, list_command
 from edm2kit.data.labels import Labels
 from edm2kit.metrics.card import by_class, cautions, intervals, markdown, run_line, summary, table
@@ -189,7 +197,10 @@ def calc(images: str, num: int, seeds: tuple[int, ...], workers: int, device: st
             picked = _select(len(source), num, seed)
             runs[f"selection {seed}"] = labelled_batches(source, picked, classes, options.batch, workers)
         origin = {"images": images, "num_images": num, "seeds": list(seeds)}
-        _score(options, _make_scorer(options, where, real_labels), runs, origin, names)
+        scorer = _make_scorer(options, where, real_labels)
+        if "crop" in scorer.reference.source:
+            warn_of_another_crop(source, f"--images {images}", scorer.reference)
+        _score(options, scorer, runs, origin, names)
 
 
 def _wants_classes(options: ScoreOptions) -> bool:
@@ -266,11 +277,11 @@ def gen(request: Request, num: int, seeds: tuple[int, ...], device: str, **scori
 def _make_scorer(options: ScoreOptions, device: torch.device, real_labels: Labels | None) -> Scorer:
     first, *others = options.ref
     scorer = make_scorer(fetch(first), device, options.metrics, options.weights_dir)
-    more = {Path(other).name: load_reference(fetch(other)) for other in others}
-    for reference in more.values():
-        for detector in scorer.detectors:
-            reference.of(detector.name)
-    scorer = replace(scorer, more=more, replicates=options.bootstrap)
+    more = _more_references(first, others, [detector.name for detector in scorer.detectors])
+    scorer = replace(scorer, more=more, replicates=options.bootstrap, per_class=options.per_class)
+    # what is missing is refused before real images are read: only that something was given counts here
+    given: dict[str, Any] = {"real": options.real and {}, "heldout": options.heldout and {}}
+    replace(scorer, **given, real_labels=None if real_labels is None else torch.empty(0)).check_names()
     for side in ("real", "heldout"):
         path = getattr(options, side)
         if path is None:
@@ -278,15 +289,35 @@ def _make_scorer(options: ScoreOptions, device: torch.device, real_labels: Label
         source = open_images(path)
         if side == "real" and len(source) < options.num:
             raise ValueError(f"--real {path} has {len(source)} images; --num asks for {options.num}, so add images")
+        for name, reference in {first: scorer.reference, **more}.items():
+            warn_of_another_crop(source, f"--{side} {path}, compared with {name},", reference)
         picked = _select(len(source), min(options.num, len(source)), 0)
         batches = image_batches(source, picked, options.batch, _REAL_WORKERS)
         features = image_features(batches, scorer.detectors, device)
         scorer = replace(scorer, real=features) if side == "real" else replace(scorer, heldout=features)
         if side == "real" and real_labels is not None:
             scorer = replace(scorer, real_labels=torch.from_numpy(real_labels.values)[picked])
-    scorer = replace(scorer, per_class=options.per_class)
-    scorer.check_names()
     return scorer
+
+
+def _more_references(first: str, others: list[str], detectors: Sequence[str]) -> dict[str, Reference]:
+    """The references after the first by the name in "DETECTOR@NAME": that of the file, or its path if two are equal."""
+    paths = [first, *others]
+    if len(set(paths)) < len(paths):
+        raise ValueError(
+            f"--ref {next(path for path in paths if paths.count(path) > 1)} is given twice; once is enough"
+        )
+    names = [Path(path).name for path in others]
+    found = {}
+    for path, name in zip(others, names, strict=True):
+        reference = load_reference(fetch(path))
+        for detector in detectors:
+            try:
+                reference.of(detector)
+            except ValueError as error:
+                raise ValueError(f"--ref {path}: {error}") from error
+        found[name if names.count(name) == 1 else path] = reference
+    return found
 
 
 def _score(
@@ -396,6 +427,8 @@ def ref(
         count, statistics = image_statistics(batches, detectors, where)
         height, width = source.read(0).shape[1:]
         origin = {"command": shlex.join(sys.argv), "data": data, "image_size": [height, width]}
+        if isinstance(source, ArchiveImages) and (crop := source.crop()) is not None:
+            origin["crop"] = crop
         reference = Reference(count, statistics, {**origin, **provenance(where)})
         dist.on_rank0(save_published_reference if suffix == ".pkl" else save_reference, dest, reference)
         dist.print0(f"{dest}: {', '.join(metrics)} of {count} images")

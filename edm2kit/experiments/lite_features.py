@@ -1,6 +1,7 @@
 """What fd_lite0, fd_lite1 and fd_lite2 see, and what they cost: measured on labelled photos of the user's."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -162,15 +163,18 @@ def main(images: str, num: int, detectors: str, publish: bool) -> None:
     if publish and (checkout() / RECORD).exists():
         former = json.loads((checkout() / RECORD).read_text(encoding="utf-8"))
         if (former["images"], former["num"]) == (record["images"], num):
-            record["detectors"] = former["detectors"]
+            record["detectors"], record["cost"] = former["detectors"], former["cost"]
     for name in detectors.split(","):
-        record["detectors"][name] = {**measure(name, pixels, classes, num // 2), "commit": code_commit()}
-        click.echo(f"{name}: {json.dumps(record['detectors'][name])}")
-    record["cost"] = measure_cost("fd_lite0")
-    click.echo(f"all metrics of fd_lite0: {record['cost']['cpu_sec']:.0f} core seconds for {_COST_IMAGES} images")
-    if publish:
-        write_json(checkout() / RECORD, record)
-        write_parts(checkout() / "docs" / "metrics.md", document_parts(record))
+        found = {**measure(name, pixels, classes, num // 2), "commit": code_commit(), "load": os.getloadavg()[0]}
+        record["detectors"][name] = found
+        click.echo(f"{name}: {json.dumps(found)}")
+        if name == _NAMES[0]:
+            record["cost"] = measure_cost(name)
+            click.echo(f"all metrics of {name}: {record['cost']['cpu_sec']:.0f} core seconds for {_COST_IMAGES} images")
+        if publish:  # after each detector, so that a stopped run can go on with --detectors
+            record["detectors"] = dict(sorted(record["detectors"].items()))
+            write_json(checkout() / RECORD, record)
+            write_parts(checkout() / "docs" / "metrics.md", document_parts(record))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from edm2kit.metrics.neighbours import nearest_distances
 from edm2kit.metrics.score import Sample, Score
 
 _COMPONENTS = 64
-_CELLS = 5
+_CELLS = 5  # this and the next number: not checked against the authors' code
 _MIN_IN_CELL = 20  # generated images; emptier cells are left out
 
 

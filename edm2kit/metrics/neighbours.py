@@ -40,8 +40,9 @@ def neighbourhood(
 ) -> Neighbourhood:
     """The neighbourhood of real features [N, F] and generated features [M, F].
 
-    Needs memory for both in float64 and 256 MiB: 2 GiB for 50,000 images each of 2048 features. Raises ValueError for
-    other shapes, too few images, and features that are not finite.
+    Needs 8 F (N + M) bytes for both in float64, and at most 384 MiB for blocks of distances, whatever N and M: 2 GiB
+    for 50,000 images each of 2048 features. Raises ValueError for other shapes, too few images, and features that are
+    not finite.
     """
     most = max(manifold_neighbours, coverage_neighbours)
     for features in (real, generated):
@@ -54,7 +55,7 @@ def neighbourhood(
         if not features.isfinite().all():
             raise ValueError("the detector returned features that are not finite (NaN or infinity)")
     centre = real.double().mean(dim=0)  # distances are computed from products, in which a large mean would cancel
-    real, generated = real.double() - centre, generated.double() - centre
+    real, generated = (rows.to(torch.float64, copy=True).sub_(centre) for rows in (real, generated))
     real_manifold, real_coverage, real_nearest = _squared_radii(real, [manifold_neighbours, coverage_neighbours, 1])
     (generated_manifold,) = _squared_radii(generated, [manifold_neighbours])
     _warn_of_copies(generated_manifold, generated.square().sum(dim=1).mean())
@@ -144,5 +145,5 @@ def _distance_blocks(points: torch.Tensor, others: torch.Tensor) -> Iterator[tup
         for start in range(0, len(points), block_rows):
             rows = points[start : start + block_rows]
             products = torch.addmm(squared_lengths, rows, others.T, alpha=-2)
-            yield start, (products + rows.square().sum(dim=1, keepdim=True)).clamp_(min=0)
+            yield start, products.add_(rows.square().sum(dim=1, keepdim=True)).clamp_(min=0)
             bar.update(len(rows))

@@ -16,6 +16,8 @@ from edm2kit.metrics.label_agreement import knn_agreement
 from edm2kit.metrics.memorization import authpct, ct_score
 from edm2kit.metrics.mind import mind
 from edm2kit.metrics.moments import FeatureStatistics
+from edm2kit.metrics.precision_recall import coverage, density, precision, recall
+from edm2kit.metrics.registry import FDR, METRICS
 from edm2kit.metrics.score import Sample, Score
 from edm2kit.metrics.vendi import vendi
 
@@ -256,3 +258,51 @@ def test_influences_predict_the_spread_over_other_images(metric, count):
         values.append(score.value)
         predicted.append(float(score.influence.square().mean()) / count)
     assert np.std(values, ddof=1) == pytest.approx(math.sqrt(np.mean(predicted)), rel=0.3)
+
+
+def plain_radii(points, k):
+    """The distance from each point to its k-th nearest other point."""
+    return np.array([np.sort(np.linalg.norm(points - point, axis=1))[k] for point in points])
+
+
+def test_precision_recall_density_and_coverage_are_shares_of_balls_around_real_and_generated_images():
+    x, y = normal(150, seed=1, shift=0.6), normal(130, seed=2)
+    found = sample(x, y)
+    x, y = x.double().numpy(), y.double().numpy()
+    apart = np.linalg.norm(y[:, None] - x[None], axis=2)  # [real, generated]
+    in_real, in_generated = apart <= plain_radii(y, 3)[:, None], apart <= plain_radii(x, 3)[None]
+    in_larger = apart <= plain_radii(y, 5)[:, None]
+    # precision is about generated images, recall about real ones
+    assert precision(found).value == exact(np.mean(in_real.any(axis=0)))
+    assert recall(found).value == exact(np.mean(in_generated.any(axis=1)))
+    assert density(found).value == exact(np.mean(in_larger.sum(axis=0)) / 5)
+    assert coverage(found).value == exact(np.mean(in_larger.any(axis=1)))
+    assert len({metric(found).value for metric in (precision, recall, density, coverage)}) == 4
+
+
+_BALLS = test_precision_recall_density_and_coverage_are_shares_of_balls_around_real_and_generated_images
+
+# the test that compares each metric with a plain implementation of its definition
+ORACLES = {
+    "precision": _BALLS,
+    "recall": _BALLS,
+    "density": _BALLS,
+    "coverage": _BALLS,
+    "kid": test_kid_is_the_mean_over_100_subsets_of_1000,
+    "mmd": test_cmmd_is_the_biased_mmd_of_unit_vectors_times_1000,
+    "mind": test_mind_is_3d_times_the_mean_squared_difference_of_sorted_projections,
+    "fd_infinity": test_fd_infinity_is_the_intercept_of_15_distances,
+    "knn_agreement": test_knn_agreement_is_the_share_that_ten_neighbours_vote_for,
+    "vendi": test_vendi_is_the_exponential_of_the_entropy_of_all_similarities,
+    "authpct": test_authpct_is_the_percentage_farther_from_a_real_image_than_that_is_from_another,
+    "ct": test_ct_is_the_weighted_z_score_of_the_cells,
+    "inception_score": test_inception_score_leaves_the_bias_out_and_averages_splits_of_5000,
+    "classifier_score": test_inception_score_leaves_the_bias_out_and_averages_splits_of_5000,
+}
+
+
+def test_every_registered_metric_has_an_oracle():
+    assert set(ORACLES) == set(METRICS)
+    for name, test in ORACLES.items():
+        assert METRICS[name].compute.__name__ in test.__code__.co_names, f"the test of {name} does not call it"
+    assert FDR in test_fdr_is_the_mean_of_distances_in_units_of_the_validation_set.__code__.co_names
