@@ -1,4 +1,4 @@
-"""The option --detector: detectors of the user's own, registered before the other options are read."""
+"""The options of calculate_metrics.py that name detectors and metrics: --detector and --metrics."""
 
 from typing import Any
 
@@ -7,10 +7,29 @@ import click
 from edm2kit.cli import click_types as cli
 from edm2kit.metrics.detectors.clip import CMMD_MODEL, clip_detector
 from edm2kit.metrics.detectors.exported import exported_detector
-from edm2kit.metrics.detectors.registry import register_detector
-from edm2kit.metrics.registry import ALL, FDR, METRICS
+from edm2kit.metrics.detectors.registry import check_names, register_detector
+from edm2kit.metrics.registry import ALL, FDR, METRICS, check_metrics
 
 _CMMD = "clip"
+
+
+class MetricNames(click.ParamType):
+    """Names separated by commas, as a tuple: those of detectors, and of metrics too unless `only_detectors`."""
+
+    name = "names"
+
+    def __init__(self, only_detectors: bool = False) -> None:
+        self.check = check_names if only_detectors else check_metrics
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if not isinstance(value, str):
+            return tuple(value)
+        names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
+        try:
+            self.check(names)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return names
 
 
 class NewDetector(click.ParamType):

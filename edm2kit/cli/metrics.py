@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from edm2kit.cli import click_types as cli
-from edm2kit.cli.detector_option import detector_option
+from edm2kit.cli.detector_option import MetricNames, detector_option
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.cli.generation_options import generation_options
 from edm2kit.cli.image_source import (
@@ -30,7 +30,7 @@ from edm2kit.cli.image_source import (
 from edm2kit.cli.metrics_reports import explain_command, list_command
 from edm2kit.data.labels import Labels
 from edm2kit.metrics.card import by_class, cautions, intervals, markdown, run_line, summary, table
-from edm2kit.metrics.detectors.registry import DETECTORS, check_names, load_detectors
+from edm2kit.metrics.detectors.registry import DETECTORS, load_detectors
 from edm2kit.metrics.per_class import class_table
 from edm2kit.metrics.reference import (
     Reference,
@@ -40,7 +40,7 @@ from edm2kit.metrics.reference import (
     save_published_reference,
     save_reference,
 )
-from edm2kit.metrics.registry import ALL, check_metrics
+from edm2kit.metrics.registry import ALL
 from edm2kit.metrics.scoring import REPLICATES, Images, Scorer, image_features, image_statistics, make_scorer
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.cache import fetch
@@ -49,25 +49,6 @@ from edm2kit.torch_utils.files import provenance, sha256_of, write_json
 _REAL_WORKERS = 2  # threads that read
 _PAPERS = ("fid", "fd_dinov2")  # the distances that papers report
 _ADM_IMAGES = 10000  # that its evaluation compares for precision and recall
-
-
-class MetricNames(click.ParamType):
-    """Names separated by commas, as a tuple: those of detectors, and of metrics too unless `only_detectors`."""
-
-    name = "names"
-
-    def __init__(self, only_detectors: bool = False) -> None:
-        self.check = check_names if only_detectors else check_metrics
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        if not isinstance(value, str):
-            return tuple(value)
-        names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
-        try:
-            self.check(names)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-        return names
 
 
 @dataclass(frozen=True)
@@ -151,6 +132,8 @@ def main() -> None:
     \b
     python calculate_metrics.py ref --data real.zip --dest real.npz
     python calculate_metrics.py calc --images out --ref real.npz
+    python calculate_metrics.py calc --images out --ref real.npz \\
+        --real real.zip --metrics all --record card.json
     python calculate_metrics.py gen --net main.safetensors \\
         --gnet weaker.safetensors --guidance 2 --ref real.npz
     torchrun --standalone --nproc-per-node 8 calculate_metrics.py gen --num-images 50000 ...

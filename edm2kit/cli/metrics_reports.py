@@ -12,7 +12,7 @@ from edm2kit.metrics.registry import METRICS
 _card = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
-@click.command(name="list", cls=cli.Command)
+@click.command(name="list", cls=cli.Command, short_help="Show all detectors and metrics.")
 def list_command() -> None:
     """Show all detectors and metrics, what their values mean, and what they need."""
     click.echo("Detectors: their Frechet distance from the reference (lower is better)")
@@ -32,7 +32,7 @@ def list_command() -> None:
     )
 
 
-@click.command(name="explain", cls=cli.Command)
+@click.command(name="explain", cls=cli.Command, short_help="Show what differs between two score cards.")
 @click.argument("first", metavar="A.json", type=_card)
 @click.argument("second", metavar="B.json", type=_card)
 def explain_command(first: Path, second: Path) -> None:
