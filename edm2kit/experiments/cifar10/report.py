@@ -40,7 +40,7 @@ _COLUMNS = {
     "fd_lite0.coverage": "coverage",
 }
 _TITLES = {"real": "held-out photos", **{name: method.title for name, method in METHODS.items()}}
-_WEIGHTS = (1.0, 1.5, 2.0, 3.0)  # of the sheet
+_WEIGHTS = (1.0, 1.5, 2.0, 3.0)  # of the sheet, from top to bottom
 
 
 def publish(out: Path, box: bool, report: Callable[[str], None]) -> None:
@@ -223,10 +223,9 @@ def _sheet(out: Path, best: Mapping[str, Setting]) -> Image.Image:
     for name in ("cfg", "autoguidance"):
         if name not in best:
             continue
-        strips = []
         for weight in _WEIGHTS:
-            strips.append(Strip(f"weight {weight:g}", _images(out, best[name].with_values({"weight": weight}), 10)))
-        lines.append((METHODS[name].title, strips))
+            images = _images(out, best[name].with_values({"weight": weight}), 14)
+            lines.append((METHODS[name].title, [Strip(f"weight {weight:g}", images)]))
     return draw_sheet(lines)
 
 
@@ -241,12 +240,14 @@ def write_box(out: Path, record: Mapping[str, Any], report: Callable[[str], None
     presets = {"cifar10": "none", "cifar10-cfg": "cfg", "cifar10-autoguidance": best_guided(best, record)}
     for preset, name in presets.items():
         setting = best[name]
-        options: dict[str, Any] = {"net": _boxed(out, "main", setting.nimg, setting.ema, files)}
+        options: dict[str, Any] = {"net": _boxed(ema_file(out, "main", setting.nimg, setting.ema), "main", files)}
         if setting.guide == "uncond":
             options["guidance-method"] = "cfg"
         elif setting.guide is not None:
             assert setting.guide_ema is not None
-            options["gnet"] = _boxed(out, setting.guide, setting.guide_nimg, setting.guide_ema, files)
+            options["gnet"] = _boxed(
+                ema_file(out, setting.guide, setting.guide_nimg, setting.guide_ema), "guide", files
+            )
         if setting.guide is not None:
             options["guidance"] = setting.weight
         if setting.interval != (0.0, float("inf")):
@@ -311,12 +312,12 @@ def _count_weights(path: Path) -> int:
     return sum(math.prod(tensor.shape) for tensor in weights.tensors.values())
 
 
-def _boxed(out: Path, run: str, nimg: int | None, std: float, files: dict[str, str]) -> str:
-    """Put one EMA into the package, once; returns its file name."""
-    path = ema_file(out, run, nimg, std)
+def _boxed(path: Path, role: str, files: dict[str, str]) -> str:
+    """Put a snapshot into the package, once; returns its file name, cifar10-ROLE, with a number from the second on."""
     content = sha256_of(path)
     if content not in files:
-        files[content] = f"cifar10-{path.name}"
+        number = sum(name.startswith(f"cifar10-{role}") for name in files.values()) + 1
+        files[content] = f"cifar10-{role}{number if number > 1 else ''}.safetensors"
         header = read_header(path)
         # without the folder of the machine that trained it
         config = {**header.training_config, "data": Path(header.training_config["data"]).name}

@@ -55,14 +55,10 @@ def test_the_step_train_continues_runs_with_the_command_of_training(tmp_path, mo
     assert words_of[2:5] == ["edm2kit.cli.train", "--preset", "cifar10"]
     assert words_of[words_of.index("--max-time") + 1] == "1.5h"
     assert words_of[words_of.index("--duration") + 1] == "2Mi"
-    start = read_header(words_of[words_of.index("--init-from") + 1])
-    assert start.nimg == max(read_header(path).nimg for path in report.BOX.glob("cifar10-main-*.safetensors"))
+    assert read_header(words_of[words_of.index("--init-from") + 1]).nimg > 1 << 16
     study.main(["train", *options], standalone_mode=False)
     assert [words_of[4] for words_of in asked[1:]] == ["cifar10-guide", "cifar10"]
     assert "--duration" not in asked[1]
-    monkeypatch.setattr(report, "BOX", tmp_path)
-    with pytest.raises(ValueError, match="no network of the run main"):
-        study.boxed_start("main")
 
 
 class Done:
@@ -179,7 +175,7 @@ def test_the_figure_has_a_curve_of_each_guided_method_and_the_unguided_value(rec
 def test_the_box_gets_the_networks_of_the_best_settings_and_nothing_else(out, tmp_path, monkeypatch):
     box = tmp_path / "box"
     box.mkdir()
-    (box / "cifar10-main-00000001-0.100.safetensors").write_bytes(b"older")
+    (box / "cifar10-main9.safetensors").write_bytes(b"older")
     monkeypatch.setattr(report, "BOX", box)
     guided = Setting(0.1, None, "guide", 2048, 0.05, 2.5, (0.5, 80.0), SAMPLER)
     best = {"none": Setting(0.1, sampler=SAMPLER), "cfg": Setting(0.1, guide="uncond", weight=1.5, sampler=SAMPLER)}
@@ -191,7 +187,7 @@ def test_the_box_gets_the_networks_of_the_best_settings_and_nothing_else(out, tm
     points = [point("none", "all", 30, 77.0, plain["none"])]
     lines = []
     report.write_box(out, {"trials": trials, "best": plain, "points": points}, lines.append)
-    networks = ["cifar10-guide-00002048-0.050", "cifar10-main-00004096-0.100"]
+    networks = ["cifar10-guide", "cifar10-main"]
     assert sorted(path.stem for path in box.glob("*.safetensors")) == networks
     request = parse_request(["--preset", str(box / "cifar10-autoguidance.yaml")])
     assert (request.guidance.weight, request.guidance.interval) == (2.5, (0.5, 80.0))
