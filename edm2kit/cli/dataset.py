@@ -7,13 +7,14 @@ from typing import Any
 
 import click
 
-from edm2kit.cli.click_types import Decorator, Group, section, timeout_option
+from edm2kit.cli.click_types import Decorator, Group, Parsed, parse_duration_sec, section, timeout_option
 from edm2kit.data import check as dataset_check
 from edm2kit.data import convert as dataset_convert
 from edm2kit.data import encode as dataset_encode
 from edm2kit.data.crops import TRANSFORMS
 from edm2kit.data.workers import num_cpus
 from edm2kit.models.vae import STABILITY_VAE
+from edm2kit.torch_utils.dist import pick_device
 
 
 class Resolution(click.ParamType):
@@ -50,6 +51,7 @@ def main() -> None:
     From images to a training set:      convert
     From pixels to latents and back:    encode, decode
     Find everything that is wrong:      check
+    Settings for a training set:        advise
 
     The same command is called edm2kit-dataset and scripts/dataset_tool.py.
     """
@@ -88,8 +90,19 @@ def main() -> None:
         help="Width and height of the result, such as 64 or 64x64  [default: unchanged]",
     ),
     click.option("--transform", type=click.Choice(list(TRANSFORMS)), default="none", help="How to make images square"),
+    click.option("--as-stored", is_flag=True, help="Ignore EXIF orientation and color profiles"),
 )
-@section("Speed", _processes, timeout_option())
+@section(
+    "Storage and speed",
+    click.option(
+        "--store",
+        type=click.Choice(list(dataset_convert.STORES)),
+        default="plain",
+        help="plain: read without decoding; compact: smaller, compressed",
+    ),
+    _processes,
+    timeout_option(),
+)
 def convert(**options: Any) -> None:
     """Convert images to a training set: square PNG files of one size, and dataset.json with their labels.
 
@@ -110,8 +123,9 @@ def convert(**options: Any) -> None:
                             with published numbers.
 
     The side of the result must be a power of two. Images smaller than --resolution are enlarged. The result is grey if
-    all images are grey, otherwise RGB. Transparency is dropped, 16-bit images keep their upper 8 bits, and EXIF
-    orientation is ignored, as in the tools that made the published data sets.
+    all images are grey, otherwise RGB. Photos are turned upright (EXIF) and converted to sRGB; the tools that made the
+    published data sets do neither: --as-stored. Transparency is dropped, 16-bit images keep their upper 8 bits. HEIC
+    photos need the extra heic: pip install 'edm2kit[heic]'.
 
     Labels in dataset.json are classes or lists of floats. Images of generate.py keep the classes noted in them.
 
@@ -119,7 +133,8 @@ def convert(**options: Any) -> None:
     their test images.
 
     Unfinished work stays in DEST.partial; run the same command again to resume. The PNG files are not compressed, so
-    that training reads them without decoding. To make an existing training set faster to read, convert it again without
+    that training reads them without decoding; --store compact makes photos smaller and reading slower
+    (docs/own-images.md has numbers). To make an existing training set faster to read, convert it again without
     --resolution and --transform.
     """
     dataset_convert.convert(**options)
@@ -186,6 +201,40 @@ def encode(**options: Any) -> None:
 def decode(**options: Any) -> None:
     """Decode latents to pixels, to see how much detail the VAE keeps."""
     dataset_encode.decode(**options)
+
+
+@main.command()
+@click.option("--source", metavar="PATH", required=True, help=_SOURCE_HELP)
+@click.option(
+    "--budget",
+    metavar="TIME",
+    type=Parsed(parse_duration_sec),
+    required=True,
+    help="Training time of both networks, such as 45m or 3h",
+)
+@click.option("--outdir", metavar="DIR", required=True, help="Folder to write configurations and commands to")
+@click.option("--channels", metavar="N", type=int, help="Width of the main network  [default: what fits the budget]")
+@click.option(
+    "--throughput",
+    metavar="R",
+    type=float,
+    help="Images/s with --channels  [default: measured]",
+)
+@click.option("--device", default="auto", help="Device that will train: auto, cuda, mps or cpu")
+def advise(
+    source: str, budget: float, outdir: str, channels: int | None, throughput: float | None, device: str
+) -> None:
+    """Choose settings for a training set: configurations of a main network and its guide, and all commands.
+
+    Looks at the images (number, resolution, classes) and at this machine (images per second), and writes main.yaml,
+    guide.yaml and commands.sh, which explain themselves. The same as train.py --auto. docs/own-images.md has the rules.
+
+    \b
+    python scripts/dataset_tool.py advise --source photos64.zip --budget 3h --outdir runs/photos
+    """
+    from edm2kit.cli.advice import advise as write_advice  # training, which no other command here needs
+
+    write_advice(source, budget, outdir, pick_device(device), throughput, channels)
 
 
 @main.command()

@@ -3,6 +3,7 @@
 `torchrun train.py ...`, `torchrun -m edm2kit.cli.train ...` and `torchrun --no-python edm2kit-train ...` are the same.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -23,10 +24,12 @@ from edm2kit.sampling.solvers import Sampler
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write
 from edm2kit.torch_utils.rng import StackedGenerator
-from edm2kit.training.config import TrainConfig, config_from_dict, preset_names, preset_path, read_yaml
+from edm2kit.training.config import TrainConfig, config_from_dict, option_of, preset_names, preset_path, read_yaml
 from edm2kit.training.run import Run, StopRequest, prepare_run
 
 SAMPLE_BATCH = 16
+# fields that --auto decides
+_DECIDED = {field.name for field in dataclasses.fields(TrainConfig)} - {"data", "seed", "workers"}
 
 
 @click.command(cls=cli.Command, epilog=f"Presets, smallest first: {summary(preset_names())}")
@@ -46,6 +49,17 @@ SAMPLE_BATCH = 16
     ),
     cli.timeout_option(),
     click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and a forecast, then stop"),
+)
+@cli.section(
+    "Plan",
+    click.option("--auto", is_flag=True, help="Write configurations for --data and --budget to --outdir, then stop"),
+    click.option(
+        "--budget",
+        metavar="TIME",
+        type=cli.Parsed(cli.parse_duration_sec),
+        help="Training time, such as 3h, for --auto",
+    ),
+    click.option("--throughput", metavar="R", type=float, help="Images/s to assume  [default: --auto measures]"),
 )
 @cli.section(
     "Network and loss",
@@ -77,6 +91,9 @@ def main(
     max_time: float | None,
     device: str,
     dry_run: bool,
+    auto: bool,
+    budget: float | None,
+    throughput: float | None,
     **options: Any,
 ) -> None:
     """Train a diffusion network and save EMA snapshots of it.
@@ -88,6 +105,11 @@ def main(
     python train.py --preset edm2-img64-s --data img64.zip --outdir runs/s
     torchrun --standalone --nproc-per-node 8 train.py --preset edm2-img64-s ...
     """
+    if auto:
+        write_advice(outdir, budget, throughput, device, preset or config_file, options)
+        return
+    if budget is not None:
+        raise ValueError("--budget belongs to --auto; the length of a run is its --duration")
     config = compose_config(preset, config_file, options)
     with dist.session(device) as picked, StopRequest(max_time) as stop:
         run = prepare_run(config, outdir)
@@ -102,6 +124,25 @@ def main(
             should_stop=stop,
             tensorboard=tensorboard,
         )
+
+
+def write_advice(
+    outdir: str,
+    budget: float | None,
+    throughput: float | None,
+    device: str,
+    configuration: str | None,
+    options: Mapping[str, Any],
+) -> None:
+    """Carry out --auto; raises ValueError for options that it decides itself."""
+    from edm2kit.cli.advice import advise  # needed by this option alone
+
+    given = [option_of(name) for name, value in options.items() if value is not None and name in _DECIDED]
+    if configuration or given:
+        raise ValueError(f"--auto decides about {', '.join(given) or configuration}; change the files that it writes")
+    if budget is None or options.get("data") is None:
+        raise ValueError("--auto needs --data and --budget, such as --budget 3h: training time of both networks")
+    advise(options["data"], budget, outdir, dist.pick_device(device), throughput, options.get("channels"))
 
 
 def compose_config(preset: str | None, config_file: str | None, options: Mapping[str, Any]) -> TrainConfig:

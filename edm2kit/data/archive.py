@@ -27,16 +27,20 @@ _SMALL_BYTES = 1 << 16
 _SAMPLE_BYTES = 4096  # that `checksum` reads at the start, in the middle and at the end of a file
 
 
-def open_archive(path: str | Path, extensions: tuple[str, ...]) -> "FolderArchive | ZipArchive":
+def open_archive(
+    path: str | Path, extensions: tuple[str, ...], or_else: tuple[str, ...] = ()
+) -> "FolderArchive | ZipArchive":
     """The files at `path`, a folder or zip file, whose names end in one of `extensions` (lower case).
 
-    Hidden files and __MACOSX are ignored. Raises ValueError if `path` is neither a folder nor a complete zip file, or
-    contains no such file.
+    If there are none, those that end in one of `or_else`. Hidden files and __MACOSX are ignored. Raises ValueError if
+    `path` is neither a folder nor a complete zip file, or contains no such file.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; expected a folder or a .zip of images")
     archive = FolderArchive(path, extensions) if path.is_dir() else ZipArchive(path, extensions)
+    if not archive.names and any(name.lower().endswith(or_else) for name in archive.ignored):
+        return open_archive(path, or_else)
     if not archive.names:
         found = ""
         if archive.ignored:

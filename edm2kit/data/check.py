@@ -21,7 +21,7 @@ from edm2kit.data.dataset import (
     split_kind,
 )
 from edm2kit.data.hugging_face import SavedTable
-from edm2kit.data.image_files import check_item, decode_array, open_image, to_8bit
+from edm2kit.data.image_files import check_item, decode_array, has_other_profile, open_image, orientation, to_8bit
 from edm2kit.data.labels import ConditionSpace, Labels, read_labels
 from edm2kit.data.workers import run_in_order
 from edm2kit.torch_utils.dist import printable, progress_bar
@@ -30,7 +30,6 @@ _MAX_KINDS = 20
 _BATCH = 64
 _SAMPLED = 64  # images that are looked at before a conversion
 _ALMOST_BLACK = 16  # of 255
-_ORIENTATION = 0x0112  # the EXIF tag
 _UNREADABLE = (ValueError, OSError, SyntaxError, KeyError, TypeError, IndexError, struct.error)
 
 
@@ -154,31 +153,49 @@ def _report_classes(classes: np.ndarray, space: ConditionSpace) -> None:
         )
 
 
-def sample_warnings(archive: FolderArchive | ZipArchive | SavedTable | CifarArchive, indices: np.ndarray) -> list[str]:
-    """Warnings about what is wrong with all pictures alike, from a sample of them.
+@dataclass(frozen=True)
+class Sample:
+    """What a sample of the source images shows: `warnings`, and the fraction of images smaller than the result."""
+
+    warnings: list[str]
+    enlarged: float
+
+
+def look_at(
+    archive: FolderArchive | ZipArchive | SavedTable | CifarArchive,
+    indices: np.ndarray,
+    side: int,
+    as_stored: bool = False,
+) -> Sample:
+    """Look at a sample of the pictures for what is wrong with all of them alike, before they become `side` pixels.
 
     Raises ValueError if the range of values makes every picture black.
     """
-    turned = deep = brightest = highest = count = 0
+    turned = profiles = small = deep = brightest = highest = count = 0
     for index in indices[np.linspace(0, len(indices) - 1, min(_SAMPLED, len(indices))).astype(int)].tolist():
         where = archive.where(index)
         try:
-            image = open_image(archive.read(index), where)
+            image = open_image(archive.read(index), where, as_stored=True)
             values = np.asarray(to_8bit(image, 3, where))
-            turned += image.getexif().get(_ORIENTATION, 1) != 1
         except _UNREADABLE:
             continue  # reported when it is converted
         count += 1
+        turned += orientation(image) != 1
+        profiles += has_other_profile(image)
+        small += min(image.size) < side
         brightest = max(brightest, int(values.max()))
         if image.mode.startswith("I"):
             deep += 1
             highest = max(highest, int(np.asarray(image).max()))
     lines = []
-    if turned:
-        lines.append(
-            f"Warning: {turned} of {count} sampled images have an EXIF orientation, which is ignored: they stay "
-            "as stored, turned or mirrored"
-        )
+    if turned and as_stored:
+        lines.append(f"Warning: {turned} of {count} sampled images stay turned or mirrored (EXIF orientation)")
+    elif turned:
+        lines.append(f"{turned} of {count} sampled images are stored turned or mirrored; they become upright (EXIF)")
+    if profiles and not as_stored:
+        lines.append(f"{profiles} of {count} sampled images have another color profile; they are converted to sRGB")
+    if small:
+        lines.append(f"Warning: {small} of {count} sampled images are smaller than {side} pixels and are enlarged")
     if count and brightest < _ALMOST_BLACK:
         reason = f"the {count} sampled images are almost black: no value is above {brightest} of 255"
         if deep == count and highest:
@@ -186,4 +203,4 @@ def sample_warnings(archive: FolderArchive | ZipArchive | SavedTable | CifarArch
                 f"{archive.path}: {reason}, as their 16-bit values only go up to {highest}; scale them to 65535 first"
             )
         lines.append(f"Warning: {reason}; scale the values first, unless this is meant")
-    return lines
+    return Sample(lines, round(small / count, 3) if count else 0.0)

@@ -3,25 +3,29 @@
 import contextlib
 import hashlib
 import os
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
 import numpy as np
 
 from edm2kit.data.archive import FolderArchive, ZipArchive, open_archive
-from edm2kit.data.check import sample_warnings
+from edm2kit.data.check import look_at
 from edm2kit.data.cifar import CifarArchive, is_cifar_archive
 from edm2kit.data.crops import TRANSFORMS
 from edm2kit.data.dataset import split_kind
 from edm2kit.data.hugging_face import SavedTable
 from edm2kit.data.image_files import (
+    HEIF_EXTENSIONS,
     IMAGE_EXTENSIONS,
     OTHER_TYPES,
-    encode_png,
+    STORES,
+    heif_is_readable,
     is_grey,
     open_header,
     open_image,
+    stored_bytes,
     to_8bit,
 )
 from edm2kit.data.labels import (
@@ -34,11 +38,13 @@ from edm2kit.data.labels import (
     read_labels,
     read_labels_file,
 )
-from edm2kit.data.output import PartialDataset, is_finished
+from edm2kit.data.output import PartialDataset, announce_size, is_finished
 from edm2kit.data.workers import run_in_order
 from edm2kit.torch_utils.dist import printable, progress_bar
 
 Archive = FolderArchive | ZipArchive | SavedTable | CifarArchive
+_VIDEOS = (".mov", ".mp4", ".m4v", ".avi", ".mkv", ".webm", ".3gp", ".mpg", ".mpeg", ".wmv")
+_MAX_KINDS = 4
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
 
 
@@ -53,7 +59,8 @@ class BrokenImage:
 class Converter:
     """Callable from the number of a source image to the bytes of its PNG file, or BrokenImage.
 
-    `size` is (width, height) for the transform. `model` names the image whose size all others must have, or is None if
+    `as_stored` leaves EXIF orientation and colour profiles alone; `store` is a key of STORES. `size` is (width, height)
+    for the transform. `model` names the image whose size all others must have, or is None if
     the transform makes sizes equal. Raises ValueError if an image does not suit the transform.
     """
 
@@ -62,11 +69,13 @@ class Converter:
     size: tuple[int, int]
     channels: int
     model: str | None
+    as_stored: bool = False
+    store: str = "plain"
 
     def __call__(self, index: int) -> bytes | BrokenImage:
         where = self.archive.where(index)
         try:
-            image = to_8bit(open_image(self.archive.read(index), where), self.channels, where)
+            image = to_8bit(open_image(self.archive.read(index), where, self.as_stored), self.channels, where)
         except ValueError as error:
             return BrokenImage(str(error))
         if self.model is not None and image.size != self.size:
@@ -75,7 +84,7 @@ class Converter:
                 "--resolution and a --transform"
             )
         try:
-            return encode_png(TRANSFORMS[self.transform](image, *self.size))
+            return STORES[self.store](TRANSFORMS[self.transform](image, *self.size))
         except ValueError as error:
             raise ValueError(f"{where} {error}") from error
 
@@ -91,23 +100,27 @@ def convert(
     workers: int,
     skip_broken: bool,
     picked: np.ndarray | None = None,
+    as_stored: bool = False,
+    store: str = "plain",
 ) -> None:
     """Write the training set `dest`, or resume writing it.
 
     `source` is a folder, a zip, a Hugging Face folder, or the archive of CIFAR-10 or CIFAR-100. `picked` are the
-    numbers of the images to convert, int64 [n], instead of all or `max_images` of them.
+    numbers of the images to convert, int64 [n], instead of all or `max_images` of them. Photos are turned upright and
+    converted to sRGB unless `as_stored`. `store` is a key of STORES.
     Raises ValueError for wrong input, including a source image that cannot be read unless `skip_broken`, and OSError if
     writing fails. In both cases there is nothing at `dest`, and calling this again resumes.
     """
     check_transform(transform, resolution)
-    archive = open_pictures(source)
+    archive = open_pictures(source, skip_broken)
     if dest.resolve().is_relative_to(archive.path.resolve()):
         raise ValueError(f"--dest {dest} is inside --source {source}; choose a folder outside")
     labels = find_labels(archive, label_source)
     classes = labels.values if labels is not None and labels.space.kind == "classes" else None
     indices = pick_balanced(len(archive.names), classes, max_images) if picked is None else picked
-    converter = plan(archive, indices, transform, resolution)
-    for line in [*_description(archive, len(indices), labels, converter.channels), *sample_warnings(archive, indices)]:
+    converter = replace(plan(archive, indices, transform, resolution), as_stored=as_stored, store=store)
+    sample = look_at(archive, indices, min(converter.size), as_stored)
+    for line in [*_description(archive, len(indices), labels, converter.channels), *sample.warnings]:
         click.echo(printable(line))
     settings = {
         "images": len(indices),
@@ -116,10 +129,17 @@ def convert(
         "transform": transform,
         "channels": converter.channels,
     }
+    # settings that were added later appear if they are not the default, so that older work is recognised
+    if as_stored:
+        settings["as_stored"] = True
+    if store != "plain":
+        settings["store"] = store
     if is_finished(dest, settings):
         click.echo(f"{dest} is complete and was made with these settings: nothing to do")
         return
-    broken = _write(converter, indices, labels, PartialDataset(dest, settings), workers, skip_broken)
+    width = converter.size[0]
+    click.echo(announce_size(dest, len(indices), stored_bytes(width, width, converter.channels), store == "compact"))
+    broken = _write(converter, indices, labels, PartialDataset(dest, settings), workers, skip_broken, sample.enlarged)
     for item in broken:
         click.echo(printable(f"Skipped: {item.reason}"))
     click.echo(f"Wrote {len(indices) - len(broken)} images to {dest}")
@@ -127,12 +147,27 @@ def convert(
         click.echo(f"Skipped {len(broken)} images that could not be read")
 
 
-def open_pictures(source: str) -> Archive:
-    """The images at `source`, with the methods of FolderArchive; raises ValueError if there are none."""
+def open_pictures(source: str, skip_broken: bool = False) -> Archive:
+    """The images at `source`, with the methods of FolderArchive.
+
+    Raises ValueError if there are none, or HEIC photos that cannot be read, unless `skip_broken` leaves these out.
+    """
     kind, path = split_kind(source)
     if kind == "hf":
         return SavedTable(path)
-    return CifarArchive(path) if is_cifar_archive(path) else open_archive(path, IMAGE_EXTENSIONS)
+    if is_cifar_archive(path):
+        return CifarArchive(path)
+    if heif_is_readable():
+        return open_archive(path, (*IMAGE_EXTENSIONS, *HEIF_EXTENSIONS))
+    archive = open_archive(path, IMAGE_EXTENSIONS, or_else=HEIF_EXTENSIONS)
+    photos = [name for name in (*archive.names, *archive.ignored) if name.lower().endswith(HEIF_EXTENSIONS)]
+    has_others = not archive.names[0].lower().endswith(HEIF_EXTENSIONS)
+    if photos and not (skip_broken and has_others):
+        raise ValueError(
+            f"{path}: {len(photos)} HEIC photos, such as {photos[0]}, need the package pillow-heif: pip install "
+            "'edm2kit[heic]'. Or use --skip-broken to leave them out"
+        )
+    return archive
 
 
 def check_transform(transform: str, resolution: tuple[int, int] | None) -> None:
@@ -248,8 +283,12 @@ def _write(
     output: PartialDataset,
     workers: int,
     skip_broken: bool,
+    enlarged: float,
 ) -> list[BrokenImage]:
-    """Write the images that are not in `output` yet, then dataset.json; returns the images that cannot be read."""
+    """Write the images that are not in `output` yet, then dataset.json; returns the images that cannot be read.
+
+    `enlarged` is the fraction of images that are enlarged, which dataset.json records.
+    """
     names = {index: f"{k // 1000:05d}/img{k:08d}.png" for k, index in enumerate(indices.tolist())}
     todo = [index for index, name in names.items() if name not in output.names]
     broken: dict[int, BrokenImage] = {}
@@ -277,6 +316,8 @@ def _write(
             if labels is not None:
                 kept = Labels(labels.values[written], labels.class_names)
                 content = kept.to_json([names[index] for index in written])
+            if enlarged:
+                content["enlarged"] = enlarged
             output.finish(content)
     except OSError as error:
         raise OSError(
@@ -299,8 +340,8 @@ def _description(archive: Archive, count: int, labels: Labels | None, channels: 
     lines = [f"{archive.path}: {len(archive.names)} images; converting {count} to {color}"]
     others = [name for name in archive.ignored if name not in (LABELS_FILE, RECORD)]
     if others:
-        lines.append(f"Ignoring {len(others)} other files, such as {others[0]}")
-    unread = [name for name in others if name.lower().endswith(OTHER_TYPES)]
+        lines.append(f"Ignoring {len(others)} other files: {_kinds(others)}")
+    unread = [name for name in others if name.lower().endswith((*OTHER_TYPES, *HEIF_EXTENSIONS))]
     if unread:
         lines.append(
             f"Warning: {len(unread)} of them are images of types that are not read; convert {unread[0]} to PNG"
@@ -320,6 +361,16 @@ def _description(archive: Archive, count: int, labels: Labels | None, channels: 
     elif labels.class_names and isinstance(archive, FolderArchive):
         lines += _empty_folders(archive, labels.class_names)
     return lines
+
+
+def _kinds(names: list[str]) -> str:
+    """What kinds of files these are, the most frequent first: "12 videos (such as a.mov), 3 .txt (such as b.txt)"."""
+    kinds = ["videos" if name.lower().endswith(_VIDEOS) else Path(name).suffix.lower() or "no suffix" for name in names]
+    counts = Counter(kinds).most_common()
+    parts = [f"{count} {kind} (such as {names[kinds.index(kind)]})" for kind, count in counts[:_MAX_KINDS]]
+    if len(counts) > _MAX_KINDS:
+        parts.append(f"{len(counts) - _MAX_KINDS} other kinds")
+    return ", ".join(parts)
 
 
 def _empty_folders(archive: FolderArchive, class_names: tuple[str, ...]) -> list[str]:

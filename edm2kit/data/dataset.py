@@ -12,11 +12,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from edm2kit.data.archive import open_archive
-from edm2kit.data.image_files import IMAGE_EXTENSIONS, OTHER_TYPES, Layout, check_item, decode_array, find_layout
+from edm2kit.data.image_files import (
+    HEIF_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    OTHER_TYPES,
+    Layout,
+    check_item,
+    decode_array,
+    find_layout,
+)
 from edm2kit.data.labels import ConditionSpace, find_extra, labels_identity, pick_labels, read_labels
 
 FILE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".npy")
-UNREAD_TYPES = tuple({*IMAGE_EXTENSIONS, *OTHER_TYPES}.difference(FILE_EXTENSIONS))
+UNREAD_TYPES = tuple({*IMAGE_EXTENSIONS, *HEIF_EXTENSIONS, *OTHER_TYPES}.difference(FILE_EXTENSIONS))
 ENCODER_FILE = "encoder.json"
 _HASHED_BYTES = 1 << 26  # of all items together, for the identity of a data set
 _HUGGING_FACE_FILES = ("dataset_dict.json", "state.json")  # save_to_disk writes one of them into each folder

@@ -1,11 +1,13 @@
 """Image and array files: bytes <-> images and arrays, and the layout of files that can be read without decoding."""
 
+import functools
 import io
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +20,8 @@ IMAGE_EXTENSIONS = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
+HEIF_EXTENSIONS = (".heic", ".heif", ".hif")  # of phones; they need the package pillow-heif
 OTHER_TYPES = (
-    ".heic",
-    ".heif",
     ".avif",
     ".jp2",
     ".jxl",
@@ -37,6 +38,16 @@ _MAX_PIXELS = 1 << 27  # of one image: 134 megapixels
 # a small file with very many pixels is made to fill the memory; uniform areas compress to 1/1000
 _SMALL_PIXELS, _PIXELS_PER_BYTE = 1 << 24, 100
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_ORIENTATION = 0x0112  # the EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _BROKEN_IMAGE = (
     OSError,
@@ -55,10 +66,11 @@ _BLOCK_HEADER = 5
 _PNG_END = 20  # Adler checksum of the pixels, CRC of IDAT, IEND
 
 
-def open_image(data: bytes, where: str) -> Image.Image:
+def open_image(data: bytes, where: str, as_stored: bool = False) -> Image.Image:
     """Decode an image file, in the mode of the file; of an animation, the first frame.
 
-    EXIF orientation is ignored, as in the tools that made the published data sets. Raises ValueError, starting with
+    The image is turned upright if its EXIF data say so, and its colours are converted to sRGB if it has another
+    profile. `as_stored` does neither, as the tools that made the published data sets. Raises ValueError, starting with
     `where` (the file name shown to the user), if `data` is not a complete image.
     """
     image = open_header(data, where)
@@ -66,15 +78,87 @@ def open_image(data: bytes, where: str) -> Image.Image:
         image.load()
     except _BROKEN_IMAGE as error:
         raise ValueError(f"{where}: the image is damaged or cut short: {error}") from error
-    return image
+    return image if as_stored else to_srgb(upright(image))
+
+
+def orientation(image: Image.Image) -> int:
+    """How the pixels of an image are turned (EXIF, 1 to 8; 1 is upright, also if nothing is said)."""
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except _BROKEN_IMAGE:
+        return 1  # damaged notes say nothing
+    return found if found in _UPRIGHT else 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation says that it should be seen."""
+    turn = _UPRIGHT.get(orientation(image))
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.info = {key: value for key, value in image.info.items() if key != "exif"}
+    return turned
+
+
+def has_other_profile(image: Image.Image) -> bool:
+    """Whether an image has a colour profile other than sRGB that can be converted."""
+    profile = image.info.get("icc_profile")
+    return bool(profile) and image.mode in _SRGB_MODES and _to_srgb_transform(profile, image.mode) is not None
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """The image with its colours converted to sRGB, if it has another profile; grey stays grey.
+
+    A profile that cannot be read is ignored, as in browsers. 16-bit images are left as they are.
+    """
+    if not has_other_profile(image):
+        return image
+    from PIL import ImageCms
+
+    transform = _to_srgb_transform(image.info["icc_profile"], image.mode)
+    converted = ImageCms.applyTransform(image.convert(_SRGB_MODES[image.mode]), transform)
+    assert converted is not None  # not in place
+    return converted.convert("L") if image.mode in ("L", "LA") else converted
+
+
+# mode of an image -> the mode that its colours are converted in; transparency is dropped anyway
+_SRGB_MODES = {"RGB": "RGB", "RGBA": "RGB", "P": "RGB", "L": "L", "LA": "L", "CMYK": "CMYK"}
+
+
+@functools.lru_cache(maxsize=32)
+def _to_srgb_transform(profile: bytes, mode: str) -> Any:
+    """The transform from a colour profile to sRGB, or None if there is nothing to convert."""
+    try:
+        from PIL import ImageCms
+
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return None
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.buildTransform(source, srgb, _SRGB_MODES[mode], "RGB")
+    except (ImportError, OSError, ImageCms.PyCMSError):
+        return None  # not a profile for this kind of image, or Pillow was built without colour management
+
+
+def heif_is_readable() -> bool:
+    """Whether HEIC photos can be read: the package pillow-heif is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def open_header(data: bytes, where: str) -> Image.Image:
-    """Like open_image, but without decoding the pixels: enough for size, mode and notes."""
+    """Like open_image, but without decoding the pixels, as stored: enough for size, mode and notes."""
+    formats: tuple[str, ...] = _FORMATS
+    if data[4:8] == b"ftyp" and heif_is_readable():
+        formats = (*_FORMATS, "HEIF")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is this project's own
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            image = Image.open(io.BytesIO(data), formats=formats)
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{where}: is not an image, or is cut short within its header") from error
     except _BROKEN_IMAGE as error:
@@ -119,6 +203,19 @@ def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:
     return sheet
 
 
+def stored_bytes(width: int, height: int, channels: int) -> int:
+    """The size of the file that `encode_png` makes of an image."""
+    rows = height * (1 + width * channels)
+    return _PNG_START + rows + _BLOCK_HEADER * (len(_png_blocks(height, 1 + width * channels)) - 1) + _PNG_END
+
+
+def encode_compact_png(image: Image.Image) -> bytes:
+    """Encode an 8-bit grey or RGB image as a compressed PNG: smaller, but training has to decode it."""
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
 def encode_png(image: Image.Image) -> bytes:
     """Encode an 8-bit grey or RGB image as PNG without compression and row filters.
 
@@ -148,6 +245,10 @@ def _png_blocks(height: int, row_bytes: int) -> list[tuple[int, int]]:
     limit = 0xFFFF if row_bytes > 0xFFFF else 0xFFFF // row_bytes * row_bytes
     total = height * row_bytes
     return [(start, min(start + limit, total)) for start in range(0, total, limit)]
+
+
+# --store of dataset_tool.py convert -> how a picture becomes a file
+STORES: dict[str, Callable[[Image.Image], bytes]] = {"plain": encode_png, "compact": encode_compact_png}
 
 
 def encode_npy(array: np.ndarray) -> bytes:

@@ -11,11 +11,12 @@ from pathlib import Path
 from edm2kit.data.archive import open_archive
 from edm2kit.data.dataset import FILE_EXTENSIONS
 from edm2kit.data.labels import LABELS_FILE, read_labels_file
-from edm2kit.torch_utils.files import check_name, differences, file_lock, plain_json, write_json
+from edm2kit.torch_utils.files import check_name, differences, file_lock, free_bytes, plain_json, write_json
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LIMIT_16, _LIMIT_32 = 0xFFFF, 0xFFFFFFFF
+_ZIP_BYTES = 150  # that a file takes in a zip besides its content
 _DATE_1980 = 33  # the same bytes whenever it is written
 
 
@@ -48,6 +49,31 @@ def _comparable(settings: dict, found: dict) -> dict:
     if isinstance(source, dict) and isinstance(found.get("source"), dict) and "content" not in found["source"]:
         settings = {**settings, "source": {key: value for key, value in source.items() if key != "content"}}
     return settings
+
+
+def announce_size(dest: Path, count: int, image_bytes: int, compressed: bool) -> str:
+    """A sentence about the size of `count` images of `image_bytes` uncompressed, before they are written.
+
+    Raises ValueError if the disk has not that much space.
+    """
+    each = image_bytes + _ZIP_BYTES
+    total, free = each * count, free_bytes(dest.parent)
+    if compressed:
+        return f"{dest} will be smaller than {size_text(total)}, of compressed images"
+    if total > free:
+        raise ValueError(
+            f"{dest} will be {size_text(total)}, but {size_text(free)} are free on its disk; compress the images "
+            "(--store compact), choose a smaller --resolution, or another disk"
+        )
+    return f"{dest} will be {size_text(total)}: {count} images of {size_text(each)}"
+
+
+def size_text(num_bytes: float) -> str:
+    """A number of bytes in the unit that is short to read: "37.5 MB"."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes / 1000:.1f} KB"
 
 
 class PartialDataset:

@@ -19,6 +19,7 @@ from torch import nn
 
 from edm2kit.data.batches import STOP_SIGNALS, GlobalOrder, micro_batch_sizes, training_batches
 from edm2kit.data.dataset import Source, open_source, read_encoder_record
+from edm2kit.data.labels import LABELS_FILE
 from edm2kit.models.encoders import ENCODERS, Encoder, make_encoder
 from edm2kit.models.networks import NETWORKS
 from edm2kit.models.preconditioning import PRECISIONS, slow_precision
@@ -246,6 +247,15 @@ def reading_notices(dataset: Source) -> list[str]:
     ]
 
 
+def enlarged_fraction(dataset: Source) -> float:
+    """The fraction of the images that `dataset_tool.py convert` had to enlarge, from its sample; 0 if unknown."""
+    try:
+        found = json.loads(dataset.read_extra(LABELS_FILE) or b"{}").get("enlarged", 0.0)
+    except (ValueError, AttributeError):
+        return 0.0
+    return found if isinstance(found, int | float) and 0 <= found <= 1 else 0.0
+
+
 def _fitting_encoder(config: TrainConfig, dataset: Source) -> Encoder:
     """The encoder for the data; raises ValueError if the configuration names one that does not fit."""
     fitting = "rgb" if dataset.item_dtype == np.uint8 else "vae"
@@ -254,9 +264,19 @@ def _fitting_encoder(config: TrainConfig, dataset: Source) -> Encoder:
         spec = {"kind": fitting}
         if source := read_encoder_record(dataset):
             spec["vae_name"] = source.vae_name
+    elif spec == {"kind": "vae"} and fitting == "vae" and (source := read_encoder_record(dataset)):
+        spec["vae_name"] = source.vae_name
     if spec.get("kind") in [kind for kind in ENCODERS if kind != fitting]:
-        content = "pixels" if fitting == "rgb" else "latents"
-        raise ValueError(f"{dataset.path} holds {content}, but the encoder {spec['kind']!r} does not take them")
+        if fitting == "rgb":
+            raise ValueError(
+                f"{dataset.path} holds pixels, but the configuration is for latents. Encode them "
+                f"(`python scripts/dataset_tool.py encode --source {dataset.path} --dest latents.zip`), or use one "
+                "for pixels, such as edm2-img64-s for 64x64"
+            )
+        raise ValueError(
+            f"{dataset.path} holds latents, but the configuration is for pixels. Use the pixels that they were made "
+            "of, or a preset for latents, such as edm2-img512-s"
+        )
     return make_encoder(spec)
 
 

@@ -26,7 +26,7 @@ def source(tmp_path):
 def test_class_folders_become_a_data_set(tmp_path, source, dest):
     output = convert(source, tmp_path / dest)
     assert "6 images; converting 6 to RGB" in output
-    assert "Ignoring 1 other files, such as note.txt" in output
+    assert "Ignoring 1 other files: 1 .txt (such as note.txt)" in output
     assert "2 classes: cat, dog" in output
     dataset = ImageDataset(tmp_path / dest)
     assert [dataset.item_name(k) for k in range(6)] == [f"00000/img{k:08d}.png" for k in range(6)]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from edm2kit.data.archive import open_archive
-from edm2kit.data.check import sample_warnings
+from edm2kit.data.check import look_at
 from edm2kit.data.convert import find_labels, plan
 from edm2kit.data.dataset import ImageDataset
 from edm2kit.data.image_files import IMAGE_EXTENSIONS, open_header
@@ -120,12 +120,12 @@ def test_an_image_of_gigabytes_is_refused_by_its_header():
 
 def test_pictures_of_the_wrong_range_are_reported(tmp_path):
     dark = opened(write_zip(tmp_path / "dark.zip", {"0.png": png(1), "1.png": png(2)}))
-    assert "almost black: no value is above 2 of 255" in sample_warnings(dark, np.arange(2))[0]
+    assert "almost black: no value is above 2 of 255" in look_at(dark, np.arange(2), 8).warnings[0]
     deep = opened(write_zip(tmp_path / "deep.zip", {"0.png": png(4000, mode="I;16")}))
     with pytest.raises(ValueError, match="16-bit values only go up to 4000"):
-        sample_warnings(deep, np.arange(1))
+        look_at(deep, np.arange(1), 8)
     fine = opened(write_zip(tmp_path / "fine.zip", {"0.png": png(200)}))
-    assert sample_warnings(fine, np.arange(1)) == []
+    assert look_at(fine, np.arange(1), 8).warnings == []
 
 
 def test_the_reason_is_given_if_no_image_can_be_read(tmp_path):

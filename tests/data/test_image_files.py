@@ -112,10 +112,11 @@ def test_a_header_is_read_without_the_pixels():
     assert open_header(data[:60], "x").size == (16, 12)
 
 
-def test_exif_orientation_is_ignored():
+def test_exif_orientation_is_followed_unless_pixels_are_wanted_as_stored():
     image = picture(0, (6, 4))
     exif = Image.Exif()
     exif[0x0112] = 6
     file = io.BytesIO()
     image.save(file, format="png", exif=exif)
-    assert open_image(file.getvalue(), "x").size == (6, 4)
+    assert open_image(file.getvalue(), "x").size == (4, 6)
+    assert open_image(file.getvalue(), "x", as_stored=True).size == (6, 4)

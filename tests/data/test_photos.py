@@ -1,0 +1,203 @@
+"""Photos as cameras and phones store them: turned, in other colors, as HEIC, among videos; the size of the result."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from edm2kit.data import convert as data_convert
+from edm2kit.data import image_files, output
+from edm2kit.data.dataset import ImageDataset, open_source
+from edm2kit.data.image_files import open_image
+from tests.support.dataset_tool import convert
+from tests.support.pictures import encoded, write_folder
+
+SKY, GROUND, LEFT = (40, 90, 220), (60, 160, 50), (220, 200, 40)
+# EXIF orientation -> how a phone that reports it has stored an upright picture
+STORED = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def portrait() -> Image.Image:
+    """A portrait photo: sky above, ground below, something yellow on the left."""
+    image = Image.new("RGB", (48, 64), SKY)
+    image.paste(GROUND, (0, 32, 48, 64))
+    image.paste(LEFT, (0, 24, 12, 40))
+    return image
+
+
+def phone_photo(orientation: int) -> bytes:
+    """The portrait as a JPEG that a phone stores turned."""
+    image, turn = portrait(), STORED[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    (image if turn is None else image.transpose(turn)).save(file, "jpeg", quality=95, exif=exif)
+    return file.getvalue()
+
+
+def is_upright(pixels: np.ndarray) -> bool:
+    """Whether sky, ground and the yellow thing are where they belong; uint8 [3, 16, 16]."""
+    places = {(1, 8): SKY, (14, 8): GROUND, (8, 1): LEFT}
+    found = [np.abs(pixels[:, y, x].astype(int) - color).max() < 40 for (y, x), color in places.items()]
+    return all(found)
+
+
+def test_portrait_photos_of_a_phone_become_upright(tmp_path):
+    source = write_folder(tmp_path / "photos", {f"{k}.jpg": phone_photo(k) for k in STORED})
+    said = convert(source, tmp_path / "out.zip", "--resolution", 16, "--transform", "center-crop")
+    assert "7 of 8 sampled images are stored turned or mirrored; they become upright (EXIF)" in said
+    pictures = [ImageDataset(tmp_path / "out.zip")[k][0] for k in range(8)]
+    assert [is_upright(picture) for picture in pictures] == [True] * 8
+    options = ["--resolution", 16, "--transform", "center-crop", "--as-stored"]
+    said = convert(source, tmp_path / "stored.zip", *options)
+    assert "Warning: 7 of 8 sampled images stay turned or mirrored" in said
+    stored = [is_upright(ImageDataset(tmp_path / "stored.zip")[k][0]) for k in range(8)]
+    assert stored == [True] + [False] * 7
+
+
+def test_training_directly_on_photos_sees_what_a_converted_copy_holds(tmp_path):
+    image = portrait().resize((16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    image.transpose(Image.Transpose.ROTATE_90).save(file, "jpeg", exif=exif)
+    source = write_folder(tmp_path / "photos", {"00000/img00000000.jpg": file.getvalue()})
+    convert(source, tmp_path / "out")
+    direct, converted = open_source(source), open_source(tmp_path / "out")
+    np.testing.assert_array_equal(direct[0][0], converted[0][0])
+    assert is_upright(direct[0][0])
+
+
+def swapped_profile() -> bytes:
+    """A color profile whose red is sRGB's blue, and the other way around."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile = bytearray(bytes(profile).replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be")))
+    count = int.from_bytes(profile[128:132], "big")
+    tags = {bytes(profile[k : k + 4]): k + 4 for k in range(132, 132 + 12 * count, 12)}
+    red, blue = tags[b"rXYZ"], tags[b"bXYZ"]
+    profile[red : red + 8], profile[blue : blue + 8] = profile[blue : blue + 8], profile[red : red + 8]
+    return bytes(profile)
+
+
+def with_profile(image: Image.Image, profile: bytes) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "png", icc_profile=profile)
+    return file.getvalue()
+
+
+def test_colors_are_converted_to_srgb():
+    red = Image.new("RGB", (4, 4), (255, 0, 0))
+    data = with_profile(red, swapped_profile())
+    assert np.abs(np.asarray(open_image(data, "x"))[0, 0].astype(int) - (0, 0, 255)).max() <= 2
+    assert open_image(data, "x", as_stored=True).getpixel((0, 0)) == (255, 0, 0)
+    transparent = with_profile(red.convert("RGBA"), swapped_profile())
+    assert open_image(transparent, "x").getpixel((0, 0))[2] >= 253
+
+
+def test_srgb_damaged_profiles_and_grey_stay_what_they_are():
+    red = Image.new("RGB", (4, 4), (200, 10, 30))
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (srgb, b"not a profile"):
+        assert open_image(with_profile(red, profile), "x").getpixel((0, 0)) == (200, 10, 30)
+    grey = Image.new("L", (4, 4), 100)
+    assert open_image(with_profile(grey, swapped_profile()), "x").getpixel((0, 0)) == 100  # not for grey images
+
+
+def test_photos_in_other_colors_are_reported(tmp_path):
+    files = {
+        "0.png": with_profile(Image.new("RGB", (8, 8), (255, 0, 0)), swapped_profile()),
+        "1.png": encoded(portrait().resize((8, 8))),
+    }
+    said = convert(write_folder(tmp_path / "photos", files), tmp_path / "out")
+    assert "1 of 2 sampled images have another color profile; they are converted to sRGB" in said
+
+
+@pytest.fixture
+def heic_photos(tmp_path):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    files = {"b.png": encoded(portrait()), "note.txt": b"x", "clip.MOV": b"x", "clip2.mp4": b"x"}
+    source = write_folder(tmp_path / "photos", files)
+    portrait().save(source / "a.heic", quality=95)
+    return source
+
+
+CROP = ("--resolution", 16, "--transform", "center-crop")
+
+
+def test_heic_photos_are_read_and_other_files_are_listed_once(tmp_path, heic_photos):
+    said = convert(heic_photos, tmp_path / "out", *CROP)
+    assert "Ignoring 3 other files: 2 videos (such as clip.MOV), 1 .txt (such as note.txt)" in said
+    assert said.count("clip") == 1
+    dataset = ImageDataset(tmp_path / "out")
+    assert [is_upright(dataset[k][0]) for k in range(2)] == [True, True]
+
+
+def test_without_the_package_heic_photos_are_refused_in_one_line(tmp_path, heic_photos, monkeypatch):
+    for module in (data_convert, image_files):
+        monkeypatch.setattr(module, "heif_is_readable", lambda: False)
+    said = convert(heic_photos, tmp_path / "out", *CROP, code=1)
+    assert said.strip().endswith(
+        "1 HEIC photos, such as a.heic, need the package pillow-heif: pip install 'edm2kit[heic]'. Or use "
+        "--skip-broken to leave them out"
+    )
+    said = convert(heic_photos, tmp_path / "out", *CROP, "--skip-broken")
+    assert "Warning: 1 of them are images of types that are not read" in said
+    assert len(ImageDataset(tmp_path / "out")) == 1
+    (heic_photos / "b.png").unlink()
+    assert "1 HEIC photos" in convert(heic_photos, tmp_path / "none", *CROP, code=1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_size_is_announced_before_it_is_written(tmp_path, channels):
+    mode = "L" if channels == 1 else "RGB"
+    files = {f"{k}.png": encoded(portrait().convert(mode)) for k in range(20)}
+    said = convert(write_folder(tmp_path / "photos", files), tmp_path / "out.zip", "--resolution", 64, *CROP[2:])
+    (line,) = [line for line in said.splitlines() if "will be" in line]
+    announced = float(line.split("will be ")[1].split(" ")[0])
+    real = (tmp_path / "out.zip").stat().st_size / 1000
+    assert announced == pytest.approx(real, rel=0.05)
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_the_work(tmp_path, monkeypatch):
+    source = write_folder(tmp_path / "photos", {"0.png": encoded(portrait())})
+    monkeypatch.setattr(output, "free_bytes", lambda folder: 500)
+    said = convert(source, tmp_path / "out", *CROP, code=1)
+    assert "but 0.5 KB are free on its disk; compress the images (--store compact)" in said
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_compact_storage_holds_the_same_pixels_in_less_space(tmp_path):
+    source = write_folder(tmp_path / "photos", {f"{k}.png": encoded(portrait()) for k in range(3)})
+    convert(source, tmp_path / "plain.zip", *CROP)
+    said = convert(source, tmp_path / "compact.zip", *CROP, "--store", "compact")
+    assert "will be smaller than" in said
+    plain, compact = ImageDataset(tmp_path / "plain.zip"), ImageDataset(tmp_path / "compact.zip")
+    np.testing.assert_array_equal(plain.read(np.arange(3)), compact.read(np.arange(3)))
+    assert (tmp_path / "compact.zip").stat().st_size < (tmp_path / "plain.zip").stat().st_size
+    assert compact.needs_decoding
+    assert not plain.needs_decoding
+    assert "nothing to do" in convert(source, tmp_path / "compact.zip", *CROP, "--store", "compact")
+    assert "store" in convert(source, tmp_path / "compact.zip", *CROP, code=1)
+
+
+def test_enlarged_images_are_reported_and_recorded(tmp_path):
+    files = {"0.png": encoded(portrait()), "1.png": encoded(portrait().resize((12, 16)))}
+    said = convert(write_folder(tmp_path / "photos", files), tmp_path / "out", "--resolution", 32, *CROP[2:])
+    assert "Warning: 1 of 2 sampled images are smaller than 32 pixels and are enlarged" in said
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["enlarged"] == 0.5
+    convert(tmp_path / "photos", tmp_path / "small", "--resolution", 8, *CROP[2:])
+    assert "enlarged" not in json.loads((tmp_path / "small" / "dataset.json").read_text())
