@@ -6,6 +6,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,14 +53,21 @@ _DECIDED = {field.name for field in dataclasses.fields(TrainConfig)} - {"data", 
 )
 @cli.section(
     "Plan",
-    click.option("--auto", is_flag=True, help="Write configurations for --data and --budget to --outdir, then stop"),
+    click.option("--auto", is_flag=True, help="Write configurations and commands to --outdir, then stop"),
     click.option(
-        "--budget",
+        "--budget", metavar="TIME", type=cli.Parsed(cli.parse_duration_sec), help="Training time for --auto, such as 3h"
+    ),
+    click.option(
+        "--throughput", metavar="R", type=cli.AtLeast(float, 1e-6), help="Images/s to assume for --auto and -n"
+    ),
+    click.option(
+        "--measure",
         metavar="TIME",
         type=cli.Parsed(cli.parse_duration_sec),
-        help="Training time, such as 3h, for --auto",
+        help="Measure images/s for so long, for -n",
     ),
-    click.option("--throughput", metavar="R", type=float, help="Images/s to assume  [default: --auto measures]"),
+    click.option("--gpus", metavar="N", type=cli.AtLeast(int, 1), help="Plan for N GPUs, with -n"),
+    click.option("--gpu-memory", metavar="GB", type=cli.AtLeast(float, 1), help="Memory of each of them, with -n"),
 )
 @cli.section(
     "Network and loss",
@@ -94,6 +102,9 @@ def main(
     auto: bool,
     budget: float | None,
     throughput: float | None,
+    measure: float | None,
+    gpus: int | None,
+    gpu_memory: float | None,
     **options: Any,
 ) -> None:
     """Train a diffusion network and save EMA snapshots of it.
@@ -110,11 +121,14 @@ def main(
         return
     if budget is not None:
         raise ValueError("--budget belongs to --auto; the length of a run is its --duration")
+    if not dry_run and (throughput or measure or gpus or gpu_memory):
+        raise ValueError("--throughput, --measure, --gpus and --gpu-memory are for planning: add -n")
     config = compose_config(preset, config_file, options)
     with dist.session(device) as picked, StopRequest(max_time) as stop:
-        run = prepare_run(config, outdir)
-        run.describe(picked)
+        run = prepare_run(config, outdir, processes=gpus)
+        run.describe(picked, None if gpu_memory is None else round(gpu_memory * 1e9))
         if dry_run:
+            forecast_time(run, picked, throughput, measure)
             return
         if samples:
             check_decoder(run, picked)
@@ -124,6 +138,26 @@ def main(
             should_stop=stop,
             tensorboard=tensorboard,
         )
+
+
+def forecast_time(run: Run, device: torch.device, throughput: float | None, measure_sec: float | None) -> None:
+    """Print how long the run will take at `throughput` images/s, or at the speed measured for `measure_sec`."""
+    processes = run.processes
+    how = "as given"
+    if throughput is None and measure_sec is not None:
+        from edm2kit.training.throughput import images_per_sec  # needed by this option alone
+
+        share = run.config.batch_size // processes
+        alone = dataclasses.replace(run.config, batch_size=share)
+        throughput = images_per_sec(alone, run.dataset, device, measure_sec) * processes
+        how = "measured here"
+        if processes > dist.world_size():
+            how = f"{processes} times what one process reached here, without the time to exchange gradients"
+    if throughput is None:
+        dist.print0("time               unknown: add --measure 60s, or --throughput with the images/s of all GPUs")
+        return
+    left = timedelta(seconds=round(run.config.duration_nimg / throughput))
+    dist.print0(f"time               {left} at {throughput:,.1f} images/s ({how}), without samples and snapshots")
 
 
 def write_advice(

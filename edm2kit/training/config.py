@@ -62,11 +62,11 @@ class TrainConfig:
     init_sha256: str | None = _setting(None, "SHA-256 of the snapshot to start from", named="--init-from")
     sigma_data: float = _setting(0.5, "Standard deviation of the training data")
     label_dropout: float = _setting(
-        0.0, "Fraction of images shown without label, for CFG",
+        0.0, "Fraction of images without label, for CFG",
         option="--label-dropout", metavar="P",
     )  # fmt: skip
     flip: bool = _setting(
-        False, "Mirror half of the images; not for text or digits",
+        False, "Mirror half of the images",
         option="--flip", metavar="BOOL", added=True,
     )  # fmt: skip
     augment: float = _setting(
@@ -86,11 +86,11 @@ class TrainConfig:
     )
     batch_size: int = _setting(2048, "Images per step over all processes", option="--batch", metavar="NIMG")
     batch_gpu: int | None = _setting(
-        None, "Images per forward pass and process, at most",
+        None, "Images per forward pass, at most",
         option="--batch-gpu", metavar="NIMG", free=True, default_shown="all",
     )  # fmt: skip
     precision: str = _setting(
-        "fp32", "Inside the network: fp32, fp16 or bf16; its weights stay fp32",
+        "fp32", "Inside the network: fp32, fp16 or bf16",
         option="--precision", metavar="NAME", choices=tuple(PRECISIONS),
     )  # fmt: skip
     recompute: bool = _setting(
@@ -104,9 +104,7 @@ class TrainConfig:
     loss_scaling: float = _setting(1.0, "Loss scaling, undone before the update", option="--ls", metavar="FLOAT")
     cudnn_benchmark: bool = _setting(True, "Let cuDNN choose by benchmark", option="--bench", metavar="BOOL", free=True)
     seed: int = _setting(0, "Random seed of the run", option="--seed", metavar="N")
-    workers: int = _setting(
-        2, "Processes that read images; 0 reads them in the main process", option="--workers", metavar="N", free=True
-    )
+    workers: int = _setting(2, "Processes that read images; 0: none", option="--workers", metavar="N", free=True)
     status_every_nimg: int = _setting(
         128 << 10, "Images between status lines; 0: none", option="--status", metavar="NIMG", free=True
     )

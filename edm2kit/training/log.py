@@ -23,6 +23,7 @@ from edm2kit.training.loss import EDM2Loss
 
 STATS_NAME = "stats.jsonl"
 _GB = 1e9
+_MANY_EPOCHS = 1000
 _MAX_PENDING = 8192  # values on the device, each at least half a KB there
 
 
@@ -348,6 +349,31 @@ class _FusedAttention(torch.autograd.Function):
 
 def _nbytes(storages: dict[int, torch.UntypedStorage], but: Iterable[int] = ()) -> int:
     return sum(storage.nbytes() for key, storage in storages.items() if key not in but)
+
+
+def schedule_warnings(config: TrainConfig, num_images: int) -> list[str]:
+    """What looks like a mistake in the schedule of a run on `num_images` images, and shows only at its end."""
+    duration, found = config.duration_nimg, []
+    epochs = duration / num_images
+    if epochs > _MANY_EPOCHS:
+        found.append(
+            f"{epochs:,.0f} epochs of {num_images:,} images: the network will memorise them. Use --duration "
+            f"{_MANY_EPOCHS * num_images} or less, more images, or --dropout and --augment"
+        )
+    if config.rampup_nimg >= duration:
+        found.append(
+            f"the learning rate never reaches --lr: its --rampup takes {config.rampup_nimg:,} of {duration:,} images; "
+            f"use --rampup {duration // 32} for example"
+        )
+    every = config.snapshot_every_nimg
+    if every == 0:
+        found.append("there will be no snapshots, which --snapshot 0 says")
+    elif every >= duration:
+        found.append(
+            "snapshots come at one time only, the end, so no other EMA length can be rebuilt; use --snapshot "
+            f"{max(1000, duration // 16)} for example"
+        )
+    return found
 
 
 def memory_advice(forecast: Forecast, free_bytes: int, micro_batch: int) -> str | None:

@@ -25,12 +25,12 @@ from edm2kit.models.networks import NETWORKS
 from edm2kit.models.preconditioning import PRECISIONS, slow_precision
 from edm2kit.snapshots.file_format import Header
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.files import atomic_write, differences, exclusive, provenance
+from edm2kit.torch_utils.files import atomic_write, differences, exclusive, free_bytes, provenance
 from edm2kit.training.augmentation import NUM_LABELS
 from edm2kit.training.checkpoint import DivergenceError, list_checkpoints, read_run_id
 from edm2kit.training.config import TrainConfig, config_to_dict, read_yaml, refuse_changes, run_id, write_config
 from edm2kit.training.fine_tuning import adopt_source, check_source
-from edm2kit.training.log import RunLog, make_forecast, memory_advice
+from edm2kit.training.log import Forecast, RunLog, make_forecast, memory_advice, schedule_warnings
 from edm2kit.training.loop import Trainer, training_loop
 from edm2kit.training.loss import TrainingLoss
 
@@ -60,9 +60,18 @@ class Run:
     data_identity: Mapping[str, Any]
     micro_batches: list[int]
     run_dir: Path
+    processes: int
 
-    def describe(self, device: torch.device) -> None:
-        """Print the data, the forecast, the notices and the configuration."""
+    def forecast(self) -> Forecast:
+        """Parameters, steps, memory and disk."""
+        architecture = dict(self.header.architecture)
+        return make_forecast(self.config, architecture, max(self.micro_batches), self.processes)
+
+    def describe(self, device: torch.device, free_gpu_bytes: int | None = None) -> None:
+        """Print the data, the forecast, what looks like a mistake, the notices and the configuration.
+
+        `free_gpu_bytes` is the memory of each GPU to compare with, instead of that of `device`.
+        """
         config, dataset = self.config, self.dataset
         shape = "x".join(str(n) for n in dataset.item_shape)
         labels = dataset.condition_space if config.cond else "no labels"
@@ -70,15 +79,25 @@ class Run:
         sizes = "+".join(map(str, self.micro_batches[:3]))
         if len(self.micro_batches) > 3:
             sizes += "+..."
-        processes = dist.world_size()
-        dist.print0(f"batch              {config.batch_size} images: {processes} processes, {sizes} images each")
-        forecast = make_forecast(config, dict(self.header.architecture), max(self.micro_batches), processes)
+        dist.print0(f"batch              {config.batch_size} images: {self.processes} processes, {sizes} images each")
+        forecast = self.forecast()
         for line in forecast.lines():
             dist.print0(line)
-        if device.type == "cuda":
-            advice = memory_advice(forecast, torch.cuda.mem_get_info(device)[0], max(self.micro_batches))
+        dist.print0(f"epochs             {config.duration_nimg / len(dataset):,.1f}")
+        if free_gpu_bytes is None and device.type == "cuda":
+            free_gpu_bytes = torch.cuda.mem_get_info(device)[0]
+        if free_gpu_bytes is not None:
+            advice = memory_advice(forecast, free_gpu_bytes, max(self.micro_batches))
             if advice is not None:
                 dist.warn0(advice)
+        free = dist.on_rank0(free_bytes, self.run_dir)
+        if forecast.disk_bytes > free:
+            dist.warn0(
+                f"the run needs {forecast.disk_bytes / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free at "
+                f"{self.run_dir}; use a larger --snapshot interval, or another disk"
+            )
+        for warning in schedule_warnings(config, len(dataset)):
+            dist.warn0(warning)
         self.print_notices()
         for name, value in self.header.training_config.items():
             dist.print0(f"  {name:22s}{value}")
@@ -167,14 +186,17 @@ class Run:
         write_config(self.config, self.run_dir / CONFIG_NAME)
 
 
-def prepare_run(config: TrainConfig, run_dir: str | Path, teacher: Mapping[str, Any] | None = None) -> Run:
+def prepare_run(
+    config: TrainConfig, run_dir: str | Path, teacher: Mapping[str, Any] | None = None, processes: int | None = None
+) -> Run:
     """Settle everything that depends on the data and the number of processes, and check the run folder.
 
-    `teacher` describes the denoiser that the run distils, if it does; it becomes part of the run's identity. Writes
-    nothing. Raises ValueError if configuration and data do not agree (labels are missing, the batch does not divide
-    over the processes), or if the folder holds another run.
+    `teacher` describes the denoiser that the run distils, if it does; it becomes part of the run's identity.
+    `processes` plans for another number of them than there are. Writes nothing. Raises ValueError if configuration and
+    data do not agree (labels are missing, the batch does not divide over the processes), or if the folder holds another
+    run.
     """
-    run = resolve(config, open_source(config.data, use_labels=config.cond), Path(run_dir), teacher)
+    run = resolve(config, open_source(config.data, use_labels=config.cond), Path(run_dir), teacher, processes)
     recorded = _check_run_dir(run)
     if recorded is not None and "content" not in recorded["data_identity"]:
         # a run from before contents were recorded keeps its name, which its snapshots share
@@ -183,7 +205,11 @@ def prepare_run(config: TrainConfig, run_dir: str | Path, teacher: Mapping[str, 
 
 
 def resolve(
-    config: TrainConfig, dataset: Source, run_dir: Path = Path(), teacher: Mapping[str, Any] | None = None
+    config: TrainConfig,
+    dataset: Source,
+    run_dir: Path = Path(),
+    teacher: Mapping[str, Any] | None = None,
+    processes: int | None = None,
 ) -> Run:
     """As `prepare_run`, with an open data set and without a look at the run folder."""
     if config.cond and not dataset.label_dim:
@@ -221,11 +247,16 @@ def resolve(
         network=config.network_kind,
         label_kind="vectors" if config.cond and dataset.condition_space.kind == "vectors" else "classes",
     )
-    sizes = micro_batch_sizes(config.batch_size, dist.world_size(), config.batch_gpu)
+    processes = processes or dist.world_size()
+    sizes = micro_batch_sizes(config.batch_size, processes, config.batch_gpu)
     notices = reading_notices(dataset)
+    if enlarged := enlarged_fraction(dataset):
+        notices.append(
+            f"about {enlarged:.0%} of the images were enlarged to {dataset.resolution} pixels, so they are soft"
+        )
     if config.init_from is not None:
         notices += check_source(config, header)
-    return Run(config, dataset, encoder, header, notices, identity, sizes, run_dir)
+    return Run(config, dataset, encoder, header, notices, identity, sizes, run_dir, processes)
 
 
 def reading_notices(dataset: Source) -> list[str]:

@@ -50,7 +50,7 @@ ROOMS = {
     },
 }
 OUTSIDE = {"tests", "scripts", "benchmarks"}
-IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}
+IMPORT_NAMES = {"pillow": "PIL", "pillow-heif": "pillow_heif", "pyyaml": "yaml"}
 MAX_LINES = 450  # each command passes through few files, so some hold two neighbouring ideas
 _TEXT = {".py", ".sh", ".md", ".toml", ".yml", ".yaml", ".txt", ".json", ".cfg", ""}
 _SETUP = {".sh", ".toml", ".yml", ".txt", ".cfg", ""}
