@@ -1,4 +1,4 @@
-"""Write what the records say into docs/performance.md and docs/scaling.md, and plot how cost grows."""
+"""Write what the records say into docs/performance.md, scaling.md and imagenet.md, and plot how cost grows."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import click
 
 from benchmarks import harness
 from benchmarks.plots import growth_plot
-from benchmarks.scaling_report import scaling_text
+from benchmarks.scaling_report import imagenet_text, scaling_text
 from benchmarks.tables import comparison_table
 from edm2kit.cli import click_types as cli
 from edm2kit.experiments.documents import is_current, markdown_table, write_parts
@@ -42,7 +42,7 @@ Records = Mapping[str, Record]
 )
 @click.option("--check", is_flag=True, help="Write nothing; fail if a document differs from the records")
 def main(folder: Path, docs: Path, check: bool) -> None:
-    """Update docs/performance.md and docs/scaling.md from the records of the benchmarks."""
+    """Update docs/performance.md, scaling.md and imagenet.md from the records of the benchmarks."""
     records = read_records(folder)
     texts = documents(records)
     if check:
@@ -64,7 +64,11 @@ def read_records(folder: Path) -> dict[str, dict[str, Any]]:
 
 def documents(records: Records) -> dict[str, str]:
     """Generated text by file in docs/."""
-    return {"performance.md": performance_text(records), "scaling.md": scaling_text(records)}
+    return {
+        "performance.md": performance_text(records),
+        "scaling.md": scaling_text(records),
+        "imagenet.md": imagenet_text(records),
+    }
 
 
 def performance_text(records: Records) -> str:

@@ -99,6 +99,28 @@ def forecast_table(presets: Mapping[str, Mapping[str, float]]) -> str:
     return markdown_table(["preset", *(f"{ranks} GPUs" for ranks in RANKS)], rows)
 
 
+# preset -> training images on docs/imagenet.md: the network of Table 1 and its guide
+IMAGENET_RUNS = {"edm2-img512-s": 2048 << 20, "edm2-img512-xs": 128 << 20}
+IMAGENET_RANKS = (8, 32, 64)
+
+
+def imagenet_text(records: Mapping[str, dict[str, Any]]) -> str:
+    """The generated part of docs/imagenet.md: how long both networks train, by the step model."""
+    record = records.get("scaling")
+    if record is None:
+        return "No record yet: `python -m benchmarks.scaling`."
+    rows = []
+    for preset, nimg in IMAGENET_RUNS.items():
+        for ranks in IMAGENET_RANKS:
+            rate = images_per_sec(record["presets"][preset], ranks)
+            hours = nimg / rate / 3600
+            rows.append(
+                (preset, f"{nimg >> 20:,} Mi", str(ranks), f"{rate:,.0f}", f"{hours:,.1f}", f"{BATCH // ranks}")
+            )
+    head = ("preset", "images", "H100 GPUs", "images/s", "hours", "images per GPU and step")
+    return "Forecast by the step model of [scaling.md](scaling.md), not measured:\n\n" + markdown_table(head, rows)
+
+
 def images_per_sec(cost: Mapping[str, float], ranks: int) -> float:
     """Training speed of a preset on that many H100."""
     job = TrainingJob(int(cost["parameters"]), cost["multiply_adds"], BATCH)

@@ -68,7 +68,7 @@ def test_a_network_is_told_what_fits_the_memory_of_those_gpus(tmp_path):
     done = CliRunner().invoke(train.main, list(map(str, words)))
     assert done.exit_code == 0, done.output
     assert "8 processes, 256 images each" in done.output
-    assert "GPU has 40.0 GB free; use --batch-gpu 32" in done.output
+    assert "GPU has 40.0 GB free; use --batch-gpu 128 or --recompute true" in done.output
 
 
 def test_a_full_disk_is_noticed_before_the_run(plan, monkeypatch):
