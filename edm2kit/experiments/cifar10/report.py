@@ -121,11 +121,10 @@ def document_parts(record: Mapping[str, Any]) -> dict[str, str]:
 def _short_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     if "none" not in rows:
         return "The scores of these networks are not measured yet."
-    lines, count = [], 0
+    lines, count = [], rows["none"][-1]["key"]["num"]
     for name in ("real", "none", "cfg-interval", "cfg", "autoguidance", "autoguidance-interval"):
-        if name in rows:
+        if name in rows and rows[name][-1]["key"]["num"] == count:
             together = rows[name][-1]
-            count = together["key"]["num"]
             values = [_with_interval(together, metric) for metric in ("fd_lite0", "fd_lite2")]
             lines.append([_TITLES[name], *values, f"{together['results']['fd_lite0.coverage']:.2f}"])
     return markdown_table([f"{count:,} images each", "fd_lite0", "fd_lite2", "coverage"], lines, "lrrr")
