@@ -20,6 +20,7 @@ SIZES = ("xxs", "xs", "s", "m", "l", "xl", "xxl")
 PRESETS_FILE = Path(__file__).parents[1] / "configs" / "generate.yaml"
 BOX = Path(__file__).parents[1] / "networks"  # networks that come with the package, their presets and cards
 _FILE_SUFFIXES = (".yaml", ".yml")
+_REPEATABLE = ("guidance-also",)
 _PATHS = ("net", "gnet", "uncond", "labels")  # options whose values are files
 
 
@@ -96,9 +97,10 @@ def preset_words(path: Path) -> list[str]:
     for name, value in options.items():
         if value is False or value is None:
             continue
-        words.append(f"--{name}")
-        if value is not True:
-            words.append(_word(name, value, path.parent))
+        for one in value if name in _REPEATABLE and isinstance(value, list) else [value]:
+            words.append(f"--{name}")
+            if one is not True:
+                words.append(_word(name, one, path.parent))
     return words
 
 

@@ -84,6 +84,14 @@ def image_features(images: Images, detectors: Sequence[Detector], device: torch.
     return _run(FeaturePass(detectors, device, keep=True), images).features()
 
 
+def features_and_classes(
+    images: Images, detectors: Sequence[Detector], device: torch.device
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The features as from `image_features`, and the classes of the images, int64 [N], [0] if they are unknown."""
+    features = _run(FeaturePass(detectors, device, keep=True), images)
+    return features.features(), features.labels()
+
+
 def _run(features: FeaturePass, images: Images) -> FeaturePass:
     error = None
     try:
@@ -144,10 +152,18 @@ class Scorer:
         metrics = self._metrics()
         return self._finish(_run(self._feature_pass(metrics), images), metrics)
 
-    def measure_features(self, features: Mapping[str, torch.Tensor], labels: torch.Tensor | None = None) -> Measurement:
-        """The same from features that are known already, float32 [N, F] by detector, as from `image_features`."""
+    def measure_features(
+        self,
+        features: Mapping[str, torch.Tensor],
+        labels: torch.Tensor | None = None,
+        warn_if_few: bool = True,
+    ) -> Measurement:
+        """The same from features that are known already, float32 [N, F] by detector, as from `features_and_classes`.
+
+        `warn_if_few` is for distances that may be compared with those of other numbers of images.
+        """
         empty = torch.empty(0, dtype=torch.int64)
-        return self._measure_kept(features, empty if labels is None else labels, self._metrics())
+        return self._measure_kept(features, empty if labels is None else labels, self._metrics(), warn_if_few)
 
     def check_names(self) -> None:
         """Raise ValueError if a metric lacks what it needs, before any image is generated."""
@@ -184,7 +200,11 @@ class Scorer:
         return dist.on_rank0(self._measure_kept, images.features(), images.labels(), metrics)
 
     def _measure_kept(
-        self, features: Mapping[str, torch.Tensor], labels: torch.Tensor, metrics: Mapping[str, Sequence[str]]
+        self,
+        features: Mapping[str, torch.Tensor],
+        labels: torch.Tensor,
+        metrics: Mapping[str, Sequence[str]],
+        warn_if_few: bool = True,
     ) -> Measurement:
         # On the CPU, in the order of the images: the same bits for any number of ranks and size of batches.
         moments = []
@@ -192,7 +212,7 @@ class Scorer:
             moments.append(Moments(rows.shape[1]))
             moments[-1].add(rows)
         count, statistics = statistics_of(self.detectors, moments)
-        self._check(count, statistics)
+        self._check(count, statistics, warn_if_few)
         values = self._distances(statistics)
         scores: dict[str, Score] = {name: Score(value) for name, value in values.items()}
         for detector in self.detectors:
@@ -256,14 +276,14 @@ class Scorer:
             real_labels=self.real_labels,
         )
 
-    def _check(self, count: int, statistics: Mapping[str, FeatureStatistics]) -> None:
+    def _check(self, count: int, statistics: Mapping[str, FeatureStatistics], warn_if_few: bool = True) -> None:
         for detector in self.detectors:
             found = statistics[detector.name]
             if found.covariance.trace() <= _NO_VARIANCE * (found.mean @ found.mean):
                 raise ValueError(
                     f"all {count} images have equal {detector.name} features: they are copies of one image"
                 )
-            if count <= detector.num_features:
+            if warn_if_few and count <= detector.num_features:
                 dist.warn0(
                     f"{detector.name} has {detector.num_features} features: a distance from only {count} images is far "
                     "too large; compare it with distances from the same number of images only"

@@ -1,0 +1,206 @@
+"""The record of a search: one optuna study in an SQLite file, which several processes share and which survives kill -9.
+
+Each trial of the study is one measurement: a candidate at one number of images. A process claims a measurement by a
+trial in the state RUNNING that names it, all under a file lock, so no two processes work on the same. Each process
+holds a lock file of its own as long as it lives; the system releases it when the process dies, however it dies. A
+RUNNING trial of a dead process is marked as failed, and its measurement is claimed again.
+"""
+
+import contextlib
+import json
+import secrets
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edm2kit.experiments.tune.halving import Evaluation
+from edm2kit.experiments.tune.proposals import quiet_optuna
+from edm2kit.torch_utils.files import differences, file_lock, plain_json, write_json
+
+STUDY_NAME = "search"
+_DATABASE, _SETTINGS, _LOCK, _WORKERS = "study.db", "settings.json", ".deciding", "workers"
+_MAX_DEATHS = 3  # of processes that worked on the same measurement
+_SQLITE_TIMEOUT_SEC = 300
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A measurement that this process is to make; `trial` is its number in the study."""
+
+    trial: int
+    key: str
+    values: Mapping[str, Any]
+    num_images: int
+
+
+# evaluations so far -> (key, parameter values, number of images, images to generate), or None for nothing to do now
+Decide = Callable[[Sequence[Evaluation]], tuple[str, Mapping[str, Any], int, int] | None]
+
+
+class SharedStudy:
+    """The study in the folder of a search. Use it as a context manager: inside, this process is known to live.
+
+    `settings` decide what is compared. Raises ValueError if the folder holds a search with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.worker = f"{socket.gethostname()}-{secrets.token_hex(6)}"
+        with self._deciding():
+            path = folder / _SETTINGS
+            asked = plain_json(settings)
+            if path.exists():
+                self._check(path, asked)
+            else:
+                write_json(path, asked)
+            self._study = self._open()
+
+    def _check(self, path: Path, asked: Any) -> None:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); choose another --outdir") from error
+        if changed := differences(found, asked):
+            raise ValueError(
+                f"{self.folder} holds a search with other settings ({'; '.join(changed[:3])}); choose another --outdir"
+            )
+
+    def _open(self) -> Any:
+        import optuna
+
+        with quiet_optuna():
+            self._storage = optuna.storages.RDBStorage(
+                f"sqlite:///{(self.folder / _DATABASE).absolute()}",
+                engine_kwargs={"connect_args": {"timeout": _SQLITE_TIMEOUT_SEC}},
+            )
+            return optuna.create_study(storage=self._storage, study_name=STUDY_NAME, load_if_exists=True)
+
+    def __enter__(self) -> "SharedStudy":
+        self._alive = contextlib.ExitStack()
+        self._alive.enter_context(file_lock(self.folder / _WORKERS / self.worker, lambda owner: None))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._alive.close()
+
+    @contextlib.contextmanager
+    def _deciding(self) -> Iterator[None]:
+        # returning from the callback means: wait
+        with file_lock(self.folder / _LOCK, lambda owner: None):
+            yield
+
+    def evaluations(self) -> list[Evaluation]:
+        """Every measurement so far, in the order in which they were claimed; those under way have no value."""
+        import optuna
+
+        states = optuna.trial.TrialState
+        with quiet_optuna():
+            trials = self._study.get_trials(deepcopy=False, states=(states.COMPLETE, states.RUNNING))
+        return [_evaluation(trial) for trial in trials]
+
+    def claim(self, decide: Decide) -> Claim | None:
+        """The next measurement for this process; None if `decide` has none. Measurements of dead processes come first.
+
+        Raises ValueError if a measurement has killed three processes.
+        """
+        import optuna
+
+        states = optuna.trial.TrialState
+        with self._deciding(), quiet_optuna():
+            trials = self._study.get_trials(deepcopy=False)
+            lost = [trial for trial in trials if trial.state == states.RUNNING and not self._lives(trial)]
+            for trial in lost:
+                self._study.tell(trial.number, state=states.FAIL)
+            trials = self._study.get_trials(deepcopy=False)
+            wanted = self._abandoned(trials)
+            if wanted is None:
+                evaluations = [_evaluation(one) for one in trials if one.state in (states.COMPLETE, states.RUNNING)]
+                wanted = decide(evaluations)
+            if wanted is None:
+                return None
+            key, values, num_images, cost = wanted
+            attributes = {"key": key, "values": dict(values), "num_images": num_images, "cost": cost}
+            trial = optuna.trial.create_trial(
+                state=states.RUNNING, user_attrs={**attributes, "worker": self.worker}, **_as_parameters(values)
+            )
+            self._study.add_trial(trial)
+            number = self._study.get_trials(deepcopy=False)[-1].number
+            return Claim(number, key, values, num_images)
+
+    def finish(self, claim: Claim, value: float, results: Mapping[str, float], seconds: float, error: str = "") -> None:
+        """Record a measurement: `value` is what becomes small, infinity if it failed for the reason `error`."""
+        with quiet_optuna():
+            study_id = self._storage.get_study_id_from_name(STUDY_NAME)
+            trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, claim.trial)
+            for name, content in (("results", dict(results)), ("seconds", round(seconds, 3)), ("error", error)):
+                self._storage.set_trial_user_attr(trial_id, name, content)
+            self._study.tell(claim.trial, value)
+
+    def results(self) -> list[dict[str, Any]]:
+        """Complete measurements with everything that is known of them, in order."""
+        import optuna
+
+        found = []
+        with quiet_optuna():
+            trials = self._study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+        for trial in trials:
+            found.append({**trial.user_attrs, "value": trial.value, "trial": trial.number})
+        return found
+
+    def _lives(self, trial: Any) -> bool:
+        worker = trial.user_attrs["worker"]
+        if worker == self.worker:
+            return True
+        with contextlib.suppress(_HeldError), file_lock(self.folder / _WORKERS / worker, _refuse):
+            return False
+        return True
+
+    def _abandoned(self, trials: Sequence[Any]) -> tuple[str, Mapping[str, Any], int, int] | None:
+        """A measurement whose process died, unless it has been claimed again."""
+        deaths: dict[tuple[str, int], list[Any]] = {}
+        claimed = set()
+        for trial in trials:
+            work = trial.user_attrs["key"], trial.user_attrs["num_images"]
+            if trial.state.name == "FAIL":
+                deaths.setdefault(work, []).append(trial)
+            else:
+                claimed.add(work)
+        for work, failed in deaths.items():
+            if work in claimed:
+                continue
+            if len(failed) >= _MAX_DEATHS:
+                raise ValueError(
+                    f"{len(failed)} processes died while they measured {work[0]}; perhaps memory ran out. "
+                    "Lower --batch, or leave this choice out and use another --outdir"
+                )
+            attributes = failed[-1].user_attrs
+            return attributes["key"], attributes["values"], attributes["num_images"], attributes["cost"]
+        return None
+
+
+class _HeldError(Exception):
+    """Another process holds a lock."""
+
+
+def _refuse(owner: str) -> None:
+    raise _HeldError
+
+
+def _as_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameter values as optuna shows them in its own tools."""
+    import optuna
+
+    # names are attributes only: their choices would have to be the same in all trials
+    numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+    distribution = optuna.distributions.IntDistribution(0, 1000)
+    return {"params": numbers, "distributions": dict.fromkeys(numbers, distribution)}
+
+
+def _evaluation(trial: Any) -> Evaluation:
+    known = trial.user_attrs
+    value = trial.value if trial.state.name == "COMPLETE" else None
+    return Evaluation(
+        known["key"], known["values"], known["num_images"], value, known["cost"], known.get("seconds", 0.0)
+    )
