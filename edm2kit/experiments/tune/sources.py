@@ -40,7 +40,7 @@ class NetworkSource:
 
     @property
     def is_run(self) -> bool:
-        """Whether other times and lengths than one can be had."""
+        """Whether there are several times or lengths to choose from."""
         return len(self.weights) > 1
 
     @property
@@ -80,7 +80,7 @@ class NetworkSource:
         return sorted([*shorter, *stored, *between, *longer])
 
     def fit_error(self, nimg: int, length: float) -> float:
-        """How far the rebuilt averaging profile would be from the wanted one, from 0; infinite if it cannot be had."""
+        """How far the rebuilt averaging profile would be from the wanted one, from 0; infinite if it cannot be rebuilt."""
         try:
             [output] = plan_outputs(self.weights, [length], [nimg])
         except ValueError:
