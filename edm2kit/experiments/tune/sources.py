@@ -80,7 +80,7 @@ class NetworkSource:
         return sorted([*shorter, *stored, *between, *longer])
 
     def fit_error(self, nimg: int, length: float) -> float:
-        """How far the rebuilt averaging profile would be from the wanted one, from 0; infinite if it cannot be rebuilt."""
+        """Error of the rebuilt averaging profile relative to the wanted one; infinite if it cannot be rebuilt."""
         try:
             [output] = plan_outputs(self.weights, [length], [nimg])
         except ValueError:
