@@ -26,6 +26,7 @@ from edm2kit.training.run import enlarged_fraction
 _MEASURE_SEC = 60  # altogether, at most, if steps are short
 _WORTH_IT = 1.1  # how much faster bfloat16 must be
 _MEMORY_SHARE = 0.7  # of the free GPU memory that a forecast, a lower bound, may fill
+_FORECAST_BATCH = 64  # of one image alone, the normalised weights would be most of the activations
 _SCORING_SHARE = 0.15  # of the budget
 # console command -> the same command in a checkout
 _SCRIPTS = {
@@ -150,9 +151,9 @@ def _fitting(facts: Facts, width: int, device: torch.device) -> int | None:
     channels = 4 if facts.latents else 3
     config = recipe.to_config(recipe.settings(facts, Speed(width, 1, 1), 1000, guide=False, more={"precision": "fp16"}))
     architecture = full_architecture(facts.resolution, channels, facts.classes, 0.5, config.network)
-    memory = make_forecast(config, architecture, 1, 1).memory
+    memory = make_forecast(config, architecture, _FORECAST_BATCH, 1).memory
     free = torch.cuda.mem_get_info(device)[0] * _MEMORY_SHARE - memory.state
-    return 1 << max(0, int(free / memory.activations).bit_length() - 1)
+    return 1 << max(0, int(free * _FORECAST_BATCH / memory.activations).bit_length() - 1)
 
 
 @dataclass(frozen=True)
