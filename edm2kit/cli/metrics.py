@@ -216,7 +216,11 @@ def _select(available: int, num: int, seed: int) -> list[int]:
     return np.sort(np.random.RandomState(seed % (1 << 31)).permutation(available)[:num]).tolist()
 
 
-@main.command(sections=("Networks", "Scoring", "Seeds and output"), unlisted=("tf32", "deterministic", "timeout"))
+@main.command(
+    short_help="Score the images of a network without writing them.",
+    sections=("Networks", "Scoring", "Seeds and output"),
+    unlisted=("tf32", "deterministic", "timeout"),
+)
 @generation_options
 @_scoring_options
 @cli.section(

@@ -200,7 +200,9 @@ def detect(detectors: Sequence[Detector], images: torch.Tensor) -> list[torch.Te
 
 def _detect_together(detectors: Sequence[Detector], images: torch.Tensor, size: int) -> list[torch.Tensor]:
     """The features of at most `size` images; the networks see exactly `size`, the last image again and again."""
-    batch = images[torch.arange(size, device=images.device).clamp(max=len(images) - 1)]
+    batch = images
+    if len(images) < size:
+        batch = torch.cat([images, images[-1:].expand(size - len(images), -1, -1, -1)])
     wanted: dict[nn.Module, set[str]] = {}
     for detector in detectors:
         wanted.setdefault(detector.net, set()).add(detector.output)
