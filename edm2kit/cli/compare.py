@@ -21,6 +21,8 @@ from edm2kit.experiments.compare_guidance.measure import (
     measure_row,
     read_record,
 )
+from edm2kit.experiments.compare_guidance.page import NAME as PAGE_NAME
+from edm2kit.experiments.compare_guidance.page import write_page
 from edm2kit.experiments.compare_guidance.pareto import draw_trade_offs
 from edm2kit.experiments.compare_guidance.report import (
     DOCUMENT,
@@ -271,7 +273,7 @@ def make_table(outdir: Path, publish: bool, **given: Any) -> None:
     _device,
 )
 def sheet(outdir: Path, images: int, dest: Path | None, device: str, **given: Any) -> None:
-    """Make one picture of every row at every weight, with seeds 0, 1, ..."""
+    """Make one picture of every row at every weight, with seeds 0, 1, ...; and a page with a slider over the weight."""
     _, rows, networks = _take_rows(given)
     path = dest or outdir / "sheet.png"
     with dist.session(device) as picked:
@@ -287,6 +289,10 @@ def sheet(outdir: Path, images: int, dest: Path | None, device: str, **given: An
         with atomic_write(path) as file:
             draw_sheet(lines).save(file, "PNG", optimize=True)
     click.echo(f"Wrote {path}")
+    record_path, page_path = outdir / RECORD_NAME, path.with_name(PAGE_NAME)
+    record = json.loads(record_path.read_text(encoding="utf-8")) if record_path.exists() else None
+    if write_page(lines, record, page_path):
+        click.echo(f"Wrote {page_path}")
 
 
 def _tune(

@@ -177,6 +177,7 @@ def test_other_networks_rows_and_untuned_weights_are_refused(place, measured, tm
 
 def test_the_sheet_has_a_line_for_each_row(place, tmp_path):
     run(place, "sheet", tmp_path, "--images", 2, "--device", "cpu")
+    assert (tmp_path / "index.html").read_text().count('class="slider"') == 1
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.mode == "P"
         sizes = sheet.size

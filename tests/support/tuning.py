@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from edm2kit.cli.generation import Request
-from edm2kit.experiments.tune import space as space_module
 from edm2kit.experiments.tune.sources import NetworkSource
 from edm2kit.experiments.tune.space import Candidate, Space, Way
 from edm2kit.models.edm2 import Precond
@@ -51,10 +50,8 @@ def source(name: str, times: tuple[int, ...]) -> NetworkSource:
     return NetworkSource(name, name, tuple(Weights(f"{name}-{nimg}", header(name, nimg), {}) for nimg in times))
 
 
-def simulated_space(monkeypatch=None, weight_steps: int = 8) -> Space:
+def simulated_space(weight_steps: int = 8) -> Space:
     """256 combinations of age, two EMA lengths and weight; no files behind it."""
-    if monkeypatch is not None:
-        monkeypatch.setattr(space_module, "_WEIGHT_STEPS", weight_steps)
     main, guide = source("main", (4000,)), source("guide", (1000, 2000))
     request = Request("main")
     lengths = (0.05, 0.07, 0.1, 0.14)
@@ -66,6 +63,7 @@ def simulated_space(monkeypatch=None, weight_steps: int = 8) -> Space:
         {("guide", 1000): lengths, ("guide", 2000): lengths},
         {"guide": (1000, 2000)},
         {"autoguidance": (1.0, 3.0)},
+        weight_intervals=weight_steps,
     )
 
 

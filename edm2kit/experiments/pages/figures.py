@@ -118,12 +118,14 @@ def heat_map(
 def standalone(svg: str) -> str:
     """The figure as the content of an SVG file of its own."""
     start, _, rest = svg.partition(">")
-    return f'{start} style="background:var(--ground)"><style>\n{STYLE}\n</style>{rest}'
+    start = start.replace('style="', 'style="background:var(--ground);')
+    return f"{start}><style>\n{STYLE}\n</style>{rest}"
 
 
 def _svg(width: int, height: int, description: str, parts: Sequence[str]) -> str:
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"'
-    return f'{head} aria-label="{escape(description)}">{"".join(parts)}</svg>'
+    # as large as drawn, so that the text has one size in all figures
+    return f'{head} style="max-width:{width}px" aria-label="{escape(description)}">{"".join(parts)}</svg>'
 
 
 def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:

@@ -14,7 +14,6 @@ from edm2kit.guidance.registry import METHODS
 
 UNGUIDED = "none"
 BASELINE: Mapping[str, Any] = {"way": "unguided"}  # the parameter values of the main network alone, as it is usually
-_WEIGHT_STEPS = 40
 _INTERVAL_STEPS = 6
 _INTERVAL_SHARE = 0.55  # of the sampling steps, at most, are left out at either end
 _SEARCHED = ("--net", "--gnet", "--preset", "--guidance", "--interval", "--guidance-method")
@@ -82,6 +81,7 @@ class Space:
     weights: Mapping[str, tuple[float, float]]
     sigmas: tuple[float, ...] = ()
     interval: tuple[float, float] | None = None
+    weight_intervals: int = 40  # between the lowest and the highest weight
 
     def pick(self, suggest: Suggest) -> dict[str, Any]:
         """Values for the parameters that a candidate has, by name, as `suggest` chooses them."""
@@ -109,7 +109,8 @@ class Space:
     def weight_steps(self, title: str) -> list[float]:
         """The weights of a way, evenly spaced; 1, which is off, is left out."""
         low, high = self.weights[title]
-        steps = [round(low + (high - low) * k / _WEIGHT_STEPS, 4) for k in range(_WEIGHT_STEPS + 1)]
+        count = self.weight_intervals
+        steps = [round(low + (high - low) * k / count, 4) for k in range(count + 1)]
         return [step for step in dict.fromkeys(steps) if step != 1]
 
     def lengths_of(self, guide: NetworkSource, age: int) -> tuple[float, ...]:

@@ -74,8 +74,8 @@ def search(folder, space: Space, budget: Budget, seed: int = 0, measure=None) ->
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_it_comes_within_2_percent_of_an_exhaustive_grid_with_a_tenth_of_its_images(tmp_path, monkeypatch, seed):
-    space = simulated_space(monkeypatch)
+def test_it_comes_within_2_percent_of_an_exhaustive_grid_with_a_tenth_of_its_images(tmp_path, seed):
+    space = simulated_space()
     grid = []
     for age in range(2):
         for main in range(4):
@@ -93,15 +93,15 @@ def test_it_comes_within_2_percent_of_an_exhaustive_grid_with_a_tenth_of_its_ima
     assert np.median(grid) > 1.1 * min(grid)  # a candidate at random would not do
 
 
-def test_the_same_seed_searches_the_same_and_another_differently(tmp_path, monkeypatch):
-    space = simulated_space(monkeypatch)
+def test_the_same_seed_searches_the_same_and_another_differently(tmp_path):
+    space = simulated_space()
     runs = [search(tmp_path / name, space, Budget(images=1500), seed) for name, seed in (("a", 5), ("b", 5), ("c", 6))]
     steps = [[(one.key, one.num_images) for one in found] for found in runs]
     assert steps[0] == steps[1] != steps[2]
 
 
-def test_a_search_that_ended_goes_on_with_a_larger_budget_and_measures_nothing_twice(tmp_path, monkeypatch):
-    space = simulated_space(monkeypatch)
+def test_a_search_that_ended_goes_on_with_a_larger_budget_and_measures_nothing_twice(tmp_path):
+    space = simulated_space()
     first = search(tmp_path, space, Budget(images=900))
     more = search(tmp_path, space, Budget(images=1800))
     assert [one.key for one in more[: len(first)]] == [one.key for one in first]
@@ -109,8 +109,8 @@ def test_a_search_that_ended_goes_on_with_a_larger_budget_and_measures_nothing_t
     assert max(Counter((one.key, one.num_images) for one in more).values()) == 1
 
 
-def test_a_space_smaller_than_the_budget_is_measured_completely(tmp_path, monkeypatch):
-    space = simulated_space(monkeypatch, weight_steps=1)
+def test_a_space_smaller_than_the_budget_is_measured_completely(tmp_path):
+    space = simulated_space(weight_steps=1)
     space = Space(**{**vars(space), "main_lengths": (), "guide_lengths": {}})
     found = search(tmp_path, space, Budget(images=10**6))
     assert len({one.key for one in found}) == space.count + 1  # the unguided network
@@ -118,8 +118,8 @@ def test_a_space_smaller_than_the_budget_is_measured_completely(tmp_path, monkey
     assert best.num_images == NUM
 
 
-def test_what_cannot_be_generated_is_left_behind_but_the_baseline_must_work(tmp_path, monkeypatch):
-    space = simulated_space(monkeypatch)
+def test_what_cannot_be_generated_is_left_behind_but_the_baseline_must_work(tmp_path):
+    space = simulated_space()
 
     def fragile(candidate, num_images):
         if candidate.weight > 2:
@@ -220,10 +220,8 @@ def test_a_time_becomes_images_by_the_pace_so_far_and_counts_work_under_way():
     assert images_left(Plan(RUNGS, Budget(images=100), 0), [done, busy]) == 60
 
 
-def test_the_forecast_says_what_is_searched_and_how_long_it_takes(monkeypatch):
-    text = forecast(
-        Plan(RUNGS, Budget(images=6900), 0), simulated_space(monkeypatch), after=2000, seconds_per_image=0.1
-    )
+def test_the_forecast_says_what_is_searched_and_how_long_it_takes():
+    text = forecast(Plan(RUNGS, Budget(images=6900), 0), simulated_space(), after=2000, seconds_per_image=0.1)
     assert "256 combinations of autoguidance" in text
     assert "30, then 90, then 270 per candidate" in text
     assert "enough for about 94 candidates" in text
@@ -233,9 +231,9 @@ def test_the_forecast_says_what_is_searched_and_how_long_it_takes(monkeypatch):
 # ---- the space
 
 
-def test_intervals_leave_out_whole_steps(monkeypatch):
+def test_intervals_leave_out_whole_steps():
     sigmas = tuple(float(x) for x in np.geomspace(80, 0.01, 8))
-    space = Space(**{**vars(simulated_space(monkeypatch)), "sigmas": sigmas})
+    space = Space(**{**vars(simulated_space()), "sigmas": sigmas})
     schedule = np.array([*sigmas, 0.0])
 
     for high in range(5):
@@ -248,8 +246,8 @@ def test_intervals_leave_out_whole_steps(monkeypatch):
             assert list(steps) == list(range(high, 8 - low)), (high, low, interval)
 
 
-def test_every_combination_means_another_candidate_and_starts_are_modest(monkeypatch):
-    space = simulated_space(monkeypatch)
+def test_every_combination_means_another_candidate_and_starts_are_modest():
+    space = simulated_space()
     (start,) = space.starts()
     candidate = space.candidate(start)
     assert candidate.weight == 1.5

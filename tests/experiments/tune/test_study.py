@@ -89,8 +89,8 @@ def test_a_measurement_that_kills_three_processes_is_named(tmp_path):
         study.claim(wanting("b"))
 
 
-def test_two_processes_share_a_search_and_repeat_nothing(tmp_path, monkeypatch):
-    space, plan = simulated_space(monkeypatch), Plan(rungs_for(36, 2), Budget(images=200), 0)
+def test_two_processes_share_a_search_and_repeat_nothing(tmp_path):
+    space, plan = simulated_space(), Plan(rungs_for(36, 2), Budget(images=200), 0)
     pipes = [os.pipe(), os.pipe()]
 
     def work(me: int):
@@ -136,15 +136,12 @@ def test_a_folder_with_another_search_is_refused(tmp_path):
 WORKER = """
 import sys
 from pathlib import Path
-from edm2kit.experiments.tune import space as space_module
 from edm2kit.experiments.tune.budget import Budget
 from edm2kit.experiments.tune.halving import rungs_for
 from edm2kit.experiments.tune.search import Plan, run_search
 from edm2kit.experiments.tune.space import BASELINE
 from edm2kit.experiments.tune.study import SharedStudy
 from tests.support.tuning import simulated_space, true_value
-
-space_module._WEIGHT_STEPS = 8
 
 def measure(candidate, num_images):
     print("measures", flush=True)
