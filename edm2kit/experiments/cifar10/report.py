@@ -133,7 +133,7 @@ def _short_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 def _table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     lines = []
     for name, points in rows.items():
-        for point in points:
+        for point in sorted(points, key=lambda one: one["key"]["images"] != "all"):
             title = _TITLES[name] if point["key"]["images"] == "all" else ""
             images = f"{point['key']['num']:,}" if point["key"]["images"] == "all" else point["key"]["images"]
             lines.append([title, images, *(_with_interval(point, metric) for metric in _COLUMNS)])
