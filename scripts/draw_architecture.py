@@ -39,7 +39,14 @@ class Box:
 # A room that is not listed here fails tests/docs/test_architecture.py, as does an arrow that would point upward.
 BOXES = {
     "experiments": Box(20, 78, 900, 50, COMPOSE, ("2-D toy example, tables of the papers, comparison of methods",)),
-    "cli": Box(20, 168, 900, 50, COMPOSE, ("one module per command; options, and what commands share",)),
+    "cli": Box(
+        20,
+        168,
+        900,
+        50,
+        COMPOSE,
+        ("one module per command; options, what commands share; integrations into other libraries",),
+    ),
     "training": Box(20, 264, 416, 50, TRAIN, ("loop, loss, learning rate, checkpoints, sharding",)),
     "data": Box(20, 354, 185, 64, TRAIN, ("images and latents,", "labels, batches in order")),
     "ema": Box(220, 354, 190, 64, TRAIN, ("power-function EMA:", "tracking, rebuilding")),
@@ -81,7 +88,9 @@ ENTRANCE = "train.py · generate.py · calculate_metrics.py · reconstruct_phema
 
 def room_of(parts: tuple[str, ...]) -> str:
     """The box that a module belongs to, from its dotted name without the leading package."""
-    return SEAMS if parts[0] in SEAMS.split(", ") else parts[0]
+    if parts[0] in SEAMS.split(", "):
+        return SEAMS
+    return {"integrations": "cli"}.get(parts[0], parts[0])  # what composes the rooms shares a box
 
 
 def imports(root: Path = ROOT) -> set[tuple[str, str]]:

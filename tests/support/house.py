@@ -24,6 +24,7 @@ ROOMS = {
     "guidance": _GROUND,
     "sampling": _GROUND,
     "metrics": _GROUND,
+    "integrations": {*_GROUND, "models", "snapshots", "guidance", "sampling"},
     "experiments": {
         *_GROUND,
         "models",
