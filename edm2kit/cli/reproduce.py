@@ -12,6 +12,8 @@ from edm2kit.experiments.paper_tables.networks import PublishedNetwork, snapshot
 from edm2kit.experiments.paper_tables.plan import CellCost, NeededFile, cell_cost, measure_flops, other_files
 from edm2kit.experiments.paper_tables.run import MeasureOptions, measure_cell
 from edm2kit.experiments.paper_tables.tables import load_table, table_names
+from edm2kit.experiments.prompt_figures.figures import FIGURES, figure_with, make_figure, plan_lines
+from edm2kit.models.diffusers_loading import OFFLOADS
 from edm2kit.models.preconditioning import PRECISIONS, resolve_precision
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.cache import cache_folder, fetch
@@ -47,6 +49,10 @@ _outdir = click.option(
 )
 
 
+_prompts_file = click.Path(path_type=Path, dir_okay=False, exists=True)
+_numbers = cli.Parsed(lambda text: tuple(float(part) for part in text.split(",")))
+
+
 @click.group(cls=cli.Group)
 def main() -> None:
     """Reproduce published tables with the published networks.
@@ -57,6 +63,7 @@ def main() -> None:
     python scripts/reproduce.py download --table autoguidance-1 --rows img512-s-autog
     torchrun --standalone --nproc-per-node 8 scripts/reproduce.py run --table autoguidance-1 --rows img512-s-autog
     python scripts/reproduce.py report --table autoguidance-1
+    python scripts/reproduce.py figure --name if-mix --plan
     """
 
 
@@ -247,6 +254,65 @@ def report(table: str, outdir: Path | None) -> None:
         with atomic_write(folder / name, "w") as file:
             file.write(text)
         click.echo(f"Wrote {folder / name}")
+
+
+@main.command()
+@cli.section(
+    "Figure",
+    click.option("--name", required=True, metavar="NAME", help=f"Figure: {', '.join(FIGURES)}"),
+    click.option("--plan", "only_plan", is_flag=True, help="Print downloads, memory and evaluations, then stop"),
+    click.option("--prompts", metavar="FILE", type=_prompts_file, help="Other prompts, one per line"),
+    click.option("--weights", metavar="LIST", type=_numbers, help="Rows: guidance weights  [default: published]"),
+    click.option("--shares", metavar="LIST", type=_numbers, help="Columns: shares of autoguidance  [default: 0 to 1]"),
+    click.option("--seeds", type=cli.IntRanges(), default="0", help="One image per seed in each cell"),
+    click.option("--steps", metavar="N", type=click.IntRange(2), default=50, help="Euler steps of the first stage"),
+)
+@cli.section(
+    "Networks and output",
+    click.option("--net", metavar="DIFFUSERS", help="Another main network, diffusers:..."),
+    click.option("--gnet", metavar="DIFFUSERS", help="Another guide network, diffusers:..."),
+    click.option("--super-resolution", metavar="DIFFUSERS", help="Pipeline that enlarges, DeepFloyd/IF-II-L-v1.0"),
+    click.option("--offload", type=click.Choice(OFFLOADS), help="Move parts to the GPU when needed"),
+    click.option(
+        "--outdir",
+        metavar="DIR",
+        type=click.Path(path_type=Path, file_okay=False),
+        help=f"Folder for images and sheet.png  [default: {_DEFAULT_OUTDIR}/NAME]",
+    ),
+    _precision,
+    _device,
+)
+def figure(
+    name: str,
+    only_plan: bool,
+    seeds: tuple[int, ...],
+    steps: int,
+    super_resolution: str | None,
+    offload: str | None,
+    outdir: Path | None,
+    precision: str,
+    device: str,
+    **changes: Any,
+) -> None:
+    """Make a published figure of text-to-image networks. Images that exist are kept."""
+    wanted = figure_with(name, **changes)
+    if only_plan:
+        for line in plan_lines(wanted, len(wanted.prompts), len(seeds), steps):
+            click.echo(line)
+        return
+    with dist.session(device) as picked:
+        sheet = make_figure(
+            wanted,
+            _folder(outdir, name),
+            picked,
+            seeds,
+            steps,
+            precision,
+            offload,
+            super_resolution,
+            say=dist.print0,
+        )
+    click.echo(f"Wrote {sheet}")
 
 
 def _folder(outdir: Path | None, table: str) -> Path:
