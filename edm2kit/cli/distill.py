@@ -97,6 +97,8 @@ class VectorTeacher(Wrapper):
 
 def check_request(request: Request) -> None:
     """Raise ValueError if `request` has no guidance, or guidance that one network cannot learn."""
+    if request.net.startswith("diffusers:"):
+        raise ValueError("guidance of a model of diffusers: only snapshots of this project can be fine-tuned to it")
     if request.guidance.method == "none":
         raise ValueError("there is no guidance to distil; give --gnet and --guidance W, or a --guidance-method")
     if request.classes is not None or request.labels is not None:

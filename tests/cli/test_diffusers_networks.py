@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from edm2kit.cli import compare, generate, metrics
+from edm2kit.cli import compare, distill, generate, metrics
 from edm2kit.cli.generation import prepare
 from edm2kit.cli.generation_options import parse_request
 from edm2kit.torch_utils.rng import StackedGenerator
@@ -23,7 +23,7 @@ pytest.importorskip("transformers")
 @pytest.fixture(scope="module")
 def pipes(tmp_path_factory):
     root = tmp_path_factory.mktemp("pipes")
-    made = {name: tiny.save(name, root / name) for name in ("UNet2D", "SD", "SD v", "DiT", "IF", "SD3", "Flux")}
+    made = {name: tiny.save(name, root / name) for name in ("UNet2D", "SD", "SD v", "SDXL", "DiT", "IF", "SD3", "Flux")}
     made["SD weak"] = tiny.save("SD", root / "SD weak", seed=5)
     made["SD rescaled"] = tiny.save("SD", root / "SD rescaled", seed=5, scaling_factor=0.36430)
     tiny.fresh("SD", seed=5).save_pretrained(root / "checkpoint")
@@ -65,7 +65,7 @@ def their_images(name, pipes, **options):
     channels = pipe.vae.config.latent_channels
     size = options.pop("size")
     noise = StackedGenerator("cpu", SEEDS).randn([2, channels, size, size])
-    if name == "SD":  # the scheduler scales what it is given by sqrt(sigma^2 + 1)
+    if name in ("SD", "SDXL"):  # the scheduler scales what it is given by sqrt(sigma^2 + 1)
         pipe.scheduler.set_timesteps(options["num_inference_steps"])
         noise = noise * pipe.scheduler.sigmas[0] / pipe.scheduler.init_noise_sigma
     if name == "Flux":
@@ -78,6 +78,7 @@ def their_images(name, pipes, **options):
     ("name", "line", "options"),
     [
         ("SD", "--guidance-method cfg --guidance 3", {"guidance_scale": 3.0, "size": 8}),
+        ("SDXL", "--guidance-method cfg --guidance 3", {"guidance_scale": 3.0, "size": 8}),
         ("SD3", "--guidance-method cfg --guidance 2", {"guidance_scale": 2.0, "size": 4, "height": 8, "width": 8}),
         ("Flux", "--pixels 8", {"size": 4, "guidance_scale": 3.5}),
         ("Flux", "--pixels 8 --guidance-method cfg --guidance 2 --negative dog",
@@ -161,6 +162,20 @@ def test_an_earlier_checkpoint_alone_guides_like_its_pipeline(pipes):
     torch.testing.assert_close(images[0], images[1])
 
 
+def test_a_lora_is_the_bad_version(pipes, tmp_path):
+    pytest.importorskip("peft")
+    folder, _ = tiny.write_lora(tmp_path / "lora")
+    line = "--net {SD} --prompt cat --steps 2"
+    plain = prepared(line, pipes).engine.generate([0]).latents
+    generation = prepared(f"{line} --gnet-lora {folder} --gnet-lora-scale 0.5 --guidance 2", pipes)
+    assert "Guide:    the same with the LoRA" in generation.summary
+    assert "Guidance: autoguidance, weight 2" in generation.summary
+    assert generation.settings["gnet"]["scale"] == 0.5
+    assert not torch.allclose(generation.engine.generate([0]).latents, plain, atol=1e-3)
+    off = prepared(f"{line} --gnet-lora {folder} --guidance 1", pipes)
+    torch.testing.assert_close(off.engine.generate([0]).latents, plain)
+
+
 def test_images_of_a_network_are_scored(pipes, tmp_path):
     folder = tmp_path / "real"
     run(generate.main, f"--net {{UNet2D}} --steps 2 --seeds 0-5 --outdir {folder}", pipes)
@@ -215,6 +230,11 @@ def test_what_does_not_fit_is_one_line(line, reason, pipes):
 def test_options_of_diffusers_are_refused_for_other_networks(option, tmp_path):
     with pytest.raises(ValueError, match="for networks of diffusers"):
         prepared(f"--net {tiny_snapshot(tmp_path / 'net.safetensors')} {option}", {})
+
+
+def test_guidance_of_these_networks_is_not_distilled(pipes, tmp_path):
+    line = f"--net {{DiT}} --gnet {{DiT}} --guidance 2 --data {tmp_path} --outdir {tmp_path / 'out'} --device cpu"
+    assert "only snapshots of this project can be fine-tuned to it" in run(distill.main, line, pipes, code=1)
 
 
 def test_a_guide_is_a_network_or_a_lora(pipes):

@@ -44,6 +44,7 @@ def folders(tmp_path_factory):
 
 THEIR_ENCODERS = {
     "SD": lambda pipe, texts: [pipe.encode_prompt(list(texts), "cpu", 1, False)[0]],
+    "SDXL": lambda pipe, texts: pipe.encode_prompt(list(texts), do_classifier_free_guidance=False)[::2],
     "SD3": lambda pipe, texts: pipe.encode_prompt(list(texts), None, None, do_classifier_free_guidance=False)[::2],
     "Flux": lambda pipe, texts: pipe.encode_prompt(list(texts))[:2],
     "PixArt": lambda pipe, texts: pipe.encode_prompt(list(texts), do_classifier_free_guidance=False)[:2],
@@ -75,6 +76,15 @@ def test_the_null_prompt_is_the_empty_one_or_the_negative_one(name, folders, tmp
     for key in empty:
         torch.testing.assert_close(empty[key][2], empty[key][0])
         torch.testing.assert_close(negative[key][2], negative[key][1])
+
+
+def test_the_null_prompt_of_sdxl_is_zero_unless_there_is_a_negative_one(folders, tmp_path):
+    repository = open_repository(str(folders("SDXL")))
+    empty = encode_prompts(repository, ["blurry"], None, cache=tmp_path)
+    negative = encode_prompts(repository, ["blurry"], "blurry", cache=tmp_path)
+    for key in empty:
+        assert not empty[key][1].any()  # force_zeros_for_empty_prompt
+        torch.testing.assert_close(negative[key][1], negative[key][0])
 
 
 def test_a_damaged_cache_is_made_again(folders, tmp_path):
@@ -215,22 +225,10 @@ def test_a_model_alone_is_used_with_what_surrounds_the_main_one(folders, tmp_pat
         load_diffusers(str(tmp_path / "checkpoint"), main=load_diffusers(str(folders("DiT"))))
 
 
-def write_lora(folder, name="SD", component="unet", seed=0):
-    """A LoRA of random weights in the format of diffusers."""
-    peft = pytest.importorskip("peft")
-    model = tiny.fresh(name)
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    weights = peft.get_peft_model_state_dict(model)
-    rng = torch.Generator().manual_seed(seed)
-    weights = {key: 0.5 * torch.randn(tensor.shape, generator=rng) for key, tensor in weights.items()}
-    kind = tiny.diffusers().StableDiffusionPipeline
-    kind.save_lora_weights(folder, **{f"{component}_lora_layers": weights})
-    return folder, weights
-
-
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_a_lora_guides_the_network_that_it_degrades(folders, tmp_path, scale):
-    folder, weights = write_lora(tmp_path / "lora")
+    pytest.importorskip("peft")
+    folder, weights = tiny.write_lora(tmp_path / "lora")
     main = load_diffusers(str(folders("SD")))
     condition = TextPrompts(("a",), {"net": tiny.text_tensors("SD", 2)}, torch.tensor([0]))
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -251,10 +249,11 @@ def test_a_lora_guides_the_network_that_it_degrades(folders, tmp_path, scale):
 
 
 def test_what_is_not_a_lora_for_the_network_is_refused(folders, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
     main = load_diffusers(str(folders("SD")))
     with pytest.raises(ValueError, match=r"no LoRA there; give a \.safetensors file, or a folder with pytorch_lora"):
         with_lora(main, str(tmp_path))
-    folder, _ = write_lora(tmp_path / "text", component="text_encoder")
+    folder, _ = tiny.write_lora(tmp_path / "text", component="text_encoder")
     with pytest.raises(ValueError, match="is not a LoRA for this UNet2DConditionModel: it has no weights for the unet"):
         with_lora(main, str(folder))
     monkeypatch.setitem(sys.modules, "peft", None)

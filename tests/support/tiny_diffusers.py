@@ -44,7 +44,10 @@ def _unet2d_condition(**changes):
 
 def _sdxl():
     return _unet2d_condition(
-        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + POOLED
+        cross_attention_dim=2 * TEXT,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + POOLED,
     )
 
 
@@ -140,10 +143,10 @@ def scheduler(name: str):
 def text_tensors(name: str, count: int, seed: int = 1) -> dict[str, torch.Tensor]:
     """Made-up encodings of `count` prompts, the null prompt included."""
     rng = torch.Generator().manual_seed(seed)
-    encoders = 2 if name == "SD3" else 1
+    encoders = 2 if name in ("SD3", "SDXL") else 1
     found = {"prompt_embeds": torch.randn(count, 6, encoders * TEXT, generator=rng)}
     if name in ("SDXL", "SD3", "Flux"):
-        found["pooled"] = torch.randn(count, encoders * POOLED, generator=rng)
+        found["pooled"] = torch.randn(count, 2 * POOLED if name == "SD3" else POOLED, generator=rng)
     if name == "PixArt":
         found["mask"] = (torch.arange(6) < torch.arange(2, 2 + count)[:, None]).long()
     return found
@@ -212,6 +215,11 @@ def pipeline(name: str, folder: Path, seed: int = 0, text_seed: int = 0, **vae_o
         if name == "Flux":
             t5_tokenizer, t5 = _t5()
             return d.FluxPipeline(times, vae(**vae_options), encoder, tokenizer, t5, t5_tokenizer, net)
+        if name == "SDXL":
+            second = _clip(folder / "clip2", with_projection=True)
+            return d.StableDiffusionXLPipeline(
+                vae(**vae_options), encoder, second[1], tokenizer, second[0], net, times, add_watermarker=False
+            )
         if name == "SD3":
             return d.StableDiffusion3Pipeline(
                 net, times, vae(**vae_options), encoder, tokenizer, encoder, tokenizer, None, None
@@ -223,3 +231,17 @@ def save(name: str, folder: Path, seed: int = 0, **options) -> Path:
     """A folder of this pipeline, as `save_pretrained` writes it."""
     pipeline(name, folder.parent / f"{folder.name}-files", seed, **options).save_pretrained(folder)
     return folder
+
+
+def write_lora(folder, name="SD", component="unet", seed=0):
+    """A LoRA of random weights in the format of diffusers."""
+    import peft
+
+    model = fresh(name)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    weights = peft.get_peft_model_state_dict(model)
+    rng = torch.Generator().manual_seed(seed)
+    weights = {key: 0.5 * torch.randn(tensor.shape, generator=rng) for key, tensor in weights.items()}
+    kind = diffusers().StableDiffusionPipeline
+    kind.save_lora_weights(folder, **{f"{component}_lora_layers": weights})
+    return folder, weights
