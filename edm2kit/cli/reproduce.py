@@ -269,9 +269,9 @@ def report(table: str, outdir: Path | None) -> None:
 )
 @cli.section(
     "Networks and output",
-    click.option("--net", metavar="DIFFUSERS", help="Another main network, diffusers:..."),
-    click.option("--gnet", metavar="DIFFUSERS", help="Another guide network, diffusers:..."),
-    click.option("--super-resolution", metavar="DIFFUSERS", help="Pipeline that enlarges, DeepFloyd/IF-II-L-v1.0"),
+    click.option("--net", metavar="diffusers:...", help="Another main network"),
+    click.option("--gnet", metavar="diffusers:...", help="Another guide network"),
+    click.option("--super-resolution", metavar="NAME", help="Pipeline that enlarges, e.g. DeepFloyd/IF-II-L-v1.0"),
     click.option("--offload", type=click.Choice(OFFLOADS), help="Move parts to the GPU when needed"),
     click.option(
         "--outdir",
