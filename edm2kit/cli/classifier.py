@@ -68,6 +68,7 @@ def main(
     python generate.py --net main.safetensors --guidance-method classifier \\
         --classifier-file classifier.safetensors --guidance 2 --outdir out
     """
+    cli.check_output(dest, "safetensors file")
     if dest.exists() and not overwrite:
         raise ValueError(f"{dest} exists; choose another --dest, or use --overwrite to replace it")
     training = ClassifierTraining(**cli.given_options(settings, list(settings)))

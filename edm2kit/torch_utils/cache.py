@@ -166,8 +166,13 @@ def _cache_root(cache_dir: str | Path | None) -> Path:
     if cache_dir is None:
         cache_dir = os.environ.get("DNNLIB_CACHE_DIR")
     if cache_dir:
-        return Path(cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edm2-toolkit"
+        return Path(cache_dir).expanduser()
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "edm2-toolkit"
+    try:
+        return Path.home() / ".cache" / "edm2-toolkit"
+    except RuntimeError as error:  # a container whose user has neither HOME nor an entry in passwd
+        raise ValueError("there is no home folder for downloads; set DNNLIB_CACHE_DIR to a folder for them") from error
 
 
 def _mirror_folder() -> Path | None:

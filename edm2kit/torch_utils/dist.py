@@ -38,13 +38,23 @@ def pick_device(name: str = "auto") -> torch.device:
     if name.split(":")[0] not in available:
         raise ValueError(f"--device {name}: not available here; use one of auto, {', '.join(available)}")
     if name == "cuda":
-        name = "cuda:0" if _slurm_hides_other_gpus() else f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
+        name = "cuda:0" if _slurm_hides_other_gpus() else f"cuda:{env_int('LOCAL_RANK', 0)}"
     if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
         raise ValueError(
             f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s); start one process per GPU "
             "(torchrun --nproc-per-node)"
         )
     return torch.device(name)
+
+
+def env_int(name: str, default: int) -> int:
+    """The number in an environment variable such as those of torchrun. Raises ValueError that names the variable."""
+    text = os.environ.get(name) or str(default)
+    if not text.strip().isdecimal():
+        raise ValueError(
+            f"the environment variable {name} is {text!r:.60}; expected a number. Unset it, or use torchrun"
+        )
+    return int(text)
 
 
 def _slurm_hides_other_gpus() -> bool:
@@ -155,7 +165,7 @@ def session(device: str = "auto", timeout_minutes: float = DEFAULT_TIMEOUT_SEC /
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     with _float32_means_float32():
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        if env_int("WORLD_SIZE", 1) > 1 and not torch.distributed.is_initialized():
             yield from _in_group(picked, timeout_sec(timeout_minutes * 60))
         else:
             yield picked
@@ -165,7 +175,7 @@ def _in_group(picked: torch.device, limit_sec: float) -> Iterator[torch.device]:
     global _had_group
     from edm2kit.torch_utils.heartbeat import watching  # a single process has nobody to watch
 
-    own_rank, size = int(os.environ.get("RANK", "0")), int(os.environ["WORLD_SIZE"])
+    own_rank, size = env_int("RANK", 0), env_int("WORLD_SIZE", 1)
     backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
 
     def say(text: str) -> None:

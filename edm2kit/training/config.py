@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -200,6 +201,8 @@ def config_from_dict(values: Mapping[str, Any], source: str) -> TrainConfig:
             value = tuple(value)
         if isinstance(value, str) and (count := re.fullmatch(r"(\d+)(Ki|Mi|Gi)", value)):
             value = int(count[1]) * _COUNT_UNITS[count[2]]
+        if key in ("data", "init_from") and isinstance(value, str) and value.startswith("~/"):
+            value = os.path.expanduser(value)
         parsed[key] = value
     network = dict(parsed.get("network", {}))
     if network.get("kind") == DEFAULT_NETWORK:

@@ -224,3 +224,38 @@ def test_time_limits(text, seconds):
 def test_wrong_time_limits(text):
     with pytest.raises(ValueError, match="write for example"):
         cli.parse_duration_sec(text)
+
+
+@pytest.mark.parametrize(
+    ("argument", "read"),
+    [
+        ("~/a", "/home/me/a"),
+        ("--data=~/a b", "--data=/home/me/a b"),
+        ("main=~/net", "main=/home/me/net"),
+        ("a~/b", "a~/b"),
+        ("--x=1", "--x=1"),
+        ("~nobody-of-that-name/a", "~nobody-of-that-name/a"),
+        ("-n", "-n"),
+    ],
+)
+def test_home_folders_that_the_shell_leaves_alone_are_found(monkeypatch, argument, read):
+    monkeypatch.setenv("HOME", "/home/me")
+
+    @click.command(cls=Command, context_settings={"ignore_unknown_options": True})
+    @click.argument("words", nargs=-1)
+    def show(words):
+        click.echo("|".join(words))
+
+    assert CliRunner().invoke(show, ["--", argument]).output == f"{read}\n"
+
+
+def test_a_record_replaces_neither_notes_nor_itself(tmp_path):
+    kind = cli.OutputFile("JSON record", also={".md": "score card"})
+    assert parsed(kind, str(tmp_path / "a.json")) == tmp_path / "a.json"
+    (tmp_path / "a.md").write_text("# Score card\n")
+    assert parsed(kind, str(tmp_path / "a.json")) == tmp_path / "a.json"
+    (tmp_path / "a.md").write_text("# My notes\n")
+    with pytest.raises(click.BadParameter, match=r"a\.md exists and is not a score card"):
+        parsed(kind, str(tmp_path / "a.json"))
+    with pytest.raises(click.BadParameter, match=r"b\.md is the name of the score card that is written beside it"):
+        parsed(kind, str(tmp_path / "b.md"))

@@ -157,3 +157,10 @@ def test_what_no_network_can_learn_is_refused(place, tmp_path, words, reason):
 def test_another_teacher_cannot_resume_the_run(place, whole):
     told = run(place, whole, guidance=("--guidance", 3), code=1)
     assert "holds a run with another teacher (teacher.guidance.weight 2.5, now 3.0)" in told
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"data_identity": 5}', '{"data_identity": null}', "[" * 10000])
+def test_a_damaged_record_is_named(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json is damaged .*use another --outdir"):
+        distill.as_recorded({}, tmp_path)

@@ -240,3 +240,11 @@ def test_a_worker_that_is_stopped_is_named_and_given_up(monkeypatch, capsys):
     with data_workers.dist.waiting_at_most(0.6), pytest.raises(ValueError, match=r"worker processes \(\d+, \d+\) have"):
         list(run_in_order(_stop_oneself, range(100), workers=2))
     assert "have finished nothing for 0 s: one may be stopped" in capsys.readouterr().err
+
+
+def test_the_folder_for_unfinished_files_is_never_somebody_elses(tmp_path):
+    (tmp_path / "a.zip.partial").mkdir()
+    (tmp_path / "a.zip.partial" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds others; move it"):
+        PartialDataset(tmp_path / "a.zip", {})
+    assert (tmp_path / "a.zip.partial" / "thesis.tex").read_text() == "years of work"

@@ -331,3 +331,13 @@ def test_a_cache_that_cannot_be_written_is_still_read(cache, monkeypatch, capsys
         assert fetch(server.url("/a")) == by_hand
     assert "stays unverified" in capsys.readouterr().err
     assert os.listdir(by_hand.parent) == ["a"]
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("DNNLIB_CACHE_DIR")
+    monkeypatch.setattr(room.Path, "home", homeless)
+    with pytest.raises(ValueError, match="set DNNLIB_CACHE_DIR"):
+        fetch("https://host/a")

@@ -213,3 +213,12 @@ def test_devices(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match=r"--device cuda:2: this machine has 2 GPU\(s\); start one process per GPU"):
         dist.pick_device("auto")
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK"])
+def test_a_variable_that_is_not_a_number_is_named(monkeypatch, name):
+    monkeypatch.setenv(name, "two")
+    with pytest.raises(ValueError, match=f"the environment variable {name} is 'two'; expected a number"):
+        dist.env_int(name, 1)
+    monkeypatch.setenv(name, "")
+    assert dist.env_int(name, 1) == 1

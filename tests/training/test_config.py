@@ -74,3 +74,8 @@ def test_every_field_is_documented_and_options_are_unique():
 def test_presets_are_listed_in_order_of_size():
     names = [name for name in preset_names() if name.startswith("edm2-img512")]
     assert [name.rpartition("-")[2] for name in names] == ["xxs", "xs", "s", "m", "l", "xl", "xxl"]
+
+
+def test_a_home_folder_in_the_file_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert config_from_dict({"data": "~/set.zip"}, "test").data == "/home/me/set.zip"
