@@ -1,13 +1,14 @@
 """The score card: everything that decides a score, as JSON and Markdown, and what differs between two cards."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edm2kit.metrics.detectors.registry import Detector
 from edm2kit.metrics.scoring import Measurement
+from edm2kit.torch_utils.files import short
 
 _TABLED = ("results", "intervals", "cautions", "by_class")  # shown in the first tables of a card
 
@@ -189,14 +190,56 @@ EFFECTS: tuple[Effect, ...] = (
 
 
 def read_card(path: Path) -> dict[str, Any]:
-    """A record that `--record` wrote. Raises ValueError if the file is something else."""
+    """A record that `--record` wrote. Raises ValueError if the file is something else, naming what is wrong in it."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("results"), dict):
         raise ValueError(f"{path} is not a score card; write one with --record")
+    for name, is_fitting, expected in _TABLES:
+        entries = record.get(name, {})
+        for key, value in entries.items() if isinstance(entries, dict) else [("", entries)]:
+            if not (isinstance(entries, dict) and is_fitting(value)):
+                raise ValueError(f"{path}: {f'{name}.{key}'.rstrip('.')} must be {expected}; got {short(value)}")
     return record
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _has_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _is_result(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not entry.get("values") or not _has_numbers(entry["values"]):
+        return False
+    return _is_number(entry.get("min")) and _is_number(entry.get("mean"))
+
+
+def _has_pairs(value: Any) -> bool:
+    def is_pair(ends: Any) -> bool:
+        return isinstance(ends, list) and len(ends) == 2 and all(map(_is_number, ends))
+
+    return isinstance(value, dict) and all(map(is_pair, value.values()))
+
+
+def _is_by_class(value: Any) -> bool:
+    def is_class(one: Any) -> bool:
+        return isinstance(one, dict) and _has_numbers(one.get("distances")) and {"num_images", "num_real"} <= one.keys()
+
+    return isinstance(value, dict) and all(map(is_class, value.values()))
+
+
+# what the tables of a card hold by metric, detector or run
+_TABLES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("results", _is_result, "numbers min, mean and values by run"),
+    ("intervals", _has_pairs, "two numbers by run"),
+    ("cautions", lambda value: isinstance(value, str), "text"),
+    ("by_class", _is_by_class, "distances and numbers of images by class"),
+)
 
 
 def explain(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:

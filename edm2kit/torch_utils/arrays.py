@@ -15,7 +15,8 @@ _MAX_BYTES = 1 << 30  # of all arrays in a file, uncompressed; statistics of thr
 # what numpy and zipfile raise for damaged and hostile files
 BROKEN = (
     *(zipfile.BadZipFile, zlib.error, TokenError, OSError, ValueError, KeyError, TypeError, EOFError, SyntaxError),
-    *(AttributeError, IndexError, NotImplementedError, OverflowError, RecursionError, MemoryError, struct.error),
+    *(AttributeError, IndexError, OverflowError, MemoryError, struct.error),
+    RuntimeError,  # an encrypted member, an unknown compression, or nesting without end
 )
 
 
@@ -105,4 +106,4 @@ def map_npz_array(path: str | Path, name: str) -> np.ndarray:
 
 def _reason(error: Exception) -> str:
     text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}".strip()
-    return (text.splitlines() or ["it is damaged"])[0]
+    return (text.splitlines() or ["it is damaged"])[0][:300]

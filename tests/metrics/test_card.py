@@ -99,3 +99,21 @@ def test_cards_are_read_and_other_files_refused(tmp_path):
     path.write_text("{}")
     with pytest.raises(ValueError, match="not a score card"):
         read_card(path)
+
+
+@pytest.mark.parametrize(
+    ("table", "entry", "said"),
+    [
+        ("results", {"fid": 3.2}, r"results\.fid must be numbers min, mean and values by run; got 3\.2"),
+        ("results", {"fid": {"min": 1, "mean": 1, "values": {}}}, r"results\.fid must be numbers"),
+        ("intervals", {"fid": {"seeds 0-1": [1]}}, r"intervals\.fid must be two numbers by run"),
+        ("intervals", [], "intervals must be two numbers by run"),
+        ("cautions", {"fid": 5}, r"cautions\.fid must be text; got 5"),
+        ("by_class", {"seeds 0-1": {"cat": {}}}, r"by_class\.seeds 0-1 must be distances"),
+    ],
+)
+def test_a_card_with_a_wrong_entry_names_it(tmp_path, table, entry, said):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({**card(), table: entry}))
+    with pytest.raises(ValueError, match=said):
+        read_card(path)
