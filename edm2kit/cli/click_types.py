@@ -89,10 +89,8 @@ class _Base(click.Command):
 
 def _at_home(argument: str) -> str:
     """An argument such as ~/set.zip, --data=~/set.zip or main=~/net with the home folder, as shells write only some."""
-    start, _, path = argument.rpartition("=")
-    if path != "~" and not path.startswith("~/"):
-        return argument
-    return f"{start}={os.path.expanduser(path)}" if start else os.path.expanduser(path)
+    start, equals, path = argument.rpartition("=")
+    return start + equals + os.path.expanduser(path) if path.startswith("~/") else argument
 
 
 class Command(_Base):
@@ -260,10 +258,7 @@ def given_options(options: dict[str, Any], names: Iterable[str]) -> dict[str, An
 
 
 class OutputFile(click.Path):
-    """A file to write: refused at once if it cannot be written, or holds anything but a `kind` of file.
-
-    `also` are kinds of files that are written beside it, by their suffixes.
-    """
+    """A file to write, with others `also` beside it (kinds by suffix); refused if it holds no `kind` of file."""
 
     def __init__(self, kind: str, also: Mapping[str, str] | None = None) -> None:
         super().__init__(path_type=Path, dir_okay=False)
