@@ -37,13 +37,19 @@ def _guidance_parts() -> Parts:
     return {"methods": guidance.table_markdown(), **comparison.document_parts(record)}
 
 
+def _solver_parts() -> Parts:
+    orders = _record(solvers.FOLDER / solvers.RECORD_NAME)
+    on_toy = _record(solvers.FOLDER / solvers.TOY_RECORD_NAME)
+    return {**solvers.document_parts(orders), **solvers.toy_parts(on_toy)}
+
+
 # document -> its generated parts; docs/performance.md and docs/scaling.md belong to benchmarks/report.py
 DOCUMENTS: dict[str, Callable[[], Parts]] = {
     "README.md": lambda: cifar10.first_parts(_record(cifar10.FOLDER / cifar10.RECORD_NAME)),
     "docs/guidance.md": _guidance_parts,
     "docs/metrics.md": lambda: lite_features.document_parts(_record(lite_features.RECORD)),
     "docs/reproduction.md": lambda: paper_tables.document_parts(_record(paper_tables.RECORD)),
-    "docs/solvers.md": lambda: solvers.document_parts(_record(solvers.FOLDER / solvers.RECORD_NAME)),
+    "docs/solvers.md": _solver_parts,
     "docs/toy.md": lambda: toy.document_parts(_record(toy.FOLDER / toy.RECORD_NAME)),
     "docs/train-config.md": lambda: {"settings": settings_table(TrainConfig)},
     "experiments/cifar10/README.md": lambda: cifar10.document_parts(_record(cifar10.FOLDER / cifar10.RECORD_NAME)),

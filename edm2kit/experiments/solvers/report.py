@@ -9,11 +9,13 @@ import click
 
 from edm2kit.cli import click_types as cli
 from edm2kit.experiments.documents import checkout, markdown_table
+from edm2kit.experiments.solvers import toy_networks
 from edm2kit.experiments.solvers.convergence import DENOISERS, HEUN_STEPS, MEASURED, measure
 from edm2kit.torch_utils.files import atomic_write, provenance
 
 FOLDER = Path("experiments", "solvers")
 RECORD_NAME, PICTURE_NAME = "orders.json", "orders.png"
+TOY_RECORD_NAME = "toy.json"
 STEPS = (5, 7, 9, 13, 17, 25, 33, 49, 65, 97, 129, 193)
 COMMAND = "python scripts/measure_solvers.py"
 
@@ -31,6 +33,15 @@ def document_parts(record: Mapping[str, Any]) -> dict[str, str]:
         lines.append([f"`{solver}`", str(rows[0]["expected_order"]), *orders, *needed])
     origin = f"Recorded by `{record['command']}` at commit {record['provenance']['commit'][:10]}."
     return {"solvers": f"{markdown_table(head, lines, 'l' + 'r' * (len(head) - 1))}\n\n{origin}"}
+
+
+def toy_parts(record: Mapping[str, Any]) -> dict[str, str]:
+    """The generated part of docs/solvers.md on the toy's networks."""
+    origin = (
+        f"{record['num_samples']:,} samples, training seed {record['training_seed']}, autoguidance with weight "
+        f"{record['weight']:g}. Recorded by `{record['command']}` at commit {record['provenance']['commit'][:10]}."
+    )
+    return {"toy": f"{toy_networks.table(record)}\n\n{origin}"}
 
 
 def plot(record: Mapping[str, Any], path: Path) -> None:
@@ -62,13 +73,28 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for the record and the picture  [default: experiments/solvers]",
 )
-def main(outdir: Path | None) -> None:
+@click.option(
+    "--toy",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Measure on the networks that toy_example.py trained in this folder (seed 0) instead",
+)
+@click.option(
+    "--samples", metavar="N", type=click.IntRange(min=2), default=2048, help="Samples per solver and step, with --toy"
+)
+def main(outdir: Path | None, toy: Path | None, samples: int) -> None:
     """Measure the order of convergence of every solver on an exact mixture of Gaussians; a minute on a CPU.
 
     Writes a record and a picture. Then run: python scripts/write_documents.py
     """
     folder = checkout() / FOLDER if outdir is None else outdir
     folder.mkdir(parents=True, exist_ok=True)
+    if toy is not None:
+        found = {"command": f"{COMMAND} --toy DIR", **toy_networks.measure_toy(toy, 0, samples)}
+        with atomic_write(folder / TOY_RECORD_NAME, "w") as file:
+            file.write(json.dumps(found, indent=1) + "\n")
+        click.echo(toy_parts(found)["toy"])
+        return
     record = {
         "command": COMMAND,
         "provenance": provenance(),

@@ -1,0 +1,105 @@
+"""Solvers on the networks of the 2-D toy: how many evaluations each needs, alone and autoguided."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edm2kit.denoiser import Denoiser
+from edm2kit.experiments.documents import markdown_table
+from edm2kit.experiments.solvers.convergence import HEUN_STEPS, MEASURED, Solver
+from edm2kit.experiments.toy.measures import Yardstick
+from edm2kit.experiments.toy.methods import SIGMA_MAX, start
+from edm2kit.experiments.toy.mixture import Mixture
+from edm2kit.experiments.toy.model import ScoreDenoiser, fast_score
+from edm2kit.experiments.toy.training import load_network
+from edm2kit.experiments.toy.tree import components
+from edm2kit.guidance.registry import Choice, Parts, guide
+from edm2kit.sampling.noise_levels import karras_sigmas
+from edm2kit.sampling.solvers import SOLVERS
+from edm2kit.torch_utils.files import provenance
+
+WEIGHT = 2.0  # of autoguidance
+STEPS = (4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64)
+FINE_STEPS = 256  # of Heun, for the solution of the ODE
+TOLERANCE = 0.01  # nats: a density of 1 %
+_MEASURES = ("outside", "mean_log_density")
+
+
+def load_denoiser(outdir: Path, role: str, seed: int) -> Denoiser:
+    """The network for `role`, "main" or "guide", of one training seed. Raises ValueError if it is missing."""
+    return ScoreDenoiser(fast_score(load_network(outdir, role, seed), compiled=False))
+
+
+def measure_toy(outdir: Path, seed: int, num: int, steps: Sequence[int] = STEPS) -> dict[str, Any]:
+    """Measures of `num` samples of every solver and number of steps, for the networks of one training seed in `outdir`.
+
+    `error` is the root mean square distance to the solution of the network's ODE, per coordinate; the others compare
+    with the exact distribution. Raises ValueError if a network is missing.
+    """
+    main, guide_net = (load_denoiser(outdir, role, seed) for role in ("main", "guide"))
+    noise = start(num, seed)
+    yardstick = Yardstick.of(Mixture(components("A")), num, seed)
+    denoisers = {"alone": main, "autoguided": guide(Choice("autoguidance", WEIGHT), Parts(main, guide_net))}
+    results = {}
+    for name, denoiser in denoisers.items():
+        solution = _solve(SOLVERS["heun"], denoiser, noise, FINE_STEPS)
+
+        def measured(x: torch.Tensor, solution: torch.Tensor = solution) -> dict[str, float]:
+            found = yardstick.measure(x)
+            error = float((x - solution).square().mean().sqrt())
+            return {"error": error, **{key: found[key] for key in _MEASURES}}
+
+        rows = {}
+        for solver_name, (solver, cost, _) in MEASURED.items():
+            points = [measured(_solve(solver, denoiser, noise, count)) for count in steps]
+            rows[solver_name] = {"evaluations": [cost(count) for count in steps], "points": points}
+        heun = measured(_solve(SOLVERS["heun"], denoiser, noise, HEUN_STEPS))
+        results[name] = {"solution": measured(solution), "heun": heun, "solvers": rows}
+    return {
+        "steps": list(steps),
+        "num_samples": num,
+        "training_seed": seed,
+        "weight": WEIGHT,
+        "heun_steps": HEUN_STEPS,
+        "results": results,
+        "provenance": provenance(),
+    }
+
+
+def _solve(solver: Solver, denoiser: Denoiser, noise: torch.Tensor, num_steps: int) -> torch.Tensor:
+    return solver(denoiser, noise, karras_sigmas(num_steps, 0.002, SIGMA_MAX, 7.0, torch.float32)).flatten(1)
+
+
+def fewest(evaluations: Sequence[int], are_good: Sequence[bool]) -> int | None:
+    """The fewest evaluations from which on all are good; None if the last one is not."""
+    found = None
+    for count, is_good in zip(evaluations, are_good, strict=True):
+        if not is_good:
+            found = None
+        elif found is None:
+            found = count
+    return found
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """Markdown: the evaluations of each solver for a density within 1 % of that of 32 Heun steps, or their error."""
+    results = record["results"]
+    head = ["solver", *(f"density within 1 %, {name}" for name in results), *(f"error, {name}" for name in results)]
+    lines = []
+    for solver in next(iter(results.values()))["solvers"]:
+        cells = [f"`{solver}`"]
+        for measure in ("mean_log_density", "error"):
+            for found in results.values():
+                row, heun = found["solvers"][solver], found["heun"]
+                if measure == "error":
+                    # Heun itself is good at exactly as many steps, up to rounding
+                    are_good = [point["error"] <= heun["error"] * (1 + 1e-6) for point in row["points"]]
+                else:
+                    differences = [point["mean_log_density"] - heun["mean_log_density"] for point in row["points"]]
+                    are_good = [abs(difference) <= TOLERANCE for difference in differences]
+                count = fewest(row["evaluations"], are_good)
+                cells.append(f"more than {row['evaluations'][-1]}" if count is None else str(count))
+        lines.append(cells)
+    return markdown_table(head, lines, "l" + "r" * (len(head) - 1))
