@@ -21,7 +21,7 @@ from edm2kit.sampling.solvers import SOLVERS
 from edm2kit.torch_utils.files import provenance
 
 WEIGHT = 2.0  # of autoguidance
-STEPS = (4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64)
+STEPS = (4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40)
 FINE_STEPS = 256  # of Heun, for the solution of the ODE
 TOLERANCE = 0.01  # nats: a density of 1 %
 _MEASURES = ("outside", "mean_log_density")
