@@ -40,7 +40,8 @@ def _guidance_parts() -> Parts:
 def _solver_parts() -> Parts:
     orders = _record(solvers.FOLDER / solvers.RECORD_NAME)
     on_toy = _record(solvers.FOLDER / solvers.TOY_RECORD_NAME)
-    return {**solvers.document_parts(orders), **solvers.toy_parts(on_toy)}
+    on_images = _record(solvers.FOLDER / solvers.IMAGES_RECORD_NAME)
+    return {**solvers.document_parts(orders), **solvers.toy_parts(on_toy), **solvers.image_parts(on_images)}
 
 
 # document -> its generated parts; docs/performance.md and docs/scaling.md belong to benchmarks/report.py

@@ -9,13 +9,13 @@ import click
 
 from edm2kit.cli import click_types as cli
 from edm2kit.experiments.documents import checkout, markdown_table
-from edm2kit.experiments.solvers import toy_networks
+from edm2kit.experiments.solvers import image_networks, toy_networks
 from edm2kit.experiments.solvers.convergence import DENOISERS, HEUN_STEPS, MEASURED, measure
 from edm2kit.torch_utils.files import atomic_write, provenance
 
 FOLDER = Path("experiments", "solvers")
 RECORD_NAME, PICTURE_NAME = "orders.json", "orders.png"
-TOY_RECORD_NAME = "toy.json"
+TOY_RECORD_NAME, IMAGES_RECORD_NAME = "toy.json", "images.json"
 STEPS = (5, 7, 9, 13, 17, 25, 33, 49, 65, 97, 129, 193)
 COMMAND = "python scripts/measure_solvers.py"
 
@@ -44,6 +44,13 @@ def toy_parts(record: Mapping[str, Any]) -> dict[str, str]:
     return {"toy": f"{toy_networks.table(record)}\n\n{origin}"}
 
 
+def image_parts(record: Mapping[str, Any]) -> dict[str, str]:
+    """The generated part of docs/solvers.md on networks of images."""
+    networks = " led away from ".join(f"`{name}`" for name in record["files"])
+    origin = f"{record['num_images']} images of {networks} with weight {record['weight']:g}. Recorded by `{record['command']}` at commit {record['provenance']['commit'][:10]}."
+    return {"images": f"{image_networks.table(record)}\n\n{origin}"}
+
+
 def plot(record: Mapping[str, Any], path: Path) -> None:
     """Draw error against evaluations for every solver, one panel for each denoiser."""
     from matplotlib.figure import Figure
@@ -66,6 +73,11 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
         figure.savefig(file, format="png", dpi=100)
 
 
+def _write(path: Path, record: Mapping[str, Any]) -> None:
+    with atomic_write(path, "w") as file:
+        file.write(json.dumps(record, indent=1) + "\n")
+
+
 @click.command(cls=cli.Command)
 @click.option(
     "--outdir",
@@ -80,20 +92,46 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     help="Measure on the networks that toy_example.py trained in this folder (seed 0) instead",
 )
 @click.option(
-    "--samples", metavar="N", type=click.IntRange(min=2), default=2048, help="Samples per solver and step, with --toy"
+    "--net",
+    metavar="SNAPSHOT",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Measure on this network of images instead; also needs --gnet",
 )
-def main(outdir: Path | None, toy: Path | None, samples: int) -> None:
+@click.option(
+    "--gnet",
+    metavar="SNAPSHOT",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Its guide network, with --net",
+)
+@click.option("--guidance", metavar="W", type=float, default=2.0, help="Weight of autoguidance, with --net")
+@click.option(
+    "--samples",
+    metavar="N",
+    type=click.IntRange(min=2),
+    help="Samples per solver and number of steps  [default: 2048 with --toy, 16 with --net]",
+)
+def main(
+    outdir: Path | None, toy: Path | None, net: Path | None, gnet: Path | None, guidance: float, samples: int | None
+) -> None:
     """Measure the order of convergence of every solver on an exact mixture of Gaussians; a minute on a CPU.
 
     Writes a record and a picture. Then run: python scripts/write_documents.py
     """
     folder = checkout() / FOLDER if outdir is None else outdir
     folder.mkdir(parents=True, exist_ok=True)
+    if (net is None) != (gnet is None):
+        raise click.UsageError("--net and --gnet belong together; give both")
     if toy is not None:
-        found = {"command": f"{COMMAND} --toy DIR", **toy_networks.measure_toy(toy, 0, samples)}
-        with atomic_write(folder / TOY_RECORD_NAME, "w") as file:
-            file.write(json.dumps(found, indent=1) + "\n")
+        found = {"command": f"{COMMAND} --toy DIR", **toy_networks.measure_toy(toy, 0, samples or 2048)}
+        _write(folder / TOY_RECORD_NAME, found)
         click.echo(toy_parts(found)["toy"])
+        return
+    if net is not None and gnet is not None:
+        images = image_networks.measure_images(net, gnet, guidance, samples or 16)
+        command = f"{COMMAND} --net {net.name} --gnet {gnet.name} --guidance {guidance:g}"
+        found = {"command": command, **images}
+        _write(folder / IMAGES_RECORD_NAME, found)
+        click.echo(image_parts(found)["images"])
         return
     record = {
         "command": COMMAND,
@@ -103,7 +141,6 @@ def main(outdir: Path | None, toy: Path | None, samples: int) -> None:
         "heun_steps": HEUN_STEPS,
         "results": measure(STEPS),
     }
-    with atomic_write(folder / RECORD_NAME, "w") as file:
-        file.write(json.dumps(record, indent=1) + "\n")
+    _write(folder / RECORD_NAME, record)
     plot(record, folder / PICTURE_NAME)
     click.echo(document_parts(record)["solvers"])
