@@ -47,7 +47,10 @@ def toy_parts(record: Mapping[str, Any]) -> dict[str, str]:
 def image_parts(record: Mapping[str, Any]) -> dict[str, str]:
     """The generated part of docs/solvers.md on networks of images."""
     networks = " led away from ".join(f"`{name}`" for name in record["files"])
-    origin = f"{record['num_images']} images of {networks} with weight {record['weight']:g}. Recorded by `{record['command']}` at commit {record['provenance']['commit'][:10]}."
+    origin = (
+        f"{record['num_images']} images of {networks} with weight {record['weight']:g}. "
+        f"Recorded by `{record['command']}` at commit {record['provenance']['commit'][:10]}."
+    )
     return {"images": f"{image_networks.table(record)}\n\n{origin}"}
 
 
