@@ -59,6 +59,8 @@ MEASURED: dict[str, tuple[Solver, Callable[[int], int], int]] = {
     "deis, in sigma": (functools.partial(deis, variable="sigma"), lambda n: n, 4),
     "ipndm": (SOLVERS["ipndm"], lambda n: n, 2),
 }
+# those of the command line, with their defaults
+BY_NAME = ("euler", "heun", "dpmpp2m", "dpmpp3m", "unipc", "deis", "ipndm")
 
 
 def solve(solver: Solver, denoiser: Denoiser, num_steps: int) -> torch.Tensor:

@@ -111,7 +111,7 @@ def _write(path: Path, record: Mapping[str, Any]) -> None:
     "--samples",
     metavar="N",
     type=click.IntRange(min=2),
-    help="Samples per solver and number of steps  [default: 2048 with --toy, 16 with --net]",
+    help="Samples per solver and number of steps  [default: 256 with --toy, 4 with --net]",
 )
 def main(
     outdir: Path | None, toy: Path | None, net: Path | None, gnet: Path | None, guidance: float, samples: int | None
@@ -125,12 +125,12 @@ def main(
     if (net is None) != (gnet is None):
         raise click.UsageError("--net and --gnet belong together; give both")
     if toy is not None:
-        found = {"command": f"{COMMAND} --toy DIR", **toy_networks.measure_toy(toy, 0, samples or 2048)}
+        found = {"command": f"{COMMAND} --toy DIR", **toy_networks.measure_toy(toy, 0, samples or 256)}
         _write(folder / TOY_RECORD_NAME, found)
         click.echo(toy_parts(found)["toy"])
         return
     if net is not None and gnet is not None:
-        images = image_networks.measure_images(net, gnet, guidance, samples or 16)
+        images = image_networks.measure_images(net, gnet, guidance, samples or 4)
         command = f"{COMMAND} --net {net.name} --gnet {gnet.name} --guidance {guidance:g}"
         found = {"command": command, **images}
         _write(folder / IMAGES_RECORD_NAME, found)

@@ -8,7 +8,7 @@ from edm2kit.experiments.solvers.report import image_parts
 from tests.support.fakes import tiny_snapshot
 
 STEPS = (4, 12)
-SOLVERS = {name: MEASURED[name] for name in ("euler", "heun", "dpmpp2m")}
+SOLVERS = ("euler", "heun", "dpmpp2m")
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def record(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_networks, "FINE_STEPS", 24)
         patch.setattr(image_networks, "HEUN_STEPS", 8)
-        patch.setattr(image_networks, "MEASURED", SOLVERS)
+        patch.setattr(image_networks, "BY_NAME", SOLVERS)
         return {"command": "x", **image_networks.measure_images(main, guide, 1.5, 2, STEPS)}
 
 

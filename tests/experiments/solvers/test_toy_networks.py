@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from edm2kit.experiments.solvers import toy_networks
-from edm2kit.experiments.solvers.convergence import MEASURED
+from edm2kit.experiments.solvers.convergence import BY_NAME, MEASURED
 from edm2kit.experiments.solvers.report import toy_parts
 from edm2kit.experiments.toy import measures
 from tests.support.fakes import Gaussian
@@ -24,7 +24,7 @@ def record():
 def test_every_solver_is_measured_alone_and_autoguided(record):
     assert list(record["results"]) == ["alone", "autoguided"]
     for found in record["results"].values():
-        assert list(found["solvers"]) == list(MEASURED)
+        assert list(found["solvers"]) == list(BY_NAME)
         for name, row in found["solvers"].items():
             assert row["evaluations"] == [MEASURED[name][1](count) for count in STEPS]
             errors = [point["error"] for point in row["points"]]
