@@ -58,8 +58,8 @@ def _draw_cost(panel: "Axes", record: Record) -> None:
     rows = [row for row in trades(record) if row.multiply_adds]
     points = [(row.multiply_adds or 0.0, row.distance, row.title) for row in rows]
     panel.scatter([x for x, *_ in points], [y for _, y, _ in points], color="0.6", s=18)
-    _join(panel, points, front([(x, y) for x, y, _ in points]))
     panel.set_xscale("log")
+    _join(panel, points, front([(x, y) for x, y, _ in points]))
     panel.set_xlabel("multiply-adds per image")
     panel.set_title(f"at the best weight, {record['num_images']} images each")
 
@@ -69,7 +69,17 @@ def _join(panel: "Axes", points: Sequence[tuple[float, float, str]], best: Seque
     panel.plot([points[k][0] for k in best], [points[k][1] for k in best], "k--", lw=1)
     for k in best:
         x, y, name = points[k]
-        panel.annotate(name, (x, y), fontsize=6.5, xytext=(3, -8), textcoords="offset points")
+        place, _ = panel.transAxes.inverted().transform(panel.transData.transform((x, y)))
+        on_the_right = place > 0.5  # then its name is on the left, so that it does not leave the panel
+        label = panel.annotate(
+            name,
+            (x, y),
+            fontsize=6.5,
+            xytext=(-3 if on_the_right else 3, -8),
+            textcoords="offset points",
+            ha="right" if on_the_right else "left",
+        )
+        label.set_in_layout(False)
     panel.grid(alpha=0.3)
 
 
