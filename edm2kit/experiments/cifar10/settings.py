@@ -103,7 +103,7 @@ METHODS: dict[str, Method] = {
         [
             _in_parts([(0.0, 1.0), (0.0, 3.0), (0.5, 80.0)], 1.5, 2.0)
             + _in_parts([(1.5, 80.0)], 2.0, 3.0)
-            + _in_parts([(0.5, 80.0)], 2.5)
+            + _in_parts([(0.5, 80.0)], 2.5, 3.0)
         ],
         base="autoguidance",
     ),
