@@ -11,7 +11,7 @@ import click
 import torch
 
 from benchmarks import harness
-from benchmarks.gpu_items import gpu_setting, items, toy_setting
+from benchmarks.gpu_items import Item, compile_seconds, gpu_setting, items, toy_setting
 from edm2kit.cli import click_types as cli
 from edm2kit.torch_utils.files import atomic_write, provenance
 
@@ -24,17 +24,17 @@ from edm2kit.torch_utils.files import atomic_write, provenance
     show_default="benchmarks/records/gpu.json",
     help="Record to write",
 )
-@click.option("--minutes", default=24.0, help="Time limit for all items together")
+@click.option("--minutes", default=9.0, show_default=True, help="Time limit of this call; the next one goes on")
 @click.option("--only", multiple=True, metavar="ITEM", help="Only this item; may be repeated")
 @click.option("--again", is_flag=True, help="Repeat items that the record already has")
 @click.option("--toy", is_flag=True, help="Use tiny networks on the CPU, to test the script")
 @click.option("--item", hidden=True, help="Measure this item in this process")
 def main(out: Path, minutes: float, only: tuple[str, ...], again: bool, toy: bool, item: str | None) -> None:
-    """Measure training, evaluation, guided sampling and memory on the GPU of this machine; writes gpu.json.
+    """Measure training, sampling, detectors, the VAE and memory on the GPU of this machine; writes gpu.json.
 
-    Each item runs in a separate process with a time limit. If one fails or takes too long, its results so far are kept
-    and the others still run. The record is written after each item. Run the same command again for items without a
-    complete result.
+    Each item runs in a separate process with a time limit that follows from what compiling takes on this machine. If
+    one fails or takes too long, its results so far are kept and the others still run. The record is written after each
+    item. An item that may not end in this call waits for the next one: run the same command until all are complete.
     """
     if not toy and not torch.cuda.is_available():
         raise ValueError(
@@ -43,22 +43,37 @@ def main(out: Path, minutes: float, only: tuple[str, ...], again: bool, toy: boo
         )
     listed = items(toy_setting() if toy else gpu_setting())
     if item:
-        measure(listed[item][1], out)
+        measure(listed[item].run, out)
         return
     for name in only:
         if name not in listed:
             raise ValueError(f"unknown item {name!r}; available: {', '.join(listed)}")
     record = read(out, toy)
     until = time.monotonic() + minutes * 60
-    for name in only or listed:
+    # items that failed come last, so that they do not take the time of those that were never tried
+    for name in sorted(only or listed, key=lambda name: "error" in record["items"].get(name, {})):
         if not again and record["items"].get(name, {}).get("complete"):
             click.echo(f"{name}: complete, skipped")
             continue
-        limit_sec = min(listed[name][0], until - time.monotonic())
+        limit_sec = listed[name].limit_sec(compile_seconds(record["items"]))
+        if limit_sec > until - time.monotonic():
+            click.echo(f"{name}: may take {limit_sec:.0f} s, more than this call has left")
+            continue
         record["items"][name] = run_item(name, out, limit_sec, toy)
         save(record, out)
-    complete = [found for found in record["items"].values() if found.get("complete")]
-    click.echo(f"{len(complete)} of {len(listed)} items are complete, in {out}")
+    click.echo(summary(listed, record["items"], out))
+
+
+def summary(listed: dict[str, Item], found: dict[str, Any], out: Path) -> str:
+    """How many items are complete, and whether another call will measure more."""
+    complete = [name for name in listed if found.get(name, {}).get("complete")]
+    failed = [name for name in listed if "error" in found.get(name, {})]
+    text = f"{len(complete)} of {len(listed)} items are complete, in {out}"
+    if len(complete) + len(failed) < len(listed):
+        text += ". Run the same command again for the rest"
+    elif failed:
+        text += f". Without a complete result: {', '.join(failed)}; the same command tries them again"
+    return text
 
 
 def read(out: Path, toy: bool) -> dict[str, Any]:
@@ -81,8 +96,6 @@ def read(out: Path, toy: bool) -> dict[str, Any]:
 
 def run_item(name: str, out: Path, limit_sec: float, toy: bool) -> dict[str, Any]:
     """Measure one item in a separate process."""
-    if limit_sec < 5:
-        return {"error": "no time was left; run the same command again"}
     part = out.with_name(f"{out.stem}-{name}.part")
     part.unlink(missing_ok=True)
     out.parent.mkdir(parents=True, exist_ok=True)

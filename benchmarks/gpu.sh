@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# All measurements that need a GPU, in under 25 minutes, into one JSON: benchmarks/records/gpu.json.
-#   bash benchmarks/gpu.sh                      again: measures what is missing
+# All measurements that need a GPU, into one JSON: benchmarks/records/gpu.json. A call takes at most nine minutes; the
+# next one goes on, until all items are complete (about ten calls).
+#   bash benchmarks/gpu.sh
+#   bash benchmarks/gpu.sh --minutes 60         all in one call
 #   bash benchmarks/gpu.sh --only training-img512-s-fp16
 # Needs an environment with this project's packages and a CUDA build of PyTorch. Nothing else should use the GPU.
 set -euo pipefail

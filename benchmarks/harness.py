@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import json
+import platform
+import re
 import resource
 import shlex
 import statistics
@@ -139,6 +141,7 @@ def describe(
         "notes": dict(comparison.notes),
         "command": command(),
         "provenance": provenance(device),
+        "cpu": cpu(),
     }
     print(comparison_table([record]), flush=True)
     return record
@@ -165,6 +168,20 @@ def _rows(comparison: Comparison, seconds: Mapping[str, list[float]], device: to
                 row["share_of_ceiling"] = row["per_sec"] / ceiling(comparison.work.ceiling, device)
         rows[label] = row
     return rows
+
+
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+
+
+def cpu() -> str:
+    """The model of this machine's processor and its instructions that matter here, if the system names them."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = dict(re.findall(r"^(model name|flags|Features)\s*: (.*)$", text, flags=re.MULTILINE))
+    flags = f"{found.get('flags', '')} {found.get('Features', '')}".split()
+    named = [name for name in _INSTRUCTIONS if name in flags]
+    model = found.get("model name") or platform.processor() or platform.machine()
+    return f"{model} ({', '.join(named)})" if named else model
 
 
 def command() -> str:

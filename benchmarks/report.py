@@ -78,6 +78,8 @@ def performance_text(records: Records) -> str:
     parts.append(comparison_table(comparisons) if comparisons else "No comparisons yet.")
     if half := half_errors_text(comparisons):
         parts.append(half)
+    if "end_to_end" in records:
+        parts += ["### What people wait for", waits_text(records["end_to_end"])]
     if "memory" in records:
         parts += ["### Memory of training", memory_text(records["memory"])]
     if "growth" in records:
@@ -92,9 +94,15 @@ def machines_text(records: Sequence[Record]) -> str:
     if not records:
         return "Nothing measured yet."
     made = [record["provenance"] for record in records]
-    machines = " / ".join(dict.fromkeys(f"{p['hardware']}, torch {p['torch']}, Python {p['python']}" for p in made))
+    machines = " / ".join(dict.fromkeys(_machine(record) for record in records))
     commits = ", ".join(dict.fromkeys(_short_commit(p["commit"]) for p in made))
     return f"Measured on {machines}; commits {commits}."
+
+
+def _machine(record: Record) -> str:
+    made = record["provenance"]
+    processor = f", {record['cpu']}" if "cpu" in record else ""
+    return f"{made['hardware']}{processor}, torch {made['torch']}, Python {made['python']}"
 
 
 def _short_commit(commit: str) -> str:
@@ -112,6 +120,15 @@ def half_errors_text(records: Sequence[Record]) -> str:
                 f"plain network under torch's autocast by {notes['error_autocast_bf16']:.2%}."
             )
     return ""
+
+
+def waits_text(record: Record) -> str:
+    """The times of complete commands, with their goals."""
+    rows = []
+    for row in record["rows"]:
+        goal = f"{row['goal']:g} {row['unit']}: {'reached' if row['is_reached'] else '**missed**'}"
+        rows.append((row["name"], f"{row['value']:.3g} {row['unit']}", goal, row["note"]))
+    return f"{machines_text([record])}\n\n{markdown_table(('what', 'measured', 'goal', ''), rows)}"
 
 
 def memory_text(record: Record) -> str:
@@ -143,7 +160,10 @@ def memory_text(record: Record) -> str:
 def gpu_text(record: Record | None) -> str:
     """The items of a run of benchmarks/gpu.sh."""
     if record is None:
-        return "No record yet. On a machine with an NVIDIA GPU, run `bash benchmarks/gpu.sh` (under 25 minutes)."
+        return (
+            "No record yet. On a machine with an NVIDIA GPU, repeat `bash benchmarks/gpu.sh` until it reports that all "
+            "items are complete: calls of at most nine minutes, about ten of them."
+        )
     parts = [machines_text([record])]
     comparisons, numbers, failed = [], [], []
     for name, item in record["items"].items():
@@ -177,9 +197,10 @@ def missing_text(records: Records) -> str:
         elif not _has_record(name, records):
             lines.append(f"- `{name}`: `python -m benchmarks.{name}`")
     skipped = set()
-    for record in records.values():
+    for name, record in records.items():
         for way, reason in record.get("notes", {}).get("skipped", {}).items():
-            skipped.add(f"- {way}: {reason}")
+            # it says "this CPU", which was another one than the reader's, and than that of other records
+            skipped.add(f"- {way} (record `{name}`, {_machine(record)}): {reason.replace('this CPU', 'that CPU')}")
     return "\n".join([*lines, *sorted(skipped)]) or "Every benchmark has a record."
 
 

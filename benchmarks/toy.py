@@ -12,10 +12,11 @@ from benchmarks.harness import Comparison, Work
 from benchmarks.plain_io import EigenMixture
 from edm2kit.cli import click_types as cli
 from edm2kit.ema.power_function import PowerFunctionEMA
-from edm2kit.experiments.toy.mixture import Mixture, can_compile
+from edm2kit.experiments.toy.mixture import Mixture
 from edm2kit.experiments.toy.model import ToyNet
 from edm2kit.experiments.toy.training import BATCH_SIZE, EMA_STD, RECIPES, REF_LR, noisy_batch, score_matching_loss
 from edm2kit.experiments.toy.tree import components
+from edm2kit.models.compilation import can_compile
 from edm2kit.models.layers import normalize_weights_
 
 

@@ -6,6 +6,7 @@ protocol; classifier-free guidance, independent-condition guidance and batching 
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeAlias, cast, overload, runtime_checkable
@@ -205,6 +206,9 @@ def _other_classes(one_hot: torch.Tensor, rng: StackedGenerator, include_own: bo
     return torch.nn.functional.one_hot(drawn, num_classes).to(one_hot.dtype)
 
 
+ALL_CLASSES = ""  # what stands for all classes of the network in `parse_classes`
+
+
 def class_named(name: str, label_dim: int, names: Sequence[str] | None) -> int:
     """The index of the class called `name`; raises ValueError, with the closest name, if there is none."""
     if names is None:
@@ -289,3 +293,34 @@ class TextPrompts:
 
     def _at(self, rows: torch.Tensor) -> "TextPrompts":
         return TextPrompts(self.texts, self.encodings, rows)
+
+
+def parse_classes(
+    text: str | None, label_dim: int, names: Sequence[str] | None, empty: Sequence[int] = ()
+) -> tuple[int, ...] | None:
+    """Class indices from numbers, ranges and names separated by commas; None for None.
+
+    ALL_CLASSES stands for all but the classes `empty`, which had no image in training. A name comes before a number:
+    if a class is called 10 or 3-9, that text means this class.
+
+    Raises ValueError if the network has no classes, for an index out of range, and for an unknown name.
+    """
+    if text is None:
+        return None
+    if label_dim == 0:
+        raise ValueError("the network has no classes; leave out --class and --balanced")
+    if text == ALL_CLASSES:
+        return tuple(k for k in range(label_dim) if k not in set(empty))
+    if names is not None and text in names:  # a name may contain a comma
+        return (names.index(text),)
+    classes: list[int] = []
+    for part in text.split(","):
+        numbers = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part.strip())
+        if numbers is None or (names is not None and part.strip() in names):
+            classes.append(class_named(part.strip(), label_dim, names))
+            continue
+        first, last = int(numbers[1]), int(numbers[2] or numbers[1])
+        if not first <= last < label_dim:
+            raise ValueError(f"class {part.strip()} is out of range; the network has classes 0 to {label_dim - 1}")
+        classes.extend(range(first, last + 1))
+    return tuple(classes)

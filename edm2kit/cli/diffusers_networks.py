@@ -109,8 +109,9 @@ def load_networks(request: "Request", device: torch.device, load_own: Callable[[
     """
     quieten()
     dtype = PRECISIONS[precision_of(request, device)]
-    if request.compiled or request.vae is not None:
-        given = "--compile" if request.compiled else "--vae"
+    compiled = request.compile in ("on", "graphs")
+    if compiled or request.vae is not None:
+        given = "--compile" if compiled else "--vae"
         raise ValueError(f"{given} is for snapshots of this project; leave it out with networks of diffusers")
     loaded: dict[str, Loaded] = {}
     snapshots: dict[str, Snapshot] = {}

@@ -74,7 +74,7 @@ def main(request: Request, outdir: str, max_time: float | None, device: str, **o
         teacher, sigmas = generation.engine.denoiser, request.sampler.sigmas(picked)
         check_teacher(teacher, sigmas, generation.engine.shape, generation.engine.label_dim)
         config = configure(request, options, generation.settings["precision"])
-        run = prepare_run(config, outdir, teacher=as_recorded(generation.settings, Path(outdir)))
+        run = prepare_run(config, outdir, teacher=as_recorded(generation.settings, Path(outdir)), device=picked)
         check_labels(run, generation.engine.label_dim)
         if run.header.label_kind == "vectors" and run.dataset.labels is not None:
             teacher = VectorTeacher(teacher, torch.from_numpy(run.dataset.labels))

@@ -18,6 +18,7 @@ def options_from(config: type, *names: str, defaults: Mapping[str, Any] | None =
 
     - `option`: its name on the command line; without it the field has none. `help`: its help text.
     - `metavar`: NIMG stands for a number of images such as 128Ki or 8Mi. A bool without a metavar is a flag.
+    - `bare`: the value that the option stands for without one, such as --compile for --compile on.
     - `choices`, `min`, or `parse` (a function from text that raises ValueError), if the type does not say enough.
     - `hidden`: --help leaves it out, because another option describes it.
     - `default_shown`, if the default itself does not tell the reader what happens.
@@ -42,6 +43,8 @@ def options_from(config: type, *names: str, defaults: Mapping[str, Any] | None =
             settings |= {"is_flag": True, "default": None}
         else:
             settings["type"] = _value_type(metadata, hints[name])
+            if "bare" in metadata:
+                settings |= {"is_flag": False, "flag_value": metadata["bare"]}
         options.append(click.option(metadata["option"], name, **settings))
     return options
 

@@ -8,22 +8,22 @@ generation.settings                             # for the JSON record: everythin
 """
 
 import dataclasses
-import re
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from edm2kit.conditions import class_named
+from edm2kit.conditions import parse_classes
 from edm2kit.data.labels import read_label_vectors
 from edm2kit.guidance.base import Parts
 from edm2kit.guidance.interval import guided_steps
 from edm2kit.guidance.registry import NO_GUIDANCE, Choice, drops_condition, guide, methods_of, name_by_networks
 from edm2kit.guidance.reuse import NO_REUSE
+from edm2kit.models.compilation import COMPILE, compile_, compile_for_images_, graph_
 from edm2kit.models.encoders import RGBEncoder, StabilityVAEEncoder, make_encoder
 from edm2kit.models.networks import NETWORKS
-from edm2kit.models.preconditioning import PRECISIONS, compile_, resolve_precision, slow_precision
+from edm2kit.models.preconditioning import PRECISIONS, Preconditioner, resolve_precision, slow_precision
 from edm2kit.models.vae import vae_sha256
 from edm2kit.sampling.engine import Engine, ImageBatch, share_of_rank
 from edm2kit.sampling.fitted_levels import with_fitted_levels
@@ -32,8 +32,6 @@ from edm2kit.snapshots.loading import Snapshot, Weights, load_snapshot, load_wei
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.dist import progress_bar
 from edm2kit.torch_utils.files import plain_json, sha256_of
-
-ALL_CLASSES = ""  # the value of Request.classes that stands for all classes of the network
 
 
 def _option(option: str, help: str, default: Any = None, **metadata: Any) -> Any:
@@ -51,7 +49,8 @@ class Request:
       or a JSON list of lists.
     - `precision`: inside the networks, a key of PRECISIONS or "auto" (fp16 on a CUDA device, fp32 elsewhere).
     - `vae`: hub name or folder that replaces the VAE named in the snapshot.
-    - `compiled`: compile the networks with torch.compile.
+    - `compile`: one of COMPILE. on: torch.compile the networks; graphs: CUDA graphs, for small batches; auto: compile
+      on CUDA if that pays for the number of images, not on a CPU, where results repeat to the last bit.
     - `prompt`, `prompts`, `negative`, `gnet_lora`, `gnet_lora_scale`, `pixels`, `offload`, `vae_tiling`: for networks
       of diffusers only; see docs/any-model.md.
     """
@@ -79,10 +78,16 @@ class Request:
     vae: str | None = _option(
         "--vae", "VAE that decodes latents", metavar="NAME|DIR", default_shown="as in the snapshot"
     )
-    uncond: str | None = _option(
-        "--uncond", "Unconditional network beside --gnet, if a method takes both", metavar="PATH|URL"
+    uncond: str | None = _option("--uncond", "Unconditional network beside --gnet, if needed", metavar="PATH|URL")
+    compile: str = _option(
+        "--compile",
+        "torch.compile: on, off, auto (default), or graphs",
+        "auto",
+        default_shown="",
+        metavar="MODE",
+        choices=COMPILE,
+        bare="on",
     )
-    compiled: bool = _option("--compile", "torch.compile the networks, for thousands of images", False)
     prompt: str | None = _option("--prompt", "Prompt, for a network that takes text", metavar="TEXT", hidden=True)
     prompts: str | None = _option(
         "--prompts", "Prompts, a text file with one per line or a JSON list", metavar="FILE", hidden=True
@@ -118,17 +123,26 @@ class Request:
 
 @dataclass(frozen=True)
 class Generation:
-    """An engine that is ready; `settings` is JSON and holds everything that decides an image but its seed."""
+    """An engine that is ready; `settings` is JSON and holds everything that decides an image but its seed.
+
+    `compilable` are the networks that `batches` may compile, if that pays for the images to generate.
+    """
 
     engine: Engine
     settings: Mapping[str, Any]
     summary: str
+    compilable: tuple[Preconditioner, ...] = ()
 
     def batches(self, seeds: Sequence[int], batch_size: int) -> Generator[ImageBatch]:
         """Yield the images of this rank's share of `seeds`, possibly none, with a progress bar on rank 0."""
         share = share_of_rank(seeds)
+        engine = self.engine
+        if self.compilable:
+            steps = getattr(engine.sampler, "num_steps", 1)
+            compiled = compile_for_images_(self.compilable, engine.shape, len(share), batch_size, steps, engine.device)
+            engine = dataclasses.replace(engine, pad=compiled)
         with progress_bar(len(share), hidden=not share) as bar:
-            for batch in self.engine.batches(share, batch_size):
+            for batch in engine.batches(share, batch_size):
                 yield batch
                 bar.update(len(batch.seeds))
 
@@ -163,7 +177,7 @@ def prepare(
     loaded, foreign = loaded or {}, networks
     if of_diffusers:
         if foreign is None:
-            foreign = load_networks(request, device, lambda source: _load(source, device, precision, False))
+            foreign = load_networks(request, device, lambda source: _load(source, device, precision, "off"))
         snapshots = dict(foreign.snapshots)
     else:
         _refuse_options_of_diffusers(request)
@@ -171,7 +185,7 @@ def prepare(
         for name, source in sources.items():
             if source is not None:
                 in_memory = loaded.get(name)
-                snapshots[name] = in_memory or _load(source, device, precision, request.compiled)
+                snapshots[name] = in_memory or _load(source, device, precision, request.compile)
     main = snapshots["net"] = _with_vae(snapshots["net"], request.vae)
     classes, vectors = (None, None) if labels_from_data else _pick_labels(request, main)
     for name in ("gnet", "uncond"):
@@ -203,7 +217,7 @@ def prepare(
         device,
         classes,
         vectors,
-        pad=request.compiled,
+        pad=request.compile in ("on", "graphs"),
         empty_classes=main.header.classes_without_images,
         prompts=None if foreign is None else foreign.prompts,
     )
@@ -229,7 +243,11 @@ def prepare(
         settings["labels_sha256"] = sha256_of(request.labels)
     if foreign is not None:
         settings["diffusers"] = plain_json(foreign.settings(request))
-    return Generation(engine, settings, _summary(request, snapshots, classes, precision))
+    # a network in memory is replaced by another one soon
+    stays = foreign is None and not loaded
+    automatic = stays and request.compile == "auto" and device.type == "cuda" and not dist.repeats_bits(device)
+    compilable = tuple(nets.values()) if automatic else ()
+    return Generation(engine, settings, _summary(request, snapshots, classes, precision), compilable)
 
 
 def load_for_sampling(weights: Weights, device: torch.device, precision: str) -> Snapshot:
@@ -248,10 +266,14 @@ def _refuse_options_of_diffusers(request: Request) -> None:
         raise ValueError("--levels own is for networks of diffusers; leave it out, or use --levels karras")
 
 
-def _load(source: str, device: torch.device, precision: str, compiled: bool) -> Snapshot:
+def _load(source: str, device: torch.device, precision: str, compile: str) -> Snapshot:
     snapshot = load_snapshot(source, device, PRECISIONS[precision])
     net = NETWORKS[snapshot.header.network].freeze_(snapshot.net)
-    return dataclasses.replace(snapshot, net=compile_(net) if compiled else net)
+    if compile == "on":
+        net = compile_(net)
+    elif compile == "graphs":
+        net = graph_(net, device)
+    return dataclasses.replace(snapshot, net=net)
 
 
 def check_pair(main: Snapshot, guide_snapshot: Snapshot) -> None:
@@ -311,6 +333,8 @@ def _pick_labels(request: Request, main: Snapshot) -> tuple[Sequence[int] | None
         if request.labels is not None:
             raise ValueError("--labels is for networks that take label vectors, and this one does not; use --class")
         empty = main.header.classes_without_images
+        if request.classes is None:
+            return None, None
         classes = parse_classes(request.classes, label_dim, main.header.label_names, empty)
         if classes is not None and (untrained := sorted(set(classes).intersection(empty))):
             dist.warn0(f"class {untrained[0]} had no image in training; what the network makes of it means nothing")
@@ -328,37 +352,6 @@ def _pick_labels(request: Request, main: Snapshot) -> tuple[Sequence[int] | None
             f"--labels {request.labels}: has vectors of {vectors.shape[1]} numbers, but the network takes {label_dim}"
         )
     return range(len(vectors)), torch.from_numpy(vectors)
-
-
-def parse_classes(
-    text: str | None, label_dim: int, names: Sequence[str] | None, empty: Sequence[int] = ()
-) -> tuple[int, ...] | None:
-    """Class indices from numbers, ranges and names separated by commas; None for None.
-
-    ALL_CLASSES stands for all but the classes `empty`, which had no image in training. A name comes before a number:
-    if a class is called 10 or 3-9, that text means this class.
-
-    Raises ValueError if the network has no classes, for an index out of range, and for an unknown name.
-    """
-    if text is None:
-        return None
-    if label_dim == 0:
-        raise ValueError("the network has no classes; leave out --class and --balanced")
-    if text == ALL_CLASSES:
-        return tuple(k for k in range(label_dim) if k not in set(empty))
-    if names is not None and text in names:  # a name may contain a comma
-        return (names.index(text),)
-    classes: list[int] = []
-    for part in text.split(","):
-        numbers = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part.strip())
-        if numbers is None or (names is not None and part.strip() in names):
-            classes.append(class_named(part.strip(), label_dim, names))
-            continue
-        first, last = int(numbers[1]), int(numbers[2] or numbers[1])
-        if not first <= last < label_dim:
-            raise ValueError(f"class {part.strip()} is out of range; the network has classes 0 to {label_dim - 1}")
-        classes.extend(range(first, last + 1))
-    return tuple(classes)
 
 
 def _identity(source: str | None, snapshot: Snapshot, foreign: Any, name: str) -> dict[str, Any]:

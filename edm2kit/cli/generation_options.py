@@ -11,9 +11,10 @@ from click.core import ParameterSource
 
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.field_options import option_fields, options_from
-from edm2kit.cli.generation import ALL_CLASSES, Request
+from edm2kit.cli.generation import Request
 from edm2kit.cli.presets import boxed_presets, find_preset, load_presets, preset_file, preset_words
 from edm2kit.cli.sampler_options import sampler_options, take_sampler
+from edm2kit.conditions import ALL_CLASSES
 from edm2kit.guidance.base import Method, Option, Rule
 from edm2kit.guidance.registry import (
     ALIASES,
@@ -113,7 +114,7 @@ def _option_sections() -> list[cli.Decorator]:
                 lambda _: "\n".join([*boxed_presets(), *load_presets()]),
                 "Print the names of presets and exit",
             ),
-            *options_from(Request, "precision", "vae", "compiled"),
+            *options_from(Request, "precision", "vae", "compile"),
             *options_from(Request, *_DIFFUSERS),
             cli.printing_option(
                 "--help-diffusers",

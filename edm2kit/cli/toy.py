@@ -10,8 +10,8 @@ from edm2kit.cli.click_types import Group, IntRanges
 from edm2kit.experiments.documents import checkout
 from edm2kit.experiments.toy import evaluation, figures, page, plot_style, report
 from edm2kit.experiments.toy.methods import load_nets
-from edm2kit.experiments.toy.mixture import can_compile
 from edm2kit.experiments.toy.training import RECIPES, load_network, network_path, save_network, train
+from edm2kit.models.compilation import can_compile
 from edm2kit.torch_utils.dist import print0
 
 _outdir = click.option(

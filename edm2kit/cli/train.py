@@ -78,7 +78,7 @@ _DECIDED = {field.name for field in dataclasses.fields(TrainConfig)} - {"data", 
 @cli.section("Learning rate", *options_from(TrainConfig, "ref_lr", "ref_batches", "rampup_nimg"))
 @cli.section(
     "Speed and memory",
-    *options_from(TrainConfig, "batch_gpu", "precision"),
+    *options_from(TrainConfig, "batch_gpu", "compile", "precision"),
     click.option("--fp16", type=bool, metavar="BOOL", help="Short for --precision fp16 (true) or fp32 (false)"),
     *options_from(TrainConfig, "loss_scaling", "recompute", "shard", "cudnn_benchmark", "workers"),
     cli.device_option(),
@@ -125,7 +125,7 @@ def main(
         raise ValueError("--throughput, --measure, --gpus and --gpu-memory are for planning: add -n")
     config = compose_config(preset, config_file, options)
     with dist.session(device) as picked, StopRequest(max_time) as stop:
-        run = prepare_run(config, outdir, processes=gpus)
+        run = prepare_run(config, outdir, processes=gpus, device=picked)
         run.describe(picked, None if gpu_memory is None else round(gpu_memory * 1e9))
         if dry_run:
             forecast_time(run, picked, throughput, measure)

@@ -1,9 +1,7 @@
 """Are generated images copies of training images? AuthPct and the C_T score."""
 
 import numpy as np
-import scipy.stats
 import torch
-from scipy.cluster.vq import kmeans2
 
 from edm2kit.metrics.neighbours import nearest_distances
 from edm2kit.metrics.score import Sample, Score
@@ -34,6 +32,10 @@ def ct_score(sample: Sample) -> Score:
     fewer than 20 generated images are left out. Meehan et al. 2020 (arXiv 2004.05675). Raises ValueError if no cell
     remains.
     """
+    # both import hundreds of modules, which the other metrics do not need
+    from scipy.cluster.vq import kmeans2
+    from scipy.stats import mannwhitneyu
+
     if sample.heldout is None:
         raise ValueError("ct needs held-out real images that the network was not trained on; give --heldout")
     sets = [rows.double().cpu() for rows in (sample.real_features, sample.heldout, sample.generated)]
@@ -57,7 +59,7 @@ def ct_score(sample: Sample) -> Score:
         of_generated, of_heldout = (
             nearest_distances(rows, train[in_train]).numpy() for rows in (generated[in_generated], heldout[in_heldout])
         )
-        u = scipy.stats.mannwhitneyu(of_generated, of_heldout, alternative="less").statistic
+        u = mannwhitneyu(of_generated, of_heldout, alternative="less").statistic
         values.append((u - (m * n / 2 - 0.5)) / np.sqrt(m * n * (m + n + 1) / 12))
         weights.append(n)
         # the variance of a z value of one set given the other; sampling of the held-out images is not counted

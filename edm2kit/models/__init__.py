@@ -4,6 +4,7 @@
 """
 
 from edm2kit.models.adapters import VP, Adapted, DiscreteVP, Flow, Rescaled
+from edm2kit.models.compilation import compile_
 from edm2kit.models.cost import Cost, evaluation_cost
 from edm2kit.models.edm2 import Precond, freeze_
 from edm2kit.models.encoders import ENCODERS, Encoder, make_encoder
@@ -16,7 +17,7 @@ from edm2kit.models.networks import (
     network_kind,
     register_network,
 )
-from edm2kit.models.preconditioning import Edits, Preconditioner, RawNetwork, compile_
+from edm2kit.models.preconditioning import Edits, Preconditioner, RawNetwork
 
 __all__ = [
     "ENCODERS",

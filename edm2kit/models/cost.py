@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from edm2kit.models.networks import DEFAULT_NETWORK, build_network
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ def evaluation_cost(architecture: Mapping[str, Any], kind: str = DEFAULT_NETWORK
 
     Example: `evaluation_cost(full_architecture(64, 4, 1000, 0.5, {"model_channels": 128})).multiply_adds`.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # importing it takes a tenth of a second
+
     with torch.device("meta"):
         net = build_network(architecture, kind).eval()
         x = torch.empty(1, net.img_channels, net.img_resolution, net.img_resolution)
@@ -62,7 +66,7 @@ def evaluation_cost(architecture: Mapping[str, Any], kind: str = DEFAULT_NETWORK
     return cost
 
 
-def _count_own_flops(net: nn.Module, counter: FlopCounterMode) -> dict[str, int]:
+def _count_own_flops(net: nn.Module, counter: "FlopCounterMode") -> dict[str, int]:
     """From now on, count the operations of each module of `net` that are not those of a module inside it."""
     own = dict.fromkeys((name for name, _ in net.named_modules()), 0)
     last_total = 0

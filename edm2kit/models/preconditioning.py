@@ -23,6 +23,7 @@ PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float
 
 _MAX_SIZE, _MAX_LENGTH = 1 << 16, 128  # of numbers and lists among the arguments of a network
 _CAN_BE_OFF = ("clip_act",)  # with null
+_FEW_TOKENS = 512  # attention of so few is faster unfused, see `attention`
 LOGVAR_CHANNELS = 128  # default width of the uncertainty head
 
 # dtype -> functions of torch.cpu that report fast instructions for it; older versions of torch lack some of them
@@ -52,8 +53,12 @@ class Edits:
     maps: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        given = self.attention or self.embedding or self.dropout or self.skip or self.return_attention
-        return bool(given) or self.augment is not None
+        return self.changes_code or self.augment is not None
+
+    @property
+    def changes_code(self) -> bool:
+        """Whether other operations run than usual; augmentation labels are an input like others."""
+        return bool(self.attention or self.embedding or self.dropout or self.skip or self.return_attention)
 
     def unless_skipped(self, block: str, added: torch.Tensor) -> torch.Tensor:
         """What `block` adds to its input, [N, ...], and 0 for the images for which it is skipped."""
@@ -69,7 +74,17 @@ class Edits:
         if block in self.return_attention:
             self.maps[block] = (q.float() @ k.float().transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3)
             return self.maps[block].to(v.dtype) @ v
-        return nn.functional.scaled_dot_product_attention(q, k, v)
+        return attention(q, k, v)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T / sqrt(C)) v, all [N, heads, H*W, C].
+
+    On a CPU in bfloat16, torch's fused kernel takes three to seven times as long as matrix products for few tokens.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= _FEW_TOKENS:
+        return ((q / math.sqrt(q.shape[3])) @ k.transpose(2, 3)).softmax(dim=3) @ v
+    return nn.functional.scaled_dot_product_attention(q, k, v)
 
 
 class RawNetwork(nn.Module):
@@ -117,7 +132,8 @@ class Preconditioner(nn.Module):
     pixels; `label_dim` is the number of classes or the length of label vectors, 0 if unconditional; `sigma_data` is
     the standard deviation of the data; `logvar_channels` the width of the uncertainty head.
 
-    `compute_dtype` (an attribute) is the dtype inside F; everything outside stays float32.
+    `compute_dtype` (an attribute) is the dtype inside F; everything outside stays float32. `fast_raw`, if it is set,
+    computes F in its place, except for calls with edits or with gradients by the input.
     """
 
     def __init__(
@@ -135,6 +151,7 @@ class Preconditioner(nn.Module):
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.sigma_data = sigma_data
         self.compute_dtype = torch.float32
+        self.fast_raw: Callable[..., torch.Tensor] | None = None
         self._raw_name = raw_name
         self.add_module(raw_name, raw)
         self.logvar_fourier = MPFourier(logvar_channels)
@@ -204,8 +221,9 @@ class Preconditioner(nn.Module):
         c_out = s * self.sigma_data / (s**2 + self.sigma_data**2).sqrt()
         c_in = 1 / (self.sigma_data**2 + s**2).sqrt()
         c_noise = sigma.log() / 4
-        # a compiled network (`compile_`) knows neither edits nor gradients
-        raw = self.raw.forward if edits or x.requires_grad else self.raw
+        raw = self.raw if edits or self.fast_raw is None else self.fast_raw
+        if edits.changes_code or x.requires_grad:
+            raw = self.raw.forward  # a compiled network knows neither (models/compilation.py)
         f = raw((c_in * x).to(self.compute_dtype), c_noise, self._labels(x, labels), edits)
         outputs: list[Any] = [c_skip * x + c_out * f.float()]
         if return_logvar:
@@ -244,16 +262,6 @@ class Preconditioner(nn.Module):
             if block in roles:
                 continue
             raise ValueError(f"no attention in a block called {block!r}; blocks with attention: {', '.join(roles)}")
-
-
-def compile_(net: Preconditioner, backend: str = "inductor") -> Preconditioner:
-    """Let torch.compile compile the raw network of a frozen denoiser; returns it.
-
-    The first call of every batch size takes minutes; later calls are faster. Calls with edits or with gradients by
-    the input run uncompiled.
-    """
-    net.raw.compile(backend=backend, dynamic=False)
-    return net
 
 
 def resolve_precision(name: str, device: torch.device) -> str:

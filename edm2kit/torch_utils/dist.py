@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import ipaddress
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -130,6 +132,14 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+def repeats_bits(device: torch.device) -> bool:
+    """Whether a repeated or resumed command is promised to give the same bits: on a CPU, and with `deterministic()`.
+
+    Then nothing that changes rounding may depend on measured times or free memory, which differ from run to run.
+    """
+    return device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+
+
 def had_group() -> bool:
     """Whether this process has ever been part of a process group."""
     return _had_group
@@ -175,6 +185,7 @@ def _in_group(picked: torch.device, limit_sec: float) -> Iterator[torch.device]:
     global _had_group
     from edm2kit.torch_utils.heartbeat import watching  # a single process has nobody to watch
 
+    check_host_name()
     own_rank, size = env_int("RANK", 0), env_int("WORLD_SIZE", 1)
     backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
 
@@ -212,6 +223,30 @@ def _lost(reason: str, late: list[str], limit_sec: float) -> str:
         )
     who = f": {'; '.join(late)}" if late else ""
     return f"another rank has ended{who}. Its own message says why, unless the system killed it ({first_line})"
+
+
+def check_host_name() -> None:
+    """Raise ValueError if the job spans several machines and the others could not reach this one.
+
+    Gloo, which also exchanges a flag per training step beside NCCL, listens at the address that the name of the machine
+    resolves to, unless GLOO_SOCKET_IFNAME names a network interface. Many systems resolve the name to 127.0.1.1.
+    """
+    size = env_int("WORLD_SIZE", 1)
+    if size <= env_int("LOCAL_WORLD_SIZE", size) or os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+        if not ipaddress.ip_address(address).is_loopback:
+            return
+        reason = f"resolves to {address}, where only processes on this machine reach it"
+    except OSError:
+        reason = "has no address"
+    interfaces = ", ".join(interface for _, interface in socket.if_nameindex() if interface != "lo")
+    raise ValueError(
+        f"the job spans several machines, and the name of this one, {name}, {reason}. Set GLOO_SOCKET_IFNAME, and "
+        f"NCCL_SOCKET_IFNAME, to the network interface that connects them (here: {interfaces or 'none found'})"
+    )
 
 
 class ReportedElsewhere(ValueError):

@@ -23,6 +23,7 @@ from edm2kit.torch_utils.files import atomic_write, check_type, count_nodes
 PRESET_FOLDER = Path(__file__).parents[1] / "configs" / "train"
 _COUNT_UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 _MAX_YAML_BYTES, _MAX_YAML_VALUES = 1 << 20, 10_000
+AUTO = "auto"
 _SIZES = ("xxs", "xs", "s", "m", "l", "xl", "xxl")
 
 
@@ -86,9 +87,9 @@ class TrainConfig:
         1 << 30, "Duration in images, such as 2048Mi", option="--duration", metavar="NIMG", free=True
     )
     batch_size: int = _setting(2048, "Images per step over all processes", option="--batch", metavar="NIMG")
-    batch_gpu: int | None = _setting(
-        None, "Images per forward pass, at most",
-        option="--batch-gpu", metavar="NIMG", free=True, default_shown="all",
+    batch_gpu: int | str | None = _setting(
+        None, "Images per forward pass at most, or auto", default_shown="all",
+        option="--batch-gpu", metavar="NIMG", parse=lambda text: parse_batch_gpu(text), free=True,
     )  # fmt: skip
     precision: str = _setting(
         "fp32", "Inside the network: fp32, fp16 or bf16",
@@ -101,6 +102,10 @@ class TrainConfig:
     shard: bool = _setting(
         False, "Shard Adam's moments and the EMAs over the processes: less memory, same results",
         option="--shard", metavar="BOOL", free=True,
+    )  # fmt: skip
+    compile: str = _setting(
+        "auto", "torch.compile: on, off or auto (default)", default_shown="",
+        option="--compile", metavar="MODE", choices=("auto", "on", "off"), bare="on", free=True,
     )  # fmt: skip
     loss_scaling: float = _setting(1.0, "Loss scaling, undone before the update", option="--ls", metavar="FLOAT")
     cudnn_benchmark: bool = _setting(True, "Let cuDNN choose by benchmark", option="--bench", metavar="BOOL", free=True)
@@ -139,6 +144,8 @@ class TrainConfig:
                 "adam_betas must be from 0 to below 1, and adam_eps not negative; "
                 f"got {self.adam_betas}, {self.adam_eps}"
             )
+        if isinstance(self.batch_gpu, str) and self.batch_gpu != AUTO:
+            raise ValueError(f"{option_of('batch_gpu')} must be a number of images or auto; got {self.batch_gpu!r}")
         for name in ("label_dropout", "augment"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{option_of(name)} must be between 0 and 1; got {getattr(self, name)}")
@@ -159,6 +166,11 @@ class TrainConfig:
         NETWORKS[self.network_kind].check_arguments(self.network, self.network_kind)
 
     @property
+    def max_micro_batch(self) -> int | None:
+        """Images per forward pass at most, as far as that is a number: None for all of a process, and for auto."""
+        return self.batch_gpu if isinstance(self.batch_gpu, int) else None
+
+    @property
     def network_kind(self) -> str:
         """The kind of network to train, a key of `NETWORKS`."""
         return self.network.get("kind", DEFAULT_NETWORK)
@@ -171,6 +183,16 @@ def _all_finite(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(_all_finite(item) for item in value)
     return not isinstance(value, float) or math.isfinite(value)
+
+
+def parse_batch_gpu(text: str) -> int | str:
+    """A number of images such as 64 or 1Ki, or "auto". Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d{1,9})(Ki)?", text.strip())
+    if match is not None:
+        return int(match[1]) * (_COUNT_UNITS[match[2]] if match[2] else 1)
+    if text != AUTO:
+        raise ValueError(f"{text!r:.60} is not a number of images; write for example 32, or auto")
+    return AUTO
 
 
 def option_of(name: str) -> str:

@@ -89,21 +89,20 @@ class Trainer:
         self._flat_gradient: torch.Tensor | None = None
         if self.ddp is self.net and device.type != "cpu":
             self._flat_gradient = _flatten_gradients_(self.net)
+        if config.compile == "on":
+            from edm2kit.models.compilation import compile_
+
+            compile_(self.net)
 
     def step(self, micro_batches: Iterator[MicroBatch], rounds: int) -> None:
         """One optimizer step over this rank's share of the next global batch, in `rounds` micro-batches."""
         self.num_steps += 1
         self._last_losses.clear()
         self.kind.normalize_weights_(self.net)
-        if self._flat_gradient is None:
-            self.optimizer.zero_grad(set_to_none=True)
-        else:
-            self._flat_gradient.zero_()
+        self._clear_gradients()
         for k in range(rounds):
-            exchange: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-            if isinstance(self.ddp, DistributedDataParallel) and k < rounds - 1:
-                exchange = self.ddp.no_sync()  # ranks exchange gradients in the last backward pass of the step only
-            with exchange:
+            # ranks exchange gradients in the last backward pass of the step only
+            with self._without_exchange() if k < rounds - 1 else contextlib.nullcontext():
                 self._accumulate(next(micro_batches))
         lr = learning_rate(
             self.nimg, self.config.batch_size, self.config.ref_lr, self.config.ref_batches, self.config.rampup_nimg
@@ -115,6 +114,39 @@ class Trainer:
         self.optimizer.step()
         self.nimg += self.config.batch_size
         self.ema.update(self.nimg, self.config.batch_size)
+
+    def _clear_gradients(self) -> None:
+        if self._flat_gradient is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self._flat_gradient.zero_()
+
+    def _without_exchange(self) -> contextlib.AbstractContextManager[None]:
+        return self.ddp.no_sync() if isinstance(self.ddp, DistributedDataParallel) else contextlib.nullcontext()
+
+    def rehearse(self, size: int, reserved_bytes: int = 0) -> None:
+        """A forward and backward pass on this rank with `size` images of zeros; the state of training stays as it was.
+
+        `reserved_bytes` of the device's memory are set aside during it, for what a step needs beyond.
+        """
+        architecture, resolution = self.header.architecture, self.net.img_resolution
+        images = torch.zeros(size, architecture["img_channels"], resolution, resolution, device=self.device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        labels = torch.zeros(size, self.net.label_dim, device=self.device) if self.net.label_dim else None
+        reserved = torch.empty(reserved_bytes, dtype=torch.uint8, device=self.device)
+        with self._without_exchange():
+            loss, _ = self.loss_fn.terms(self.ddp, images, labels, StackedGenerator(self.device, range(size)))
+            loss.sum().backward()
+        del reserved
+        self._clear_gradients()
+
+    def compile_if_it_pays_(self, size: int, rounds: int) -> None:
+        """Compile the network if that shortens the run, of `rounds` micro-batches of `size` images a step."""
+        from edm2kit.models.compilation import compile_if_it_pays_
+
+        steps_left = max(self.config.duration_nimg - self.nimg, 0) // self.config.batch_size
+        run = partial(self.rehearse, size)
+        compile_if_it_pays_([self.net], run, steps_left * rounds, self.device, "training step")
 
     def _accumulate(self, batch: MicroBatch) -> None:
         batch = batch.to(self.device)
@@ -303,7 +335,7 @@ def drop_labels(labels: torch.Tensor, positions: Sequence[int], probability: flo
 def training_loop(
     trainer: Trainer,
     batches: Callable[[int], Generator[MicroBatch, None, None]],
-    rounds: int,
+    sizes: Sequence[int],
     run_dir: Path,
     log: RunLog,
     on_snapshot: Callable[[nn.Module, int], None] | None,
@@ -311,12 +343,14 @@ def training_loop(
 ) -> None:
     """Train to `duration_nimg`, or until `should_stop()` is true on any rank; then save, and return on all ranks.
 
-    `batches(nimg)` streams this rank's micro-batches from image `nimg` on, `rounds` of them per step.
+    `batches(nimg)` streams this rank's micro-batches from image `nimg` on; those of a step have `sizes` images.
     `on_snapshot(net, nimg)` is called on every rank after each snapshot with the longest EMA.
     """
-    config = trainer.config
+    config, rounds = trainer.config, len(sizes)
     trainer.resume(run_dir)
     log.begin(trainer.nimg, trainer.elapsed_sec)
+    if config.compile == "auto" and not dist.repeats_bits(trainer.device):
+        trainer.compile_if_it_pays_(max(sizes), rounds)
     started = time.monotonic() - trainer.elapsed_sec
     should_stop()  # from now on, a signal asks to stop instead of ending the set-up
     with contextlib.closing(batches(trainer.nimg)) as micro_batches:

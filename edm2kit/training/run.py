@@ -28,11 +28,12 @@ from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write, differences, exclusive, free_bytes, provenance
 from edm2kit.training.augmentation import NUM_LABELS
 from edm2kit.training.checkpoint import DivergenceError, list_checkpoints, read_run_id
-from edm2kit.training.config import TrainConfig, config_to_dict, read_yaml, refuse_changes, run_id, write_config
+from edm2kit.training.config import AUTO, TrainConfig, config_to_dict, read_yaml, refuse_changes, run_id, write_config
 from edm2kit.training.fine_tuning import adopt_source, check_source
 from edm2kit.training.log import Forecast, RunLog, make_forecast, memory_advice, schedule_warnings
 from edm2kit.training.loop import Trainer, training_loop
 from edm2kit.training.loss import TrainingLoss
+from edm2kit.training.micro_batches import fitting_size, largest_divisor, recorded_size
 
 CONFIG_NAME = "config.yaml"
 RECORD_NAME = "run.json"
@@ -128,6 +129,12 @@ class Run:
         with contextlib.ExitStack() as stack:
             dist.on_rank0(stack.enter_context, exclusive(self.run_dir))
             dist.on_rank0(self.write_records, provenance(device))
+            trainer = Trainer(config, self.header, self.encoder, device, loss_fn)
+            micro_batches = self.micro_batches
+            if config.batch_gpu == AUTO and device.type == "cuda":
+                micro_batches = self._rehearsed(trainer)
+                fitted = dataclasses.replace(self, micro_batches=micro_batches)
+                dist.on_rank0(fitted.write_records, provenance(device))
             order = GlobalOrder(len(self.dataset), config.seed)
             batches = partial(
                 training_batches,
@@ -136,14 +143,14 @@ class Run:
                 batch_size=config.batch_size,
                 rank=dist.rank(),
                 world_size=dist.world_size(),
-                batch_gpu=config.batch_gpu,
+                batch_gpu=max(micro_batches),
                 workers=config.workers,
             )
             try:
                 training_loop(
-                    Trainer(config, self.header, self.encoder, device, loss_fn),
+                    trainer,
                     batches,
-                    len(self.micro_batches),
+                    micro_batches,
                     self.run_dir,
                     RunLog(self.run_dir, config.duration_nimg, device, tensorboard),
                     on_snapshot,
@@ -151,6 +158,26 @@ class Run:
                 )
             except DivergenceError as error:
                 raise ValueError(self._diagnosis(error, order)) from error
+
+    def _rehearsed(self, trainer: Trainer) -> list[int]:
+        """The micro-batches after a rehearsal on every rank; halved, once, if a rank has no memory left."""
+        size, failed = max(self.micro_batches), None
+        # Adam's moments come with the first step
+        needed = make_forecast(self.config, dict(self.header.architecture), size, dist.world_size()).memory.optimizer
+        try:
+            trainer.rehearse(size, needed)
+        except Exception as error:
+            if not dist.is_out_of_memory(error):
+                raise
+            failed = str(error).splitlines()[0]
+        if not dist.any_rank(failed is not None):
+            return self.micro_batches
+        torch.cuda.empty_cache()
+        share = sum(self.micro_batches)
+        smaller = largest_divisor(share, size // 2)
+        dist.warn0(f"{size} images per forward pass do not fit ({failed or 'on another rank'}); trying {smaller}")
+        trainer.rehearse(smaller, needed)
+        return micro_batch_sizes(self.config.batch_size, dist.world_size(), smaller)
 
     def _diagnosis(self, error: DivergenceError, order: GlobalOrder) -> str:
         """Why a run diverged, as far as its last step shows, and what to do."""
@@ -187,20 +214,32 @@ class Run:
 
 
 def prepare_run(
-    config: TrainConfig, run_dir: str | Path, teacher: Mapping[str, Any] | None = None, processes: int | None = None
+    config: TrainConfig,
+    run_dir: str | Path,
+    teacher: Mapping[str, Any] | None = None,
+    processes: int | None = None,
+    device: torch.device | None = None,
 ) -> Run:
     """Settle everything that depends on the data and the number of processes, and check the run folder.
 
     `teacher` describes the denoiser that the run distils, if it does; it becomes part of the run's identity.
-    `processes` plans for another number of them than there are. Writes nothing. Raises ValueError if configuration and
-    data do not agree (labels are missing, the batch does not divide over the processes), or if the folder holds another
-    run.
+    `processes` plans for another number of them than there are. With `--batch-gpu auto`, `device` is where the
+    micro-batches must fit; a resumed run keeps those that it began with. Writes nothing. Raises ValueError if
+    configuration and data do not agree (labels are missing, the batch does not divide over the processes), or if the
+    folder holds another run.
     """
     run = resolve(config, open_source(config.data, use_labels=config.cond), Path(run_dir), teacher, processes)
     recorded = _check_run_dir(run)
     if recorded is not None and "content" not in recorded["data_identity"]:
         # a run from before contents were recorded keeps its name, which its snapshots share
         run = dataclasses.replace(run, header=dataclasses.replace(run.header, run_id=recorded["run_id"]))
+    if config.batch_gpu == AUTO:
+        share, architecture = sum(run.micro_batches), dict(run.header.architecture)
+        size = recorded_size(recorded, run.processes)
+        if size is None:
+            size = fitting_size(config, architecture, share, run.processes, device or torch.device("cpu"))
+        sizes = micro_batch_sizes(config.batch_size, run.processes, size)
+        run = dataclasses.replace(run, micro_batches=sizes)
     return run
 
 
@@ -248,7 +287,7 @@ def resolve(
         label_kind="vectors" if config.cond and dataset.condition_space.kind == "vectors" else "classes",
     )
     processes = processes or dist.world_size()
-    sizes = micro_batch_sizes(config.batch_size, processes, config.batch_gpu)
+    sizes = micro_batch_sizes(config.batch_size, processes, config.max_micro_batch)
     notices = reading_notices(dataset)
     if enlarged := enlarged_fraction(dataset):
         notices.append(

@@ -22,10 +22,10 @@ def images_per_sec(config: TrainConfig, source: Source, device: torch.device, se
     """
     run = resolve(config, source)
     trainer = Trainer(run.config, run.header, run.encoder, device)
-    rounds = len(micro_batch_sizes(config.batch_size, 1, config.batch_gpu))
+    rounds = len(micro_batch_sizes(config.batch_size, 1, config.max_micro_batch))
     order = GlobalOrder(len(source), config.seed)
     batches = training_batches(
-        source, order, 0, config.batch_size, rank=0, world_size=1, batch_gpu=config.batch_gpu, workers=0
+        source, order, 0, config.batch_size, rank=0, world_size=1, batch_gpu=config.max_micro_batch, workers=0
     )
     with contextlib.closing(batches):
         for _ in range(_WARM_UP_STEPS):

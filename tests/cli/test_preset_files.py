@@ -39,7 +39,7 @@ def test_a_file_sets_every_option_it_names_and_finds_networks_beside_it(preset):
     assert (guidance.method, guidance.weight, guidance.interval) == ("autoguidance", 2.5, (0.2, 20.0))
     assert guidance.rule == "rescale"
     assert request.sampler.num_steps == 3
-    assert (request.classes, request.compiled) == ("", False)
+    assert (request.classes, request.compile) == ("", "auto")
     assert read_yaml(preset)["value"] == 12.5
 
 

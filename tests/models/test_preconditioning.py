@@ -7,7 +7,7 @@ import torch
 
 from edm2kit.conditions import FloatVectors
 from edm2kit.models import Edits, Preconditioner, RawNetwork
-from edm2kit.models.preconditioning import resolve_precision, slow_precision
+from edm2kit.models.preconditioning import attention, resolve_precision, slow_precision
 
 
 class Shifted(RawNetwork):
@@ -113,3 +113,17 @@ def test_bfloat16_on_an_old_gpu(monkeypatch):
     assert slow_precision(torch.float16, "cuda:0") is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert slow_precision(torch.bfloat16, "cuda:0") is None
+
+
+@pytest.mark.parametrize("tokens", [16, 256, 600])
+def test_attention_in_bfloat16_is_that_of_float32_up_to_rounding(tokens):
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(2, 2, tokens, 8, generator=generator, requires_grad=True) for _ in range(3)]
+    half = [x.detach().bfloat16().requires_grad_() for x in exact]
+    expected, found = attention(*exact), attention(*half)
+    assert found.dtype == torch.bfloat16
+    expected.square().sum().backward()
+    found.float().square().sum().backward()
+    for one, other in zip((expected, *[x.grad for x in exact]), (found, *[x.grad for x in half]), strict=True):
+        assert (other.float() - one).norm() < 0.02 * one.norm()
+    assert torch.equal(expected, torch.nn.functional.scaled_dot_product_attention(*exact))

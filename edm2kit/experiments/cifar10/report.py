@@ -12,9 +12,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from edm2kit.cli.generation import ALL_CLASSES, prepare
+from edm2kit.cli.generation import prepare
 from edm2kit.cli.generation_options import parse_request
 from edm2kit.cli.presets import BOX
+from edm2kit.conditions import ALL_CLASSES
 from edm2kit.experiments.cifar10.measure import describe, read_best, setting_from_json
 from edm2kit.experiments.cifar10.networks import ema_file, words
 from edm2kit.experiments.cifar10.settings import BATCH, METHODS, RUNS, SCORE_SEEDS, SHEET_SEEDS, Setting

@@ -1,13 +1,8 @@
 """Exact densities, scores and samples of a 2-D Gaussian mixture with any amount of added noise."""
 
 import math
-import os
-import shutil
-import sys
-import sysconfig
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -70,14 +65,6 @@ class Mixture:
             _, share, _, _ = _parts(points, points.new_zeros(1), self._parameters.to(x))
             nearest.append(share.argmax(1))
         return torch.from_numpy(self.parts.branch)[torch.cat(nearest)]
-
-
-def can_compile() -> bool:
-    """Whether torch.compile can work on this CPU: it needs a C++ compiler and Python's headers."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    supported = sys.version_info < (3, 13) or torch.__version__ >= (2, 6)
-    headers = Path(sysconfig.get_path("include"), "Python.h")
-    return supported and shutil.which(compiler) is not None and headers.is_file()
 
 
 Evaluate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

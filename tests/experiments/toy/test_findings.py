@@ -9,9 +9,10 @@ from edm2kit.data.workers import num_cpus
 from edm2kit.experiments.toy import evaluation
 from edm2kit.experiments.toy.measures import Yardstick
 from edm2kit.experiments.toy.methods import TOY_METHODS, load_nets, sample, start
-from edm2kit.experiments.toy.mixture import Mixture, can_compile
+from edm2kit.experiments.toy.mixture import Mixture
 from edm2kit.experiments.toy.training import RECIPES, network_path, save_network, train
 from edm2kit.experiments.toy.tree import components
+from edm2kit.models.compilation import can_compile
 from tests.support import ROOT
 
 RECORD = ROOT / "experiments" / "toy"

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from edm2kit.experiments.toy.measures import MEASURES, Yardstick, sliced_wasserstein
-from edm2kit.experiments.toy.mixture import Mixture, can_compile
+from edm2kit.experiments.toy.mixture import Mixture
 from edm2kit.experiments.toy.tree import CLASSES, NUM_BRANCHES, Components, components
+from edm2kit.models.compilation import can_compile
 from tests.support import golden
 
 GOLDEN = golden.load("toy.npz")

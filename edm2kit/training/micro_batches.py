@@ -1,0 +1,47 @@
+"""--batch-gpu auto: the largest micro-batch that fits into memory."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edm2kit.torch_utils import dist
+from edm2kit.training.config import TrainConfig
+from edm2kit.training.log import make_forecast
+
+USABLE = 0.85  # of free memory: the forecast leaves out the allocator's gaps and workspaces
+
+
+def fitting_size(
+    config: TrainConfig, architecture: dict[str, Any], share: int, processes: int, device: torch.device
+) -> int:
+    """The largest divisor of `share`, the images of a process per step, that fits into every rank's memory."""
+    memory = make_forecast(config, architecture, share, processes).memory
+    free = min(dist.gather_objects(free_memory(device)))
+    return largest_divisor(share, int(share * (USABLE * free - memory.state) / max(memory.activations, 1)))
+
+
+def recorded_size(record: Mapping[str, Any] | None, processes: int) -> int | None:
+    """The micro-batch that a run with as many processes began with, so that resuming it gives the same results."""
+    if record is None or record.get("world_size") != processes or not record.get("micro_batches"):
+        return None
+    return max(record["micro_batches"])
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of a CUDA device, or this process's part of the free memory of the host."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    if found is None:
+        raise ValueError("the free memory of this machine is unknown; give --batch-gpu as a number of images")
+    return int(found[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` up to `limit`; 1 if there is no other."""
+    return next((k for k in range(min(limit, number), 1, -1) if number % k == 0), 1)

@@ -1,0 +1,37 @@
+"""What people wait for: the commands that are timed exist, and the page says what was measured."""
+
+import pytest
+
+from benchmarks import end_to_end, harness, report
+from benchmarks.end_to_end import Row
+
+
+def test_a_goal_is_reached_from_its_own_side():
+    assert Row("seconds", 0.9, "s", 1.0).is_reached
+    assert not Row("pace", 0.9, "images/s", 1.0, more_is_better=True).is_reached
+
+
+def test_a_command_that_fails_is_no_measurement():
+    with pytest.raises(RuntimeError, match="no disk"):
+        end_to_end._seconds_of(["-c", "raise SystemExit('no disk')"])
+
+
+@pytest.mark.slow
+def test_pictures_are_converted_by_the_real_command(tmp_path):
+    row = end_to_end.conversion(tmp_path, 4)
+    assert row.value > 0
+    assert (tmp_path / "photos.zip").is_file()
+
+
+def test_the_page_shows_each_row_with_its_goal_and_the_machine():
+    rows = [vars(Row("a", 2.0, "s", 1.0)) | {"is_reached": False}, vars(Row("b", 1.0, "s", 1.0)) | {"is_reached": True}]
+    provenance = {"commit": "0" * 40, "python": "3.11", "torch": "2.13", "numpy": "2", "hardware": "a CPU"}
+    record = {"job": "end_to_end", "rows": rows, "command": "", "provenance": provenance, "cpu": "EPYC (avx2)"}
+    text = report.performance_text({"end_to_end": record})
+    assert "| a | 2 s | 1 s: **missed** |  |" in text
+    assert "| b | 1 s | 1 s: reached |  |" in text
+    assert "a CPU, EPYC (avx2), torch 2.13" in text
+
+
+def test_the_processor_is_named_with_its_instructions():
+    assert harness.cpu()
