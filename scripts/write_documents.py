@@ -11,7 +11,7 @@ import click
 try:
     from edm2kit.cli import click_types as cli
     from edm2kit.cli.field_options import settings_table
-    from edm2kit.experiments import documents, lite_features
+    from edm2kit.experiments import documents, lite_features, own_images
     from edm2kit.experiments.cifar10 import report as cifar10
     from edm2kit.experiments.compare_guidance import report as comparison
     from edm2kit.experiments.demo import report as demo
@@ -49,6 +49,7 @@ DOCUMENTS: dict[str, Callable[[], Parts]] = {
     "README.md": lambda: cifar10.first_parts(_record(cifar10.FOLDER / cifar10.RECORD_NAME)),
     "docs/guidance.md": _guidance_parts,
     "docs/metrics.md": lambda: lite_features.document_parts(_record(lite_features.RECORD)),
+    "docs/own-images.md": lambda: own_images.document_parts(_record(own_images.FOLDER / own_images.RECORD_NAME)),
     "docs/reproduction.md": lambda: paper_tables.document_parts(_record(paper_tables.RECORD)),
     "docs/solvers.md": _solver_parts,
     "docs/toy.md": lambda: toy.document_parts(_record(toy.FOLDER / toy.RECORD_NAME)),
