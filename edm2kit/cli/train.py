@@ -29,8 +29,6 @@ from edm2kit.training.config import TrainConfig, config_from_dict, option_of, pr
 from edm2kit.training.run import Run, StopRequest, prepare_run
 
 SAMPLE_BATCH = 16
-# fields that --auto decides
-_DECIDED = {field.name for field in dataclasses.fields(TrainConfig)} - {"data", "seed", "workers"}
 
 
 @click.command(cls=cli.Command, epilog=f"Presets, smallest first: {summary(preset_names())}")
@@ -171,7 +169,9 @@ def write_advice(
     """Carry out --auto; raises ValueError for options that it decides itself."""
     from edm2kit.cli.advice import advise  # needed by this option alone
 
-    given = [option_of(name) for name, value in options.items() if value is not None and name in _DECIDED]
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    decided = [name for name, value in options.items() if value is not None and name not in ("data", "channels")]
+    given = [option_of(name) if name in fields else f"--{name}" for name in decided]
     if configuration or given:
         raise ValueError(f"--auto decides about {', '.join(given) or configuration}; change the files that it writes")
     if budget is None or options.get("data") is None:

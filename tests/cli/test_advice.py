@@ -96,6 +96,7 @@ def test_in_a_checkout_the_scripts_are_named(monkeypatch):
         (["--budget", "3m", "--channels", 17], "--channels 17: expected one of 16, 24"),
         (["--channels", 16], "--auto needs --data and --budget"),
         ([*GIVEN, "--lr", 0.1], "--auto decides about --lr"),
+        ([*GIVEN, "--dropout", 0.1, "--workers", 1], "--auto decides about --dropout, --workers"),
         ([*GIVEN, "--preset", "pictures32"], "--auto decides about pictures32"),
     ],
 )
