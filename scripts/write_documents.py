@@ -18,6 +18,7 @@ try:
     from edm2kit.experiments.paper_tables import document as paper_tables
     from edm2kit.experiments.solvers import report as solvers
     from edm2kit.experiments.toy import report as toy
+    from edm2kit.experiments.tune import exhaustive as tune
     from edm2kit.guidance import table as guidance
     from edm2kit.training.config import TrainConfig
 except ModuleNotFoundError as error:
@@ -53,6 +54,7 @@ DOCUMENTS: dict[str, Callable[[], Parts]] = {
     "docs/reproduction.md": lambda: paper_tables.document_parts(_record(paper_tables.RECORD)),
     "docs/solvers.md": _solver_parts,
     "docs/toy.md": lambda: toy.document_parts(_record(toy.FOLDER / toy.RECORD_NAME)),
+    "docs/tune.md": lambda: tune.document_parts(_record(tune.RECORD)),
     "docs/train-config.md": lambda: {"settings": settings_table(TrainConfig)},
     "experiments/cifar10/README.md": lambda: cifar10.document_parts(_record(cifar10.FOLDER / cifar10.RECORD_NAME)),
     "experiments/demo/README.md": lambda: demo.document_parts(_record(demo.FOLDER / demo.RECORDS_NAME)),
