@@ -112,29 +112,34 @@ def _measured(
         ratio = _multiply_adds(facts, channels) / _multiply_adds(facts, guide)
         return Machine("bf16" if has_bf16 else machine.precision, None), Speed(channels, given, given * ratio)
     until = time.monotonic() + _MEASURE_SEC
+    known: dict[tuple[int, str], float] = {}
 
-    def measure(width: int, precision: str = machine.precision) -> float:
+    def measure(width: int, precision: str) -> float:
         from edm2kit.training.throughput import images_per_sec  # not needed if the speed is given
 
+        if (width, precision) in known:
+            return known[width, precision]
         config = recipe.to_config(
             recipe.settings(facts, Speed(width, 1, 1), 1000, guide=False, more={"precision": precision})
         )
         batch = 16 if device.type == "cpu" else min(128, _fitting(facts, width, device) or 128)
         config = replace(config, data=str(source.path), cond=facts.classes > 0, flip=False, batch_size=batch)
         seconds = max(1.0, min(_MEASURE_SEC / 8, (until - time.monotonic()) / 3))
-        rate = images_per_sec(config, source, device, seconds)
+        rate = known[width, precision] = images_per_sec(config, source, device, seconds)
         print(f"{width:4d} channels, {precision}: {rate:,.1f} images/s", flush=True)
         return rate
 
     print(f"Measuring how fast this machine ({device}) trains, for up to a minute:", flush=True)
-    if channels is None:
-        speed = recipe.choose(facts, budget_sec, measure)
-    else:
-        speed = Speed(channels, measure(channels), measure(recipe.guide_width(channels)))
+    first = recipe.WIDTHS[0] if channels is None else channels
     if has_bf16:
-        halved = Speed(speed.width, measure(speed.width, "bf16"), measure(recipe.guide_width(speed.width), "bf16"))
-        if halved.main > speed.main * _WORTH_IT:
-            machine, speed = Machine("bf16", None), halved
+        in_single = measure(first, machine.precision)
+        if measure(first, "bf16") > in_single * _WORTH_IT:
+            machine = Machine("bf16", None)
+    if channels is None:
+        speed = recipe.choose(facts, budget_sec, lambda width: measure(width, machine.precision))
+    else:
+        guide = recipe.guide_width(channels)
+        speed = Speed(channels, measure(channels, machine.precision), measure(guide, machine.precision))
     return replace(machine, batch_gpu=_fitting(facts, speed.width, device)), speed
 
 

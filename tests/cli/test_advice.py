@@ -141,7 +141,7 @@ def test_the_measurement_chooses_the_width(data, tmp_path, monkeypatch):
     said = invoke(
         train.main, "--auto", "--data", data, "--outdir", tmp_path / "out", "--budget", "10m", "--device", "cpu"
     )
-    assert asked == [(16, "fp32"), (24, "fp32"), (32, "fp32"), (12, "fp32"), (24, "bf16"), (12, "bf16")]
+    assert asked == [(16, "fp32"), (16, "bf16"), (24, "bf16"), (32, "bf16"), (12, "bf16")]
     config = yaml.safe_load((tmp_path / "out" / "main.yaml").read_text())
     assert (config["precision"], config["network"]["model_channels"]) == ("bf16", 24)
     assert "Measuring how fast this machine (cpu) trains" in said
