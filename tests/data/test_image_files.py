@@ -120,3 +120,10 @@ def test_exif_orientation_is_followed_unless_pixels_are_wanted_as_stored():
     image.save(file, format="png", exif=exif)
     assert open_image(file.getvalue(), "x").size == (4, 6)
     assert open_image(file.getvalue(), "x", as_stored=True).size == (6, 4)
+
+
+def test_a_long_header_that_is_not_one_gives_a_short_message():
+    data = b"\x93NUMPY\x01\x00\xff\x0f" + b"{'descr': '" + b"x" * 4084
+    with pytest.raises(ValueError, match=r"^a\.npy: the \.npy file is damaged or cut short: ") as error:
+        decode_array(data, "a.npy")
+    assert len(str(error.value)) < 400
