@@ -100,7 +100,9 @@ def test_overwriting_leaves_no_mixture(tmp_path):
     filled(tmp_path, (0, 1, 2), subdirs=True)
     other = ImageFolder(tmp_path, False, {"net": "another"})
     other.claim((0,), overwrite=True)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / RECORD]
+    record = json.loads((tmp_path / RECORD).read_text())
+    assert (record["settings"]["net"], record["runs"]) == ("another", [])
 
 
 def test_overwriting_with_the_same_settings_keeps_other_seeds(tmp_path):

@@ -54,7 +54,11 @@ def test_training_without_a_preset_differs_from_theirs_as_stated():
             different[field.name] = values
     # the default network is the preset's
     assert different.pop("network") == ({"model_channels": 192, "dropout": 0.0}, {})
-    assert different == {"duration_nimg": (2 << 30, 1 << 30), "precision": ("fp16", "fp32")}
+    assert different == {
+        "duration_nimg": (2 << 30, 1 << 30),
+        "precision": ("fp16", "fp32"),
+        "encoder": ({"kind": "vae"}, {"kind": "auto"}),
+    }
     assert (defaults.loss_scaling, defaults.adam_eps, defaults.adam_betas) == (1.0, 1e-8, (0.9, 0.99))
     intervals = (defaults.status_every_nimg, defaults.snapshot_every_nimg, defaults.checkpoint_every_nimg)
     assert intervals == (128 << 10, 8 << 20, 128 << 20)

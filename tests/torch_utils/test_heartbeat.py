@@ -125,7 +125,7 @@ def test_the_time_to_wait_can_be_chosen():
 
 
 _STOPPED = """
-import os, signal, sys
+import os, signal, sys, time
 from datetime import timedelta
 import click, torch
 from edm2kit.cli import click_types as cli
@@ -142,6 +142,7 @@ def main():
         if dist.rank() == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         dist.barrier()
+        time.sleep(2)  # 20 beats, in which rank 1 is back
         if dist.rank() == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         torch.distributed.all_reduce(torch.zeros(1), group=impatient)
