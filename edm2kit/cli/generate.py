@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import math
 import os
 import shlex
 import shutil
@@ -21,14 +20,15 @@ from typing import Any
 
 import click
 import numpy as np
+import torch
 from PIL import Image, PngImagePlugin
 
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.click_types import check_output, check_writable
 from edm2kit.cli.generation import Generation, Request, prepare
 from edm2kit.cli.generation_options import SECTIONS, generation_options
+from edm2kit.cli.grids import MAX_IMAGES, parse_weights, write_grid
 from edm2kit.cli.npz import write_npz
-from edm2kit.data.image_files import contact_sheet
 from edm2kit.data.labels import RECORD
 from edm2kit.guidance.records import settings_differences
 from edm2kit.models.encoders import to_image
@@ -45,7 +45,6 @@ from edm2kit.torch_utils.files import (
     write_json,
 )
 
-_MAX_GRID = 1024
 _folder = click.Path(path_type=Path, file_okay=False)
 _file = click.Path(path_type=Path, dir_okay=False)
 
@@ -224,6 +223,12 @@ def _is_complete_png(path: Path) -> bool:
     click.option("--batch", metavar="N", type=cli.AtLeast(int, 1), default=32, help="Images per batch and process"),
     click.option("--npz", type=_file, help="Write all images to one file instead of a folder"),
     click.option("--grid", type=_file, help="Contact sheet of all images, a PNG"),
+    click.option(
+        "--grid-weights",
+        metavar="LIST",
+        type=cli.Parsed(parse_weights),
+        help="Columns of --grid: weights such as 1,1.5,2 in place of that of --guidance",
+    ),
     click.option("--subdirs", is_flag=True, help="Use a subfolder for every thousand seeds"),
     click.option("--overwrite", is_flag=True, help="Replace existing images, also those with other settings"),
 )
@@ -238,6 +243,7 @@ def main(
     subdirs: bool,
     npz: Path | None,
     grid: Path | None,
+    grid_weights: tuple[float, ...] | None,
     batch: int,
     overwrite: bool,
     device: str,
@@ -267,10 +273,24 @@ def main(
     if len(set(seeds)) < len(seeds):
         seed = next(first for first, second in itertools.pairwise(sorted(seeds)) if first == second)
         raise click.UsageError(f"--seeds names {seed} more than once")
-    if grid is not None and len(seeds) > _MAX_GRID:
-        raise click.UsageError(f"--grid shows at most {_MAX_GRID} images; --seeds names {len(seeds)}")
+    if grid_weights and (grid is None or npz is not None):
+        raise click.UsageError("--grid-weights goes with --grid, and not with --npz")
+    if grid_weights and request.gnet is None and request.guidance.method == "none":
+        raise click.UsageError("--grid-weights needs guidance: give --gnet, or --guidance-method")
+    if grid is not None and len(seeds) * len(grid_weights or (0,)) > MAX_IMAGES:
+        raise click.UsageError(f"--grid shows at most {MAX_IMAGES} images; --seeds names {len(seeds)}")
     _check_outputs(path, outdir, npz, grid)
     with dist.session(device) as where:
+        if grid is not None and grid_weights:
+            columns = [
+                _generate_column(request, weight, where, path, subdirs, seeds, batch, overwrite)
+                for weight in grid_weights
+            ]
+            places = ((folder, seed) for row in zip(*columns, strict=True) for seed in seeds for folder in row)
+            pixels = (image for folder, seed in places for image, _ in folder.read([seed]))
+            dist.on_rank0(write_grid, grid, pixels, len(columns), [f"{weight:g}" for weight in grid_weights])
+            _remove_unless_kept(path, outdir, grid)
+            return
         generation = prepare(request, where)
         dist.print0(generation.summary)
         prompts = by_prompt(generation)
@@ -281,7 +301,9 @@ def main(
             for one, folder in zip(prompts, folders, strict=True):
                 _generate(one, folder, seeds, batch, overwrite)
             if grid is not None:
-                dist.on_rank0(_write_prompts_grid, grid, folders, seeds)
+                pixels = (image for folder in folders for image, _ in folder.read(seeds))
+                dist.on_rank0(write_grid, grid, pixels, len(seeds))  # a row per prompt
+            _remove_unless_kept(path, outdir, grid)
             return
         folder = ImageFolder(path, subdirs, generation.settings)
         if npz is not None and dist.on_rank0(_is_complete, npz, seeds, folder.all_settings, overwrite):
@@ -290,18 +312,25 @@ def main(
         with folder.held(alone=overwrite or outdir is None):
             _generate(generation, folder, seeds, batch, overwrite)
             if grid is not None:
-                dist.on_rank0(_write_grid, grid, folder, seeds)
+                dist.on_rank0(write_grid, grid, (image for image, _ in folder.read(seeds)))
             if npz is not None:
                 dist.on_rank0(_pack, npz, folder, seeds)
-            elif outdir is None:
-                dist.on_rank0(shutil.rmtree, path)
-                dist.print0(f"Wrote {grid}; with --outdir the images are kept, too")
+            else:
+                _remove_unless_kept(path, outdir, grid)
+
+
+def _remove_unless_kept(path: Path, outdir: Path | None, grid: Path | None) -> None:
+    if outdir is None:
+        dist.on_rank0(shutil.rmtree, path)
+        dist.print0(f"Wrote {grid}; with --outdir the images are kept, too")
 
 
 def _check_outputs(folder: Path, outdir: Path | None, npz: Path | None, grid: Path | None) -> None:
     """Refuse outputs that cannot be written, or that would replace something else."""
     check_writable(folder)
-    others = [path for path in folder.glob("[!.]*") if outdir is None]
+    others = [
+        path for path in folder.glob("[!.]*") if outdir is None and not path.name.startswith(("weight-", "prompt-"))
+    ]
     if others and not (folder / RECORD).exists():
         raise ValueError(
             f"{folder} is needed for unfinished images, but holds other files; move it, or choose another name"
@@ -340,12 +369,6 @@ def _generate(
     dist.barrier()
 
 
-def _write_grid(path: Path, folder: ImageFolder, seeds: tuple[int, ...]) -> None:
-    images = [to_image(pixels) for pixels, _ in folder.read(seeds)]
-    with atomic_write(path) as file:
-        contact_sheet(images, columns=math.ceil(math.sqrt(len(images)))).save(file, "PNG")
-
-
 def by_prompt(generation: Generation) -> list[Generation]:
     """The same for each prompt alone; `generation` itself if there is at most one prompt."""
     texts = getattr(generation.engine.prompts, "texts", ())
@@ -364,13 +387,30 @@ def prompt_folder(number: int) -> str:
     return f"prompt-{number:04d}"
 
 
-def _write_prompts_grid(path: Path, folders: Sequence[ImageFolder], seeds: tuple[int, ...]) -> None:
-    """A row per prompt, a column per seed."""
-    if len(folders) * len(seeds) > _MAX_GRID:
-        raise ValueError(f"--grid shows at most {_MAX_GRID} images; there are {len(folders) * len(seeds)}")
-    images = [to_image(pixels) for folder in folders for pixels, _ in folder.read(seeds)]
-    with atomic_write(path) as file:
-        contact_sheet(images, columns=len(seeds)).save(file, "PNG")
+def _generate_column(
+    request: Request,
+    weight: float,
+    where: torch.device,
+    path: Path,
+    subdirs: bool,
+    seeds: tuple[int, ...],
+    batch: int,
+    overwrite: bool,
+) -> list[ImageFolder]:
+    """The images of one guidance weight: a folder per prompt."""
+    guidance = dataclasses.replace(request.guidance, weight=weight)
+    generation = prepare(dataclasses.replace(request, guidance=guidance), where)
+    dist.print0(generation.summary)
+    prompts = by_prompt(generation)
+    folders = []
+    for number, one in enumerate(prompts):
+        place = path / f"weight-{weight:g}"
+        if len(prompts) > 1:
+            place = place / prompt_folder(number)
+        folders.append(ImageFolder(place, subdirs, one.settings))
+        with folders[-1].held(alone=overwrite):
+            _generate(one, folders[-1], seeds, batch, overwrite)
+    return folders
 
 
 def _record_of(npz: Path) -> Path:

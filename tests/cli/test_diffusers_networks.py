@@ -124,6 +124,24 @@ def test_unconditional_pixels_with_a_guide(pipes, tmp_path):
     assert "already exist" in run(generate.main, line, pipes)
 
 
+def test_a_sheet_of_prompts_by_guidance_weights(pipes, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    out, grid = tmp_path / "out", tmp_path / "grid.png"
+    line = f"--net {{SD}} --prompts {tmp_path / 'prompts.txt'} --steps 2 --seeds 1 --guidance-method cfg --guidance 2"
+    run(generate.main, f"{line} --grid {grid} --grid-weights 1,2,4 --outdir {out}", pipes)
+    with Image.open(grid) as file:
+        sheet = np.asarray(file)
+    assert sheet.shape == (18 + 2 * 16, 3 * 16, 3)  # titles, then a row per prompt
+    for row in range(2):
+        for column, weight in enumerate((1, 2, 4)):
+            with Image.open(out / f"weight-{weight}" / f"prompt-000{row}" / "000001.png") as image:
+                assert np.array_equal(sheet[18 + 16 * row :][:16, 16 * column :][:, :16], np.asarray(image))
+    alone = tmp_path / "alone"
+    run(generate.main, f"{line} --outdir {alone}", pipes)
+    same = [folder / "prompt-0001" / "000001.png" for folder in (out / "weight-2", alone)]
+    assert same[0].read_bytes() == same[1].read_bytes()
+
+
 def test_one_image_per_prompt_and_seed(pipes, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n")
     out, grid = tmp_path / "out", tmp_path / "grid.png"

@@ -268,6 +268,27 @@ def test_grey_images_without_classes(nets, tmp_path):
     assert np.array_equal(sheet[8:, :8], np.asarray(image))
 
 
+def test_a_grid_has_a_column_per_weight(nets, tmp_path):
+    guided = ("--gnet", nets / "guide", "--guidance", "3", "--seeds", "5,6")
+    columns = ("--grid", tmp_path / "sheet.png", "--grid-weights", "1,2.5")
+    assert run(*guided, *columns, net=nets / "main")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (16 + 18, 16, 3)  # titles above
+    for column, weight in enumerate(("1", "2.5")):
+        out = tmp_path / weight
+        assert run(*guided, "--guidance", weight, "--outdir", out, net=nets / "main")[0] == 0
+        for row, seed in enumerate((5, 6)):
+            image = np.asarray(Image.open(out / f"{seed:06d}.png"))
+            assert np.array_equal(sheet[18 + 8 * row :][:8, 8 * column :][:, :8], image)
+    assert not np.array_equal(sheet[18:, :8], sheet[18:, 8:])
+
+    kept = ("--outdir", tmp_path / "kept")
+    assert run(*guided, *columns, *kept, net=nets / "main")[0] == 0
+    assert (tmp_path / "kept" / "weight-2.5" / "000005.png").exists()
+    assert "already exist" in run(*guided, *columns, *kept, net=nets / "main")[1]
+
+
 @pytest.mark.parametrize("net", ["main", "grey"])
 def test_pixels_are_those_of_the_engine(nets, tmp_path, net):
     assert run("--seeds", "3", "--outdir", tmp_path, net=nets / net)[0] == 0
@@ -291,6 +312,11 @@ def test_pixels_are_those_of_the_engine(nets, tmp_path, net):
         ("--outdir OUT --seeds 1,0-2", 2, "names 1 more than once"),
         ("--outdir OUT --sigma_min 0", 1, "sigma_min is 0"),
         ("--outdir OUT --seeds 0-2000 --grid OUT/g.png", 2, "at most 1024"),
+        ("--outdir OUT --grid-weights 1,2", 2, "--grid-weights goes with --grid"),
+        ("--grid OUT.png --grid-weights 1,2", 2, "--grid-weights needs guidance"),
+        ("--grid OUT.png --grid-weights 1,x", 2, "'1,x' is not a list of guidance weights"),
+        ("--grid OUT.png --grid-weights 1,2,1", 2, "names a weight more than once"),
+        ("--grid OUT.png --grid-weights 1,inf", 2, "has a weight that is not finite"),
         ("--outdir OUT --device tpu", 1, "not available here"),
         ("--outdir OUT --npz OUT.npz", 2, "give one of --outdir"),
         ("", 2, "give one of --outdir"),

@@ -57,5 +57,5 @@ def test_an_encoder_for_other_data_is_refused(latents, tmp_path):
     with pytest.raises(ValueError, match="holds latents, but the configuration is for pixels"):
         resolve(config_from_dict({**tiny.TINY, "cond": False, "encoder": {"kind": "rgb"}}, "x"), ImageDataset(latents))
     pixels = tiny.make_dataset(tmp_path / "pixels", 4)
-    with pytest.raises(ValueError, match="holds pixels, but the configuration is for latents. Encode them"):
+    with pytest.raises(ValueError, match=r"holds pixels, but the configuration is for latents\. Encode them"):
         encoder_of(pixels, vae="some/vae")
