@@ -64,8 +64,22 @@ def test_the_index_has_every_document():
     assert [name for name in names if f"({name})" not in index] == []
 
 
-def test_the_six_commands_take_a_folder_of_photos_to_a_score(tmp_path):
+def test_settings_for_a_folder_of_photos_are_chosen(tmp_path):
     (block,) = code_blocks(sections(page("README.md"))["Train and score your own pair"])
+    *commands, last = block.strip().splitlines()
+    (tmp_path / "photos").mkdir()
+    for k, image in enumerate(pictures.draw(0, range(12))[0]):
+        Image.fromarray(image).resize((40, 36)).save(tmp_path / "photos" / f"{k}.jpg")
+    assert "--resolution 64" in block
+    block = "\n".join(commands).replace("--resolution 64", "--resolution 8")
+    output = run_commands(f"{block} --channels 16 --throughput 100 --device cpu", tmp_path)
+    script = (tmp_path / last.removeprefix("bash ")).read_text()
+    assert all(line in output for line in script.splitlines() if line.startswith("edm2kit-"))
+    assert script.count("edm2kit-") + script.count(" train.py") >= 2
+
+
+def test_the_six_commands_take_a_folder_of_photos_to_a_score(tmp_path):
+    (block,) = code_blocks(sections(page("docs/own-images.md"))["Step by step"])
     commands = block.strip().splitlines()
     assert len(commands) == 6
     assert "..." not in block
@@ -74,7 +88,7 @@ def test_the_six_commands_take_a_folder_of_photos_to_a_score(tmp_path):
     for k, image in enumerate(pictures.draw(0, range(12))[0]):
         Image.fromarray(image).resize((40, 36)).save(folder / f"{k}.jpg")
     write_config(tmp_path / "tiny.yaml")
-    assert {large for large in SMALL if large not in block} == set(), "these stand for nothing in the README"
+    assert {large for large in SMALL if large not in block} == set(), "these stand for nothing on the page"
     for large, small in SMALL.items():
         block = block.replace(large, small)
     output = run_commands(block, tmp_path)
