@@ -114,7 +114,7 @@ class Command(_Base):
             raise click.ClickException(self._out_of_memory(str(error))) from error
 
     def _out_of_memory(self, reason: str) -> str:
-        """The message for an error that says there is no memory left, with the options that help."""
+        """The message for an out-of-memory error, with the options that help."""
         own = {option for parameter in self.params for option in parameter.opts}
         helpful = [text for option, text in _MEMORY_OPTIONS.items() if option in own]
         if "--batch-gpu" in own:

@@ -261,7 +261,7 @@ def main(
         --guidance 2 --seeds 0-63 --outdir out
     torchrun --standalone --nproc-per-node 8 generate.py --net ... --outdir out
     """
-    single = npz or grid  # the file that all images go to if there is no folder for them
+    single = npz or grid  # the file that holds all images, without --outdir
     if outdir is not None and npz is None:
         path = outdir
     elif single is not None and outdir is None:

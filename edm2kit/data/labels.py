@@ -153,7 +153,7 @@ def read_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
 
 
 def read_labels_file(archive: FolderArchive | ZipArchive) -> dict[str, Any] | None:
-    """The content of the archive's dataset.json, or None if there is no such file.
+    """The content of the archive's dataset.json, or None if it has none.
 
     Raises ValueError if the file is not a JSON object.
     """
@@ -176,7 +176,7 @@ def read_labels_file(archive: FolderArchive | ZipArchive) -> dict[str, Any] | No
 def find_extra(archive: FolderArchive | ZipArchive, name: str) -> tuple[str, bytes] | None:
     """The folder ("" or for example "photos/") and the bytes of the file `name` that belongs to the images.
 
-    It is at the top, or in a folder that all images share, as in a zip of a folder. None if there is no such file.
+    It is at the top, or in a folder that all images share, as in a zip of a folder. None if the archive has none.
     """
     first, last = (path.split("/")[:-1] for path in (archive.names[0], archive.names[-1]))
     shared = [part for part, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))]

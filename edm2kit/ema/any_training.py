@@ -89,7 +89,7 @@ class PowerEMA:
         rank calls this, and rank 0 writes. Raises ValueError before the first update, and if values are not finite.
         """
         if self.time == 0:
-            raise ValueError("there is no average before the first update")
+            raise ValueError("averages exist only after the first update")
         paths = []
         for number, std in enumerate(self.stds):
             path = Path(folder) / f"ema-{self.time:010d}-{std:.3f}.safetensors"

@@ -212,7 +212,7 @@ def method_name(name: str) -> str:
 def with_current_names(choice: Choice) -> Choice:
     """`choice` with its methods and options under their current names. Raises ValueError for unknown names."""
     if choice.rule not in RULES and choice.rule not in all_rules():
-        raise ValueError(f"there is no guidance rule {choice.rule!r}; available: {', '.join(RULES)}")
+        raise ValueError(f"unknown guidance rule {choice.rule!r}; available: {', '.join(RULES)}")
     if choice.schedule not in SCHEDULES:
         raise ValueError(f"there is no guidance schedule {choice.schedule!r}; available: {', '.join(SCHEDULES)}")
     return replace(

@@ -17,7 +17,7 @@ class Reuse:
 
     - `every`: only in every k-th guided step; in between, the last difference D - D_neg is added to the new D.
       Compress guidance (arXiv 2408.11194), published for k from 2 to 5, on EDM2-XXL among others.
-    - `stop`: an image is no longer guided once the cosine between D and D_neg has risen above this number, for all
+    - `stop`: guidance of an image stops once the cosine between D and D_neg exceeds this number, for all
       negatives, from the next step on. At high noise levels, where both are near the mean of all images, the cosine
       is close to 1; it must have been lower before. Adaptive guidance (arXiv 2312.12487), published with .991 for
       predictions of the noise, and without that condition. On a GPU, each evaluation waits to see if all have

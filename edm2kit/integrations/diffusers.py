@@ -41,7 +41,7 @@ class PredictionRule:
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
-            raise ValueError(f"there is no guidance rule {self.rule!r}; available: {', '.join(RULES)}")
+            raise ValueError(f"unknown guidance rule {self.rule!r}; available: {', '.join(RULES)}")
         if self.scheduler is None and (self.rule != "linear" or self.interval is not None):
             raise ValueError("a rule or an interval needs the pipeline's scheduler: scheduler=pipe.scheduler")
         if self.scheduler is not None:

@@ -24,7 +24,7 @@ class Schedule(Protocol):
 
     @property
     def sigma_range(self) -> tuple[float, float]:
-        """The lowest and the highest noise level that the network knows; infinity if there is no highest."""
+        """The lowest and the highest noise level that the network knows; infinity if it has no upper limit."""
         ...
 
 

@@ -166,7 +166,7 @@ def open_repository(source: str, dtype: torch.dtype = torch.float32) -> Reposito
     """The folder behind a path or a hub name `org/name[@revision]`, with or without "diffusers:", downloaded if needed.
 
     For half precision, weights stored in half precision are preferred. Raises ValueError, in one line, if there is
-    neither such a folder nor such a repository, if there is no connection, and for an incomplete folder.
+    neither such a folder nor such a repository, without a connection, and for an incomplete folder.
     """
     name = source.removeprefix(PREFIX)
     folder = Path(name)

@@ -204,7 +204,7 @@ def test_sharded_parameters_stay_sharded(tmp_path):
 def test_mistakes_are_refused(tmp_path):
     model = net()
     ema = PowerEMA(model)
-    with pytest.raises(ValueError, match="no average before the first update"):
+    with pytest.raises(ValueError, match="averages exist only after the first update"):
         ema.save(tmp_path)
     ema.update(16)
     with pytest.raises(ValueError, match="update at time 16, but the last one was at 16"):

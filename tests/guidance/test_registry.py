@@ -97,7 +97,7 @@ def test_old_names_still_work_and_say_what_they_are_called_now(capsys):
     [
         (Choice("pear"), "there is no guidance method 'pear'; available: none, autoguidance, cfg"),
         (Choice(also=(("pear", 2.0),)), "there is no guidance method 'pear'"),
-        (Choice(rule="pear"), "there is no guidance rule 'pear'; available: linear"),
+        (Choice(rule="pear"), "unknown guidance rule 'pear'; available: linear"),
         (Choice(schedule="pear"), "there is no guidance schedule 'pear'; available: constant"),
     ],
 )

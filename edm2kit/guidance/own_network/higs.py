@@ -58,7 +58,7 @@ class HistoryGuided(Wrapper):
 
     The step before has the weight 1 in h, the one before that 1 - average, and so on. `high` removes frequencies up to
     `cut`. It acts in steps whose time t = sigma / (1 + sigma), that of a flow, is in [t_low, t_high]; D is remembered
-    in all. In the first step of a run or interval there is no history, and nothing is guided. Sadat et al. 2025 (arXiv
+    in all. The first step of a run or interval has no history and is not guided. Sadat et al. 2025 (arXiv
     2509.22300).
     """
 

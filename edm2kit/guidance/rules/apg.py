@@ -63,7 +63,7 @@ class AdaptiveProjection:
     Before that, `momentum` times the difference of the previous evaluation (or the previous step, if `update` is
     "step") is added to D - D_neg, and differences longer than `norm` are shortened to it; both per image, over all its
     pixels. parallel 1, norm inf and momentum 0 are the linear rule. What was before is forgotten when a run starts
-    (`for_images`, or an earlier step), and there is no momentum outside a run.
+    (`for_images`, or an earlier step), and momentum exists only inside a run.
     """
 
     parallel: float

@@ -33,7 +33,7 @@ class RectifiedGradient(Wrapper):
 
     The exact posterior of a guided diffusion needs the gradient of an expectation over the future; g is the authors'
     approximation of it from the present step. Both denoisers see the same x. At weight 1 it is off: `neg` is never
-    called, there is no backward pass, and the result is that of `pos`, bit for bit. Raises ValueError if the weight is
+    called, nothing is differentiated, and the result is that of `pos`, bit for bit. Raises ValueError if the weight is
     not finite. Gao et al. 2025 (arXiv 2501.18865); tested on EDM2.
 
     Example: `RectifiedGradient(net, weaker_net, 2.0)`.
