@@ -56,14 +56,14 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     # random, as another thread or another machine on the same file system may write the same path
     partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file, _kept_from_children(file):
-            if HAS_LOCKS:
-                with contextlib.suppress(OSError):  # a mark for remove_partial_files; not every system has locks
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with _open_marked(partial, mode) as file, _kept_from_children(file):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+            if HAS_LOCKS:  # while the mark is held: remove_partial_files of another writer must not take the file
+                os.replace(partial, path)
+        if not HAS_LOCKS:  # Windows, which renames only closed files
+            os.replace(partial, path)
         sync_folder(path.parent)
     except OSError as error:
         if error.errno is not None and error.filename is None:
@@ -71,6 +71,19 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _open_marked(path: Path, mode: str) -> IO[Any]:
+    """Create `path` with a lock on it, which tells `remove_partial_files` that its writer lives."""
+    while True:
+        file = open(path, mode, encoding=None if "b" in mode else "utf-8")  # noqa: SIM115 the caller closes it
+        if not HAS_LOCKS:
+            return file
+        with contextlib.suppress(OSError):  # not every file system has locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # another writer took it for a leftover between the two calls
 
 
 @contextlib.contextmanager
@@ -117,7 +130,6 @@ def remove_partial_files(folder: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` survive a power cut, if the system supports it."""
-    # a rename survives a power cut only once the folder itself is on disk; not every system supports this
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -352,7 +364,6 @@ def check_name(name: str, where: object) -> None:
 
 
 _MAX_INT = 1 << 62
-_MAX_NODES = 10_000
 
 
 def check_type(value: Any, hint: Any, name: str) -> None:
@@ -385,19 +396,6 @@ def short(value: Any) -> str:
         return f"a number of {value.bit_length()} bits"  # its digits may take minutes
     text = repr(value) if isinstance(value, str | int | float | None) else f"{type(value).__name__} {_start(value)}"
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def count_nodes(value: Any) -> int:
-    """The number of values in nested lists and mappings, counting shared ones each time, up to 10,000."""
-    count, waiting = 0, [value]
-    while waiting and count < _MAX_NODES:
-        node = waiting.pop()
-        count += 1
-        if isinstance(node, Mapping):
-            waiting.extend(node.values())
-        elif isinstance(node, list | tuple):
-            waiting.extend(node[:_MAX_NODES])
-    return count
 
 
 def _start(value: Any) -> str:

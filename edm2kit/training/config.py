@@ -18,7 +18,7 @@ from edm2kit.ema.power_function import std_to_exp
 from edm2kit.models.networks import DEFAULT_NETWORK, NETWORKS
 from edm2kit.models.preconditioning import PRECISIONS
 from edm2kit.snapshots.file_format import STORED_DTYPES
-from edm2kit.torch_utils.files import atomic_write, check_type, count_nodes
+from edm2kit.torch_utils.files import atomic_write, check_type
 
 PRESET_FOLDER = Path(__file__).parents[1] / "configs" / "train"
 _COUNT_UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
@@ -279,11 +279,24 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"cannot read the configuration {path}: {error}") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if count_nodes(values) >= _MAX_YAML_VALUES:
+    if _count_nodes(values) >= _MAX_YAML_VALUES:
         raise ValueError(f"{path} repeats its parts: it stands for {_MAX_YAML_VALUES} values or more")
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of names to values")
     return values
+
+
+def _count_nodes(value: Any) -> int:
+    """The number of values in nested lists and mappings, counting shared ones each time; at most 10,000."""
+    count, waiting = 0, [value]
+    while waiting and count < _MAX_YAML_VALUES:
+        node = waiting.pop()
+        count += 1
+        if isinstance(node, Mapping):
+            waiting.extend(node.values())
+        elif isinstance(node, list | tuple):
+            waiting.extend(node[:_MAX_YAML_VALUES])
+    return count
 
 
 def preset_names() -> list[str]:

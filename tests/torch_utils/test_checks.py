@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from edm2kit.torch_utils.files import check_fields, check_type, count_nodes
+from edm2kit.torch_utils.files import check_fields, check_type
+from edm2kit.training.config import _count_nodes
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_shared_parts_count_each_time_and_loops_end():
     part = [1] * 10
     for _ in range(6):
         part = [part] * 10
-    assert count_nodes(part) == 10_000
+    assert _count_nodes(part) == 10_000
     part.append(part)
-    assert count_nodes(part) == 10_000
-    assert count_nodes({"a": [1, 2], "b": 3}) == 5
+    assert _count_nodes(part) == 10_000
+    assert _count_nodes({"a": [1, 2], "b": 3}) == 5

@@ -14,6 +14,7 @@ import torch
 
 from edm2kit.torch_utils import files
 from edm2kit.torch_utils.files import (
+    HAS_LOCKS,
     LOCK_NAME,
     atomic_write,
     differences,
@@ -21,6 +22,7 @@ from edm2kit.torch_utils.files import (
     file_lock,
     plain_json,
     provenance,
+    remove_partial_files,
     sha256_of,
     short_json,
     write_json,
@@ -185,6 +187,28 @@ def test_partial_files_of_a_killed_process_are_removed_and_those_in_use_stay(tmp
             assert len(list(tmp_path.glob(".*.tmp"))) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "a"]
     assert (tmp_path / "a").read_text() == "whole"
+
+
+@pytest.mark.skipif(not HAS_LOCKS, reason="without file locks, partial files are not removed")
+@pytest.mark.parametrize(
+    "call", [(os, "replace"), (files.fcntl, "flock")], ids=["before the rename", "before the lock"]
+)
+def test_another_writer_never_removes_a_file_in_use(tmp_path, monkeypatch, call):
+    module, name = call
+    real, calls = getattr(module, name), []
+
+    def after_a_sweep(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            remove_partial_files(tmp_path)
+        return real(*args)
+
+    monkeypatch.setattr(module, name, after_a_sweep)
+    with atomic_write(tmp_path / "a", "w") as file:
+        file.write("complete")
+    assert calls
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "complete"
 
 
 # records
