@@ -64,6 +64,9 @@ class ClassLabels:
 
     one_hot: torch.Tensor
 
+    def __repr__(self) -> str:
+        return f"ClassLabels: {len(self.one_hot)} images, {self.one_hot.shape[1]} classes"
+
     @classmethod
     def of(cls, classes: Sequence[int] | torch.Tensor, num_classes: int) -> "ClassLabels":
         """Labels from class indices [N]. Raises ValueError if an index is not in [0, num_classes)."""
@@ -105,6 +108,9 @@ class FloatVectors:
 
     values: torch.Tensor
     pool: torch.Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"FloatVectors: {len(self.values)} vectors of {self.values.shape[1]} numbers"
 
     def __len__(self) -> int:
         return len(self.values)

@@ -5,8 +5,10 @@ functions `for_images`, `for_step` and `after_step` call them if they exist.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
@@ -93,6 +95,8 @@ class Network(Protocol):
 Part = TypeVar("Part")
 
 
+_MAX_LINES, _MAX_WIDTH = 5, 200  # of a denoiser's description
+_ADDRESS = re.compile(r"<(?:function )?([\w.<>]+)(?: object)? at 0x\w+>")  # what Python shows of functions and objects
 _LEVELS: MutableMapping[torch.Tensor, tuple[int, list[float]]] = WeakIdKeyDictionary()
 
 
@@ -132,6 +136,78 @@ def after_step(part: Any, x: torch.Tensor, i: int, sigmas: torch.Tensor) -> torc
     return x if follow is None else follow(x, i, sigmas)
 
 
+def describe(part: Any) -> str:
+    """A dataclass made of denoisers in at most five lines: its settings, then its parts, each object once.
+
+    It is the `__repr__` of such classes; what dataclasses print by default has a network's whole module tree in it.
+    """
+    lines = _tree(part, set())
+    if len(lines) > _MAX_LINES:
+        more = len(lines) - _MAX_LINES + 1
+        lines = [*lines[: _MAX_LINES - 1], f"  and {more} more parts"]
+    return "\n".join(map(_cut, lines))
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _MAX_WIDTH else f"{line[: _MAX_WIDTH - 3]}..."
+
+
+def _tree(part: Any, seen: set[int]) -> list[str]:
+    """The lines of `describe`, without a limit; objects in `seen` are left out."""
+    if type(part).__repr__ is not describe:
+        return [_one_line(part)]
+    if not dataclasses.is_dataclass(part):
+        return [type(part).__name__]
+    settings, lines = [], []
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        inner = value if isinstance(value, tuple) and any(map(_is_denoiser, value)) else (value,)
+        if not any(map(_is_denoiser, inner)):
+            if field.repr and not (value is None or value is field.default):
+                settings.append(f"{field.name}={_one_line(value)}")
+            continue
+        for one in inner:
+            if id(one) not in seen:
+                seen.add(id(one))
+                first, *rest = _tree(one, seen)
+                lines += [f"  {field.name}: {first}", *(f"  {line}" for line in rest)]
+    return [f"{type(part).__name__}({', '.join(settings)})", *lines]
+
+
+def _is_denoiser(value: Any) -> bool:
+    """Whether a field holds something with parts of its own, or a network."""
+    return isinstance(value, torch.nn.Module) or type(value).__repr__ is describe
+
+
+def _one_line(value: Any) -> str:
+    """A value, or the first line of what it says of itself."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, MethodType):  # not with all of the object that it belongs to
+        return f"{type(value.__self__).__name__}.{value.__name__}"
+    if isinstance(value, torch.device):
+        return str(value)
+    if callable(value) and hasattr(value, "__qualname__"):
+        return value.__qualname__.replace("<locals>.", "")
+    if isinstance(value, torch.nn.Module) and type(value).__repr__ is torch.nn.Module.__repr__:
+        return f"{type(value).__name__}: {count_text(value)}"
+    text = _ADDRESS.sub(r"\1", repr(value).partition("\n")[0])
+    return _cut(text)
+
+
+def count_text(net: torch.nn.Module) -> str:
+    """The number of parameters in words: "1.05 M parameters"."""
+    # the kernels of a network that is frozen for evaluation are buffers
+    tensors = [*net.parameters(), *(buffer for buffer in net.buffers() if buffer.ndim > 1)]
+    count = sum(tensor.numel() for tensor in tensors)
+    for size, unit in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit} parameters"
+    return f"{count} parameters"
+
+
 class Wrapper:
     """Base class of frozen dataclasses made of parts, which follows the sampling run in all of them.
 
@@ -149,6 +225,11 @@ class Wrapper:
             def __call__(self, x, sigma, condition=None):
                 return (self.first(x, sigma, condition) + self.second(x, sigma, condition)) / 2
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = describe  # type: ignore[method-assign]  # or @dataclass would write another
 
     def idle_fields(self) -> frozenset[str]:
         """Names of fields that are not in use, and so do not follow."""

@@ -69,6 +69,15 @@ class Source(Protocol):
     def __len__(self) -> int:
         """The number of items."""
 
+    def __repr__(self) -> str:
+        names = self.label_names or ()
+        named = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+        kind = "images" if self.item_dtype == np.uint8 else "latents"
+        return (
+            f"{type(self).__name__}: {len(self):,} {kind}, {self.item_dtype} {list(self.item_shape)}, "
+            f"{self.condition_space}{named}, from {self.path}"
+        )
+
     @abstractmethod
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Items `indices`, int64 [n], as one array [n, C, H, W]; in memory its channels may be last.

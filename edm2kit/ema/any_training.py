@@ -60,6 +60,11 @@ class PowerEMA:
                 copies[name] = local.to(device or local.device, _wide(local.dtype), copy=True)
             self.averages.append(copies)
 
+    def __repr__(self) -> str:
+        count = sum(tensor.numel() for tensor in self.averages[0].values())
+        lengths = ", ".join(f"{std:g}" for std in self.stds)
+        return f"PowerEMA: lengths {lengths}, {count:,} parameters, at time {self.time:,}, run {self.run_id}"
+
     @torch.no_grad()
     def update(self, time: int) -> None:
         """Add the current parameters; `time` is how much training there was so far: images, tokens or steps.

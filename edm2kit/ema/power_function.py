@@ -132,6 +132,10 @@ class PowerFunctionEMA:
         self.net, self.stds = net, tuple(stds)
         self.averages = [copy.deepcopy(net).eval().requires_grad_(False) for _ in self.stds]
 
+    def __repr__(self) -> str:
+        net = repr(self.net).partition("\n")[0]
+        return f"PowerFunctionEMA: lengths {', '.join(f'{std:g}' for std in self.stds)}\n  net: {net}"
+
     @torch.no_grad()
     def update(self, nimg: int, batch_size: int) -> None:
         """Add the current parameters: `nimg` images seen so far, `batch_size` of them since the last update."""

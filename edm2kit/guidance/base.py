@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from edm2kit.denoiser import Denoiser
+from edm2kit.denoiser import Denoiser, describe
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Parts:
     gnet: Denoiser | None = None
     uncond: Denoiser | None = None
     pixels: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    __repr__ = describe
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,9 @@ class Method:
         if (self.build is None) == (self.negative is None):
             raise ValueError(f"the method {self.summary!r} needs exactly one of build and negative")
 
+    def __repr__(self) -> str:
+        return f"Method: {self.summary}; {self.evaluations}{_option_names(self.options)}"
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -117,3 +122,10 @@ class Rule:
     formula: str = ""
     source: str = ""
     pick_when: str = ""
+
+    def __repr__(self) -> str:
+        return f"Rule: {self.summary}{_option_names(self.options)}"
+
+
+def _option_names(options: tuple[Option, ...]) -> str:
+    return "".join(f"\n  --{option.name}: {option.help}" for option in options[:4])

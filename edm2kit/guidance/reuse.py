@@ -89,7 +89,7 @@ class Reusing(Combination):
     """
 
     reuse: Reuse = NO_REUSE
-    memory: RunMemory | None = None
+    memory: RunMemory | None = field(default=None, repr=False)
     step: int = 0
     stopped: torch.Tensor | None = None  # bool [N], constant within a step
 

@@ -24,6 +24,9 @@ class FeatureStatistics:
     covariance: np.ndarray
     fingerprint: str | None
 
+    def __repr__(self) -> str:
+        return f"FeatureStatistics: mean and covariance of {len(self.mean)} features"
+
 
 def merge_statistics(n: int, a: FeatureStatistics, m: int, b: FeatureStatistics) -> tuple[int, FeatureStatistics]:
     """Count and statistics of `n` images with statistics `a` and `m` other images with statistics `b`.

@@ -33,6 +33,10 @@ class Reference:
     statistics: Mapping[str, FeatureStatistics]
     source: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        count = "an unknown number of" if self.num_images is None else f"{self.num_images:,}"
+        return f"Reference: {', '.join(self.statistics)} of {count} images"
+
     def of(self, metric: str) -> FeatureStatistics:
         """The statistics of `metric`, computed with this project's detector of that name.
 

@@ -140,6 +140,10 @@ class Scorer:
     replicates: int = 0
     per_class: bool = False
 
+    def __repr__(self) -> str:
+        detectors = ", ".join(detector.name for detector in self.detectors)
+        return f"Scorer: {', '.join(self.names or (detectors,))} on {self.device}\n  {self.reference!r}"
+
     def score(self, images: Images) -> dict[str, float]:
         """The Frechet distance by detector of the images of all ranks; arguments and errors as for `image_statistics`.
 
@@ -312,6 +316,9 @@ class Evaluator:
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
         self.reset()
+
+    def __repr__(self) -> str:
+        return f"Evaluator of {self.scorer!r}"
 
     def reset(self) -> None:
         """Forget all images."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from edm2kit.conditions import ConditionLike
+from edm2kit.denoiser import describe
 
 
 class Schedule(Protocol):
@@ -174,6 +175,8 @@ class Adapted:
     prediction: str
     label_dim: int = 0
 
+    __repr__ = describe
+
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction {self.prediction!r} is unknown; available: {', '.join(PREDICTIONS)}")
@@ -224,6 +227,8 @@ class Rescaled:
     denoiser: Callable[..., Any]
     scale: float
     shift: float = 0.0
+
+    __repr__ = describe
 
     def __post_init__(self) -> None:
         if not 0 < self.scale < float("inf"):

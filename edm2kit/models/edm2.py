@@ -172,7 +172,7 @@ class UNet(RawNetwork):
                 f"img_resolution={img_resolution} cannot be halved {halvings} times; use a multiple of "
                 f"{1 << halvings} or fewer levels in channel_mult"
             )
-        widths = [model_channels * mult for mult in channel_mult]
+        widths = self.widths = [model_channels * mult for mult in channel_mult]
         noise_width = widths[0] if channel_mult_noise is None else model_channels * channel_mult_noise
         emb_width = max(widths) if channel_mult_emb is None else model_channels * channel_mult_emb
         self.label_balance, self.concat_balance = label_balance, concat_balance
@@ -241,6 +241,10 @@ class UNet(RawNetwork):
             resolution = int(re.findall(r"\d+", name)[0])  # "dec.8x8_in0" -> 8
             roles[name] = AttentionRole(side, resolution, depth)
         return roles
+
+    @property
+    def summary(self) -> str:
+        return f"{super().summary} (channels {', '.join(map(str, self.widths))})"
 
     @property
     def blocks(self) -> list[nn.Module]:

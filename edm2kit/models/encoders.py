@@ -54,6 +54,9 @@ class RGBEncoder:
     def spec(self) -> dict[str, Any]:
         return {"kind": "rgb"}
 
+    def __repr__(self) -> str:
+        return "RGBEncoder: pixels 0..255 <-> -1..1"
+
 
 class StabilityVAEEncoder:
     """Latents of the Stable Diffusion VAE, normalised to mean 0 and std 0.5 per channel (EDM2, Section A.1).
@@ -125,6 +128,9 @@ class StabilityVAEEncoder:
             "final_mean": self.final_mean,
             "final_std": self.final_std,
         }
+
+    def __repr__(self) -> str:
+        return f"StabilityVAEEncoder: latents of {len(self.raw_mean)} channels <-> pixels, by {self.vae_name}"
 
 
 ENCODERS: dict[str, Callable[..., Encoder]] = {"rgb": RGBEncoder, "vae": StabilityVAEEncoder}

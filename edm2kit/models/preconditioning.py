@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from edm2kit.conditions import ConditionLike, condition_tensor
-from edm2kit.denoiser import AttentionRole
+from edm2kit.denoiser import AttentionRole, count_text
 from edm2kit.models.layers import MPConv, MPFourier, normalize_weights_
 from edm2kit.torch_utils.files import check_type, short
 
@@ -110,6 +110,12 @@ class RawNetwork(nn.Module):
         return {}
 
     @property
+    def summary(self) -> str:
+        """What kind of network this is, in a few words."""
+        attention = f", {len(self.attention_roles)} with attention" if self.attention_roles else ""
+        return f"{type(self).__name__} of {len(self.blocks)} blocks{attention}" if self.blocks else type(self).__name__
+
+    @property
     def blocks(self) -> list[nn.Module]:
         """The modules that are recomputed one at a time; empty if this network cannot recompute."""
         return []
@@ -156,6 +162,17 @@ class Preconditioner(nn.Module):
         self.add_module(raw_name, raw)
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPConv(logvar_channels, 1, [])
+
+    def __repr__(self) -> str:
+        # the module tree is long; print(net.raw), or print(net.unet), shows it
+        labels = f"label_dim {self.label_dim}" if self.label_dim else "no labels"
+        size = f"{self.img_resolution}x{self.img_resolution} with {self.img_channels} channels"
+        dtype = str(self.compute_dtype).removeprefix("torch.")
+        device = next(iter(self.state_dict().values())).device
+        return (
+            f"{type(self).__name__}: {self.raw.summary}, {size}, {labels}, {count_text(self)}\n"
+            f"  computes in {dtype} on {device}; print(net.{self._raw_name}) shows its modules"
+        )
 
     @property
     def raw(self) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from edm2kit.conditions import Condition, ConditionLike, FloatVectors
-from edm2kit.denoiser import Denoiser, for_images
+from edm2kit.denoiser import Denoiser, describe, for_images
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.rng import StackedGenerator, derive_seed
 
@@ -21,6 +21,15 @@ class ImageBatch:
     classes: torch.Tensor | None  # int64 [N], class indices; None without classes
     latents: torch.Tensor  # float32 [N,C,H,W], the result of the solver
     images: torch.Tensor  # uint8 [N,C,H,W], decoded
+
+    def __repr__(self) -> str:
+        channels, height, width = self.images.shape[1:]
+        seeds = ", ".join(map(str, self.seeds[:8])) + (", ..." if len(self.seeds) > 8 else "")
+        text = f"ImageBatch: {len(self.seeds)} images of {width}x{height} pixels, {channels} channels\n  seeds {seeds}"
+        if self.classes is None:
+            return text
+        classes = ", ".join(map(str, self.classes[:8].tolist())) + (", ..." if len(self.seeds) > 8 else "")
+        return f"{text}\n  classes {classes}"
 
     def first(self, count: int) -> "ImageBatch":
         """The first `count` images."""
@@ -61,6 +70,8 @@ class Engine:
     pad: bool = False
     empty_classes: Sequence[int] = ()
     prompts: Condition | None = None
+
+    __repr__ = describe
 
     def batches(self, seeds: Sequence[int], batch_size: int) -> Iterator[ImageBatch]:
         """The images of `seeds`, in that order, at most `batch_size` at a time; no batches if there are no seeds.

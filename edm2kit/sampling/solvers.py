@@ -280,6 +280,17 @@ class Sampler:
         },
     )
 
+    def __repr__(self) -> str:
+        parts = [self.solver, f"{self.num_steps} steps", f"sigma {self.sigma_max:g} to {self.sigma_min:g}"]
+        if self.levels != "karras":
+            parts.append(f"levels {self.levels}")
+        if self.rho != 7:
+            parts.append(f"rho {self.rho:g}")
+        if self.dtype != torch.float32:
+            parts.append(str(self.dtype).removeprefix("torch."))
+        extras = [repr(one) for one in (self.churn, self.settings) if one not in (NO_CHURN, None)]
+        return f"Sampler({', '.join([*parts, *extras])})"
+
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise ValueError(f"solver {self.solver!r} is unknown; expected one of {', '.join(SOLVERS)}")

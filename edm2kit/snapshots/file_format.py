@@ -69,6 +69,17 @@ class Header:
         found = self.training_config.get("classes_without_images", [])
         return tuple(k for k in found if type(k) is int) if isinstance(found, list) else ()
 
+    def __repr__(self) -> str:
+        ema = "raw weights" if self.ema_std is None else f"EMA length {self.ema_std:g}"
+        rebuilt = "" if self.recipe is None else " (rebuilt)"
+        labels = "no labels"
+        if label_dim := self.architecture.get("label_dim"):
+            labels = f"label vectors of {label_dim} numbers" if self.label_kind == "vectors" else f"{label_dim} classes"
+        if self.label_names:
+            labels += f" ({', '.join(self.label_names[:3])}{', ...' if len(self.label_names) > 3 else ''})"
+        run = f", run {self.run_id}" if self.run_id else ""
+        return f"Header: trained on {self.nimg:,} images, {ema}{rebuilt}, {labels}, {self.dtype}{run}"
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 

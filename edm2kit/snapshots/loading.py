@@ -33,6 +33,10 @@ class Snapshot:
     encoder: Encoder
     header: Header
 
+    def __repr__(self) -> str:
+        net = repr(self.net).partition("\n")[0]
+        return f"Snapshot of {net}\n  {self.encoder!r}\n  {self.header!r}"
+
 
 @dataclass(frozen=True)
 class TensorInFile:

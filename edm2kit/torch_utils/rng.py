@@ -40,6 +40,9 @@ class StackedGenerator:
     def __len__(self) -> int:
         return len(self.generators)
 
+    def __repr__(self) -> str:
+        return f"StackedGenerator: generators of {len(self)} images, on {self.device}"
+
     def _check(self, size: Sequence[int]) -> None:
         if len(size) == 0 or size[0] != len(self.generators):
             raise ValueError(

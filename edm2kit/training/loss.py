@@ -48,6 +48,9 @@ class EDM2Loss:
     def __init__(self, P_mean: float = -0.4, P_std: float = 1.0, sigma_data: float = 0.5):
         self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
 
+    def __repr__(self) -> str:
+        return f"EDM2Loss(P_mean={self.P_mean:g}, P_std={self.P_std:g}, sigma_data={self.sigma_data:g})"
+
     def terms(
         self,
         net: Callable,

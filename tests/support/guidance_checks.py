@@ -235,7 +235,20 @@ def counted_function(shift: float, label_dim: int = 4):
     return denoise
 
 
+def check_its_repr_is_short(case: Case, nets: Nets) -> None:
+    """At most five lines that name the main network; neither module trees nor values of tensors nor addresses."""
+    denoiser = guide(case.choice(2.5, interval=(0.2, 5.0)), case.parts(nets))
+    for shown in (denoiser, for_images(denoiser, StackedGenerator("cpu", SEEDS))):
+        lines = repr(shown).splitlines()
+        assert len(lines) <= 5, repr(shown)
+        assert max(map(len, lines)) <= 200, repr(shown)
+        assert "sigma_lo=0.2" in lines[0], repr(shown)
+        assert "Precond" in repr(shown), repr(shown)
+        assert not re.search(r"( at 0x|\(\w+\): )", repr(shown)), repr(shown)
+
+
 CHECKS = [
+    check_its_repr_is_short,
     check_off_at_weight_1,
     check_images_do_not_depend_on_their_batch,
     check_it_is_deterministic,

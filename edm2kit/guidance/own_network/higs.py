@@ -69,7 +69,7 @@ class HistoryGuided(Wrapper):
     cut: float
     t_low: float
     t_high: float
-    history: History[Average] = field(default_factory=History, compare=False)
+    history: History[Average] = field(default_factory=History, compare=False, repr=False)
     i: int | None = None
     time: float = 0.0
 

@@ -51,7 +51,7 @@ class PreviousStep(Wrapper):
 
     start: float
     space: str
-    history: History[Seen] = field(default_factory=History, compare=False)
+    history: History[Seen] = field(default_factory=History, compare=False, repr=False)
     acts: bool = False
 
     @property

@@ -70,7 +70,7 @@ class AdaptiveProjection:
     norm: float
     momentum: float
     update: str = "evaluation"
-    memory: DifferenceMemory = field(default_factory=DifferenceMemory)
+    memory: DifferenceMemory = field(default_factory=DifferenceMemory, repr=False)
     before: tuple[torch.Tensor, ...] = ()
 
     def __call__(

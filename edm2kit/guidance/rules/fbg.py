@@ -53,7 +53,7 @@ class Feedback:
     t_reference: float
     t_evidence: float
     max_weight: float
-    path: Path = field(default_factory=Path, compare=False)
+    path: Path = field(default_factory=Path, compare=False, repr=False)
 
     def __call__(
         self, D: torch.Tensor, negatives: Sequence[torch.Tensor], weights: Sequence[float], at: Evaluation

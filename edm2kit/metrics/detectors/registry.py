@@ -179,6 +179,10 @@ class Detector:
     output: str = "features"
     caution: str = ""
 
+    def __repr__(self) -> str:
+        caution = f" ({self.caution})" if self.caution else ""
+        return f"Detector: {self.name}{caution}, {self.num_features} features"
+
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         return detect([self], images)[0]
 
