@@ -27,7 +27,7 @@ from edm2kit.cli import click_types as cli
 from edm2kit.cli.click_types import check_output, check_writable
 from edm2kit.cli.generation import Generation, Request, prepare
 from edm2kit.cli.generation_options import SECTIONS, generation_options
-from edm2kit.cli.grids import MAX_IMAGES, parse_weights, write_grid
+from edm2kit.cli.grids import MAX_IMAGES, grid_title, parse_weights, write_grid
 from edm2kit.cli.npz import write_npz
 from edm2kit.data.labels import RECORD
 from edm2kit.guidance.records import settings_differences
@@ -288,11 +288,13 @@ def main(
             ]
             places = ((folder, seed) for row in zip(*columns, strict=True) for seed in seeds for folder in row)
             pixels = (image for folder, seed in places for image, _ in folder.read([seed]))
-            dist.on_rank0(write_grid, grid, pixels, len(columns), [f"{weight:g}" for weight in grid_weights])
+            titles = [f"weight {weight:g}" for weight in grid_weights]
+            dist.on_rank0(write_grid, grid, pixels, f"Guidance, seeds {seed_ranges(seeds)}", len(columns), titles)
             _remove_unless_kept(path, outdir, grid)
             return
         generation = prepare(request, where)
         dist.print0(generation.summary)
+        title = grid_title(generation.summary, seed_ranges(seeds))
         prompts = by_prompt(generation)
         if len(prompts) > 1:
             if npz is not None:
@@ -302,7 +304,7 @@ def main(
                 _generate(one, folder, seeds, batch, overwrite)
             if grid is not None:
                 pixels = (image for folder in folders for image, _ in folder.read(seeds))
-                dist.on_rank0(write_grid, grid, pixels, len(seeds))  # a row per prompt
+                dist.on_rank0(write_grid, grid, pixels, title, len(seeds))  # a row per prompt
             _remove_unless_kept(path, outdir, grid)
             return
         folder = ImageFolder(path, subdirs, generation.settings)
@@ -312,7 +314,7 @@ def main(
         with folder.held(alone=overwrite or outdir is None):
             _generate(generation, folder, seeds, batch, overwrite)
             if grid is not None:
-                dist.on_rank0(write_grid, grid, (image for image, _ in folder.read(seeds)))
+                dist.on_rank0(write_grid, grid, (image for image, _ in folder.read(seeds)), title)
             if npz is not None:
                 dist.on_rank0(_pack, npz, folder, seeds)
             else:

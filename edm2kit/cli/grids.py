@@ -5,14 +5,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
-from edm2kit.data.image_files import contact_sheet
+from edm2kit.data.image_files import labelled_sheet
 from edm2kit.models.encoders import to_image
 from edm2kit.torch_utils.files import atomic_write
 
 MAX_IMAGES = 1024
-_TITLE_HEIGHT = 18
 
 
 def parse_weights(text: str) -> tuple[float, ...]:
@@ -28,23 +26,31 @@ def parse_weights(text: str) -> tuple[float, ...]:
     return weights
 
 
+def grid_title(summary: str, seeds: str) -> str:
+    """What a sheet shows, in a line, from the summary of a generation and its seeds as text."""
+    told = dict(line.split(":", 1) for line in summary.splitlines() if ":" in line)
+    parts = [told[name].strip() for name in ("Guidance", "Sampler") if name in told]
+    if "Guidance" not in told:
+        parts.insert(0, "no guidance")
+    return ", ".join([*parts, f"seeds {seeds}"])
+
+
 def write_grid(
-    path: Path, pixels: Iterable[np.ndarray], columns: int | None = None, titles: Sequence[str] = ()
+    path: Path,
+    pixels: Iterable[np.ndarray],
+    title: str,
+    columns: int | None = None,
+    column_titles: Sequence[str] = (),
 ) -> None:
     """Write images, each uint8 [C, H, W], to a PNG row by row, by default in about as many columns as rows.
 
-    `titles` stand above the columns. Raises ValueError if there are more than `MAX_IMAGES`.
+    Small images are enlarged (see `labelled_sheet`). Raises ValueError if there are more than `MAX_IMAGES`.
     """
     images = [to_image(array) for array in pixels]
     if len(images) > MAX_IMAGES:
         raise ValueError(f"--grid shows at most {MAX_IMAGES} images; there are {len(images)}")
-    sheet = contact_sheet(images, columns or math.ceil(math.sqrt(len(images))))
-    if titles:
-        titled = Image.new("RGB", (sheet.width, sheet.height + _TITLE_HEIGHT), "white")
-        titled.paste(sheet, (0, _TITLE_HEIGHT))
-        pen, font = ImageDraw.Draw(titled), ImageFont.load_default(size=12)
-        for number, title in enumerate(titles):
-            pen.text((number * images[0].width + 2, 2), title, fill="black", font=font)
-        sheet = titled
+    sheet = labelled_sheet(
+        images, columns or math.ceil(math.sqrt(len(images))), title=title, column_titles=column_titles
+    )
     with atomic_write(path) as file:
         sheet.save(file, "PNG")

@@ -5,7 +5,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import nn
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.field_options import options_from
 from edm2kit.cli.presets import summary
-from edm2kit.data.image_files import contact_sheet
+from edm2kit.data.image_files import labelled_sheet
 from edm2kit.models.encoders import to_image
 from edm2kit.sampling.solvers import Sampler
 from edm2kit.torch_utils import dist
@@ -84,7 +84,7 @@ SAMPLE_BATCH = 16
 )
 @cli.section(
     "Snapshots and logs",
-    *options_from(TrainConfig, "snapshot_every_nimg", "checkpoint_every_nimg", "status_every_nimg"),
+    *options_from(TrainConfig, "snapshot_every_nimg", "checkpoint_every_nimg", "status_every_nimg", "holdout"),
     click.option("--samples", metavar="N", type=cli.AtLeast(int, 0), default=16, help="Images generated per snapshot"),
     click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events"),
 )
@@ -211,10 +211,10 @@ def check_decoder(run: Run, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def write_samples(run: Run, count: int, device: torch.device, net: nn.Module, nimg: int) -> None:
+def write_samples(run: Run, count: int, device: torch.device, net: nn.Module, nimg: int) -> np.ndarray:
     """Write samples-KIMG.png: images of seeds 0 to count - 1, cycling through classes or the first label vectors.
 
-    They are the images that generate.py makes from these seeds and labels.
+    They are the images that generate.py makes from these seeds and labels. Returns the pixels of the sheet.
     """
     architecture = run.header.architecture
     shape = [architecture["img_channels"], architecture["img_resolution"], architecture["img_resolution"]]
@@ -233,14 +233,23 @@ def write_samples(run: Run, count: int, device: torch.device, net: nn.Module, ni
     images: dict[int, np.ndarray] = {}
     for part in dist.gather_objects(mine):
         images.update(part)
-    in_order = np.stack([images[seed] for seed in range(count)])
-    dist.on_rank0(write_sheet, in_order, run.run_dir / f"samples-{nimg // 1000:07d}.png")
+    captions = [f"class {seed % len(choices)}" for seed in range(count)] if len(choices) else []
+    if names := run.header.label_names:
+        captions = [names[seed % len(names)] for seed in range(count)]
+    elif run.header.label_kind == "vectors":
+        captions = [f"label {seed % len(choices)}" for seed in range(count)]
+    title = f"{nimg:,} images, EMA {run.config.ema_stds[-1]:.3f}, {Sampler().num_steps} steps, seeds 0 to {count - 1}"
+    path = run.run_dir / f"samples-{nimg // 1000:07d}.png"
+    return dist.on_rank0(write_sheet, [images[seed] for seed in range(count)], captions, title, path)
 
 
-def write_sheet(images: np.ndarray, path: Path) -> None:
-    """Write images, uint8 [N, C, H, W], as one square picture."""
+def write_sheet(images: Sequence[np.ndarray], captions: Sequence[str], title: str, path: Path) -> np.ndarray:
+    """Write images, each uint8 [C, H, W], as one square picture, and return its pixels."""
+    columns = math.ceil(math.sqrt(len(images)))
+    sheet = labelled_sheet([to_image(image) for image in images], columns, title=title, captions=captions)
     with atomic_write(path) as file:
-        contact_sheet([to_image(image) for image in images], math.ceil(math.sqrt(len(images)))).save(file, "png")
+        sheet.save(file, "png")
+    return np.asarray(sheet)
 
 
 if __name__ == "__main__":

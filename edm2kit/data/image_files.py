@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from edm2kit.models.encoders import to_image
 from edm2kit.torch_utils.arrays import BROKEN
@@ -63,6 +63,8 @@ _BROKEN_IMAGE = (
 )
 _PNG_START = 48  # bytes before the first pixels: signature, IHDR, length and name of IDAT, zlib header
 _BLOCK_HEADER = 5
+_SHEET_CELL, _SHEET_WIDTH = 128, 264  # pixels: the size that small images are enlarged to, and the least for a title
+_SHEET_GAP, _SHEET_LINE = 4, 16
 _PNG_END = 20  # Adler checksum of the pixels, CRC of IDAT, IEND
 
 
@@ -201,6 +203,63 @@ def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:
     for k, image in enumerate(images):
         sheet.paste(image, (k % columns * width, k // columns * height))
     return sheet
+
+
+def labelled_sheet(
+    images: Sequence[Image.Image],
+    columns: int,
+    *,
+    title: str = "",
+    column_titles: Sequence[str] = (),
+    captions: Sequence[str] = (),
+) -> Image.Image:
+    """Images of one size, row by row, on white with a title, titles of columns above and a caption below each image.
+
+    Images below 128 pixels are enlarged by the largest whole factor that keeps them within: pixels stay sharp squares.
+    Text that is too wide is cut; the title takes as many lines as it needs.
+    """
+    factor = max(1, _SHEET_CELL // max(images[0].size))
+    width, height = (factor * side for side in images[0].size)
+    font = ImageFont.load_default(size=12)
+    rows = -(-len(images) // columns)
+    full_width = max(columns * (width + _SHEET_GAP) + _SHEET_GAP, _SHEET_WIDTH if title else 0)
+    lines = _wrapped(title, full_width - 2 * _SHEET_GAP, font)
+    top = len(lines) * _SHEET_LINE + (_SHEET_LINE if column_titles else 0) + _SHEET_GAP
+    step = height + _SHEET_GAP + (_SHEET_LINE if captions else 0)
+    sheet = Image.new(images[0].mode, (full_width, top + rows * step), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, line in enumerate(lines):
+        pen.text((_SHEET_GAP, number * _SHEET_LINE), line, fill="black", font=font)
+    for number, text in enumerate(column_titles):
+        x = _SHEET_GAP + number * (width + _SHEET_GAP)
+        pen.text((x, len(lines) * _SHEET_LINE), _cut(text, width, font), fill="black", font=font)
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        x, y = _SHEET_GAP + column * (width + _SHEET_GAP), top + row * step
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        if captions:
+            pen.text((x, y + height + 1), _cut(captions[number], width, font), fill="black", font=font)
+    return sheet
+
+
+def _cut(text: str, width: int, font: Any) -> str:
+    """The text, or its start and an ellipsis if it is wider than `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "\u2026") > width:
+        text = text[:-1]
+    return text + "\u2026"
+
+
+def _wrapped(text: str, width: int, font: Any) -> list[str]:
+    """The text as lines of at most `width` pixels, broken between words."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return [_cut(line, width, font) for line in lines]
 
 
 def stored_bytes(width: int, height: int, channels: int) -> int:

@@ -51,6 +51,10 @@ class TrainConfig:
         option="--data", metavar="PATH", free=True,  # the identity of its content is compared instead
     )  # fmt: skip
     cond: bool = _setting(True, "Train with the labels of the data set", option="--cond", metavar="BOOL")
+    holdout: float = _setting(
+        0.0, "Share (0.05) or number of images to keep out, to watch their loss",
+        option="--holdout", metavar="P|N", added=True,
+    )  # fmt: skip
     encoder: Mapping[str, Any] = _setting(
         {"kind": "auto"}, "Encoder between stored items and what the network sees: rgb, vae, or auto for what fits"
     )
@@ -153,6 +157,10 @@ class TrainConfig:
             choices, value = f.metadata.get("choices"), getattr(self, f.name)
             if choices and value not in choices:
                 raise ValueError(f"{option_of(f.name)} must be one of {', '.join(choices)}; got {value!r}")
+        if self.holdout < 0 or (self.holdout >= 1 and self.holdout % 1):
+            raise ValueError(f"--holdout must be a share below 1 or a whole number of images; got {self.holdout:g}")
+        if self.holdout and not self.snapshot_every_nimg:
+            raise ValueError("--holdout is measured with each snapshot, and --snapshot 0 writes none; give an interval")
         if 0 < self.snapshot_every_nimg < 1000:
             raise ValueError(
                 "--snapshot must be at least 1000 images: the file names of snapshots count thousands; "

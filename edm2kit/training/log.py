@@ -1,16 +1,18 @@
 """What a training run reports: a forecast before it starts, then statistics, status lines and TensorBoard events."""
 
+import contextlib
 import itertools
 import json
 import resource
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -21,7 +23,7 @@ from edm2kit.torch_utils.files import atomic_write
 from edm2kit.training.config import TrainConfig
 from edm2kit.training.loss import EDM2Loss
 
-STATS_NAME = "stats.jsonl"
+STATS_NAME, HELDOUT_NAME = "stats.jsonl", "heldout.jsonl"
 _GB = 1e9
 _MANY_EPOCHS = 1000
 _MAX_PENDING = 8192  # values on the device, each at least half a KB there
@@ -107,7 +109,8 @@ class RunLog:
     def begin(self, nimg: int, elapsed_sec: float) -> None:
         """Report where the run starts; drop statistics later than that, so that the file reads like a single run's."""
         self._last = (nimg, elapsed_sec)
-        dist.on_rank0(drop_later_lines, self.run_dir / STATS_NAME, nimg)
+        for name in (STATS_NAME, HELDOUT_NAME):
+            dist.on_rank0(drop_later_lines, self.run_dir / name, nimg)
         dist.print0(f"Resuming at {nimg} images" if nimg else "Starting at image 0")
 
     def status(self, nimg: int, elapsed_sec: float, stats: dict[str, tuple[float, int]]) -> None:
@@ -119,23 +122,50 @@ class RunLog:
         record |= {name: mean for name, (mean, count) in stats.items() if count} | memory_gb(self.device)
         mean, count = stats["nonfinite_gradients"]  # recorded as a total since the last status
         record["nonfinite_gradients"] = round(mean * count)
-        try:
-            if dist.rank() == 0:
-                self._write(record)
-        except (OSError, ValueError) as error:
-            dist.warn0(f"the statistics at {nimg} images could not be written ({error}); training continues")
+        self._write(STATS_NAME, nimg, record, {name: record[name] for name in sorted(record.keys() - {"nimg"})})
         dist.print0(self._line(record))
 
-    def _write(self, record: dict[str, Any]) -> None:
-        with open(self.run_dir / STATS_NAME, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        if self._make_writer is None:
+    def heldout(self, nimg: int, means: Mapping[str, Any]) -> None:
+        """Record the loss on held-out images, as from `HeldoutLoss.measure`."""
+        scalars = {f"{side}/{name}": value for side in ("heldout", "training") for name, value in means[side].items()}
+        self._write(HELDOUT_NAME, nimg, {"nimg": nimg, **means}, scalars)
+        losses = f"{means['heldout']['loss']:.4f} on {means['images']} held-out images"
+        dist.print0(
+            f"{nimg:,} images  loss of the longest EMA: {losses}, {means['training']['loss']:.4f} on training images"
+        )
+
+    def picture(self, nimg: int, pixels: np.ndarray | None) -> None:
+        """Show a sheet of samples, uint8 [H, W] or [H, W, 3], in TensorBoard; only rank 0 has one."""
+        if pixels is not None and self._make_writer is not None:
+            with self._on_trouble(f"the samples at {nimg} images"):
+                layout = "HW" if pixels.ndim == 2 else "HWC"
+                self._events(nimg).add_image("samples", pixels, global_step=nimg, dataformats=layout)
+                self._events(nimg).flush()
+
+    def _write(self, name: str, nimg: int, record: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
+        """Append a line to a file of statistics, and show the scalars in TensorBoard, on rank 0."""
+        if dist.rank() != 0:
             return
+        with self._on_trouble(f"the statistics at {nimg} images"):
+            with open(self.run_dir / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            if self._make_writer is None:
+                return
+            for name, value in scalars.items():
+                self._events(nimg).add_scalar(name, value, global_step=nimg)
+            self._events(nimg).flush()
+
+    def _events(self, nimg: int) -> Any:
         if self._writer is None:
-            self._writer = self._make_writer(str(self.run_dir / "tensorboard"), purge_step=record["nimg"])
-        for name in sorted(record.keys() - {"nimg"}):
-            self._writer.add_scalar(name, record[name], global_step=record["nimg"])
-        self._writer.flush()
+            self._writer = self._make_writer(str(self.run_dir / "tensorboard"), purge_step=nimg)
+        return self._writer
+
+    @contextlib.contextmanager
+    def _on_trouble(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            dist.warn0(f"{what} could not be written ({error}); training continues")
 
     def _line(self, record: dict[str, Any]) -> str:
         nimg, rate = record["nimg"], record["images_per_sec"]

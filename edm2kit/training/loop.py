@@ -40,11 +40,9 @@ from edm2kit.training.config import TrainConfig
 from edm2kit.training.fine_tuning import start_from_
 from edm2kit.training.learning_rate import learning_rate
 from edm2kit.training.log import RunLog, RunningStats
-from edm2kit.training.loss import EDM2Loss, TrainingLoss
+from edm2kit.training.loss import EDM2Loss, TrainingLoss, noise_bins
 
 _LOOK_EVERY_STEPS = 16  # looking at a counter makes the host wait for an accelerator
-# edges in units of P_std around P_mean; the bins hold 10, 15, 25, 25, 15 and 10 % of the images
-_SIGMA_BINS = (-1.28, -0.67, 0.0, 0.67, 1.28)
 
 
 class Trainer:
@@ -169,9 +167,8 @@ class Trainer:
         image_loss = loss.detach().mean(dim=(1, 2, 3))
         self._last_losses.append((batch.positions, image_loss, sigma))
         self.stats.add("loss", image_loss)
-        edges = [math.exp(config.P_mean + z * config.P_std) for z in _SIGMA_BINS]
-        for low, high in zip([0.0, *edges], [*edges, math.inf], strict=True):
-            self.stats.add(f"loss/sigma_{low:.3g}_{high:.3g}", image_loss, between=(low, sigma, high))
+        for name, low, high in noise_bins(config.P_mean, config.P_std):
+            self.stats.add(name, image_loss, between=(low, sigma, high))
 
     def _augmented(self, images: torch.Tensor, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The images as --flip and --augment change them, and the labels that tell the network how."""
@@ -338,13 +335,14 @@ def training_loop(
     sizes: Sequence[int],
     run_dir: Path,
     log: RunLog,
-    on_snapshot: Callable[[nn.Module, int], None] | None,
+    on_snapshot: Callable[[nn.Module, int], Any] | None,
     should_stop: Callable[[], bool],
 ) -> None:
     """Train to `duration_nimg`, or until `should_stop()` is true on any rank; then save, and return on all ranks.
 
     `batches(nimg)` streams this rank's micro-batches from image `nimg` on; those of a step have `sizes` images.
-    `on_snapshot(net, nimg)` is called on every rank after each snapshot with the longest EMA.
+    `on_snapshot(net, nimg)` is called on every rank after each snapshot with the longest EMA; a picture that it returns
+    is logged.
     """
     config, rounds = trainer.config, len(sizes)
     trainer.resume(run_dir)
@@ -375,7 +373,8 @@ def training_loop(
                 with _saved_on_error(trainer, run_dir):
                     trainer.save_snapshots(run_dir)
                     if on_snapshot is not None:
-                        on_snapshot(trainer.ema.network(len(config.ema_stds) - 1), trainer.nimg)
+                        picture = on_snapshot(trainer.ema.network(len(config.ema_stds) - 1), trainer.nimg)
+                        log.picture(trainer.nimg, picture)
             if checkpoint:
                 trainer.save_checkpoint(run_dir)
             if stopping and not done:

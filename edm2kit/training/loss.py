@@ -1,11 +1,25 @@
 """The training loss of EDM2 (Karras et al. 2023, Section 2.1 and Eq. 21)."""
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 
 from edm2kit.torch_utils.rng import RandomSource, StackedGenerator
+
+# edges in units of P_std around P_mean; the bins hold 10, 15, 25, 25, 15 and 10 % of the images
+_SIGMA_BINS = (-1.28, -0.67, 0.0, 0.67, 1.28)
+
+
+def noise_bins(P_mean: float, P_std: float) -> list[tuple[str, float, float]]:
+    """The ranges of noise levels whose losses are logged: (name, lowest sigma, sigma below which it ends).
+
+    Example: `noise_bins(-0.4, 1.0)[0]` is `("loss/sigma_0_0.186", 0.0, 0.186...)`.
+    """
+    edges = [0.0, *(math.exp(P_mean + z * P_std) for z in _SIGMA_BINS), math.inf]
+    return [(f"loss/sigma_{low:.3g}_{high:.3g}", low, high) for low, high in itertools.pairwise(edges)]
 
 
 class LossTerms(NamedTuple):

@@ -62,6 +62,7 @@ class Run:
     micro_batches: list[int]
     run_dir: Path
     processes: int
+    heldout: Source | None = None  # with --holdout; `dataset` is the rest
 
     def forecast(self) -> Forecast:
         """Parameters, steps, memory and disk."""
@@ -76,7 +77,8 @@ class Run:
         config, dataset = self.config, self.dataset
         shape = "x".join(str(n) for n in dataset.item_shape)
         labels = dataset.condition_space if config.cond else "no labels"
-        dist.print0(f"data               {dataset.path}: {len(dataset)} items of {shape}, {labels}")
+        held_out = "" if self.heldout is None else f"; {len(self.heldout)} more are held out"
+        dist.print0(f"data               {dataset.path}: {len(dataset)} items of {shape}, {labels}{held_out}")
         sizes = "+".join(map(str, self.micro_batches[:3]))
         if len(self.micro_batches) > 3:
             sizes += "+..."
@@ -115,7 +117,7 @@ class Run:
         device: torch.device,
         *,
         loss_fn: TrainingLoss | None = None,
-        on_snapshot: Callable[[nn.Module, int], None] | None = None,
+        on_snapshot: Callable[[nn.Module, int], Any] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         tensorboard: bool = False,
     ) -> None:
@@ -146,16 +148,15 @@ class Run:
                 batch_gpu=max(micro_batches),
                 workers=config.workers,
             )
+            log = RunLog(self.run_dir, config.duration_nimg, device, tensorboard)
+            if self.heldout is not None:
+                from edm2kit.training.heldout_loss import HeldoutLoss, with_heldout  # most runs do without
+
+                size = max(micro_batches)
+                measure = HeldoutLoss(config, self.encoder, self.dataset, self.heldout, size, device, loss_fn)
+                on_snapshot = with_heldout(measure, log.heldout, on_snapshot)
             try:
-                training_loop(
-                    trainer,
-                    batches,
-                    micro_batches,
-                    self.run_dir,
-                    RunLog(self.run_dir, config.duration_nimg, device, tensorboard),
-                    on_snapshot,
-                    should_stop,
-                )
+                training_loop(trainer, batches, micro_batches, self.run_dir, log, on_snapshot, should_stop)
             except DivergenceError as error:
                 raise ValueError(self._diagnosis(error, order)) from error
 
@@ -256,6 +257,11 @@ def resolve(
             f"{dataset.path} has no labels (no dataset.json, or one without labels). Add them with "
             "scripts/dataset_tool.py convert, or train without labels: --cond false"
         )
+    heldout = None
+    if config.holdout:
+        from edm2kit.data.holdout import split  # most runs do without
+
+        dataset, heldout = split(dataset, config.holdout)
     encoder = _fitting_encoder(config, dataset)
     config = dataclasses.replace(config, encoder=encoder.spec())
     if config.init_from is not None:
@@ -295,7 +301,7 @@ def resolve(
         )
     if config.init_from is not None:
         notices += check_source(config, header)
-    return Run(config, dataset, encoder, header, notices, identity, sizes, run_dir, processes)
+    return Run(config, dataset, encoder, header, notices, identity, sizes, run_dir, processes, heldout)
 
 
 def reading_notices(dataset: Source) -> list[str]:

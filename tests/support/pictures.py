@@ -55,3 +55,14 @@ def write_zip(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_STO
         for name, data in files.items():
             archive.writestr(name, data)
     return path
+
+
+def cell(sheet: np.ndarray, rows: int, row: int, column: int, size: int, captions: bool = False) -> np.ndarray:
+    """The image in a cell of a `labelled_sheet` as it was before it was enlarged; `sheet` is [H, W] or [H, W, 3]."""
+    factor = max(1, 128 // size)
+    step = size * factor + 4 + (16 if captions else 0)
+    y, x = len(sheet) - (rows - row) * step, 4 + column * (size * factor + 4)
+    large = sheet[y:, x:][: size * factor, : size * factor]
+    small = large[::factor, ::factor]
+    assert np.array_equal(large, small.repeat(factor, axis=0).repeat(factor, axis=1))
+    return small

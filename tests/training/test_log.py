@@ -1,12 +1,15 @@
 """What a run writes of itself."""
 
+import io
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from edm2kit.training.log import STATS_NAME, RunLog, RunningStats, drop_later_lines, memory_gb
+from edm2kit.training.log import HELDOUT_NAME, STATS_NAME, RunLog, RunningStats, drop_later_lines, memory_gb
 
 STATS = {"loss": (0.5, 32), "lr": (0.01, 2), "gradient_norm": (3.0, 2), "nonfinite_gradients": (1.5, 2)}
 
@@ -47,6 +50,29 @@ def test_tensorboard_events_are_written(tmp_path):
     log.status(64, 4.0, STATS)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(64, 0.5)]
+
+
+def test_tensorboard_shows_samples_and_held_out_losses(tmp_path, capsys):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    sheet = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    log = RunLog(tmp_path, 128, torch.device("cpu"), tensorboard=True)
+    log.begin(0, 0.0)
+    log.picture(64, sheet)
+    log.picture(128, sheet[:, :, 0])
+    log.heldout(64, {"images": 5, "heldout": {"loss": 0.75}, "training": {"loss": 0.5}, "gap_error": {}})
+    assert "0.7500 on 5 held-out images, 0.5000 on training images" in capsys.readouterr().out
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("heldout/loss")] == [(64, 0.75)]
+    shown = [(e.step, np.asarray(Image.open(io.BytesIO(e.encoded_image_string)))) for e in events.Images("samples")]
+    assert [step for step, _ in shown] == [64, 128]
+    assert np.array_equal(shown[0][1], sheet)
+    assert np.array_equal(shown[1][1][:, :, 0], sheet[:, :, 0])
+
+
+def test_held_out_losses_are_dropped_from_where_a_run_resumes(tmp_path):
+    (tmp_path / HELDOUT_NAME).write_text('{"nimg": 16}\n{"nimg": 32}\n')
+    RunLog(tmp_path, 100, torch.device("cpu")).begin(16, 1.0)
+    assert (tmp_path / HELDOUT_NAME).read_text() == '{"nimg": 16}\n'
 
 
 def test_memory_is_of_this_process():
