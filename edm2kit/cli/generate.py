@@ -294,7 +294,7 @@ def main(
             return
         generation = prepare(request, where)
         dist.print0(generation.summary)
-        title = grid_title(generation.summary, seed_ranges(seeds))
+        title = "" if grid is None else grid_title(generation.summary, seed_ranges(seeds))
         prompts = by_prompt(generation)
         if len(prompts) > 1:
             if npz is not None:
