@@ -220,6 +220,9 @@ def class_named(name: str, label_dim: int, names: Sequence[str] | None) -> int:
     if names is None:
         raise ValueError(f"class {name!r}: the snapshot names no classes; use numbers from 0 to {label_dim - 1}")
     if name in names:
+        if names.count(name) > 1:
+            numbers = ", ".join(str(k) for k, other in enumerate(names) if other == name)
+            raise ValueError(f"several classes are called {name!r}; use the number of one of them: {numbers}")
         return names.index(name)
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if nearest:
@@ -307,9 +310,10 @@ def parse_classes(
     """Class indices from numbers, ranges and names separated by commas; None for None.
 
     ALL_CLASSES stands for all but the classes `empty`, which had no image in training. A name comes before a number:
-    if a class is called 10 or 3-9, that text means this class.
+    if a class is called 10 or 3-9, that text means this class, and a range means the numbers in it written one by one.
 
-    Raises ValueError if the network has no classes, for an index out of range, and for an unknown name.
+    Raises ValueError if the network has no classes, for an index out of range, for an unknown name or one of several
+    classes, and if some numbers are names and others are indices.
     """
     if text is None:
         return None
@@ -318,15 +322,29 @@ def parse_classes(
     if text == ALL_CLASSES:
         return tuple(k for k in range(label_dim) if k not in set(empty))
     if names is not None and text in names:  # a name may contain a comma
-        return (names.index(text),)
+        return (class_named(text, label_dim, names),)
     classes: list[int] = []
-    for part in text.split(","):
-        numbers = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part.strip())
-        if numbers is None or (names is not None and part.strip() in names):
-            classes.append(class_named(part.strip(), label_dim, names))
+    indices: list[int] = []  # the numbers that are not names of classes
+    named: list[str] = []  # and those that are
+    for written in text.split(","):
+        part = written if names is not None and written in names else written.strip()
+        numbers = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part)
+        if numbers is None or (names is not None and part in names):
+            named += [part] if numbers is not None and numbers[2] is None else []
+            classes.append(class_named(part, label_dim, names))
             continue
         first, last = int(numbers[1]), int(numbers[2] or numbers[1])
-        if not first <= last < label_dim:
-            raise ValueError(f"class {part.strip()} is out of range; the network has classes 0 to {label_dim - 1}")
-        classes.extend(range(first, last + 1))
+        if not 0 <= last - first < label_dim:
+            raise ValueError(f"class {part} is out of range; the network has classes 0 to {label_dim - 1}")
+        for number in range(first, last + 1):
+            if names is not None and str(number) in names:
+                named.append(str(number))
+                classes.append(class_named(str(number), label_dim, names))
+            elif number < label_dim:
+                indices.append(number)
+                classes.append(number)
+            else:
+                raise ValueError(f"class {part} is out of range; the network has classes 0 to {label_dim - 1}")
+    if named and indices:
+        raise ValueError(f"in {text!r:.60}, {named[0]} is the name of a class, but {indices[0]} is not; use names only")
     return tuple(classes)

@@ -1,6 +1,7 @@
 """What all commands share: one-line errors, --help in sections, types of option values."""
 
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -29,6 +30,7 @@ _MEMORY_OPTIONS = {
     "--precision": "--precision bf16 or fp16",
 }
 _MAX_NUMBERS = 4_000_000  # in a list of ranges, which is held in memory
+_MAX_SEC = 1e9  # 31 years
 _UNIT_SEC = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _SUFFIX = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
@@ -54,6 +56,10 @@ class _Base(click.Command):
         self.unlisted = unlisted
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        paths = {option for p in self.params if isinstance(p.type, click.Path) for option in p.opts}
+        for option, value in itertools.pairwise(part for arg in args for part in arg.split("=", 1)):
+            if option in paths and not value:  # a variable of the shell without a value; "" would be this folder
+                raise click.UsageError(f"{option} is empty; give a path", ctx)
         return super().parse_args(ctx, [_at_home(arg) for arg in args])
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -107,7 +113,7 @@ class Command(_Base):
                 raise
             if isinstance(error, dist.ReportedElsewhere):
                 raise click.exceptions.Exit(1) from error
-            raise click.ClickException(dist.printable(str(error))) from error
+            raise click.ClickException(dist.one_line(str(error))) from error
         except Exception as error:
             if os.environ.get("EDM2_TRACEBACK") == "1" or not dist.is_out_of_memory(error):
                 raise
@@ -161,13 +167,7 @@ def interrupt_on_sigterm() -> Iterator[None]:
 
 
 def section(title: str, *options: Decorator) -> Decorator:
-    """Several click options as one decorator; --help lists them in this order, under `title`.
-
-    @click.command(cls=Command)
-    @section("Input", click.option("--net"), click.option("--data"))
-    @section("Output", click.option("--outdir"))
-    def main(net, data, outdir): ...
-    """
+    """Several click options as one decorator; --help lists them in this order, under `title`."""
 
     def decorate(command: Any) -> Any:
         for option in reversed(options):
@@ -239,11 +239,7 @@ def tf32_option() -> Decorator:
 
 def deterministic_option() -> Decorator:
     """--deterministic: two runs of a command on one machine give the same bits on a GPU, too."""
-    return numerics_option(
-        "--deterministic",
-        dist.deterministic,
-        "Repeat to the last bit on a GPU, too (slower)",
-    )
+    return numerics_option("--deterministic", dist.deterministic, "Repeat to the last bit on a GPU, too (slower)")
 
 
 def numerics_options() -> tuple[Decorator, Decorator]:
@@ -273,7 +269,7 @@ class OutputFile(click.Path):
                     raise ValueError(f"{path} is the name of the {kind} that is written beside it; use another suffix")
                 check_output(path.with_suffix(suffix), kind)
         except ValueError as error:
-            self.fail(dist.printable(str(error)), param, ctx)
+            self.fail(dist.one_line(str(error)), param, ctx)
         return path
 
 
@@ -290,7 +286,7 @@ class Size(click.ParamType):
             self.fail(f"{value!r:.60} is not a count; write for example 4096, 128Ki, 8Mi or 1Gi", param, ctx)
         count = float(match[1]) * _SUFFIX[match[2] or ""]
         if count != int(count):
-            self.fail(f"{value!r} is {count}, not a whole number", param, ctx)
+            self.fail(f"{value!r:.60} is {count}, not a whole number", param, ctx)
         return int(count)
 
 
@@ -329,8 +325,8 @@ class Parsed(click.ParamType):
 def parse_duration_sec(text: str) -> float:
     """Seconds in a duration such as 90s, 45m, 11.5h or 2d. Raises ValueError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)([smhd])\s*", text)
-    if match is None or float(match[1]) <= 0:
-        raise ValueError(f"{text!r} is not a time limit; write for example 90s, 45m, 11.5h or 2d")
+    if match is None or not 0 < float(match[1]) * _UNIT_SEC[match[2]] < _MAX_SEC:
+        raise ValueError(f"{text!r:.60} is not a time limit; write for example 90s, 45m, 11.5h or 2d")
     return float(match[1]) * _UNIT_SEC[match[2]]
 
 
@@ -379,9 +375,9 @@ class Interval(click.ParamType):
         return lo, hi
 
 
-def _is_json(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(1) in (b"{", b"[")
+def _is_json_record(path: Path) -> bool:
+    """JSON, but neither labels nor what a folder of images or a run is made of."""
+    return path.name not in ("dataset.json", "generation.json", "run.json") and _starts_with(b"{", b"[")(path)
 
 
 def _is_npz_of(*members: str) -> Callable[[Path], bool]:
@@ -392,10 +388,10 @@ def _is_npz_of(*members: str) -> Callable[[Path], bool]:
     return check
 
 
-def _starts_with(magic: bytes) -> Callable[[Path], bool]:
+def _starts_with(*magic: bytes) -> Callable[[Path], bool]:
     def check(path: Path) -> bool:
         with open(path, "rb") as file:
-            return file.read(len(magic)) == magic
+            return file.read(len(magic[0])) in magic
 
     return check
 
@@ -414,7 +410,7 @@ def _is_reference(path: Path) -> bool:
 # what an output may replace: a file of its own kind
 OUTPUT_KINDS: dict[str, Callable[[Path], bool]] = {
     "PNG image": _starts_with(b"\x89PNG"),
-    "JSON record": _is_json,
+    "JSON record": _is_json_record,
     "score card": _starts_with(b"# Score card"),
     "set of reference statistics": _is_reference,
     "set of generated images": _is_npz_of("images.npy"),
@@ -429,6 +425,8 @@ def check_output(path: Path, kind: str) -> None:
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a device or pipe; give the name of a file")
     if path.exists() and os.path.getsize(path):
         try:
             fits = OUTPUT_KINDS[kind](path)
@@ -441,7 +439,9 @@ def check_output(path: Path, kind: str) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raise ValueError if files cannot be written to `folder`, or it cannot be created."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    existing = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not existing.exists():
+        raise ValueError(f"{folder} cannot be created: {existing} is a link to nowhere; remove that link")
     if not existing.is_dir():
         raise ValueError(f"{folder} cannot be created: {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):

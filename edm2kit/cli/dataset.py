@@ -212,7 +212,13 @@ def decode(**options: Any) -> None:
     required=True,
     help="Training time of both networks, such as 45m or 3h",
 )
-@click.option("--outdir", metavar="DIR", required=True, help="Folder to write configurations and commands to")
+@click.option(
+    "--outdir",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    required=True,
+    help="Folder to write configurations and commands to",
+)
 @click.option("--channels", metavar="N", type=int, help="Width of the main network  [default: what fits the budget]")
 @click.option(
     "--throughput",

@@ -43,7 +43,13 @@ _UNLISTED = ("classes", "balanced", "timeout", *_SOLVER_ONLY)
 @cli.section(
     "Distillation",
     click.option("--data", metavar="ZIP|DIR", required=True, help="Training data of the network"),
-    click.option("--outdir", metavar="DIR", required=True, help="Run folder; repeat the command to resume"),
+    click.option(
+        "--outdir",
+        metavar="DIR",
+        type=click.Path(file_okay=False),
+        required=True,
+        help="Run folder; repeat the command to resume",
+    ),
     *options_from(TrainConfig, "duration_nimg", "batch_size", "batch_gpu", "ref_lr", defaults=_DEFAULTS),
     *options_from(TrainConfig, *_NOISE_LEVELS, defaults=_AS_TRAINED),
     *options_from(TrainConfig, "seed", "workers", "status_every_nimg"),

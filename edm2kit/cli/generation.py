@@ -403,7 +403,7 @@ def _summary(request: Request, snapshots: Mapping[str, Snapshot], classes: Seque
         lines.append(f"Labels:   cycling through {len(classes)} vectors of {request.labels}")
     elif classes is not None:
         names = main.header.label_names
-        shown = [str(k) if names is None else f"{k} ({names[k]})" for k in classes[:8]]
+        shown = [str(k) if names is None else f"{k} ({dist.one_line(names[k])})" for k in classes[:8]]
         if len(classes) > len(shown):
             shown.append("...")
         lines.append(f"Classes:  {', '.join(shown)}, by seed")

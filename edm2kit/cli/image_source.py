@@ -13,7 +13,16 @@ import torch
 from edm2kit.data.archive import open_archive
 from edm2kit.data.dataset import open_source, split_kind
 from edm2kit.data.image_files import IMAGE_EXTENSIONS, open_image, to_8bit
-from edm2kit.data.labels import Labels, folder_labels, labels_of_array, noted_labels, read_labels, read_labels_file
+from edm2kit.data.labels import (
+    RECORD,
+    Labels,
+    find_extra,
+    folder_labels,
+    labels_of_array,
+    noted_labels,
+    read_labels,
+    read_labels_file,
+)
 from edm2kit.metrics.reference import Reference
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.arrays import BROKEN, map_npz_array, read_npz_array
@@ -54,14 +63,19 @@ class ArchiveImages:
 
     def labels(self) -> Labels | None:
         """The label of each image, or None."""
-        return read_labels(self._archive) or folder_labels(self._archive.names) or noted_labels(self._archive)
+        found = read_labels(self._archive)
+        if found is None and find_extra(self._archive, RECORD) is None:  # folders of generate.py hold a thousand seeds
+            found = folder_labels(self._archive.names)
+        return noted_labels(self._archive) if found is None else found
 
     def crop(self) -> str | None:
         """How dataset_tool.py made the images, such as "center-crop to 256x256"; None if something else made them."""
         settings = (read_labels_file(self._archive) or {}).get("settings")
         if not isinstance(settings, dict) or settings.get("transform") in (None, "none"):
             return None
-        return f"{settings['transform']} to {'x'.join(map(str, settings.get('resolution', ())))}"
+        resolution = settings.get("resolution")
+        size = "x".join(map(str, resolution)) if isinstance(resolution, list) else resolution
+        return f"{settings['transform']} to {size}"
 
     def where(self, index: int) -> str:
         return self._archive.where(index)

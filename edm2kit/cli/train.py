@@ -34,7 +34,13 @@ SAMPLE_BATCH = 16
 @click.command(cls=cli.Command, epilog=f"Presets, smallest first: {summary(preset_names())}")
 @cli.section(
     "Run",
-    click.option("--outdir", metavar="DIR", required=True, help="Run folder; repeat the command to resume"),
+    click.option(
+        "--outdir",
+        metavar="DIR",
+        type=click.Path(file_okay=False),
+        required=True,
+        help="Run folder; repeat the command to resume",
+    ),
     *options_from(TrainConfig, "data"),
     click.option("--preset", metavar="NAME", help="Configuration that comes with the package; see below"),
     click.option("--config", "config_file", metavar="YAML", help="A configuration of your own instead"),
@@ -198,7 +204,7 @@ def compose_config(preset: str | None, config_file: str | None, options: Mapping
         if option in given:
             network[argument] = given.pop(option)
     where = "options" if path is None else str(path)
-    return config_from_dict({**values, **given, "network": network}, where)
+    return config_from_dict({**values, **given, "network": network}, where, options=given)
 
 
 def check_decoder(run: Run, device: torch.device) -> None:

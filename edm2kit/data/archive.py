@@ -265,6 +265,7 @@ def _read_index(descriptor: int, path: Path) -> tuple[list[str], np.ndarray]:
     names: list[str] = []
     numbers = array("q")
     position = 0
+    is_encrypted = False
     try:
         for _ in range(count):
             signature, flags, method, crc, packed, size, name_bytes, extra_bytes, comment_bytes, offset = (
@@ -272,9 +273,10 @@ def _read_index(descriptor: int, path: Path) -> tuple[list[str], np.ndarray]:
             )
             name_start = position + _CENTRAL.size
             name_end = name_start + name_bytes
-            if signature != b"PK\x01\x02" or flags & 1:
+            if signature != b"PK\x01\x02":
                 raise ValueError
             names.append(_decode_name(directory[name_start:name_end], flags))
+            is_encrypted = is_encrypted or bool(flags & 1)
             if _IN_EXTRA in (packed, size, offset):
                 size, packed, offset = _zip64_fields(directory[name_end : name_end + extra_bytes], size, packed, offset)
             numbers.extend((offset + shift, packed, size, crc, method, name_bytes))
@@ -282,7 +284,11 @@ def _read_index(descriptor: int, path: Path) -> tuple[list[str], np.ndarray]:
         if position != num_bytes:
             raise ValueError
     except (struct.error, ValueError, IndexError) as error:
-        raise ValueError(f"{path}: the zip is encrypted or its index is damaged, at entry {len(names)}") from error
+        raise ValueError(
+            f"{path}: the zip's index is damaged at entry {len(names)}; copy or write the archive again"
+        ) from error
+    if is_encrypted:
+        raise ValueError(f"{path}: the zip is encrypted; unpack it with its password, and use the folder")
     return names, np.frombuffer(numbers, np.int64).reshape(-1, 6)
 
 

@@ -24,7 +24,7 @@ from edm2kit.data.hugging_face import SavedTable
 from edm2kit.data.image_files import check_item, decode_array, has_other_profile, open_image, orientation, to_8bit
 from edm2kit.data.labels import ConditionSpace, Labels, read_labels
 from edm2kit.data.workers import run_in_order
-from edm2kit.torch_utils.dist import printable, progress_bar
+from edm2kit.torch_utils.dist import one_line, progress_bar
 
 _MAX_KINDS = 20
 _BATCH = 64
@@ -137,7 +137,7 @@ def _report(path: Path, count: int, kinds: Counter[str], labels: Labels | None, 
     else:
         _report_classes(labels.values, labels.space)
     for problem in problems:
-        click.echo(printable(f"Problem: {problem}"))
+        click.echo(one_line(f"Problem: {problem}"))
     if problems:
         click.echo("1 problem" if len(problems) == 1 else f"{len(problems)} problems")
 
@@ -145,7 +145,7 @@ def _report(path: Path, count: int, kinds: Counter[str], labels: Labels | None, 
 def _report_classes(classes: np.ndarray, space: ConditionSpace) -> None:
     click.echo(f"{space.dimension} classes:")
     for k, count in enumerate(np.bincount(classes, minlength=space.dimension)):
-        click.echo(printable(f"  {space.name_class(k)}: {count}"))
+        click.echo(one_line(f"  {space.name_class(k)}: {count}"))
     empty = space.empty_classes(classes)
     if empty:
         click.echo(
@@ -171,7 +171,7 @@ def look_at(
 
     Raises ValueError if the range of values makes every picture black.
     """
-    turned = profiles = small = deep = brightest = highest = count = 0
+    turned = profiles = small = deep = brightest = highest = animated = count = 0
     for index in indices[np.linspace(0, len(indices) - 1, min(_SAMPLED, len(indices))).astype(int)].tolist():
         where = archive.where(index)
         try:
@@ -183,6 +183,7 @@ def look_at(
         turned += orientation(image) != 1
         profiles += has_other_profile(image)
         small += min(image.size) < side
+        animated += getattr(image, "is_animated", False)
         brightest = max(brightest, int(values.max()))
         if image.mode.startswith("I"):
             deep += 1
@@ -194,6 +195,8 @@ def look_at(
         lines.append(f"{turned} of {count} sampled images are stored turned or mirrored; they become upright (EXIF)")
     if profiles and not as_stored:
         lines.append(f"{profiles} of {count} sampled images have another color profile; they are converted to sRGB")
+    if animated:
+        lines.append(f"{animated} of {count} sampled images are animations or have several pages; the first is used")
     if small:
         lines.append(f"Warning: {small} of {count} sampled images are smaller than {side} pixels and are enlarged")
     if count and brightest < _ALMOST_BLACK:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,12 +41,13 @@ from edm2kit.data.labels import (
 )
 from edm2kit.data.output import PartialDataset, announce_size, is_finished
 from edm2kit.data.workers import run_in_order
-from edm2kit.torch_utils.dist import printable, progress_bar
+from edm2kit.torch_utils.dist import one_line, progress_bar
 
 Archive = FolderArchive | ZipArchive | SavedTable | CifarArchive
 _VIDEOS = (".mov", ".mp4", ".m4v", ".avi", ".mkv", ".webm", ".3gp", ".mpg", ".mpeg", ".wmv")
 _MAX_KINDS = 4
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
+_PAIRED_SPLIT = re.compile(r"(train|val|test)[AB]")  # of data sets for translation between two domains
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def convert(
     converter = replace(plan(archive, indices, transform, resolution), as_stored=as_stored, store=store)
     sample = look_at(archive, indices, min(converter.size), as_stored)
     for line in [*_description(archive, len(indices), labels, converter.channels), *sample.warnings]:
-        click.echo(printable(line))
+        click.echo(one_line(line))
     settings = {
         "images": len(indices),
         "source_content": _digest(archive, indices, labels),
@@ -141,7 +143,7 @@ def convert(
     click.echo(announce_size(dest, len(indices), stored_bytes(width, width, converter.channels), store == "compact"))
     broken = _write(converter, indices, labels, PartialDataset(dest, settings), workers, skip_broken, sample.enlarged)
     for item in broken:
-        click.echo(printable(f"Skipped: {item.reason}"))
+        click.echo(one_line(f"Skipped: {item.reason}"))
     click.echo(f"Wrote {len(indices) - len(broken)} images to {dest}")
     if broken:
         click.echo(f"Skipped {len(broken)} images that could not be read")
@@ -219,13 +221,19 @@ def find_labels(archive: Archive, label_source: str) -> Labels | None:
     if find_extra(archive, RECORD) is not None:
         return noted_labels(archive)
     labels = folder_labels(archive.names)
-    if labels is not None and {name.lower() for name in labels.class_names or ()} <= _SPLITS:
+    if labels is not None and all(_is_split(name) for name in labels.class_names or ()):
         raise ValueError(
             f"{archive.path}: its folders {', '.join(labels.class_names or ())} look like splits of one data set, not "
             "like classes. Convert one of them (the folder one level below), or use --labels folders to take them as "
             "classes, or --labels none"
         )
     return labels
+
+
+def _is_split(folder: str) -> bool:
+    """Whether the name of a folder is that of a split: val, Train, test_set, train2017, imagenet-val, trainA."""
+    words = re.split(r"[\W\d_]+", folder.lower())
+    return not _SPLITS.isdisjoint(words) or _PAIRED_SPLIT.fullmatch(folder) is not None
 
 
 def pick_balanced(num_images: int, classes: np.ndarray | None, max_images: int | None) -> np.ndarray:

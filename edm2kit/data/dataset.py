@@ -314,10 +314,17 @@ def open_source(path: str | Path, max_images: int | None = None, use_labels: boo
 
 
 def split_kind(path: str | Path) -> tuple[str, str]:
-    """The key of SOURCES for `path`, and the path without its prefix; image_files if nothing else fits."""
+    """The key of SOURCES for `path`, and the path without its prefix; image_files if nothing else fits.
+
+    Raises ValueError for a URL and an empty path.
+    """
     kind, _, rest = str(path).partition(":")
     if kind in SOURCES:
         return kind, rest
+    if rest.startswith("//"):
+        raise ValueError(f"{path} is a URL; data sets are read from disk: download it, and give its path")
+    if not str(path):
+        raise ValueError("the path of the data set is empty")
     from edm2kit.data.array_dataset import is_array_dataset
     from edm2kit.data.hugging_face import is_saved_dataset
 

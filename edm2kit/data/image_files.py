@@ -1,11 +1,12 @@
 """Image and array files: bytes <-> images and arrays, and the layout of files that can be read without decoding."""
 
+import contextlib
 import functools
 import io
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,16 +78,27 @@ def open_image(data: bytes, where: str, as_stored: bool = False) -> Image.Image:
     """
     image = open_header(data, where)
     try:
-        image.load()
+        with _without_pillow_warnings():
+            image.load()
     except _BROKEN_IMAGE as error:
         raise ValueError(f"{where}: the image is damaged or cut short: {error}") from error
     return image if as_stored else to_srgb(upright(image))
 
 
+@contextlib.contextmanager
+def _without_pillow_warnings() -> Iterator[None]:
+    """Damaged notes and the like: Pillow's warnings about them name lines of its own code, and no file."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
 def orientation(image: Image.Image) -> int:
     """How the pixels of an image are turned (EXIF, 1 to 8; 1 is upright, also if nothing is said)."""
     try:
-        found = image.getexif().get(_ORIENTATION, 1)
+        with _without_pillow_warnings():
+            found = image.getexif().get(_ORIENTATION, 1)
     except _BROKEN_IMAGE:
         return 1  # damaged notes say nothing
     return found if found in _UPRIGHT else 1
@@ -158,8 +170,7 @@ def open_header(data: bytes, where: str) -> Image.Image:
     if data[4:8] == b"ftyp" and heif_is_readable():
         formats = (*_FORMATS, "HEIF")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is this project's own
+        with _without_pillow_warnings():  # among them one about size; the limit below is this project's own
             image = Image.open(io.BytesIO(data), formats=formats)
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{where}: is not an image, or is cut short within its header") from error
@@ -193,7 +204,10 @@ def to_8bit(image: Image.Image, channels: int, where: str) -> Image.Image:
             raise ValueError(f"{where}: contains numbers beyond 16 bits; scale them to 8 or 16 bits first")
         image = Image.fromarray((values >> 8).astype(np.uint8))
     mode = "L" if channels == 1 else "RGB"
-    return image if image.mode == mode else image.convert(mode)
+    if image.mode == mode:
+        return image
+    with _without_pillow_warnings():
+        return image.convert(mode)
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:

@@ -15,6 +15,7 @@ import numpy as np
 from edm2kit.data.archive import FolderArchive, ZipArchive
 from edm2kit.data.image_files import open_header
 from edm2kit.torch_utils.arrays import BROKEN
+from edm2kit.torch_utils.dist import warn0
 from edm2kit.torch_utils.files import short_json
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 RECORD = "generation.json"  # written beside generated images: how they were made
 LABELS_FILE = "dataset.json"
+_OTHER_KEYS_OF_NAMES = ("class_names", "classes", "names", "categories", "label_name", "labels_names")
 _MAX_CLASSES = 1 << 20
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
@@ -130,13 +132,17 @@ def read_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
     found = find_extra(archive, LABELS_FILE)
     by_name = _align(_check_entries(content["labels"], where), archive.names, found[0] if found else "", where)
     unlabelled = [name for name in archive.names if name not in by_name]
+    unknown = sorted(set(by_name).difference(archive.names))
     if unlabelled:
-        raise ValueError(f"{where}: has no label for {_some(unlabelled)}; label every image, or none")
-    if len(by_name) > len(archive.names):
-        unknown = sorted(set(by_name).difference(archive.names))
+        hint = f" (it labels {_some(unknown)}, which is not in {archive.path})" if unknown else ""
+        raise ValueError(f"{where}: has no label for {_some(unlabelled)}{hint}; label every image, or none")
+    if unknown:
         raise ValueError(f"{where}: labels {_some(unknown)}, which is not in {archive.path}")
     values = [by_name[name] for name in archive.names]
     class_names = content.get("label_names")
+    other_names = next((key for key in _OTHER_KEYS_OF_NAMES if isinstance(content.get(key), list | dict)), None)
+    if class_names is None and other_names is not None:
+        warn0(f'{where}: "{other_names}" is not read; names of classes are called "label_names", a list')
     if isinstance(values[0], list):
         if class_names is not None:
             raise ValueError(f'{where}: "label_names" names classes, but the labels are vectors; remove the names')

@@ -190,7 +190,7 @@ def _in_group(picked: torch.device, limit_sec: float) -> Iterator[torch.device]:
     backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
 
     def say(text: str) -> None:
-        _say(f"Warning: {printable(text)} (gives up after {limit_sec:.0f} s; see --timeout)\n", sys.stderr)
+        _say(f"Warning: {one_line(text)} (gives up after {limit_sec:.0f} s; see --timeout)\n", sys.stderr)
 
     with watching(own_rank, size, lambda: _num_meetings, say) as late_ranks:
         try:
@@ -272,6 +272,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
+def one_line(text: str) -> str:
+    """Like `printable`, also without line breaks and tabs, with which a name in a file could pose as other output."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def print0(*args: object) -> None:
     """Print on rank 0 only, and flush."""
     if rank() == 0:
@@ -281,7 +286,7 @@ def print0(*args: object) -> None:
 def warn0(message: str) -> None:
     """Print a warning to standard error on rank 0 only."""
     if rank() == 0:
-        _say(f"Warning: {printable(message)}\n", sys.stderr)
+        _say(f"Warning: {one_line(message)}\n", sys.stderr)
 
 
 def _say(text: str, stream: TextIO) -> None:

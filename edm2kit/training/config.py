@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from edm2kit.torch_utils.files import atomic_write, check_type
 
 PRESET_FOLDER = Path(__file__).parents[1] / "configs" / "train"
 _COUNT_UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
+# more is a slip of the keyboard: it would fail much later, for want of memory, processes or 64 bits
+_LARGEST = {"batch_size": 1 << 24, "workers": 1024, **dict.fromkeys(("duration_nimg", "rampup_nimg"), 1 << 50)}
 _MAX_YAML_BYTES, _MAX_YAML_VALUES = 1 << 20, 10_000
 AUTO = "auto"
 _SIZES = ("xxs", "xs", "s", "m", "l", "xl", "xxl")
@@ -143,6 +145,9 @@ class TrainConfig:
         for name in ("workers", "ref_batches", "rampup_nimg", "keep_checkpoints", "max_lost_steps", *intervals):
             if getattr(self, name) < 0:
                 raise ValueError(f"{option_of(name)} must not be negative; got {getattr(self, name)}")
+        for name, largest in _LARGEST.items():
+            if getattr(self, name) > largest:
+                raise ValueError(f"{option_of(name)} must be at most {largest}; got {getattr(self, name)}")
         if not all(0 <= beta < 1 for beta in self.adam_betas) or self.adam_eps < 0:
             raise ValueError(
                 "adam_betas must be from 0 to below 1, and adam_eps not negative; "
@@ -215,10 +220,10 @@ def nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; available: {', '.join(known)}"
 
 
-def config_from_dict(values: Mapping[str, Any], source: str) -> TrainConfig:
-    """A checked configuration from plain values.
+def config_from_dict(values: Mapping[str, Any], source: str, options: Collection[str] = ()) -> TrainConfig:
+    """A checked configuration from plain values: those of the keys `options` from the command line, others from a file.
 
-    Raises ValueError that names `source` and the key at fault, with the closest known key.
+    Raises ValueError that names the option, or the file `source` and the key at fault, with the closest known key.
     """
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
     parsed: dict[str, Any] = {}
@@ -231,6 +236,8 @@ def config_from_dict(values: Mapping[str, Any], source: str) -> TrainConfig:
             value = tuple(value)
         if isinstance(value, str) and (count := re.fullmatch(r"(\d+)(Ki|Mi|Gi)", value)):
             value = int(count[1]) * _COUNT_UNITS[count[2]]
+        if fields[key].type is int and isinstance(value, float) and value.is_integer():
+            value = int(value)  # 1e6
         if key in ("data", "init_from") and isinstance(value, str) and value.startswith("~/"):
             value = os.path.expanduser(value)
         parsed[key] = value
@@ -241,7 +248,11 @@ def config_from_dict(values: Mapping[str, Any], source: str) -> TrainConfig:
     try:
         return TrainConfig(**parsed)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        named = next((key for key in values if str(error).startswith(f"{option_of(key)} ")), None)
+        if named in options:
+            raise
+        key = "" if named is None or named in str(error) else f"{named}: "
+        raise ValueError(f"{source}: {key}{error}") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -280,9 +291,11 @@ _Loader.add_implicit_resolver(
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises ValueError if it cannot be read or is not a mapping."""
     try:
-        if Path(path).stat().st_size > _MAX_YAML_BYTES:
+        with open(path, "rb") as file:
+            data = file.read(_MAX_YAML_BYTES + 1)
+        if len(data) > _MAX_YAML_BYTES:
             raise ValueError(f"{path} is larger than a configuration can be ({_MAX_YAML_BYTES} bytes)")
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+        values = yaml.load(data.decode("utf-8-sig"), _Loader)  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the configuration {path}: {error}") from error
     except (yaml.YAMLError, RecursionError) as error:

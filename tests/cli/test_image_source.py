@@ -1,10 +1,13 @@
 """Images to score, from folders, zips, .npz files and arrays."""
 
+import json
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from edm2kit.cli.image_source import image_batches, open_images
 from edm2kit.cli.npz import write_npz
@@ -179,3 +182,23 @@ def test_arrays_are_scored_like_image_files(tmp_path):
     np.save(tmp_path / "y.npy", np.zeros((2, 8, 4, 4), np.float32))
     with pytest.raises(ValueError, match=r"y\.npy: contains latents; metrics compare images, not latents"):
         open_images(tmp_path / "y.npy")
+
+
+def test_folders_of_a_thousand_seeds_are_not_classes(tmp_path):
+    for name, noted in (("000000/000000.png", "4"), ("001000/001000.png", "2")):
+        (tmp_path / name).parent.mkdir()
+        info = PngInfo()
+        info.add_text("class", noted)
+        Image.new("RGB", (8, 8)).save(tmp_path / name, pnginfo=info)
+    (tmp_path / "generation.json").write_text("{}")
+    assert open_images(tmp_path).labels().values.tolist() == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("resolution", "text"), [([64, 64], "64x64"), (5, "5"), (None, "None"), ("a", "a"), ({"a": 1}, "{'a': 1}")]
+)
+def test_a_record_of_any_type_names_the_crop(tmp_path, resolution, text):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    settings = {"transform": "center-crop", "resolution": resolution}
+    (tmp_path / "dataset.json").write_text(json.dumps({"settings": settings}))
+    assert open_images(tmp_path).crop() == f"center-crop to {text}"

@@ -2,16 +2,19 @@
 
 import json
 import os
+from pathlib import Path
 
 import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edm2kit.cli.click_types import OUTPUT_KINDS, IntRanges, Size, check_output, check_writable
+from edm2kit.cli.click_types import OUTPUT_KINDS, IntRanges, Size, check_output, check_writable, parse_duration_sec
 from edm2kit.cli.generation import parse_classes
 from edm2kit.cli.metrics import main as metrics
 from edm2kit.cli.phema import FloatSeries
+from edm2kit.cli.train import main as train
+from edm2kit.data.dataset import open_source
 from edm2kit.torch_utils.files import sampled_sha256
 
 CONTENT = {
@@ -45,12 +48,42 @@ def test_a_place_that_cannot_be_written_is_found_out_before_the_work(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ValueError, match="file is a file"):
         check_writable(tmp_path / "file" / "folder")
+    (tmp_path / "link").symlink_to("nowhere")
+    for path in (tmp_path / "link", tmp_path / "link" / "folder"):
+        with pytest.raises(ValueError, match="link is a link to nowhere"):
+            check_writable(path)
     with pytest.raises(ValueError, match="is a folder"):
         check_output(tmp_path, "JSON record")
     (tmp_path / "closed").mkdir(mode=0o500)
     if os.geteuid():
         with pytest.raises(ValueError, match="not writable"):
             check_writable(tmp_path / "closed")
+
+
+def test_a_device_is_not_an_output(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(ValueError, match="is a device or pipe"):
+            check_output(Path(path), "JSON record")
+
+
+@pytest.mark.parametrize("arguments", [["--outdir", ""], ["--outdir="], ["--outdir=", "--cond", "false"]])
+def test_an_empty_path_is_not_this_folder(arguments):
+    result = CliRunner().invoke(train, ["--data", "set.zip", *arguments])
+    assert result.exit_code == 2
+    assert "--outdir is empty; give a path" in result.output
+
+
+@pytest.mark.parametrize("path", ["https://example.com/set.zip", "file:///tmp/set.zip", ""])
+def test_data_are_not_read_from_urls_or_nowhere(path):
+    with pytest.raises(ValueError, match=r"is a URL; data sets are read from disk|the path of the data set is empty"):
+        open_source(path)
+
+
+def test_a_time_is_at_most_a_life():
+    with pytest.raises(ValueError, match="is not a time limit"):
+        parse_duration_sec("9" * 400 + "d")
+    assert parse_duration_sec("365d") == 365 * 86400
 
 
 def test_scores_do_not_replace_the_images(tmp_path):
@@ -97,12 +130,34 @@ def test_a_hash_of_pieces_shows_other_weights(tmp_path):
         ("3-9", (4,)),
         ("3-9,10", (4, 1)),
         ("0", (0,)),
-        ("0-2", (0, 1, 2)),
+        ("10-12", (1, 2, 3)),
         ("", (0, 2, 4)),
     ],
 )
 def test_a_class_name_comes_before_a_number(text, expected):
     assert parse_classes(text, 5, ("1", "10", "11", "12", "3-9"), empty=(1, 3)) == expected
+
+
+def test_a_range_of_classes_means_its_numbers_one_by_one():
+    names = ("1", "10", "2", "20", "3")
+    assert parse_classes("1-3", 5, names) == parse_classes("1,2,3", 5, names) == (0, 2, 4)
+    assert parse_classes("1-3", 5, ("a", "b", "c", "d", "e")) == parse_classes("1-3", 5, None) == (1, 2, 3)
+    for text in ("0-2", "0,1", "3-5"):
+        with pytest.raises(ValueError, match=r"is the name of a class, but \d is not"):
+            parse_classes(text, 6, (*names, "x"))
+    for text in ("19-21", "1-9999999999"):
+        with pytest.raises(ValueError, match="out of range"):
+            parse_classes(text, 5, names)
+
+
+def test_a_name_that_several_classes_share_is_refused():
+    names = ("crane", "owl", "crane", " a,b ")
+    for text in ("crane", "owl,crane"):
+        with pytest.raises(ValueError, match=r"several classes are called 'crane'.*: 0, 2"):
+            parse_classes(text, 4, names)
+    assert parse_classes("0,owl,2", 4, names) == (0, 1, 2)
+    assert parse_classes(" a,b ", 4, names) == (3,)
+    assert parse_classes("owl,cat ", 3, ("cat ", "owl", "cat")) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -125,3 +180,6 @@ def test_absurd_numbers_are_one_line(kind, text):
 def test_json_records_are_recognized(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([1]))
     check_output(tmp_path / "a.json", "JSON record")
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": []}))
+    with pytest.raises(ValueError, match=r"dataset\.json exists and is not a JSON record"):
+        check_output(tmp_path / "dataset.json", "JSON record")

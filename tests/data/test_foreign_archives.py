@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from edm2kit.data.archive import open_archive
-from edm2kit.data.check import look_at
+from edm2kit.data.check import check, look_at
 from edm2kit.data.convert import find_labels, plan
 from edm2kit.data.dataset import ImageDataset
 from edm2kit.data.image_files import IMAGE_EXTENSIONS, open_header
@@ -99,6 +99,69 @@ def test_splits_are_not_taken_for_classes_unless_asked(tmp_path):
     with pytest.raises(ValueError, match="look like splits"):
         find_labels(archive, "auto")
     assert find_labels(archive, "folders").class_names == ("train", "val")
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [("training_set", "test_set"), ("imagenet-train", "imagenet-val"), ("train2017", "val2017"), ("trainA", "trainB")],
+)
+def test_folders_named_after_splits_are_splits(tmp_path, folders):
+    archive = opened(write_zip(tmp_path / "set.zip", {f"{name}/0.png": png() for name in folders}))
+    with pytest.raises(ValueError, match="look like splits"):
+        find_labels(archive, "auto")
+
+
+@pytest.mark.parametrize("folders", [("train", "bus"), ("trainer", "tester"), ("contest", "value"), ("brain", "eval")])
+def test_other_folders_are_classes(tmp_path, folders):
+    archive = opened(write_zip(tmp_path / "set.zip", {f"{name}/0.png": png() for name in folders}))
+    assert set(find_labels(archive, "auto").class_names) == set(folders)
+
+
+def test_an_encrypted_zip_is_told_from_a_damaged_one(tmp_path):
+    data = bytearray(write_zip(tmp_path / "set.zip", {"0.png": png()}).read_bytes())
+    data[data.find(b"PK\1\2") + 8] |= 1
+    (tmp_path / "set.zip").write_bytes(data)
+    with pytest.raises(ValueError, match=r"set\.zip: the zip is encrypted; unpack it"):
+        opened(tmp_path / "set.zip")
+
+
+def test_names_of_classes_cannot_pose_as_other_lines(tmp_path, capsys):
+    content = {"labels": [["0.png", 0], ["1.png", 1]], "label_names": ["cat\n0 problems\x1b[2K", "a\tb"]}
+    source = write_zip(tmp_path / "set.zip", {"0.png": png(), "1.png": png(200), "dataset.json": json.dumps(content)})
+    assert check(str(source), 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert r"  0 cat\n0 problems\x1b[2K: 1" in lines
+    assert r"  1 a\tb: 1" in lines
+
+
+def test_names_of_classes_under_another_key_are_reported(tmp_path, capsys):
+    content = {"labels": [["0.png", 0]], "classes": ["cat"]}
+    archive = opened(write_zip(tmp_path / "set.zip", {"0.png": png(), "dataset.json": json.dumps(content)}))
+    assert read_labels(archive).class_names is None
+    assert '"classes" is not read; names of classes are called "label_names"' in capsys.readouterr().err
+
+
+def test_labels_of_files_with_another_suffix_are_named(tmp_path):
+    content = {"labels": [["0.png", 0]]}
+    archive = opened(write_zip(tmp_path / "set.zip", {"0.jpg": png(), "dataset.json": json.dumps(content)}))
+    with pytest.raises(ValueError, match=r"has no label for 0\.jpg \(it labels 0\.png, which is not in "):
+        read_labels(archive)
+
+
+def test_animations_are_reported_and_damaged_notes_are_not(tmp_path, recwarn):
+    frames = [Image.new("P", (8, 8), k) for k in (100, 200)]
+    frames[0].putpalette([k for k in range(256) for _ in range(3)])
+    moving, noted = io.BytesIO(), io.BytesIO()
+    frames[0].save(moving, "gif", save_all=True, append_images=frames[1:])
+    Image.new("RGB", (8, 8), "white").save(noted, "jpeg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    clear = Image.new("P", (8, 8), 200)
+    clear.putpalette([k for k in range(256) for _ in range(3)])
+    palette = io.BytesIO()
+    clear.save(palette, "png", transparency=bytes(range(256)))
+    files = {"0.gif": moving.getvalue(), "1.jpg": noted.getvalue(), "2.png": palette.getvalue()}
+    lines = look_at(opened(write_zip(tmp_path / "set.zip", files)), np.arange(3), 8).warnings
+    assert lines == ["1 of 3 sampled images are animations or have several pages; the first is used"]
+    assert [str(warning.message) for warning in recwarn if "unclosed" not in str(warning.message)] == []
 
 
 def test_a_member_that_unpacks_to_far_more_than_an_image_is_refused_unread(tmp_path):

@@ -40,11 +40,33 @@ def test_written_configuration_reads_back_equal(tmp_path):
         ({"workers": -1}, "--workers must not be negative"),
         ({"snapshot_every_nimg": -1}, "--snapshot must not be negative"),
         ({"loss_scaling": 0}, "--ls must be above 0"),
+        ({"batch_size": 0}, "here: batch_size: --batch must be above 0; got 0"),
+        ({"batch_size": 10**18 - 1}, "batch_size: --batch must be at most 16777216"),
+        ({"workers": 10**6}, "workers must be at most 1024"),
+        ({"duration_nimg": 10**17}, "--duration must be at most"),
+        ({"rampup_nimg": 1000.5}, "rampup_nimg: --rampup must be int; got 1000.5"),
     ],
 )
 def test_wrong_values_are_refused_by_name(values, message):
     with pytest.raises(ValueError, match=message):
         config_from_dict(values, "here")
+
+
+def test_an_option_is_not_blamed_on_the_file():
+    with pytest.raises(ValueError, match=r"^--lr must be above 0"):
+        config_from_dict({"ref_lr": -1.0, "seed": 3}, "here", options=["ref_lr"])
+
+
+def test_whole_numbers_may_be_written_with_an_exponent(tmp_path):
+    (tmp_path / "c.yaml").write_bytes(b"\xef\xbb\xbframpup_nimg: 1e5\nduration_nimg: 2000.0\nref_lr: 1e-2\n")
+    config = config_from_dict(read_yaml(tmp_path / "c.yaml"), "here")
+    assert (config.rampup_nimg, config.duration_nimg, config.ref_lr) == (100_000, 2000, 0.01)
+    assert type(config.rampup_nimg) is int
+
+
+def test_a_configuration_that_never_ends_is_refused():
+    with pytest.raises(ValueError, match="larger than a configuration can be"):
+        read_yaml("/dev/zero")
 
 
 def test_run_id_ignores_what_may_change_and_nothing_else():
