@@ -13,6 +13,7 @@ Example:
     images = edm2kit.edm_sampler(guided, noise, num_steps=32)
 """
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
         solve_posthoc_coefficients,
         std_to_exp,
     )
-    from edm2kit.guidance.base import Option, Parts
+    from edm2kit.experiments.tune.sweep import sweep
+    from edm2kit.guidance.base import Parts
     from edm2kit.guidance.combine import Guided
     from edm2kit.guidance.interval import GuidanceInterval
     from edm2kit.guidance.registry import Choice, guide
@@ -64,10 +66,10 @@ _HOMES = {
     "power_function_beta": "ema.power_function",
     "solve_posthoc_coefficients": "ema.power_function",
     "std_to_exp": "ema.power_function",
+    "sweep": "experiments.tune.sweep",
     "Choice": "guidance.registry",
     "GuidanceInterval": "guidance.interval",
     "Guided": "guidance.combine",
-    "Option": "guidance.base",
     "Parts": "guidance.base",
     "guide": "guidance.registry",
     "DINOv2ViT": "metrics.detectors.dinov2",
@@ -92,10 +94,21 @@ _HOMES = {
     "learning_rate": "training.learning_rate",
 }
 
+# names of the previous release that are only useful with others of their module -> that module
+_RETIRED = {"Option": "guidance.base"}
+
 __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _RETIRED:
+        home = f"edm2kit.{_RETIRED[name]}"
+        warnings.warn(
+            f"edm2kit.{name} is now {home}.{name}; the next release drops the old name",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(import_module(home), name)
     if name not in _HOMES:
         raise AttributeError(f"module 'edm2kit' has no attribute {name!r}")
     value = getattr(import_module(f"edm2kit.{_HOMES[name]}"), name)

@@ -4,6 +4,7 @@ import ast
 import inspect
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
@@ -39,6 +40,13 @@ def test_type_checkers_see_the_same_names():
         for alias in node.names
     }
     assert seen == edm2kit._HOMES
+
+
+def test_retired_names_still_work_and_say_where_they_live():
+    with pytest.warns(DeprecationWarning, match=r"edm2kit\.Option is now edm2kit\.guidance\.base\.Option"):
+        found = edm2kit.Option
+    assert found is import_module("edm2kit.guidance.base").Option
+    assert not set(edm2kit._RETIRED) & set(edm2kit.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -216,7 +216,7 @@ def _at_length(source: NetworkSource, version: Version, lengths: tuple[float, ..
         return version
     if len(lengths) > 1:
         raise ValueError("a probe takes one EMA length per network; name one")
-    _check_length(source, version.nimg, lengths[0])
+    source.check_length(version.nimg, lengths[0])
     return Version(source.name, version.nimg, lengths[0])
 
 
@@ -384,25 +384,17 @@ def _spread(values: Sequence[int], most: int) -> list[int]:
     return sorted({values[round((k + 1) * len(values) / most) - 1] for k in range(most)})
 
 
-def _check_length(source: NetworkSource, nimg: int, length: float) -> None:
-    if not source.lengths(nimg, [length]):
-        raise ValueError(
-            f"an EMA of length {length:g} cannot be rebuilt well from the snapshots in {source.path} at {nimg} images; "
-            f"possible: {', '.join(f'{one:g}' for one in source.lengths(nimg)) or 'none'}"
-        )
-
-
 def _space(main_source: NetworkSource, ways: dict[str, Way], given: dict[str, Any]) -> Space:
     for length in given["ema_main"] or ():
         if main_source.is_run:
-            _check_length(main_source, main_source.usual.nimg, length)
+            main_source.check_length(main_source.usual.nimg, length)
     guides = {way.guide.name: way.guide for way in ways.values() if way.guide is not None}
     ages, guide_lengths = {}, {}
     for name, guide in guides.items():
         ages[name] = tuple(_spread(_ages(guide, given["ages"]), _MAX_AGES))
         for length in given["ema_guide"] or ():
             if guide.is_run:
-                _check_length(guide, guide.times[-1], length)
+                guide.check_length(guide.times[-1], length)
         for age in ages[name]:
             guide_lengths[name, age] = tuple(guide.lengths(age, given["ema_guide"]))
     weights = {}

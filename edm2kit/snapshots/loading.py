@@ -22,6 +22,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 _MANY_FILES = 10240
+_PACKAGED = Path(__file__).parents[1] / "networks"  # networks that come with the package, such as cifar10-main
 _SUFFIXES = (".safetensors", ".pkl")
 
 
@@ -62,8 +63,9 @@ def load_snapshot(
 ) -> Snapshot:
     """Load a network for evaluation: in eval mode, without gradients, float32 weights, `dtype` inside the network.
 
-    Accepts snapshots of this project and NVIDIA's published pickles (read without executing them), as paths or URLs.
-    Raises ValueError with the reason if the file is missing, damaged, or does not fit its own header.
+    Accepts snapshots of this project and NVIDIA's published pickles (read without executing them), as paths or URLs,
+    and the networks of the package by name ("cifar10-main", "cifar10-guide"). Raises ValueError with the reason if the
+    file is missing, damaged, or does not fit its own header.
 
     Example: `net = load_snapshot("network-snapshot-0134217-0.100.safetensors", "cuda", torch.float16).net`.
     """
@@ -86,8 +88,14 @@ def load_weights(weights: Weights, device: torch.device | str = "cpu", dtype: to
 
 
 def local_file(path_or_url: str | Path) -> Path:
-    """The file at a path, or behind a URL, which is downloaded if needed. Raises ValueError if there is none."""
+    """The file at a path, in the package by its name, or behind a URL, which is downloaded if needed.
+
+    Raises ValueError if there is none.
+    """
     path = Path(path_or_url)
+    in_package = _PACKAGED / f"{path_or_url}.safetensors"
+    if not path.exists() and path.name == str(path_or_url) and in_package.exists():
+        return in_package
     return path if path.exists() else fetch(path_or_url)
 
 

@@ -1,11 +1,14 @@
-"""examples/quick_start.ipynb runs from top to bottom on a CPU, without a download."""
+"""The notebooks of examples/ run from top to bottom on a CPU, without a download."""
 
 import time
 
 import nbclient
 import nbformat
 import pytest
+import torch
 
+import edm2kit
+from edm2kit.metrics.reference import save_reference
 from tests.support import ROOT
 
 FILE = ROOT / "examples" / "quick_start.ipynb"
@@ -51,3 +54,34 @@ def test_it_runs_in_the_small(notebook, monkeypatch):
         for large, small in SMALL.items():
             cell.source = cell.source.replace(large, small)
     nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+
+
+SWEEP = ROOT / "examples" / "guidance_sweep.ipynb"
+SWEEP_SMALL = {
+    "NUM = 500": "NUM = 3",
+    "num_steps=12": "num_steps=2",
+    "seeds=range(10)": "seeds=range(3)",
+    "range(k, k + 10)) for k in range(0, 100, 10)": "range(3))",
+    "weights=[1, 1.5, 2, 2.5, 3, 4],": "weights=[1, 2], options='--steps 2',",
+}
+
+
+def test_the_sweep_of_the_second_notebook(tmp_path, monkeypatch):
+    """Its code cells run in their order in one namespace, as a notebook does, without Jupyter."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EDM2_OFFLINE", "1")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    content = nbformat.read(SWEEP, as_version=4)
+    nbformat.validate(content)
+    code = "\n".join(cell.source for cell in content.cells if cell.cell_type == "code")
+    assert [large for large in SWEEP_SMALL if large not in code] == []
+    for large, small in SWEEP_SMALL.items():
+        code = code.replace(large, small)
+    real = torch.randint(0, 256, [8, 3, 32, 32], dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    save_reference("cifar10.npz", edm2kit.measure_reference(real, ["fd_random"]))
+    names: dict = {}
+    exec(compile(code, SWEEP.name, "exec"), names)
+    assert len(names["table"]) == 1 + 2
+    assert len(names["fresh"]) == 3
+    assert names["table"].figure()._repr_svg_().startswith("<svg")
+    assert SWEEP.stat().st_size < 20_000

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from edm2kit.torch_utils.files import atomic_write
+
 STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8").rstrip()
 _WIDTH, _HEIGHT = 640, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 16, 16, 52
@@ -25,6 +27,26 @@ class Curve:
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     joined: bool = True
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure for notebooks, which show it, and for files."""
+
+    svg: str
+
+    def __repr__(self) -> str:
+        return f"Figure: {len(self.svg):,} characters of SVG; save(path) writes it to a file"
+
+    def _repr_svg_(self) -> str:
+        return standalone(self.svg)
+
+    def save(self, path: str | Path) -> None:
+        """Write the figure as an SVG file. Raises ValueError for another kind of file."""
+        if Path(path).suffix.lower() != ".svg":
+            raise ValueError(f"{path}: a figure is written as an SVG file; use a name that ends in .svg")
+        with atomic_write(path, "w") as file:
+            file.write(standalone(self.svg))
 
 
 def line_chart(

@@ -51,9 +51,23 @@ class NetworkSource:
     @property
     def usual(self) -> Version:
         """The latest snapshot, with the stored EMA length nearest to 0.1."""
-        latest = [one.header for one in self.weights if one.header.nimg == self.times[-1]]
-        header = min(latest, key=lambda header: abs((header.ema_std or 0) - _USUAL_LENGTH))
-        return Version(self.name, header.nimg, header.ema_std)
+        return self.usual_at(self.times[-1])
+
+    def usual_at(self, nimg: int) -> Version:
+        """The snapshot at a training time with the stored EMA length nearest to 0.1."""
+        stored = [one.header.ema_std for one in self.weights if one.header.nimg == nimg]
+        return Version(self.name, nimg, min(stored, key=lambda std: abs((std or 0) - _USUAL_LENGTH)))
+
+    def check_length(self, nimg: int, length: float) -> None:
+        """Raise ValueError unless an EMA length can be rebuilt well at a training time, or is the stored one."""
+        stored = {one.header.ema_std for one in self.weights if one.header.nimg == nimg}
+        if length in stored or self.lengths(nimg, [length]):
+            return
+        possible = ", ".join(f"{one:g}" for one in self.lengths(nimg)) or "none"
+        raise ValueError(
+            f"an EMA of length {length:g} cannot be rebuilt well from the snapshots in {self.path} at {nimg} images; "
+            f"possible: {possible}"
+        )
 
     def lengths(self, nimg: int, wanted: Sequence[float] | None = None) -> list[float]:
         """Those of the `wanted` EMA lengths that can be rebuilt well at a time, by default of some around the stored.

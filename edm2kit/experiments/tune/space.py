@@ -139,8 +139,7 @@ class Space:
             if lengths:  # an early time may have fewer
                 guide = Version(way.guide.name, age, lengths[min(values["guide_ema"], len(lengths) - 1)])
             else:
-                stored = [one.header.ema_std for one in way.guide.weights if one.header.nimg == age]
-                guide = Version(way.guide.name, age, min(stored, key=lambda std: abs((std or 0) - 0.1)))
+                guide = way.guide.usual_at(age)
         interval = self.interval
         if self.sigmas:
             skips = self._skips()
@@ -211,24 +210,29 @@ def _middle(lengths: Sequence[float], wanted: float | None) -> int:
 
 
 def make_ways(
-    methods: Sequence[str], main: NetworkSource, guides: Sequence[NetworkSource], words: Sequence[str]
+    methods: Sequence[str],
+    main: NetworkSource,
+    guides: Sequence[NetworkSource],
+    words: Sequence[str],
+    start: Sequence[str] | None = None,
 ) -> dict[str, Way]:
     """Every method with every guide that it can use, by title.
 
     `methods` are names, possibly followed by options of the method ("pag --pag-match yes"); `words` are options of
-    generate.py for all. Raises ValueError if a method is unknown or does not take the options, if an option is one
-    that the search chooses, and if a guide is used by none of the methods.
+    generate.py for all, which follow after `start`, by default --net of the main network. Raises ValueError if a method
+    is unknown or does not take the options, if an option is one that the search chooses, and if a guide is used by none
+    of the methods.
     """
     for word in words:
         name = word.partition("=")[0]
         if name in _SEARCHED:
-            raise ValueError(f"{name} is chosen by the search; leave it out of the options after --")
+            raise ValueError(f"{name} is chosen by the search; leave it out of the options for all images")
     found: dict[str, Way] = {}
     used: set[str] = set()
     for text in methods:
         name, *own = shlex.split(text)
         for guide in _guides_for(name, guides):
-            base = ["--net", main.path, "--guidance-method", name, *own, *words]
+            base = [*(start or ["--net", main.path]), "--guidance-method", name, *own, *words]
             if name != UNGUIDED:
                 base += ["--guidance", "2"]
             if guide is not None:
