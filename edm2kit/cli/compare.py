@@ -44,6 +44,7 @@ from edm2kit.experiments.compare_guidance.sheet import Strip, draw_sheet
 from edm2kit.experiments.documents import checkout, write_parts
 from edm2kit.metrics.scoring import image_features, make_scorer
 from edm2kit.models.encoders import to_image
+from edm2kit.snapshots.run_folder import newest_of_folders
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.cache import fetch
 from edm2kit.torch_utils.files import atomic_write, sha256_of, write_json
@@ -60,6 +61,11 @@ class NamedFile(click.ParamType):
         name, equals, path = value.partition("=")
         if not equals:
             self.fail(f"{value!r} is not NAME=PATH. Write for example main=net.safetensors", param, ctx)
+        if Path(path).is_dir():
+            try:
+                path = newest_of_folders({name: path})[name]
+            except ValueError as error:
+                self.fail(str(error), param, ctx)
         if not path.startswith("diffusers:") and not Path(path).is_file():
             self.fail(f"{value!r}: the file {path} does not exist", param, ctx)
         return name, path
@@ -73,7 +79,7 @@ _row_options = cli.section(
         metavar="NAME=PATH",
         type=NamedFile(),
         multiple=True,
-        help="File that rows name in braces; give one per name",
+        help="File or run folder that rows name in braces; give one per name",
     ),
     click.option(
         "--rows", "names", metavar="LIST", type=cli.Parsed(cli.split_names), help="Rows by name  [default: all]"

@@ -11,7 +11,7 @@ import torch
 
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.field_options import options_from
-from edm2kit.cli.generation import Request, prepare
+from edm2kit.cli.generation import Request, prepare, with_files
 from edm2kit.cli.generation_options import generation_options
 from edm2kit.conditions import FloatVectors
 from edm2kit.denoiser import Denoiser, Wrapper, after_step, for_images, for_step
@@ -23,6 +23,7 @@ from edm2kit.torch_utils.rng import StackedGenerator
 from edm2kit.training.config import TrainConfig
 from edm2kit.training.distillation import DistillationLoss
 from edm2kit.training.run import RECORD_NAME, Run, StopRequest, prepare_run
+from edm2kit.training.stop import stopped_exit_code
 
 _NOISE_LEVELS = ("P_mean", "P_std")
 # where distilling differs from training
@@ -76,6 +77,7 @@ def main(request: Request, outdir: str, max_time: float | None, device: str, **o
     """
     check_request(request)
     with dist.session(device) as picked, StopRequest(max_time) as stop:
+        request = with_files(request)
         generation = prepare(request, picked, labels_from_data=True)
         teacher, sigmas = generation.engine.denoiser, request.sampler.sigmas(picked)
         check_teacher(teacher, sigmas, generation.engine.shape, generation.engine.label_dim)
@@ -87,7 +89,9 @@ def main(request: Request, outdir: str, max_time: float | None, device: str, **o
         dist.print0(generation.summary)
         run.print_notices()
         loss = DistillationLoss(teacher, sigmas, run.config.P_mean, run.config.P_std, run.config.sigma_data)
-        run.train(picked, loss_fn=loss, should_stop=stop)
+        has_stopped = run.train(picked, loss_fn=loss, should_stop=stop)
+    if has_stopped:
+        raise click.exceptions.Exit(stopped_exit_code())
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Count the parameters and multiply-adds of a network, per layer and in total, without allocating its weights."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -21,8 +22,9 @@ from edm2kit.training.config import config_from_dict, preset_names, preset_path,
 def main(networks: tuple[str, ...], resolution: int, image_channels: int, classes: int) -> None:
     """Print the cost of one evaluation of each network; of a single network, layer by layer.
 
-    A network is a training preset, a YAML file, or a snapshot (path or URL). Presets and YAML files leave the shape of
-    the data open, so --resolution, --image-channels and --classes set it; a snapshot knows its own.
+    A network is a training preset, a YAML file, or a snapshot (path or URL, or a run folder for its newest one).
+    Presets and YAML files leave the shape of the data open, so --resolution, --image-channels and --classes set it; a
+    snapshot knows its own.
 
     \b
     python scripts/count_flops.py edm2-img512-xs edm2-img512-s
@@ -45,7 +47,7 @@ def main(networks: tuple[str, ...], resolution: int, image_channels: int, classe
 
 def find_architecture(network: str, data: Mapping[str, int]) -> tuple[Mapping[str, Any], str]:
     """Architecture and kind of the network of a preset or YAML file with data of shape `data`, or of a snapshot."""
-    if network.endswith((".safetensors", ".pkl")) or "://" in network:
+    if network.endswith((".safetensors", ".pkl")) or "://" in network or Path(network).is_dir():
         header = open_weights(network).header
         return header.architecture, header.network
     path = network if network.endswith((".yaml", ".yml")) else preset_path(network)

@@ -25,7 +25,7 @@ from PIL import Image, PngImagePlugin
 
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.click_types import check_output, check_writable
-from edm2kit.cli.generation import Generation, Request, prepare
+from edm2kit.cli.generation import Generation, Request, prepare, with_files
 from edm2kit.cli.generation_options import SECTIONS, generation_options
 from edm2kit.cli.grids import MAX_IMAGES, grid_title, parse_weights, write_grid
 from edm2kit.cli.npz import write_npz
@@ -257,8 +257,7 @@ def main(
     \b
     python generate.py --preset cifar10-autoguidance --seeds 0-63 --grid sheet.png
     python generate.py --net main.safetensors --seeds 0-63 --outdir out
-    python generate.py --net main.safetensors --gnet weaker.safetensors \\
-        --guidance 2 --seeds 0-63 --outdir out
+    python generate.py --net runs/main --gnet runs/guide --guidance 2 --outdir out
     torchrun --standalone --nproc-per-node 8 generate.py --net ... --outdir out
     """
     single = npz or grid  # the file that holds all images, without --outdir
@@ -281,6 +280,7 @@ def main(
         raise click.UsageError(f"--grid shows at most {MAX_IMAGES} images; --seeds names {len(seeds)}")
     _check_outputs(path, outdir, npz, grid)
     with dist.session(device) as where:
+        request = with_files(request)
         if grid is not None and grid_weights:
             columns = [
                 _generate_column(request, weight, where, path, subdirs, seeds, batch, overwrite)

@@ -10,6 +10,7 @@ generation.settings                             # for the JSON record: everythin
 import dataclasses
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def _option(option: str, help: str, default: Any = None, **metadata: Any) -> Any
 class Request:
     """What images to generate. The metadata of a field describes its command-line option.
 
-    - `net`, `gnet`, `uncond`: paths or URLs of snapshots, or diffusers:FOLDER and diffusers:HUB_NAME.
+    - `net`, `gnet`, `uncond`: snapshots (paths or URLs), run folders, or diffusers:FOLDER and diffusers:HUB_NAME.
     - `classes`: None for a random class from each seed; ALL_CLASSES, or a text such as "3,7" or "cat,dog", to cycle
       through classes by seed (seed modulo the number of classes).
     - `labels`: for a network trained on label vectors, a file of vectors to cycle through by seed: a .npy array [K, D]
@@ -59,7 +60,7 @@ class Request:
         metadata={
             "option": "--net",
             "metavar": "PATH|URL",
-            "help": "Snapshot, or model (--help-diffusers)",
+            "help": "Snapshot, run folder, or model (--help-diffusers)",
         }
     )
     gnet: str | None = _option("--gnet", "Guide network: weaker, or unconditional (CFG)", metavar="PATH|URL")
@@ -164,6 +165,8 @@ def prepare(
     Raises ValueError if a file is not a snapshot, the networks do not fit each other, a class is unknown, or the
     guidance method refuses its settings.
     """
+    if loaded is None:
+        request = with_files(request)
     sources = {"net": request.net, "gnet": request.gnet, "uncond": request.uncond}
     of_diffusers = any(source is not None and source.startswith("diffusers:") for source in sources.values())
     precision = resolve_precision(request.precision, device)
@@ -248,6 +251,17 @@ def prepare(
     automatic = stays and request.compile == "auto" and device.type == "cuda" and not dist.repeats_bits(device)
     compilable = tuple(nets.values()) if automatic else ()
     return Generation(engine, settings, _summary(request, snapshots, classes, precision), compilable)
+
+
+def with_files(request: Request) -> Request:
+    """`request` with the newest snapshot of each run folder in its place; prints which. Raises as `prepare`."""
+    sources = {"net": request.net, "gnet": request.gnet, "uncond": request.uncond}
+    if not any(source is not None and Path(source).is_dir() for source in sources.values()):
+        return request
+    from edm2kit.snapshots.run_folder import newest_of_folders  # most requests name files
+
+    found: dict[str, Any] = {**newest_of_folders(sources)}
+    return dataclasses.replace(request, **found)
 
 
 def load_for_sampling(weights: Weights, device: torch.device, precision: str) -> Snapshot:

@@ -27,6 +27,7 @@ from edm2kit.torch_utils.files import atomic_write
 from edm2kit.torch_utils.rng import StackedGenerator
 from edm2kit.training.config import TrainConfig, config_from_dict, option_of, preset_names, preset_path, read_yaml
 from edm2kit.training.run import Run, StopRequest, prepare_run
+from edm2kit.training.stop import stopped_exit_code
 
 SAMPLE_BATCH = 16
 
@@ -93,6 +94,7 @@ SAMPLE_BATCH = 16
     *options_from(TrainConfig, "snapshot_every_nimg", "checkpoint_every_nimg", "status_every_nimg", "holdout"),
     click.option("--samples", metavar="N", type=cli.AtLeast(int, 0), default=16, help="Images generated per snapshot"),
     click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events"),
+    click.option("--wandb", is_flag=True, help="Also log to Weights & Biases"),
 )
 def main(
     outdir: str,
@@ -100,6 +102,7 @@ def main(
     config_file: str | None,
     samples: int,
     tensorboard: bool,
+    wandb: bool,
     max_time: float | None,
     device: str,
     dry_run: bool,
@@ -113,8 +116,8 @@ def main(
 ) -> None:
     """Train a diffusion network and save EMA snapshots of it.
 
-    Options override the values of --preset or --config. A smaller, shorter run of the same kind makes a guide network
-    for autoguidance.
+    Options override --preset or --config. A smaller, shorter run makes a guide network. Exit code 0: the run is
+    complete; 75: it stopped early; resume it.
 
     \b
     python train.py --preset edm2-img64-s --data img64.zip --outdir runs/s
@@ -136,12 +139,15 @@ def main(
             return
         if samples:
             check_decoder(run, picked)
-        run.train(
+        has_stopped = run.train(
             picked,
             on_snapshot=partial(write_samples, run, samples, picked) if samples else None,
             should_stop=stop,
             tensorboard=tensorboard,
+            wandb=wandb,
         )
+    if has_stopped:
+        raise click.exceptions.Exit(stopped_exit_code())
 
 
 def forecast_time(run: Run, device: torch.device, throughput: float | None, measure_sec: float | None) -> None:

@@ -100,16 +100,18 @@ class Header:
         return Header(**values)
 
 
-def snapshot_name(nimg: int, ema_std: float | None, prefix: str = "network-snapshot") -> str:
+def snapshot_name(nimg: int, ema_std: float | None, prefix: str = "network-snapshot", *, exact: bool = False) -> str:
     """The usual file name: thousands of images, and the EMA length. For people; programs read the header.
 
-    A length has three decimals, or as many as it needs, so that 0.0125 and 0.013 have different names.
+    A length has three decimals, or as many as it needs, so that 0.0125 and 0.013 have different names. `exact` adds
+    the last three digits of the images, for a second snapshot within the same thousand.
     """
     length = "raw"
     if ema_std is not None:
         rounded = f"{ema_std:.3f}"
         length = rounded if float(rounded) == ema_std else str(float(ema_std))
-    return f"{prefix}-{nimg // 1000:07d}-{length}.safetensors"
+    digits = f".{nimg % 1000:03d}" if exact else ""
+    return f"{prefix}-{nimg // 1000:07d}{digits}-{length}.safetensors"
 
 
 def stored_dtype(tensor_name: str, shape: torch.Size, dtype: str) -> str:

@@ -23,7 +23,7 @@ except ImportError:  # Windows
 
 _MANY_FILES = 10240
 _PACKAGED = Path(__file__).parents[1] / "networks"  # networks that come with the package, such as cifar10-main
-_SUFFIXES = (".safetensors", ".pkl")
+SUFFIXES = (".safetensors", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,10 @@ def load_snapshot(
 ) -> Snapshot:
     """Load a network for evaluation: in eval mode, without gradients, float32 weights, `dtype` inside the network.
 
-    Accepts snapshots of this project and NVIDIA's published pickles (read without executing them), as paths or URLs,
-    and the networks of the package by name ("cifar10-main", "cifar10-guide"). Raises ValueError with the reason if the
-    file is missing, damaged, or does not fit its own header.
+    Accepts snapshots of this project and NVIDIA's published pickles (read without executing them), as paths or URLs;
+    the networks of the package by name ("cifar10-main", "cifar10-guide"); and a run folder, whose newest snapshot with
+    the longest EMA is loaded. Raises ValueError with the reason if the file is missing, damaged, or does not fit its own
+    header.
 
     Example: `net = load_snapshot("network-snapshot-0134217-0.100.safetensors", "cuda", torch.float16).net`.
     """
@@ -90,13 +91,24 @@ def load_weights(weights: Weights, device: torch.device | str = "cpu", dtype: to
 def local_file(path_or_url: str | Path) -> Path:
     """The file at a path, in the package by its name, or behind a URL, which is downloaded if needed.
 
-    Raises ValueError if there is none.
+    A run folder stands for its newest snapshot. Raises ValueError if there is none, or if it is another file of a run,
+    with the one to give instead.
     """
     path = Path(path_or_url)
     in_package = _PACKAGED / f"{path_or_url}.safetensors"
     if not path.exists() and path.name == str(path_or_url) and in_package.exists():
         return in_package
-    return path if path.exists() else fetch(path_or_url)
+    if not path.exists():
+        return fetch(path_or_url)
+    if path.is_dir():
+        from edm2kit.snapshots.run_folder import newest_snapshot  # a run that is named by its file does without
+
+        return newest_snapshot(path)
+    if path.suffix not in SUFFIXES:
+        from edm2kit.snapshots.run_folder import refuse_other_files
+
+        refuse_other_files(path)
+    return path
 
 
 def is_published_pickle(path: str | Path) -> bool:
@@ -153,7 +165,7 @@ def open_sources(sources: Sequence[str | Path], prefix: str = "", stds: Iterable
 def _training_snapshots(folder: Path, prefix: str) -> list[Weights]:
     found = []
     for path in sorted(folder.iterdir()):
-        if path.suffix not in _SUFFIXES or not path.is_file():
+        if path.suffix not in SUFFIXES or not path.is_file():
             continue
         if not path.name.startswith(prefix):
             continue

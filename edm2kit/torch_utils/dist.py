@@ -160,7 +160,7 @@ def exit_process(code: int) -> None:
 
 @contextlib.contextmanager
 def session(device: str = "auto", timeout_minutes: float = DEFAULT_TIMEOUT_SEC / 60) -> Iterator[torch.device]:
-    """Join the process group if torchrun started this process, and leave it at the end. Yields the device to use.
+    """Join the process group if torchrun, srun or mpirun started this process; leave it at the end. Yields the device.
 
     A plain `python x.py` runs without a process group. CPU tensors are exchanged over gloo, CUDA tensors over nccl. An
     error leaves the group without a farewell, which would wait for ranks that wait for this one: the caller should
@@ -171,14 +171,22 @@ def session(device: str = "auto", timeout_minutes: float = DEFAULT_TIMEOUT_SEC /
 
     Example: `with session("auto") as device: net.to(device)`
     """
-    picked = pick_device(device)
-    if picked.type == "cuda":
-        torch.cuda.set_device(picked)
-    with _float32_means_float32():
+    with _launched(), _float32_means_float32():
+        picked = pick_device(device)
+        if picked.type == "cuda":
+            torch.cuda.set_device(picked)
         if env_int("WORLD_SIZE", 1) > 1 and not torch.distributed.is_initialized():
             yield from _in_group(picked, timeout_sec(timeout_minutes * 60))
         else:
             yield picked
+
+
+def _launched() -> contextlib.AbstractContextManager[None]:
+    if "WORLD_SIZE" in os.environ or not os.environ.keys() & {"SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"}:
+        return contextlib.nullcontext()  # torchrun, or a single process
+    from edm2kit.torch_utils.launchers import as_torchrun
+
+    return as_torchrun()
 
 
 def _in_group(picked: torch.device, limit_sec: float) -> Iterator[torch.device]:
@@ -215,6 +223,8 @@ def _is_of_group(error: RuntimeError) -> bool:
 
 def _lost(reason: str, late: list[str], limit_sec: float) -> str:
     first_line = reason.splitlines()[0]
+    if "EADDRINUSE" in reason:
+        return f"port {os.environ.get('MASTER_PORT')} is in use on this machine; set MASTER_PORT to a free one"
     if "timed out" in first_line.lower() or "timeout" in first_line.lower():
         who = "; ".join(late) or "all of them report that they are alive"
         return (

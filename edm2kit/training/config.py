@@ -54,7 +54,7 @@ class TrainConfig:
     )  # fmt: skip
     cond: bool = _setting(True, "Train with the labels of the data set", option="--cond", metavar="BOOL")
     holdout: float = _setting(
-        0.0, "Share (0.05) or number of images to keep out, to watch their loss",
+        0.0, "Images to hold out: share (0.05) or number",
         option="--holdout", metavar="P|N", added=True,
     )  # fmt: skip
     encoder: Mapping[str, Any] = _setting(

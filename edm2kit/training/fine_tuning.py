@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,7 @@ from edm2kit.models.encoders import make_encoder
 from edm2kit.models.networks import DEFAULT_NETWORK, NETWORKS
 from edm2kit.models.preconditioning import Preconditioner
 from edm2kit.snapshots.file_format import Header, network_on_meta
-from edm2kit.snapshots.loading import load_snapshot, open_weights
-from edm2kit.torch_utils.cache import fetch
+from edm2kit.snapshots.loading import load_snapshot, local_file, open_weights
 from edm2kit.torch_utils.files import sha256_of
 from edm2kit.training.config import TrainConfig
 
@@ -20,17 +20,21 @@ from edm2kit.training.config import TrainConfig
 def adopt_source(config: TrainConfig) -> TrainConfig:
     """`config` with the hash of its `init_from`, and the network arguments of that snapshot where it sets none.
 
-    Unchanged if `init_from` is None. Raises ValueError if that is not a snapshot, or not the one of `init_sha256`.
+    Unchanged if `init_from` is None; a run folder becomes the name of its newest snapshot. Raises ValueError if that is
+    not a snapshot, or not the one of `init_sha256`.
     """
     if config.init_from is None:
         return config
-    sha256 = sha256_of(fetch(config.init_from))
+    file = local_file(config.init_from)
+    if Path(config.init_from).is_dir():
+        config = dataclasses.replace(config, init_from=str(file))
+    sha256 = sha256_of(file)
     if config.init_sha256 not in (None, sha256):
         raise ValueError(
             f"--init-from {config.init_from} has sha256 {sha256}, expected {config.init_sha256} (according to the "
             "configuration); this is another snapshot"
         )
-    header = open_weights(config.init_from).header
+    header = open_weights(file).header
     if "kind" in config.network and config.network_kind != header.network:
         raise ValueError(
             f"--init-from {config.init_from} is a network of kind {header.network!r}; the configuration asks for "

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,11 @@ from edm2kit.torch_utils.files import atomic_write
 from edm2kit.training.config import TrainConfig
 from edm2kit.training.loss import EDM2Loss
 
+if TYPE_CHECKING:
+    from edm2kit.training.wandb_log import WandbLog
+
 STATS_NAME, HELDOUT_NAME = "stats.jsonl", "heldout.jsonl"
+STOPPED_NAME = "stopped.txt"  # is there as long as a run has stopped to be resumed
 _GB = 1e9
 _MANY_EPOCHS = 1000
 _MAX_PENDING = 8192  # values on the device, each at least half a KB there
@@ -91,11 +95,19 @@ def _on_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 class RunLog:
     """Writes status lines to the terminal, `stats.jsonl` to the run folder and, if asked for, TensorBoard events.
 
-    Raises ValueError if TensorBoard is asked for but not installed.
+    `wandb` gets the same. Raises ValueError if TensorBoard is asked for but not installed.
     """
 
-    def __init__(self, run_dir: Path, duration_nimg: int, device: torch.device, tensorboard: bool = False):
+    def __init__(
+        self,
+        run_dir: Path,
+        duration_nimg: int,
+        device: torch.device,
+        tensorboard: bool = False,
+        wandb: "WandbLog | None" = None,
+    ):
         self.run_dir, self.duration_nimg, self.device = run_dir, duration_nimg, device
+        self._wandb = wandb
         self._make_writer: Any = None
         self._writer: Any = None
         self._last = (0, 0.0)
@@ -111,6 +123,7 @@ class RunLog:
         self._last = (nimg, elapsed_sec)
         for name in (STATS_NAME, HELDOUT_NAME):
             dist.on_rank0(drop_later_lines, self.run_dir / name, nimg)
+        dist.on_rank0(partial((self.run_dir / STOPPED_NAME).unlink, missing_ok=True))
         dist.print0(f"Resuming at {nimg} images" if nimg else "Starting at image 0")
 
     def status(self, nimg: int, elapsed_sec: float, stats: dict[str, tuple[float, int]]) -> None:
@@ -135,7 +148,9 @@ class RunLog:
         )
 
     def picture(self, nimg: int, pixels: np.ndarray | None) -> None:
-        """Show a sheet of samples, uint8 [H, W] or [H, W, 3], in TensorBoard; only rank 0 has one."""
+        """Show a sheet of samples, uint8 [H, W] or [H, W, 3], in TensorBoard and wandb; only rank 0 has one."""
+        if pixels is not None and self._wandb is not None:
+            self._wandb.picture(nimg, pixels)
         if pixels is not None and self._make_writer is not None:
             with self._on_trouble(f"the samples at {nimg} images"):
                 layout = "HW" if pixels.ndim == 2 else "HWC"
@@ -146,6 +161,8 @@ class RunLog:
         """Append a line to a file of statistics, and show the scalars in TensorBoard, on rank 0."""
         if dist.rank() != 0:
             return
+        if self._wandb is not None:
+            self._wandb.write({"nimg": nimg, **scalars})
         with self._on_trouble(f"the statistics at {nimg} images"):
             with open(self.run_dir / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -186,7 +203,11 @@ class RunLog:
     def stopped(self, nimg: int, is_saved: bool) -> None:
         """Report that the run was asked to stop, and whether it can be resumed."""
         saved = "state saved. Run the same command to resume." if is_saved else "no state saved: --checkpoint is 0."
-        dist.print0(f"Stopped at {nimg} images; {saved}")
+        text = f"Stopped at {nimg} images; {saved}"
+        dist.print0(text)
+        if dist.rank() == 0 and is_saved:
+            with contextlib.suppress(OSError):  # such as a full disk; the state is safe
+                (self.run_dir / STOPPED_NAME).write_text(text + "\n", encoding="utf-8")
 
     def finished(self, nimg: int) -> None:
         """Report that the run is complete."""

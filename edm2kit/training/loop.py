@@ -79,6 +79,7 @@ class Trainer:
         self.loss_fn = loss_fn or EDM2Loss(config.P_mean, config.P_std, config.sigma_data)
         self.stats = RunningStats()
         self.nimg, self.elapsed_sec = 0, 0.0
+        self.stops: list[int] = []  # images at which a stopped run left snapshots that its schedule does not have
         self.num_steps = 0
         self._recent_steps: list[tuple[torch.Tensor | float, torch.Tensor]] = []  # non-finite gradients, and the norm
         self._lost_steps = 0  # steps in a row without usable gradients
@@ -228,14 +229,25 @@ class Trainer:
         raise DivergenceError(reason, self.nimg, bad_losses(self._last_losses))
 
     def save_snapshots(self, run_dir: Path) -> None:
-        """Write a snapshot of each EMA."""
+        """Write a snapshot of each EMA, and remove those that the run left when it was stopped before."""
         for number, std in enumerate(self.ema.stds):
-            header = dataclasses.replace(self.header, nimg=self.nimg, ema_std=std)
-            dist.on_rank0(save_snapshot, run_dir / snapshot_name(self.nimg, std), self.ema.weights(number), header)
+            self.save_snapshot(run_dir / snapshot_name(self.nimg, std), number)
+        if self.stops:
+            from edm2kit.training.stop import remove_snapshots  # most runs never stop
+
+            dist.on_rank0(remove_snapshots, run_dir, [n for n in self.stops if n != self.nimg], self.ema.stds)
+            self.stops.clear()
+
+    def save_snapshot(self, path: Path, number: int) -> None:
+        """Write a snapshot of the EMA of this number."""
+        header = dataclasses.replace(self.header, nimg=self.nimg, ema_std=self.ema.stds[number])
+        dist.on_rank0(save_snapshot, path, self.ema.weights(number), header)
 
     def save_checkpoint(self, run_dir: Path) -> None:
         """Write the state to resume from, then delete old ones."""
         progress = {"nimg": self.nimg, "elapsed_sec": self.elapsed_sec, "run_id": self.header.run_id}
+        if self.stops:
+            progress["stops"] = list(self.stops)
         state = checkpoint_state(self.net, self.optimizer, self.ema, progress)
         dist.on_rank0(save_checkpoint, run_dir, state)
         dist.on_rank0(prune_checkpoints, run_dir, self.config.keep_checkpoints)
@@ -245,6 +257,7 @@ class Trainer:
         if path := dist.on_rank0(usable_checkpoint, run_dir):
             progress = load_checkpoint(path, self.net, self.optimizer, self.ema, self.device)
             self.nimg, self.elapsed_sec = progress["nimg"], progress["elapsed_sec"]
+            self.stops = list(progress.get("stops", []))
 
 
 def _optimizer_and_averages(
@@ -337,9 +350,10 @@ def training_loop(
     log: RunLog,
     on_snapshot: Callable[[nn.Module, int], Any] | None,
     should_stop: Callable[[], bool],
-) -> None:
+) -> bool:
     """Train to `duration_nimg`, or until `should_stop()` is true on any rank; then save, and return on all ranks.
 
+    Returns whether it stopped early. A run that does leaves its state, and snapshots of all EMAs.
     `batches(nimg)` streams this rank's micro-batches from image `nimg` on; those of a step have `sizes` images.
     `on_snapshot(net, nimg)` is called on every rank after each snapshot with the longest EMA; a picture that it returns
     is logged.
@@ -375,13 +389,21 @@ def training_loop(
                     if on_snapshot is not None:
                         picture = on_snapshot(trainer.ema.network(len(config.ema_stds) - 1), trainer.nimg)
                         log.picture(trainer.nimg, picture)
+            leaves_network = stopping and not done and not snapshot and config.snapshot_every_nimg > 0
+            if leaves_network:
+                trainer.stops.append(trainer.nimg)
             if checkpoint:
                 trainer.save_checkpoint(run_dir)
             if stopping and not done:
                 log.stopped(trainer.nimg, is_saved=config.checkpoint_every_nimg > 0)
+                if leaves_network:
+                    from edm2kit.training.stop import leave_network  # as above
+
+                    leave_network(trainer, run_dir)
                 dist.raise_together(error)
-                return
+                return True
     log.finished(trainer.nimg)
+    return False
 
 
 @contextlib.contextmanager

@@ -34,6 +34,8 @@ from edm2kit.training.log import Forecast, RunLog, make_forecast, memory_advice,
 from edm2kit.training.loop import Trainer, training_loop
 from edm2kit.training.loss import TrainingLoss
 from edm2kit.training.micro_batches import fitting_size, largest_divisor, recorded_size
+from edm2kit.training.stop import leave_last_good_network
+from edm2kit.training.wandb_log import WandbLog
 
 CONFIG_NAME = "config.yaml"
 RECORD_NAME = "run.json"
@@ -120,12 +122,13 @@ class Run:
         on_snapshot: Callable[[nn.Module, int], Any] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         tensorboard: bool = False,
-    ) -> None:
-        """Train from the newest checkpoint, or from the start, to the end of the run.
+        wandb: bool = False,
+    ) -> bool:
+        """Train from the newest checkpoint, or from the start, to the end; returns whether it stopped before that.
 
         Only one process group at a time may train in a folder. `loss_fn` is EDM2's unless given. After each snapshot,
         `on_snapshot(net, nimg)` is called on every rank with the longest EMA. If `should_stop()` becomes true on any
-        rank, all of them save a checkpoint and return. Raises ValueError if another job trains in the folder.
+        rank, all save and return. Raises ValueError if another job trains in the folder, or if the run diverges.
         """
         config = self.config
         with contextlib.ExitStack() as stack:
@@ -148,7 +151,8 @@ class Run:
                 batch_gpu=max(micro_batches),
                 workers=config.workers,
             )
-            log = RunLog(self.run_dir, config.duration_nimg, device, tensorboard)
+            online = stack.enter_context(WandbLog(self.run_dir, self.header.training_config)) if wandb else None
+            log = RunLog(self.run_dir, config.duration_nimg, device, tensorboard, online)
             if self.heldout is not None:
                 from edm2kit.training.heldout_loss import HeldoutLoss, with_heldout  # most runs do without
 
@@ -156,8 +160,9 @@ class Run:
                 measure = HeldoutLoss(config, self.encoder, self.dataset, self.heldout, size, device, loss_fn)
                 on_snapshot = with_heldout(measure, log.heldout, on_snapshot)
             try:
-                training_loop(trainer, batches, micro_batches, self.run_dir, log, on_snapshot, should_stop)
+                return training_loop(trainer, batches, micro_batches, self.run_dir, log, on_snapshot, should_stop)
             except DivergenceError as error:
+                leave_last_good_network(trainer, self.run_dir)
                 raise ValueError(self._diagnosis(error, order)) from error
 
     def _rehearsed(self, trainer: Trainer) -> list[int]:

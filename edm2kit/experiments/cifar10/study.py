@@ -14,6 +14,7 @@ from edm2kit.data.convert import convert, find_labels, open_pictures
 from edm2kit.experiments.cifar10 import report
 from edm2kit.experiments.cifar10.measure import score, tune
 from edm2kit.experiments.cifar10.settings import HELD_OUT_PER_CLASS, METHODS, RUNS, SCORE_SEEDS
+from edm2kit.training.stop import stopped_exit_code
 
 _out = click.option(
     "--out",
@@ -109,7 +110,7 @@ def train(
             words += ["--init-from", str(report.BOX / f"cifar10-{run}.safetensors")]
         # a process of its own, as training takes signals and sets threads
         done = subprocess.run([sys.executable, "-m", "edm2kit.cli.train", *words])
-        if done.returncode:
+        if done.returncode not in (0, stopped_exit_code()):
             raise ValueError(f"training of {run} ended with exit code {done.returncode}; see above")
 
 
