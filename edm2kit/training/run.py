@@ -126,9 +126,8 @@ class Run:
     ) -> bool:
         """Train from the newest checkpoint, or from the start, to the end; returns whether it stopped before that.
 
-        Only one process group at a time may train in a folder. `loss_fn` is EDM2's unless given. After each snapshot,
-        `on_snapshot(net, nimg)` is called on every rank with the longest EMA. If `should_stop()` becomes true on any
-        rank, all save and return. Raises ValueError if another job trains in the folder, or if the run diverges.
+        `loss_fn` is EDM2's unless given. `on_snapshot(net, nimg)` is called on every rank with the longest EMA. If
+        `should_stop()` is true on any rank, all save and return. Raises ValueError if another job trains in the folder.
         """
         config = self.config
         with contextlib.ExitStack() as stack:
