@@ -65,8 +65,8 @@ def load_snapshot(
 
     Accepts snapshots of this project and NVIDIA's published pickles (read without executing them), as paths or URLs;
     the networks of the package by name ("cifar10-main", "cifar10-guide"); and a run folder, whose newest snapshot with
-    the longest EMA is loaded. Raises ValueError with the reason if the file is missing, damaged, or does not fit its own
-    header.
+    the longest EMA is loaded. Raises ValueError with the reason if the file is missing, damaged, or does not fit its
+    own header.
 
     Example: `net = load_snapshot("network-snapshot-0134217-0.100.safetensors", "cuda", torch.float16).net`.
     """
