@@ -53,9 +53,7 @@ def env_int(name: str, default: int) -> int:
     """The number in an environment variable such as those of torchrun. Raises ValueError that names the variable."""
     text = os.environ.get(name) or str(default)
     if not text.strip().isdecimal():
-        raise ValueError(
-            f"the environment variable {name} is {text!r:.60}; expected a number. Unset it, or use torchrun"
-        )
+        raise ValueError(f"the environment variable {name} is {text!r:.60}; expected a number. Correct or unset it")
     return int(text)
 
 
@@ -162,12 +160,10 @@ def exit_process(code: int) -> None:
 def session(device: str = "auto", timeout_minutes: float = DEFAULT_TIMEOUT_SEC / 60) -> Iterator[torch.device]:
     """Join the process group if torchrun, srun or mpirun started this process; leave it at the end. Yields the device.
 
-    A plain `python x.py` runs without a process group. CPU tensors are exchanged over gloo, CUDA tensors over nccl. An
-    error leaves the group without a farewell, which would wait for ranks that wait for this one: the caller should
-    report it and call `exit_process`. Inside, float32 is float32 on a GPU as well, unless `tf32()` is active.
-
-    A rank that is missing is named after a minute. If the others have waited for `timeout_minutes` (or as long as
-    `waiting_at_most` says), they raise ValueError, naming it. Raises ValueError as `pick_device` does.
+    CPU tensors are exchanged over gloo, CUDA tensors over nccl. An error leaves the group without a farewell, which
+    would wait for ranks that wait for this one: the caller should report it and call `exit_process`. Inside, float32 is
+    float32 on a GPU as well, unless `tf32()` is active. A missing rank is named after a minute; ValueError after
+    `timeout_minutes` (or what `waiting_at_most` says), and as `pick_device`.
 
     Example: `with session("auto") as device: net.to(device)`
     """
@@ -184,9 +180,9 @@ def session(device: str = "auto", timeout_minutes: float = DEFAULT_TIMEOUT_SEC /
 def _launched() -> contextlib.AbstractContextManager[None]:
     if "WORLD_SIZE" in os.environ or not os.environ.keys() & {"SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"}:
         return contextlib.nullcontext()  # torchrun, or a single process
-    from edm2kit.torch_utils.launchers import as_torchrun
+    from edm2kit.torch_utils import launchers
 
-    return as_torchrun()
+    return launchers.as_torchrun()
 
 
 def _in_group(picked: torch.device, limit_sec: float) -> Iterator[torch.device]:
