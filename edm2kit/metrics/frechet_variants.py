@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from edm2kit.metrics.frechet import frechet_distance
+from edm2kit.metrics.frechet import growing_distances
 from edm2kit.metrics.score import Sample, Score
 from edm2kit.torch_utils import dist
 
@@ -22,7 +22,7 @@ def fd_infinity(sample: Sample) -> Score:
     The sizes are evenly spaced from 5000 (half of all images if there are fewer than 10,000) to all images; the subsets
     are nested in a random order. Chong and Forsyth 2020 (arXiv 1911.07023).
     """
-    rows, reference = sample.generated.double(), sample.reference_statistics
+    rows, reference = sample.generated, sample.reference_statistics
     smallest = min(_MIN_IMAGES, len(rows) // 2)
     if smallest < 2:
         raise ValueError(f"fd_infinity needs at least 4 images; got {len(rows)}")
@@ -33,21 +33,7 @@ def fd_infinity(sample: Sample) -> Score:
         )
     sizes = np.unique(np.linspace(smallest, len(rows), _POINTS).astype(int))
     order = torch.from_numpy(np.random.default_rng(sample.seed).permutation(len(rows)))
-    rows = rows[order.to(rows.device)]
-    shift = rows.mean(dim=0)
-    rows = rows - shift
-    total = torch.zeros_like(shift)
-    outer = torch.zeros(len(shift), len(shift), dtype=torch.float64, device=rows.device)
-    distances, start = [], 0
-    for size in sizes:
-        part, start = rows[start:size], size
-        total += part.sum(dim=0)
-        outer.addmm_(part.T, part)
-        covariance = (outer - torch.outer(total, total) / size) / (size - 1)
-        mean = total / size + shift
-        distances.append(
-            frechet_distance(mean.cpu(), (covariance + covariance.T).cpu() / 2, reference.mean, reference.covariance)
-        )
+    distances = growing_distances(rows[order.to(rows.device)], sizes.tolist(), reference)
     design = np.stack([np.ones(len(sizes)), 1 / sizes], axis=1)
     (intercept, _), *_ = np.linalg.lstsq(design, np.array(distances), rcond=None)
     return Score(float(intercept), sample.influence)

@@ -1,5 +1,7 @@
 """Kernel distances (MMD) between features: KID, which is called KDD on DINOv2 features, and CMMD."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -18,21 +20,19 @@ def kid(sample: Sample) -> Score:
     Subsets have all images if there are fewer than 1000. Can be negative if the sets are alike. Binkowski et al. 2018
     (arXiv 1801.01401). Published tables often show it times 1000.
     """
-    generated, real = sample.generated.double(), sample.real_features.double()
-    centre = real.mean(dim=0)
-    size = min(_SUBSET_SIZE, len(generated), len(real))
+    size = min(_SUBSET_SIZE, len(sample.generated), len(sample.real_features))
     rng = np.random.default_rng(sample.seed)
     # one subset says it all if both sets are used completely
-    num_subsets = 1 if size == len(generated) == len(real) else _SUBSETS
+    num_subsets = 1 if size == len(sample.generated) == len(sample.real_features) else _SUBSETS
+    centre = sample.real_features.mean(dim=0, dtype=torch.float64)
+    generated, real = (_Deviations.of(rows, centre) for rows in (sample.generated, sample.real_features))
     values = []
-    influence = torch.zeros(len(generated), dtype=torch.float64, device=generated.device)
+    influence = torch.zeros(len(sample.generated), dtype=torch.float64, device=sample.generated.device)
     times = torch.zeros_like(influence)
     for _ in range(num_subsets):
-        picked = torch.from_numpy(rng.choice(len(generated), size, replace=False)).to(generated.device)
-        picked_real = torch.from_numpy(rng.choice(len(real), size, replace=False)).to(generated.device)
-        x, y = generated[picked], real[picked_real]
-        to_own, real_to_own = (_sum_to_others(rows, centre) / (size - 1) for rows in (x, y))
-        to_real = _cubic(x, y, centre).mean(dim=1)
+        picked = torch.from_numpy(rng.choice(len(sample.generated), size, replace=False)).to(influence.device)
+        picked_real = torch.from_numpy(rng.choice(len(sample.real_features), size, replace=False)).to(influence.device)
+        to_own, to_real, real_to_own = _kernel_means(generated.pick(picked), real.pick(picked_real))
         values.append(float(to_own.mean() + real_to_own.mean() - 2 * to_real.mean()))
         effect = 2 * (to_own - to_real)
         influence[picked] += effect - effect.mean()
@@ -42,24 +42,47 @@ def kid(sample: Sample) -> Score:
     return Score(float(np.mean(values)), (influence - influence.mean()).cpu(), between)
 
 
-def _sum_to_others(x: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
-    """The sum of kernel values of each of N rows with the N - 1 others, [N]; only half of the pairs are computed."""
-    sums = -((x.square().sum(dim=1) / x.shape[1] + 1) ** 3)  # that of a row with itself
-    for start in range(0, len(x), _SYMMETRIC_ROWS):
-        kernel = _cubic(x[start : start + _SYMMETRIC_ROWS], x[start:], centre)
-        sums[start : start + _SYMMETRIC_ROWS] += kernel.sum(dim=1)
-        sums[start + _SYMMETRIC_ROWS :] += kernel[:, _SYMMETRIC_ROWS:].sum(dim=0)
-    return sums
+@dataclass(frozen=True)
+class _Deviations:
+    """Rows less a centre c, in float32, and what the products need besides: x y = (x - c) (y - c) + of_x + of_y.
+
+    Products of deviations in float32 are twice as fast as of rows in float64; their rounding errors are random and
+    small beside x y, and average out over a million pairs.
+    """
+
+    rows: torch.Tensor  # float32 [N, F]
+    rest: torch.Tensor  # float64 [N]
+
+    @classmethod
+    def of(cls, rows: torch.Tensor, centre: torch.Tensor) -> "_Deviations":
+        deviations = rows.double() - centre
+        return cls(deviations.float(), deviations @ centre + centre.square().sum() / 2)
+
+    def pick(self, numbers: torch.Tensor) -> "_Deviations":
+        return _Deviations(self.rows[numbers], self.rest[numbers])
 
 
-def _cubic(x: torch.Tensor, y: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
-    """(x y / F + 1)^3 of float64 rows, [N, M]."""
-    # Products of deviations from the centre in float32 are twice as fast; their rounding errors are random and small
-    # beside x y, and average out over a million pairs.
-    product = ((x - centre).float() @ (y - centre).float().T).double()
-    product += ((x - centre) @ centre)[:, None] + y @ centre
-    product.div_(x.shape[1]).add_(1)
-    return product * product * product
+def _kernel_means(x: _Deviations, y: _Deviations) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Means of (x y / F + 1)^3 for each of N rows of both sets: x to other x, x to all y, y to other y; float64 [N].
+
+    Every pair is computed once: from the blocks on and above the diagonal of the products of all rows of both.
+    """
+    n, features = len(x.rest), x.rows.shape[1]
+    rows, rest = torch.cat([x.rows, y.rows]), torch.cat([x.rest, y.rest]) / features + 0.5
+    sums = torch.zeros(2, 2 * n, dtype=torch.float64, device=rest.device)  # with all x, and with all y
+    for start in range(0, 2 * n, _SYMMETRIC_ROWS):
+        end = min(start + _SYMMETRIC_ROWS, 2 * n)
+        kernel = (rows[start:end] @ rows[start:].T).double().div_(features)
+        kernel.add_(rest[start:end, None]).add_(rest[start:]).pow_(3)
+        kernel.diagonal().zero_()  # a row with itself
+        split = max(n - start, 0)  # columns from here on are of y
+        sums[0, start:end] += kernel[:, :split].sum(dim=1)
+        sums[1, start:end] += kernel[:, split:].sum(dim=1)
+        beyond = kernel[:, end - start :]
+        in_x = max(min(n, end) - start, 0)  # rows up to here are of x
+        sums[0, end:] += beyond[:in_x].sum(dim=0)
+        sums[1, end:] += beyond[in_x:].sum(dim=0)
+    return sums[0, :n] / (n - 1), sums[1, :n] / n, sums[1, n:] / (n - 1)
 
 
 def cmmd(sample: Sample) -> Score:

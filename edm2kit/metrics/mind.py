@@ -23,17 +23,31 @@ def mind(sample: Sample) -> Score:
     total, squares = 0.0, []
     influence = torch.zeros(size, dtype=torch.float64, device=x.device)
     for block in directions.split(_BLOCK_DIRECTIONS, dim=1):
-        projected, order = (x @ block).sort(dim=0)
-        difference = (projected - (y @ block).sort(dim=0).values).double()
-        squares.append(difference.square().mean(dim=0))
+        projected, order = _sorted((x @ block).T)
+        difference = projected.double() - _sorted_values((y @ block).T)
+        squares.append(difference.square().mean(dim=1))
         # The derivative of the transport potential is 2 (x - y) at each sorted point.
-        steps = projected.double().diff(dim=0) * (difference[1:] + difference[:-1])
-        potential = torch.cat([torch.zeros_like(steps[:1]), steps.cumsum(dim=0)])
-        potential -= potential.mean(dim=0)
-        influence += torch.zeros_like(potential).scatter_(0, order, potential).sum(dim=1)
+        steps = projected.double().diff(dim=1).mul_(difference[:, 1:] + difference[:, :-1])
+        potential = torch.nn.functional.pad(steps.cumsum(dim=1), [1, 0])
+        potential -= potential.mean(dim=1, keepdim=True)
+        influence += torch.zeros_like(potential).scatter_(1, order, potential).sum(dim=0)
     per_direction = torch.cat(squares)
     total = 3 * x.shape[1] * float(per_direction.mean())
     return Score(total, (3 * x.shape[1] / DIRECTIONS * influence).cpu())
+
+
+def _sorted(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every row in order, and where its values were; on a CPU by numpy, which takes a fifth of the time."""
+    if rows.device.type != "cpu":
+        return rows.sort(dim=1)
+    order = torch.from_numpy(np.argsort(rows.contiguous().numpy(), axis=1))
+    return rows.gather(1, order), order
+
+
+def _sorted_values(rows: torch.Tensor) -> torch.Tensor:
+    if rows.device.type != "cpu":
+        return rows.sort(dim=1).values
+    return torch.from_numpy(np.sort(rows.contiguous().numpy(), axis=1))
 
 
 def _pick(rows: torch.Tensor, size: int, rng: np.random.Generator) -> torch.Tensor:

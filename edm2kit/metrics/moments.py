@@ -79,9 +79,7 @@ class Moments:
         rows, self._buffered_rows = self._buffer[: self._buffered_rows], 0
         self._count += len(rows)
         self._sum += rows.sum(dim=0)
-        for start in range(0, self.num_features, _BLOCK_COLUMNS):
-            block = slice(start, start + _BLOCK_COLUMNS)
-            self._outer[block, start:].addmm_(rows[:, block].T, rows[:, start:])
+        add_outer_(self._outer, rows)
 
     def mean_and_covariance(self) -> tuple[int, np.ndarray, np.ndarray]:
         """The number of rows, the mean [F] and the covariance [F, F] (divided by n - 1), float64.
@@ -97,6 +95,20 @@ class Moments:
         upper = (self._outer - torch.outer(self._sum, mean)).triu() / (self._count - 1)
         covariance = upper + upper.triu(1).T
         return self._count, mean.cpu().numpy(), covariance.cpu().numpy()
+
+
+def add_outer_(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add X^T X of `rows` X [N, F] to the upper triangle of `total` [F, F]; below it, values have no meaning."""
+    for start in range(0, len(total), _BLOCK_COLUMNS):
+        block = slice(start, start + _BLOCK_COLUMNS)
+        total[block, start:].addmm_(rows[:, block].T, rows[:, start:])
+
+
+def gram_matrix(rows: torch.Tensor) -> torch.Tensor:
+    """X^T X of `rows` X [N, F]: [F, F], for little more than half the cost of the product."""
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=rows.device)
+    add_outer_(total, rows)
+    return total.triu() + total.triu(1).T
 
 
 def sum_over_ranks_(moments: Sequence[Moments]) -> None:

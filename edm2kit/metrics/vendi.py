@@ -2,6 +2,7 @@
 
 import torch
 
+from edm2kit.metrics.moments import gram_matrix
 from edm2kit.metrics.score import Sample, Score
 
 
@@ -13,12 +14,13 @@ def vendi(sample: Sample) -> Score:
     """
     x = torch.nn.functional.normalize(sample.generated.double(), dim=1)
     # the same eigenvalues as those of the n x n similarities, apart from zeros
-    matrix = x.T @ x / len(x)
+    matrix = gram_matrix(x) / len(x)
     values, vectors = torch.linalg.eigh(matrix)
     values = values.clamp(min=0)
     entropy = -torch.special.xlogy(values, values).sum()
     value = entropy.exp()
-    projected = (x @ vectors).square()
+    # float32 is enough for an interval
+    projected = (x.float() @ vectors.float()).square()
     logs = torch.where(values > 1e-14, values, torch.ones_like(values)).log()
-    effect = -value * (projected @ (logs + 1))
+    effect = -value * (projected @ (logs + 1).float()).double()
     return Score(float(value), (effect - effect.mean()).cpu())

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
-from edm2kit.metrics.frechet import _trace_sqrt_regular, frechet_distance
+from edm2kit.metrics.frechet import _trace_sqrt_regular, frechet_distance, growing_distances
+from edm2kit.metrics.moments import FeatureStatistics
 from tests.support.golden import DATA
 
 
@@ -125,3 +127,19 @@ def test_refuses(change, reason, swap):
     first, second = reversed(pair) if swap else pair
     with pytest.raises(ValueError, match=reason):
         frechet_distance(*first, *second)
+
+
+@pytest.mark.parametrize(("features", "reference_rows"), [(6, 200), (40, 200), (6, 4)], ids=["regular", "few", "flat"])
+def test_distances_of_growing_sets_are_those_of_each_set(features, reference_rows):
+    # "few": fewer images than features; "flat": a reference without full rank
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(2, 1, (90, features)).astype(np.float32), rng.normal(1, 2, (reference_rows, features))
+    reference = FeatureStatistics(y.mean(axis=0), np.cov(y, rowvar=False), "")
+    sizes = [30, 31, 90]
+    found = growing_distances(torch.from_numpy(x), sizes, reference)
+    parts = [x[:size].astype(np.float64) for size in sizes]
+    expected = [
+        frechet_distance(part.mean(axis=0), np.cov(part, rowvar=False), reference.mean, reference.covariance)
+        for part in parts
+    ]
+    assert found == pytest.approx(expected, rel=1e-9)
