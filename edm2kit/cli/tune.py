@@ -180,7 +180,7 @@ def probe_command(
         for way in ways.values():
             if METHODS[way.method].negative is None:
                 raise ValueError(f"guidance method {way.method} has no weighted difference to probe; leave it out")
-            for title, guide in _probe_versions(way, given["ages"], given["ema_guide"]):
+            for title, guide in _probe_versions(way, given["ages"], given["ema_guide"], main_source, version):
                 loaded = {"net": snapshot}
                 if guide is not None:
                     loaded["gnet"] = cache.get(guide)
@@ -197,13 +197,16 @@ def probe_command(
 
 
 def _probe_versions(
-    way: Way, ages: Sequence[int], lengths: tuple[float, ...] | None
+    way: Way, ages: Sequence[int], lengths: tuple[float, ...] | None, main_source: NetworkSource, main_version: Version
 ) -> list[tuple[str, Version | None]]:
-    """The guides of one way at several training times, with names for the report."""
+    """The guides of one way at several training times, with names for the report; without the main network itself."""
     if way.guide is None:
         return [(way.title, None)]
     found: list[tuple[str, Version | None]] = []
-    for age in _spread(_ages(way.guide, ages), _PROBE_AGES):
+    times = _ages(way.guide, ages)
+    if way.guide.path == main_source.path and len(times) > 1:  # earlier snapshots of the main network's run
+        times = [nimg for nimg in times if nimg != main_version.nimg]
+    for age in _spread(times, _PROBE_AGES):
         usual = way.guide.usual
         version = _at_length(way.guide, Version(way.guide.name, age, usual.ema_std), lengths)
         found.append((f"{way.title} ({way.guide.name} at {age:,} images)", version))
