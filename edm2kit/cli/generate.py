@@ -123,7 +123,7 @@ class ImageFolder:
     def missing(self, seeds: Sequence[int]) -> list[int]:
         """Those of `seeds` without a complete image, the same list on every rank; each rank checks its share."""
         share = seeds[dist.rank() :: dist.world_size()]
-        found = dist.gather_objects([seed for seed in share if not _is_complete_png(self.file(seed))])
+        found = dist.gather_objects([seed for seed in share if not _is_complete_png(self.file(seed), seed)])
         return sorted(seed for part in found for seed in part)
 
     @contextlib.contextmanager
@@ -202,13 +202,13 @@ def read_record(path: Path) -> dict[str, Any] | None:
     raise ValueError(f"{path} is damaged; choose another place, or delete it together with its images")
 
 
-def _is_complete_png(path: Path) -> bool:
+def _is_complete_png(path: Path, seed: int) -> bool:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             image.verify()  # the checksum of every chunk, up to the last
+            return image.info.get("seed", str(seed)) == str(seed)  # not another picture under this name
     except (OSError, SyntaxError, ValueError):
         return False
-    return True
 
 
 @click.command(cls=cli.Command, sections=SECTIONS)

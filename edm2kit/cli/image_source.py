@@ -135,6 +135,8 @@ class NpzImages:
             raise ValueError(
                 f"{path}: `{name}` is {self._images.dtype} {list(self._images.shape)}; expected uint8 [N, H, W, 1 or 3]"
             )
+        if not self._images.size:
+            raise ValueError(f"{path}: `{name}` is {list(self._images.shape)}: it contains no images")
 
     def __len__(self) -> int:
         return len(self._images)

@@ -24,6 +24,7 @@ _IN_EXTRA = 0xFFFFFFFF
 _MAX_FILE_BYTES = 1 << 30  # of one file, uncompressed
 _SUSPICIOUS_BYTES, _MAX_RATIO = 1 << 24, 200  # images and labels of this size never compress so well
 _SMALL_BYTES = 1 << 16
+_PNG_PIXELS, _PNG_TAIL = 37, 16  # bytes before the name of the chunk of pixels, and from its checksum to the end
 _SAMPLE_BYTES = 4096  # that `checksum` reads at the start, in the middle and at the end of a file
 
 
@@ -60,6 +61,7 @@ class FolderArchive:
         all_names = _file_names(path)
         picked, ignored = _split_names(all_names, extensions)
         self.names, self.ignored = [all_names[k] for k in picked], [all_names[k] for k in ignored]
+        self._verified = np.zeros(len(self.names), bool)
 
     def where(self, index: int) -> str:
         """The name of file `index` for messages."""
@@ -99,13 +101,15 @@ class FolderArchive:
         """Read files `indices` [n] of `num_bytes` bytes, each divided into two parts after `split` bytes.
 
         Returns uint8 [n, split], uint8 [n, num_bytes - split], and bool [n], which is false for files of another size:
-        their rows are undefined.
+        their rows are undefined. The checksum of a PNG is verified at its first use; if it is wrong, this gives false.
         """
         files = np.empty([len(indices), num_bytes], np.uint8)
         whole = np.zeros(len(indices), bool)
         for k, index in enumerate(indices.tolist()):
             data = self.read(index)
             whole[k] = len(data) == num_bytes
+            if whole[k] and not self._verified[index]:
+                whole[k] = self._verified[index] = _pixels_fit(data)
             if whole[k]:
                 files[k] = np.frombuffer(data, np.uint8)
         return files[:, :split], files[:, split:], whole
@@ -127,6 +131,7 @@ class ZipArchive:
         self._entries = entries[picked]  # int64 [n, 6]: offset, bytes in the zip, bytes, checksum, method, name's bytes
         self._extra = dict(zip(self.ignored, entries[ignored], strict=True))
         self._local_extra = _local_extra(self._file.fileno(), self._entries)
+        self._verified = np.zeros(len(self.names), bool)
         for name, following in itertools.pairwise(self.names):
             if name == following:
                 raise ValueError(f"{path}: contains {name} twice; write the archive again")
@@ -157,7 +162,10 @@ class ZipArchive:
         return self._read(self._extra[name], f"{self.path}/{name}")
 
     def read_stored(self, indices: np.ndarray, num_bytes: int, split: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Like FolderArchive.read_stored; compressed files give false. Skips checksums, which would double the time."""
+        """Like FolderArchive.read_stored; compressed files give false.
+
+        Verifies the checksum of a file at its first use in this process: always doing it would double the time.
+        """
         entries = self._entries[indices]
         before = _LOCAL_BYTES + entries[:, 5] + self._local_extra  # bytes between `offset` and the file itself
         heads = np.zeros([len(indices), _LOCAL_BYTES + int(before.max(initial=0)) + split], np.uint8)
@@ -177,6 +185,9 @@ class ZipArchive:
         lengths = heads[:, 26:30].copy().view("<u2")
         whole &= (lengths[:, 0] == entries[:, 5]) & (lengths[:, 1] == self._local_extra)
         starts = np.take_along_axis(heads, before[:, None] + np.arange(split), axis=1)
+        for k in np.flatnonzero(whole & ~self._verified[indices]).tolist():
+            checksum = zlib.crc32(rests[k], zlib.crc32(starts[k]))
+            whole[k] = self._verified[indices[k]] = checksum == entries[k, 3]
         return starts, rests, whole
 
     def _read(self, entry: np.ndarray, where: str) -> bytes:
@@ -204,6 +215,13 @@ class ZipArchive:
             return os.pread(self._file.fileno(), num_bytes, offset)
         except OSError as error:
             raise ValueError(f"{where}: cannot be read: {error.strerror}") from error
+
+
+def _pixels_fit(data: bytes) -> bool:
+    """Whether the checksum of the pixels fits in a PNG as this program writes it; True for files that are not PNG."""
+    if not data.startswith(b"\x89PNG"):
+        return True
+    return zlib.crc32(data[_PNG_PIXELS:-_PNG_TAIL]) == int.from_bytes(data[-_PNG_TAIL : 4 - _PNG_TAIL], "big")
 
 
 def _local_extra(descriptor: int, entries: np.ndarray) -> int:

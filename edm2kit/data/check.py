@@ -21,7 +21,15 @@ from edm2kit.data.dataset import (
     split_kind,
 )
 from edm2kit.data.hugging_face import SavedTable
-from edm2kit.data.image_files import check_item, decode_array, has_other_profile, open_image, orientation, to_8bit
+from edm2kit.data.image_files import (
+    check_item,
+    decode_array,
+    has_other_profile,
+    latent_trouble,
+    open_image,
+    orientation,
+    to_8bit,
+)
 from edm2kit.data.labels import ConditionSpace, Labels, read_labels
 from edm2kit.data.workers import run_in_order
 from edm2kit.torch_utils.dist import one_line, progress_bar
@@ -45,6 +53,8 @@ class FileCheck:
             raw = decode_array(self.archive.read(index), where)
             if not np.isfinite(raw).all():
                 raise ValueError(f"{where}: contains numbers that are not finite; encode it again")
+            if trouble := latent_trouble(raw):
+                raise ValueError(f"{where}: {trouble}")
             return f"{raw.dtype} {list(raw.shape)}", None
         except ValueError as error:
             return "", str(error)
@@ -109,8 +119,11 @@ def _check_source(source: Source) -> bool:
         for start in range(0, len(source), _BATCH):
             indices = np.arange(start, min(start + _BATCH, len(source)))
             try:
-                if not np.isfinite(source.read(indices)).all():
+                raw = source.read(indices)
+                if not np.isfinite(raw).all():
                     raise ValueError(f"{source.path}: items {start} to {indices[-1]} hold numbers that are not finite")
+                if trouble := latent_trouble(raw):
+                    raise ValueError(f"{source.path}: items {start} to {indices[-1]}: {trouble}")
                 good += len(indices)
             except ValueError as error:
                 problems.append(str(error))

@@ -178,14 +178,14 @@ class ImageDataset(Source):
         return len(self._picked)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        # decodes the file and, in a zip, verifies its checksum, which `read` skips
+        # decodes the file and verifies its checksum, which `read` does once
         return self._decode(index), self.read_labels(np.array([index]))[0]
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Items `indices` as one array [n, C, H, W], in memory perhaps channels last.
 
-        Files that need no decoding are copied into place, about 20 times as fast as one by one. The checksums in a zip
-        are not verified then (`dataset_tool.py check` does that).
+        Files that need no decoding are copied into place, about 20 times as fast as one by one. Their checksums, of the
+        zip or the PNG, are verified when a process reads them for the first time.
         """
         if self._layout is None:
             return np.stack([self._decode(k) for k in indices.tolist()])

@@ -12,6 +12,7 @@ import torch
 from edm2kit.conditions import ConditionLike
 from edm2kit.denoiser import Denoiser, after_step, for_step, levels_of, move_levels
 
+MAX_STEPS = 100_000
 RandnLike = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -30,8 +31,8 @@ def karras_sigmas(
 
     Example: `karras_sigmas(32, 0.002, 80, 7)`
     """
-    if num_steps < 1:
-        raise ValueError(f"steps is {num_steps}; expected at least 1")
+    if not 1 <= num_steps <= MAX_STEPS:
+        raise ValueError(f"steps is {num_steps}; expected 1 to {MAX_STEPS}")
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f"sigma_min is {sigma_min:g} and sigma_max {sigma_max:g}; expected 0 < sigma_min < sigma_max")
     if not 0 < rho < math.inf:

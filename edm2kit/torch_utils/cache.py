@@ -60,6 +60,8 @@ def fetch(
     Raises ValueError, in one line, if a file is missing, a download fails, or a hash is wrong.
     """
     if "://" not in str(url):
+        if not str(url):
+            raise ValueError("the path of a file is empty; give a path, an https:// URL or hf://org/repo/file")
         path = Path(url)
         if not path.exists():
             raise ValueError(
@@ -139,9 +141,13 @@ class _Remote:
 
 
 def _parse(name: str) -> _Remote:
-    parts = urlsplit(name)
+    try:
+        parts = urlsplit(name)
+        port = f"_{parts.port}" if parts.port else ""
+    except ValueError as error:  # a port or an address that does not exist
+        raise ValueError(f"{name} is not a valid URL: {error}") from error
     if parts.scheme in ("http", "https") and parts.hostname and parts.path.strip("/"):
-        host = parts.hostname + (f"_{parts.port}" if parts.port else "")
+        host = parts.hostname + port
         return _Remote(name, name, host, _safe_path(parts.path, parts.query))
     hub = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/(.+)", name)
     if hub is None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-from edm2kit.torch_utils.dist import progress_bar
+from edm2kit.torch_utils.dist import progress_bar, warn0
 
 if TYPE_CHECKING:
     import requests  # functions import it themselves: commands that download nothing start a tenth of a second earlier
@@ -87,6 +87,8 @@ def download(url: str, partial: Path, size_bytes: int | None = None, patience: P
                     f"cannot download {url}: {_reason(error)} (after {failures} attempts; the next call resumes "
                     f"after the {_size(partial)} bytes that arrived)"
                 ) from error
+            if failures == 1:
+                warn0(f"cannot download {url} yet: {_reason(error)}; trying again up to {patience.attempts - 1} times")
             wait_sec = patience.first_wait_sec * 2 ** max(failures - 1, 0)
             asked_sec = error.wait_sec if isinstance(error, _Passing) else 0.0
             patience.sleep(min(max(wait_sec, asked_sec), patience.longest_wait_sec))

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from edm2kit.data.batches import STOP_SIGNALS, GlobalOrder, micro_batch_sizes, training_batches
-from edm2kit.data.dataset import Source, open_source, read_encoder_record
+from edm2kit.data.dataset import Source, open_source, read_encoder_record, spread_evenly
+from edm2kit.data.image_files import latent_trouble
 from edm2kit.data.labels import LABELS_FILE
 from edm2kit.models.encoders import ENCODERS, Encoder, make_encoder
 from edm2kit.models.networks import NETWORKS
@@ -311,6 +312,8 @@ def resolve(
 def reading_notices(dataset: Source) -> list[str]:
     """Advice on reading all images, and on reading them faster, if there is any."""
     notices = []
+    if trouble := latent_trouble(dataset.read(spread_evenly(len(dataset), 64))):
+        notices.append(f"{dataset.path}: {trouble}")
     if dataset.left_out:
         total = len(dataset.left_out) + len(dataset)
         notices.append(

@@ -141,8 +141,10 @@ def test_a_second_run_generates_only_missing_images(nets, tmp_path, monkeypatch)
 
     (tmp_path / "000002.png").write_bytes(first["000002.png"][:-25])
     (tmp_path / "000004.png").unlink()
+    (tmp_path / "000000.png").write_bytes(first["000001.png"])  # the image of another seed
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "000005.png", "JPEG")
     assert run(*arguments, net=nets / "main")[0] == 0
-    assert drawn == [[2, 4]]
+    assert drawn == [[0, 2, 4, 5]]
     again = contents(tmp_path)
     assert {name: again[name] for name in first if name.endswith("png")} == {
         name: data for name, data in first.items() if name.endswith("png")
@@ -312,6 +314,7 @@ def test_pixels_are_those_of_the_engine(nets, tmp_path, net):
         ("--outdir OUT --seeds 1,x", 2, "'x' is neither a number nor a range"),
         ("--outdir OUT --seeds 1,0-2", 2, "names 1 more than once"),
         ("--outdir OUT --sigma_min 0", 1, "sigma_min is 0"),
+        ("--outdir OUT --steps 1000000000", 1, "steps is 1000000000; expected 1 to 100000"),
         ("--outdir OUT --seeds 0-2000 --grid OUT/g.png", 2, "at most 1024"),
         ("--outdir OUT --grid-weights 1,2", 2, "--grid-weights goes with --grid"),
         ("--grid OUT.png --grid-weights 1,2", 2, "--grid-weights needs guidance"),

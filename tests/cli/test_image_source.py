@@ -80,12 +80,22 @@ def saved(path, save=np.savez, **arrays):
         ({"images": np.zeros((2, 3, 4, 4), np.uint8)}, np.savez, r"expected uint8 \[N, H, W, 1 or 3\]"),
         ({"images": np.zeros((2, 4, 4, 3), np.uint8)}, np.savez_compressed, "compressed"),
         ({"images": np.array([None])}, np.savez, "objects"),
+        ({"images": np.zeros((0, 4, 4, 3), np.uint8)}, np.savez, r"images\.npz: `images` is .* contains no images"),
     ],
 )
 def test_other_npz_is_refused(tmp_path, arrays, save, reason):
     with pytest.raises(ValueError, match=reason) as caught:
         open_images(saved(tmp_path / "images.npz", save, **arrays))
     assert "\n" not in str(caught.value)
+
+
+def test_a_flipped_bit_in_an_npz_is_found(tmp_path):
+    path = saved(tmp_path / "images.npz", images=np.zeros((20, 8, 8, 3), np.uint8))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"images\.npz: contains no array of images, or is damaged: .*CRC"):
+        open_images(path)
 
 
 def test_cut_npz_is_refused(tmp_path):

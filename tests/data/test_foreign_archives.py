@@ -14,11 +14,12 @@ from PIL import Image
 from edm2kit.data.archive import open_archive
 from edm2kit.data.check import check, look_at
 from edm2kit.data.convert import find_labels, plan
-from edm2kit.data.dataset import ImageDataset
-from edm2kit.data.image_files import IMAGE_EXTENSIONS, open_header
+from edm2kit.data.dataset import ImageDataset, open_source
+from edm2kit.data.image_files import IMAGE_EXTENSIONS, encode_png, open_header
 from edm2kit.data.labels import read_labels
 from edm2kit.data.output import PartialDataset
 from edm2kit.torch_utils.files import check_name
+from edm2kit.training.run import reading_notices
 
 
 def png(value=7, size=8, mode="RGB"):
@@ -115,6 +116,45 @@ def test_folders_named_after_splits_are_splits(tmp_path, folders):
 def test_other_folders_are_classes(tmp_path, folders):
     archive = opened(write_zip(tmp_path / "set.zip", {f"{name}/0.png": png() for name in folders}))
     assert set(find_labels(archive, "auto").class_names) == set(folders)
+
+
+@pytest.mark.parametrize("name", ["set", "set.zip"])
+def test_one_flipped_bit_of_an_image_is_found_when_it_is_first_read(tmp_path, name):
+    rng = np.random.default_rng(0)
+    with PartialDataset(tmp_path / name, {}) as output:
+        for k in range(3):
+            output.add(f"{k}.png", encode_png(Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))))
+        output.finish({"labels": None})
+    sound = ImageDataset(tmp_path / name)
+    assert not sound.needs_decoding
+    expected = sound.read(np.arange(3))
+    damaged = tmp_path / name / "1.png" if name == "set" else tmp_path / name
+    data = bytearray(damaged.read_bytes())
+    data[data.find(b"1.png") + 100] ^= 16  # within the pixels of image 1
+    damaged.write_bytes(data)
+    dataset = ImageDataset(tmp_path / name)
+    assert np.array_equal(dataset.read(np.array([0, 2])), expected[[0, 2]])
+    with pytest.raises(ValueError, match=r"1\.png: .*(checksum is wrong|damaged or cut short)"):
+        dataset.read(np.arange(3))
+    # what was verified once is not verified again
+    assert np.array_equal(sound.read(np.array([0, 2])), expected[[0, 2]])
+    assert not np.array_equal(sound.read(np.arange(3)), expected)
+
+
+def test_latents_that_are_not_raw_are_reported(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    mean, std = rng.standard_normal((2, 4, 8, 8)), np.full((2, 4, 8, 8), 0.1)
+    cases = {"raw": (mean, std), "sampled": (mean, mean), "large": (mean * 1e6, std), "half": (mean, std * 0)}
+    for name, parts in cases.items():
+        np.save(tmp_path / f"{name}.npy", np.concatenate(parts, axis=1).astype(np.float32))
+    assert check(str(tmp_path / "raw.npy"), 1)
+    assert check(str(tmp_path / "half.npy"), 1)
+    assert not check(str(tmp_path / "sampled.npy"), 1)
+    assert "the last 4 of 8 channels are standard deviations, but some are negative" in capsys.readouterr().out
+    assert not check(str(tmp_path / "large.npy"), 1)
+    assert "stay below 1000, but these reach" in capsys.readouterr().out
+    assert "some are negative" in reading_notices(open_source(tmp_path / "sampled.npy"))[0]
+    assert reading_notices(open_source(tmp_path / "raw.npy")) == []
 
 
 def test_an_encrypted_zip_is_told_from_a_damaged_one(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -62,6 +63,17 @@ def test_a_missing_path_says_what_would_do():
 def test_other_schemes_are_refused(url):
     with pytest.raises(ValueError, match="expected a local path, an http"):
         fetch(url)
+
+
+@pytest.mark.parametrize("url", ["https://host:99999/a", "https://[::1/a", "https://host:x/a"])
+def test_impossible_addresses_are_named(url):
+    with pytest.raises(ValueError, match=re.escape(f"{url} is not a valid URL: ")):
+        fetch(url)
+
+
+def test_an_empty_path_is_not_this_folder():
+    with pytest.raises(ValueError, match="the path of a file is empty"):
+        fetch("")
 
 
 # the cache

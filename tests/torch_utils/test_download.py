@@ -101,13 +101,17 @@ def test_a_later_call_goes_on_where_an_earlier_one_gave_up(tmp_path):
     assert (tmp_path / "a").read_bytes() == BODY
 
 
-def test_attempts_are_bounded(tmp_path):
+def test_attempts_are_bounded_and_the_first_failure_is_reported_at_once(tmp_path, capsys):
     clock = Clock()
     with serve({"/a": BODY}, {"/a": [500] * 9}) as server:
         with pytest.raises(ValueError, match=r"answered 500 .*after 4 attempts"):
             download(server.url("/a"), tmp_path / "a", patience=quick(clock))
         assert len(server.seen) == 4
     assert clock.waits == [1, 2, 4]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1
+    assert "yet: the server answered 500" in warnings[0]
+    assert warnings[0].endswith("trying again up to 3 times")
 
 
 def test_attempts_that_bring_a_lot_do_not_count_as_failures(tmp_path, monkeypatch):
