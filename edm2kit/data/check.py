@@ -17,6 +17,7 @@ from edm2kit.data.dataset import (
     UNREAD_TYPES,
     ImageDataset,
     Source,
+    latent_trouble,
     open_source,
     split_kind,
 )
@@ -25,7 +26,6 @@ from edm2kit.data.image_files import (
     check_item,
     decode_array,
     has_other_profile,
-    latent_trouble,
     open_image,
     orientation,
     to_8bit,

@@ -27,6 +27,7 @@ FILE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".npy")
 UNREAD_TYPES = tuple({*IMAGE_EXTENSIONS, *HEIF_EXTENSIONS, *OTHER_TYPES}.difference(FILE_EXTENSIONS))
 ENCODER_FILE = "encoder.json"
 _HASHED_BYTES = 1 << 26  # of all items together, for the identity of a data set
+_LARGEST_LATENT = 1000
 _HUGGING_FACE_FILES = ("dataset_dict.json", "state.json")  # save_to_disk writes one of them into each folder
 CONVERT_HINT = (
     "make a training set of the images with "
@@ -253,6 +254,22 @@ class ImageDataset(Source):
     def left_out(self) -> list[str]:
         """The names of images that training does not read, because of their type."""
         return [name for name in self._archive.ignored if name.lower().endswith(UNREAD_TYPES)]
+
+
+def latent_trouble(raw: np.ndarray) -> str | None:
+    """What shows that items `raw` [..., C, H, W] are not raw latents as EDM2 stores them; None if nothing does."""
+    if raw.dtype == np.uint8:
+        return None
+    half = raw.shape[-3] // 2
+    if raw[..., half:, :, :].min() < 0:
+        return (
+            f"the last {half} of {2 * half} channels are standard deviations, but some are negative: these latents do "
+            "not come from `python scripts/dataset_tool.py encode`"
+        )
+    largest = float(np.abs(raw).max())
+    if largest > _LARGEST_LATENT:
+        return f"raw latents of a VAE stay below {_LARGEST_LATENT}, but these reach {largest:g}: scale them back"
+    return None
 
 
 def spread_evenly(available: int, max_images: int | None) -> np.ndarray:

@@ -62,7 +62,6 @@ _BROKEN_IMAGE = (
     struct.error,
     Image.DecompressionBombError,
 )
-_LARGEST_LATENT = 1000
 _PNG_START = 48  # bytes before the first pixels: signature, IHDR, length and name of IDAT, zlib header
 _BLOCK_HEADER = 5
 _SHEET_CELL, _SHEET_WIDTH = 128, 264  # pixels: the size that small images are enlarged to, and the least for a title
@@ -375,22 +374,6 @@ def check_item(raw: np.ndarray, where: str, hint: str) -> None:
             f"{where}: contains {list(raw.shape)} numbers; raw latents are square and have an even number of channels "
             "(means, then standard deviations)"
         )
-
-
-def latent_trouble(raw: np.ndarray) -> str | None:
-    """What shows that items `raw` [..., C, H, W] are not raw latents as EDM2 stores them; None if nothing does."""
-    if raw.dtype == np.uint8:
-        return None
-    half = raw.shape[-3] // 2
-    if raw[..., half:, :, :].min() < 0:
-        return (
-            f"the last {half} of {2 * half} channels are standard deviations, but some are negative: these latents do "
-            "not come from `python scripts/dataset_tool.py encode`"
-        )
-    largest = float(np.abs(raw).max())
-    if largest > _LARGEST_LATENT:
-        return f"raw latents of a VAE stay below {_LARGEST_LATENT}, but these reach {largest:g}: scale them back"
-    return None
 
 
 @dataclass(frozen=True)

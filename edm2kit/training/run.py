@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from edm2kit.data.batches import STOP_SIGNALS, GlobalOrder, micro_batch_sizes, training_batches
-from edm2kit.data.dataset import Source, open_source, read_encoder_record, spread_evenly
-from edm2kit.data.image_files import latent_trouble
+from edm2kit.data.dataset import Source, latent_trouble, open_source, read_encoder_record, spread_evenly
 from edm2kit.data.labels import LABELS_FILE
 from edm2kit.models.encoders import ENCODERS, Encoder, make_encoder
 from edm2kit.models.networks import NETWORKS
@@ -311,23 +310,21 @@ def resolve(
 
 def reading_notices(dataset: Source) -> list[str]:
     """Advice on reading all images, and on reading them faster, if there is any."""
-    notices = []
-    if trouble := latent_trouble(dataset.read(spread_evenly(len(dataset), 64))):
-        notices.append(f"{dataset.path}: {trouble}")
+    trouble = latent_trouble(dataset.read(spread_evenly(len(dataset), 64)))
+    notices = [f"{dataset.path}: {trouble}"] if trouble else []
     if dataset.left_out:
         total = len(dataset.left_out) + len(dataset)
         notices.append(
             f"{len(dataset.left_out)} of {total} images of {dataset.path} are left out, such as {dataset.left_out[0]}: "
             "training does not read their type. `python scripts/dataset_tool.py convert` does"
         )
-    if not dataset.needs_decoding:
-        return notices
-    return [
-        *notices,
-        f"the images of {dataset.path} are decoded one by one, in --workers processes. `python scripts/dataset_tool.py "
-        f"convert --source {dataset.path} --dest FASTER.zip` stores them uncompressed, which makes reading some twenty "
-        "times faster. If the images keep their names (00000/img00000000.png, ...), a run can be resumed with either",
-    ]
+    if dataset.needs_decoding:
+        notices.append(
+            f"the images of {dataset.path} are decoded one by one, in --workers processes. `python scripts/dataset_tool."
+            f"py convert --source {dataset.path} --dest FASTER.zip` stores them uncompressed: some twenty times faster "
+            "to read. If the images keep their names (00000/img00000000.png, ...), a run can be resumed with either"
+        )
+    return notices
 
 
 def enlarged_fraction(dataset: Source) -> float:
