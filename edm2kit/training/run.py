@@ -320,9 +320,9 @@ def reading_notices(dataset: Source) -> list[str]:
         )
     if dataset.needs_decoding:
         notices.append(
-            f"the images of {dataset.path} are decoded one by one, in --workers processes. `python scripts/dataset_tool."
-            f"py convert --source {dataset.path} --dest FASTER.zip` stores them uncompressed: some twenty times faster "
-            "to read. If the images keep their names (00000/img00000000.png, ...), a run can be resumed with either"
+            f"the images of {dataset.path} are decoded one by one, in --workers processes. `python scripts/"
+            f"dataset_tool.py convert --source {dataset.path} --dest FASTER.zip` stores them uncompressed: some twenty "
+            "times faster to read. If images keep their names (00000/img00000000.png), a run resumes with either"
         )
     return notices
 
