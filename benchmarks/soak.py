@@ -190,7 +190,7 @@ def summary(title: str, samples: Sequence[Sample]) -> Mapping[str, Any]:
 
 
 def slope_per_hour(seconds: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
-    """Least-squares slope of `values` per hour, and its standard error from ten blocks (samples are not independent)."""
+    """Least-squares slope of `values` per hour, with an error from ten blocks, as samples depend on each other."""
     hours, numbers = np.asarray(seconds) / 3600, np.asarray(values)
     blocks = min(10, len(numbers))
     x = np.array([part.mean() for part in np.array_split(hours, blocks)])

@@ -7,9 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import shlex
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,13 +26,12 @@ from edm2kit.cli.click_types import check_output, check_writable
 from edm2kit.cli.generation import Generation, Request, prepare, with_files
 from edm2kit.cli.generation_options import SECTIONS, generation_options
 from edm2kit.cli.grids import MAX_IMAGES, grid_title, parse_weights, write_grid
-from edm2kit.cli.npz import write_npz
+from edm2kit.cli.npz import check_npz, pack, record_of, remove_parts
 from edm2kit.data.labels import RECORD
 from edm2kit.guidance.records import settings_differences
 from edm2kit.models.encoders import to_image
 from edm2kit.sampling.engine import ImageBatch
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.arrays import read_npz_array
 from edm2kit.torch_utils.files import (
     atomic_write,
     exclusive,
@@ -308,7 +305,7 @@ def main(
             _remove_unless_kept(path, outdir, grid)
             return
         folder = ImageFolder(path, subdirs, generation.settings)
-        if npz is not None and dist.on_rank0(_is_complete, npz, seeds, folder.all_settings, overwrite):
+        if npz is not None and dist.on_rank0(_is_complete, npz, folder, seeds, overwrite):
             dist.print0(f"{npz} already holds these images")
             return
         with folder.held(alone=overwrite or outdir is None):
@@ -323,7 +320,7 @@ def main(
 
 def _remove_unless_kept(path: Path, outdir: Path | None, grid: Path | None) -> None:
     if outdir is None:
-        dist.on_rank0(shutil.rmtree, path)
+        dist.on_rank0(remove_parts, path)
         dist.print0(f"Wrote {grid}; with --outdir the images are kept, too")
 
 
@@ -415,35 +412,15 @@ def _generate_column(
     return folders
 
 
-def _record_of(npz: Path) -> Path:
-    return npz.with_name(f"{npz.name}.json")
-
-
-def _is_complete(npz: Path, seeds: tuple[int, ...], settings: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `npz` already holds the images of this run. Raises ValueError if it holds others that must stay."""
+def _is_complete(npz: Path, folder: ImageFolder, seeds: tuple[int, ...], overwrite: bool) -> bool:
     if overwrite or not npz.exists():
         return False
-    record = read_record(_record_of(npz))
-    if record is None:
-        raise ValueError(f"{npz} exists, but its record {_record_of(npz).name} does not; use --overwrite to replace it")
-    changed = settings_differences(record["settings"], settings)
-    if changed:
-        raise ValueError(
-            f"{npz} was made with other settings ({'; '.join(changed[:4])}); use --overwrite to replace it"
-        )
-    try:
-        found = read_npz_array(npz, "seeds")
-    except ValueError as error:
-        raise ValueError(f"{npz} is damaged ({error}); use --overwrite to replace it") from error
-    if found.tolist() != list(seeds):
-        raise ValueError(f"{npz} holds other seeds; choose another file, or use --overwrite to replace it")
-    return True
+    records = read_record(record_of(npz)), read_record(folder.path / RECORD)
+    return check_npz(npz, records[0], folder.path, records[1], seeds, folder.all_settings)
 
 
 def _pack(npz: Path, folder: ImageFolder, seeds: tuple[int, ...]) -> None:
-    write_npz(npz, seeds, folder.read(seeds))
-    os.replace(folder.path / RECORD, _record_of(npz))
-    shutil.rmtree(folder.path)
+    pack(npz, folder.path, read_record(folder.path / RECORD), seeds, folder.read(seeds))
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def convert(
         click.echo(one_line(line))
     settings = {
         "images": len(indices),
-        "source_content": _digest(archive, indices, labels),
+        "source_content": _digest(archive, indices, labels, skip_broken),
         "resolution": list(converter.size),
         "transform": transform,
         "channels": converter.channels,
@@ -334,12 +334,20 @@ def _write(
     return list(broken.values())
 
 
-def _digest(archive: Archive, indices: np.ndarray, labels: Labels | None) -> str:
-    """A hash of names, contents and labels: it shows that a source has changed, without decoding the images."""
+def _digest(archive: Archive, indices: np.ndarray, labels: Labels | None, skip_broken: bool) -> str:
+    """A hash of names, contents and labels: it shows that a source has changed, without decoding the images.
+
+    Raises ValueError if an image cannot be read, unless `skip_broken` allows that.
+    """
     digest = hashlib.sha256()
     for index in indices.tolist():
         label = "" if labels is None else labels.values[index].tolist()
-        digest.update(os.fsencode(archive.names[index]) + f"\0{archive.checksum(index)}\0{label}\n".encode())
+        size, checksum = archive.checksum(index)
+        if size < 0 and not skip_broken:  # the hash would be another one as soon as the disk answers again
+            raise ValueError(
+                f"{archive.where(index)}: cannot be read; run the same command again, or use --skip-broken"
+            )
+        digest.update(os.fsencode(archive.names[index]) + f"\0{(size, checksum)}\0{label}\n".encode())
     return digest.hexdigest()
 
 

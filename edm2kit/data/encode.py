@@ -145,7 +145,9 @@ def run(job: FileJob, batch: int, workers: int) -> None:
         dist.print0(f"{job.dest} is complete and was made with these settings: nothing to do")
         return
     with _Output(job) as output:
-        todo = [k for k, name in enumerate(job.names) if name not in output.names]
+        # complete batches: in a batch of another size, the VAE rounds differently
+        unfinished = {k // batch for k, name in enumerate(job.names) if name not in output.names}
+        todo = [k for k in range(len(job.names)) if k // batch in unfinished]
         checked = False
         with progress_bar(len(job.names), initial=len(job.names) - len(todo)) as bar:
             for names, files in _results(job, todo, batch, workers):
@@ -224,7 +226,8 @@ class _Output:
         assert self._partial is not None
         files = [file for part in parts for file in part]
         for name, data in files:
-            self._partial.add(name, data)
+            if name not in self.names:  # it has been written before, and others of its batch have not
+                self._partial.add(name, data)
         return len(files)
 
     def finish(self) -> None:

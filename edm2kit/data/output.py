@@ -23,21 +23,38 @@ _DATE_1980 = 33  # the same bytes whenever it is written
 def is_finished(dest: Path, settings: dict) -> bool:
     """Whether `dest` is a complete data set made with `settings`; False if there is nothing.
 
-    Raises ValueError if `dest` is anything else.
+    Removes the folder of unfinished files if a killed process has left it beside the complete data set. Raises
+    ValueError if `dest` is anything else, or if files have been deleted from it.
     """
     if not dest.exists() or (dest.is_dir() and not any(dest.iterdir())):
         return False
-    try:
-        content = read_labels_file(open_archive(dest, FILE_EXTENSIONS)) or {}
-    except ValueError:
-        content = {}
+    content: dict = {}
+    num_files = 0
+    with contextlib.suppress(ValueError):
+        archive = open_archive(dest, FILE_EXTENSIONS)
+        content, num_files = read_labels_file(archive) or {}, len(archive.names)
     found = content.get("settings")
     if not isinstance(found, dict):
         raise ValueError(f"{dest} exists and was not made by this command; delete it or choose another --dest")
     changed = differences(found, _comparable(plain_json(settings), found))
     if changed:
         raise ValueError(f"{dest} is a data set with {'; '.join(changed[:3])}; delete it or choose another --dest")
+    wanted = content.get("files", num_files)  # older records do not say how many there were
+    if num_files != wanted:
+        raise ValueError(f"{dest} has {num_files} of its {wanted} files; delete it and run the command again")
+    left = _unfinished(dest)
+    if left.exists() and not (left / "data").exists():
+        with contextlib.suppress(ValueError), file_lock(left / "lock", lambda owner: _in_use(left, owner)):
+            shutil.rmtree(left)
     return True
+
+
+def _unfinished(dest: Path) -> Path:
+    return dest.with_name(f"{dest.name}.partial")
+
+
+def _in_use(folder: Path, owner: str) -> None:
+    raise ValueError(f"{folder}: another process is writing there ({owner})")
 
 
 def _comparable(settings: dict, found: dict) -> dict:
@@ -80,22 +97,18 @@ class PartialDataset:
     """The files of an unfinished data set; a context manager.
 
     `settings` (JSON values) identify the data set: files in `<dest>.partial` that were written with the same settings
-    are kept. `names` are those files. Raises ValueError if the settings differ or another process is writing there, and
-    OSError if writing fails; in both cases the files stay, for the next attempt. An empty folder is removed.
+    are kept. `names` are the files so far. Raises ValueError if the settings differ or another process is writing
+    there, and OSError if writing fails; in both cases the files stay, for the next attempt. An empty folder is removed.
     """
 
     def __init__(self, dest: Path, settings: dict):
         self.dest, self.settings = dest, settings
-        self.folder = dest.with_name(dest.name + ".partial")
+        self.folder = _unfinished(dest)
         with contextlib.ExitStack() as held:
-            held.enter_context(file_lock(self.folder / "lock", self._refuse))
+            held.enter_context(file_lock(self.folder / "lock", lambda owner: _in_use(self.folder, owner)))
             self._writer = self._open_writer()
             self._lock = held.pop_all()  # held until __exit__
         self.names = self._writer.names
-        self._num_files = len(self.names)
-
-    def _refuse(self, owner: str) -> None:
-        raise ValueError(f"{self.folder}: another process is writing there ({owner})")
 
     def _open_writer(self) -> "_FolderWriter | _ZipWriter":
         settings_file = self.folder / "settings.json"
@@ -118,18 +131,20 @@ class PartialDataset:
     def __exit__(self, *error: object) -> None:
         self._writer.close()
         self._lock.close()
-        if not self._num_files:
+        if not self.names:
             shutil.rmtree(self.folder)
 
     def add(self, name: str, data: bytes) -> None:
         """Write one file; raises ValueError for a name that would leave the folder."""
         check_name(name, self.dest)
         self._writer.add(name, data)
-        self._num_files += 1
+        self.names.add(name)
 
     def finish(self, content: dict) -> None:
-        """Write dataset.json (`content` and the settings) and move the data set to its destination."""
-        self.add(LABELS_FILE, json.dumps(content | {"settings": self.settings}).encode())
+        """Write dataset.json (`content`, the settings, the number of files), and move the data set to its place."""
+        count = sum(name.lower().endswith(FILE_EXTENSIONS) for name in self.names)
+        content = content | {"files": count, "settings": self.settings}
+        self.add(LABELS_FILE, json.dumps(content).encode())
         self._writer.finish()
         if self.dest.is_dir():
             self.dest.rmdir()  # empty, or is_finished would have refused it

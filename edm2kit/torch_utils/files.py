@@ -45,14 +45,15 @@ _ROOT = Path(__file__).parents[2]
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Write `path` completely or not at all: opens a temporary file beside it and renames that at the end.
 
-    An exception or a full disk leaves the old file as it was and removes the temporary one; a crash leaves the old
-    file. `mode` is "wb" or "w" (UTF-8). Creates the parent folder if needed. Raises OSError as `open` does, naming
-    `path`.
+    An exception or a full disk leaves the old file as it was and removes the temporary one. A crash leaves both; the
+    next process that writes to the folder removes the temporary one. `mode` is "wb" or "w" (UTF-8). Creates the parent
+    folder if needed. Raises OSError as `open` does, naming `path`.
 
     Example: `with atomic_write("runs/a.json", "w") as file: json.dump(record, file)`
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _clean_once(path.parent.absolute())
     # random, as another thread or another machine on the same file system may write the same path
     partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
@@ -126,6 +127,9 @@ def remove_partial_files(folder: Path) -> None:
         with contextlib.suppress(OSError), open(path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
+
+
+_clean_once = functools.cache(remove_partial_files)  # looking at a million images before each one would take hours
 
 
 def sync_folder(folder: Path) -> None:

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from edm2kit.cli import dataset as dataset_tool
 from edm2kit.data import encode as dataset_latents
 from edm2kit.data.dataset import EncoderRecord, ImageDataset, read_encoder_record
+from edm2kit.data.output import PartialDataset
 from edm2kit.models.vae import load_vae, vae_decode, vae_encode, vae_sha256
 from tests.support import tiny
 from tests.support.fakes import tiny_vae
@@ -120,6 +121,22 @@ def test_a_killed_command_resumes(vae, pixels, encoded, tmp_path):
     assert f"13 of {NUM_IMAGES} files to write" in again.output
     assert (tmp_path / "latents.zip").read_bytes() == encoded.read_bytes()
     assert "nothing to do" in CliRunner().invoke(dataset_tool.main, line).output
+
+
+def test_a_command_that_ended_within_a_batch_resumes_with_the_same_bits(vae, pixels, encoded, tmp_path, monkeypatch):
+    line = arguments("encode", vae, pixels, tmp_path / "latents.zip")
+    whole = PartialDataset.add
+
+    def add_six(self, name, data):
+        if len(self.names) == 6:  # batches have 4 images
+            raise OSError("the disk is full")
+        whole(self, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialDataset, "add", add_six)
+        assert "the disk is full" in CliRunner().invoke(dataset_tool.main, line).output
+    assert CliRunner().invoke(dataset_tool.main, line).exit_code == 0
+    assert (tmp_path / "latents.zip").read_bytes() == encoded.read_bytes()
 
 
 def test_decode_reads_what_encode_wrote(vae, encoded, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from edm2kit.cli import generate
+from edm2kit.cli import generate, npz
 from edm2kit.cli.field_options import default_text
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.guidance.reuse import Reuse
@@ -170,6 +170,24 @@ def test_an_interrupted_run_continues(nets, tmp_path, monkeypatch):
     assert "already holds these images" in run(*arguments, net=nets / "main")[1]
 
 
+@pytest.mark.parametrize("last", ["write_json", "remove_parts"])
+def test_a_process_killed_while_it_packs_an_npz_is_followed_by_one_that_completes_it(nets, tmp_path, monkeypatch, last):
+    arguments = ("--seeds", "0-2", "--npz", tmp_path / "three.npz")
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(npz, last, die)
+        assert run(*arguments, net=nets / "main")[0] == 1
+    assert (tmp_path / "three.npz.parts").exists()
+    assert run(*arguments, net=nets / "main")[0] == 0
+    assert sorted(contents(tmp_path)) == ["three.npz", "three.npz.json"]
+    assert not (tmp_path / "three.npz.parts").exists()
+    (tmp_path / "three.npz.json").unlink()  # by hand: who made the images is no longer known
+    assert "but its record three.npz.json does not" in run(*arguments, net=nets / "main")[1]
+
+
 def test_other_settings_are_refused_until_overwritten(nets, tmp_path):
     arguments = (*guided(nets), "--seeds", "0-3", "--outdir", tmp_path)
     assert run(*arguments, net=nets / "main")[0] == 0
@@ -224,6 +242,12 @@ def test_what_killed_writers_left_is_removed(nets, tmp_path):
         path.write_bytes(b"half")
     assert run("--seeds", "0", "--subdirs", "--outdir", tmp_path, net=nets / "main")[0] == 0
     assert sorted(contents(tmp_path)) == ["000000/000000.png", "generation.json"]
+
+
+def test_what_a_killed_writer_of_one_file_left_is_removed(nets, tmp_path):
+    (tmp_path / ".a.npz.0123456789ab.tmp").write_bytes(b"half")
+    assert run("--seeds", "0", "--npz", tmp_path / "a.npz", net=nets / "main")[0] == 0
+    assert sorted(contents(tmp_path)) == ["a.npz", "a.npz.json"]
 
 
 def test_the_folder_for_unfinished_images_is_never_somebody_elses(nets, tmp_path):

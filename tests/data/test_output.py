@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from edm2kit.cli.dataset import main
 from edm2kit.data import output as dataset_output
 from edm2kit.data import workers as data_workers
-from edm2kit.data.archive import open_archive
+from edm2kit.data.archive import FolderArchive, open_archive
 from edm2kit.data.dataset import ImageDataset
 from edm2kit.data.output import PartialDataset
 from edm2kit.data.workers import run_in_order
@@ -41,6 +41,29 @@ def test_a_finished_data_set_is_left_alone(tmp_path, source, dest):
     assert "is a data set with resolution [8, 8], now [4, 4]" in output
     assert "delete it or choose another --dest" in output
     assert os.stat(tmp_path / dest).st_mtime_ns == before.st_mtime_ns
+
+
+def test_a_finished_data_set_from_which_files_were_deleted_is_not_called_complete(tmp_path, source):
+    convert(source, tmp_path / "out")
+    next((tmp_path / "out").rglob("*.png")).unlink()
+    assert "has 5 of its 6 files; delete it" in convert(source, tmp_path / "out", code=1)
+
+
+@pytest.mark.parametrize("dest", ["out", "out.zip"])
+def test_what_a_process_left_that_was_killed_at_the_very_end_is_removed(tmp_path, source, dest, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset_output.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        convert(source, tmp_path / dest, code=1)
+    assert (tmp_path / f"{dest}.partial").exists()
+    assert "nothing to do" in convert(source, tmp_path / dest)
+    assert not (tmp_path / f"{dest}.partial").exists()
+
+
+def test_a_disk_that_does_not_answer_while_the_source_is_identified_is_an_error(tmp_path, source, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderArchive, "checksum", lambda self, index: (-1, 0))
+        assert "cannot be read; run the same command again" in convert(source, tmp_path / "out.zip", code=1)
+    convert(source, tmp_path / "out.zip")
 
 
 @pytest.mark.parametrize("content", [{"x": b"mine"}, with_labels(some_files(1), [0]), {"dataset.json": b"[]"}])

@@ -190,6 +190,13 @@ def test_partial_files_of_a_killed_process_are_removed_and_those_in_use_stay(tmp
 
 
 @pytest.mark.skipif(not HAS_LOCKS, reason="without file locks, partial files are not removed")
+def test_the_first_file_that_a_process_writes_to_a_folder_removes_what_a_killed_one_left(tmp_path):
+    (tmp_path / ".b.0123456789ab.tmp").write_bytes(b"half")
+    write_json(tmp_path / "a", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.skipif(not HAS_LOCKS, reason="without file locks, partial files are not removed")
 @pytest.mark.parametrize(
     "call", [(os, "replace"), (files.fcntl, "flock")], ids=["before the rename", "before the lock"]
 )

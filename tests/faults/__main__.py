@@ -1,0 +1,106 @@
+"""The long form: hundreds of random faults for each family of commands.
+
+    python -m tests.faults --faults 200 --family train
+
+Writes benchmarks/records/faults.json, which docs/reliability.md reports.
+"""
+
+import json
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from benchmarks import harness
+from edm2kit.cli import click_types as cli
+from edm2kit.torch_utils.files import provenance
+from tests.faults.families import FAMILIES, Family
+from tests.faults.processes import Server
+from tests.faults.trial import Ready, Verdict, attempt, get_ready, plan
+
+_SAVE_EVERY = 20
+
+
+@click.command(cls=cli.Command)
+@click.option("--family", "names", type=click.Choice(list(FAMILIES)), multiple=True, help="Only this one; repeatable")
+@click.option("--faults", metavar="N", type=cli.AtLeast(int, 1), default=200, help="Faults per family")
+@click.option("--only", metavar="K", type=cli.AtLeast(int, 0), help="Only the fault of this number, and print it")
+@click.option("--seed", metavar="N", type=int, default=0, help="Seed of the faults")
+@click.option("--max-sec", metavar="SEC", type=cli.AtLeast(float, 1), default=36000.0, help="Time per family, at most")
+@harness.out_option
+def main(names: tuple[str, ...], faults: int, only: int | None, seed: int, max_sec: float, out: Path) -> None:
+    """Break commands in every way and run them again; writes faults.json.
+
+    The exit code is 1 if a promise was broken; the record then holds what happened.
+    """
+    torch.set_num_threads(1)
+    path = out / "faults.json"
+    record = json.loads(path.read_text()) if path.exists() else {"job": "faults", "families": {}}
+    for name in names or FAMILIES:
+        found = run(FAMILIES[name], faults, only, seed, max_sec)
+        click.echo(
+            f"{name}: {found['faults']} faults in {found['elapsed_sec']:.0f} s, {len(found['problems'])} problems"
+        )
+        if only is not None:
+            continue
+        record["families"][name] = found
+        record |= {"command": harness.command(), "provenance": provenance(), "cpu": harness.cpu()}
+        harness.save(record, out)
+    if any(found["problems"] for found in record["families"].values()):
+        raise ValueError(f"promises were broken; see {path}")
+
+
+def run(family: Family, faults: int, only: int | None, seed: int, max_sec: float) -> dict[str, Any]:
+    """Try a family's faults; counts by kind and outcome, and everything that broke a promise."""
+    verdicts: list[tuple[int, Verdict]] = []
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="faults") as name, Server(family.commands) as server:
+        place = Path(name)
+        place.chmod(0o755)  # for the trials as another user
+        (place / "inputs").mkdir()
+        family.prepare(place / "inputs", server)
+        ready: dict[str, Ready] = {}
+        for number, (variant, kind, rng) in enumerate(plan(family, faults, seed)):
+            if only not in (None, number):
+                continue
+            if time.monotonic() - began > max_sec:
+                break
+            if variant.name not in ready:
+                ready[variant.name] = get_ready(family, variant, place / "inputs", place / "trial", server)
+            verdict = attempt(ready[variant.name], kind, rng, place / "trial", server)
+            verdicts.append((number, verdict))
+            for problem in verdict.problems:
+                click.echo(f"{family.name} {number}: {verdict.variant}, {kind}, {verdict.fault}: {problem}")
+            if only is not None:
+                click.echo(f"{verdict}")
+    return summary(verdicts) | {"seed": seed, "elapsed_sec": round(time.monotonic() - began, 1)}
+
+
+def summary(verdicts: list[tuple[int, Verdict]]) -> dict[str, Any]:
+    """Counts by kind and outcome; every trial with a problem."""
+    kinds: dict[str, Counter[str]] = {}
+    for _, verdict in verdicts:
+        kinds.setdefault(verdict.kind, Counter())["broken" if verdict.problems else verdict.outcome] += 1
+    return {
+        "faults": len(verdicts),
+        "kinds": {kind: dict(kinds[kind]) for kind in sorted(kinds)},
+        "problems": [
+            {
+                "number": number,
+                "kind": verdict.kind,
+                "variant": verdict.variant,
+                "fault": vars(verdict.fault),
+                "problems": verdict.problems[:5],
+            }
+            for number, verdict in verdicts
+            if verdict.problems
+        ],
+    }
+
+
+if __name__ == "__main__":
+    main()
