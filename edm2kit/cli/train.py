@@ -5,6 +5,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -32,7 +33,20 @@ from edm2kit.training.stop import stopped_exit_code
 SAMPLE_BATCH = 16
 
 
-@click.command(cls=cli.Command, epilog=f"Presets, smallest first: {summary(preset_names())}")
+class TrainCommand(cli.Command):
+    """`train.py`, and `train.py doctor RUN`, which is a command of its own."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        given = args[0] if args else kwargs.pop("args", None)
+        words = sys.argv[1:] if given is None else list(given)
+        if words[:1] != ["doctor"]:
+            return super().main(given, *args[1:], **kwargs)
+        from edm2kit.cli.doctor import doctor  # needed by this word alone
+
+        return doctor.main(words[1:], **{**kwargs, "prog_name": f"{Path(sys.argv[0]).name} doctor"})
+
+
+@click.command(cls=TrainCommand, epilog=f"Presets, smallest first: {summary(preset_names())}")
 @cli.section(
     "Run",
     click.option(
@@ -122,6 +136,7 @@ def main(
     \b
     python train.py --preset edm2-img64-s --data img64.zip --outdir runs/s
     torchrun --standalone --nproc-per-node 8 train.py --preset edm2-img64-s ...
+    python train.py doctor runs/s     what is wrong with a run, and what to do
     """
     if auto:
         write_advice(outdir, budget, throughput, device, preset or config_file, options)

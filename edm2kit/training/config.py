@@ -78,7 +78,7 @@ class TrainConfig:
         option="--flip", metavar="BOOL", added=True,
     )  # fmt: skip
     augment: float = _setting(
-        0.0, "Probability of EDM's augmentations, such as 0.12, for few images",
+        0.0, "Probability of EDM's augmentations (0.12)",
         option="--augment", metavar="P", added=True,
     )  # fmt: skip
     P_mean: float = _setting(-0.4, "Mean of ln(sigma) in training", option="--P_mean", metavar="FLOAT")

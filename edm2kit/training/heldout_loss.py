@@ -24,7 +24,7 @@ class HeldoutLoss:
     """Measures a network on held-out images and on as many training images, without dropout or augmentation.
 
     Image k of either side has the same noise level and the same noise at every call; both depend on the seed of the run
-    and k alone, and no random state of training is used. At most `MAX_IMAGES` of each side are used, evenly spread.
+    and k alone, and no random state of training is used. At most `max_images` of each side are used, evenly spread.
     `loss_fn` is EDM2's unless given.
     """
 
@@ -35,6 +35,8 @@ class HeldoutLoss:
     batch_size: int
     device: torch.device
     loss_fn: TrainingLoss | None = None
+    max_images: int = MAX_IMAGES
+    shows_progress: bool = False
 
     def measure(self, net: nn.Module) -> dict[str, Any]:
         """Means over all noise levels ("loss") and within each range of them, as `stats.jsonl` names them.
@@ -42,10 +44,10 @@ class HeldoutLoss:
         Every rank must call it. Returns {"images": held-out images, "heldout": means, "training": means, "gap_error":
         standard errors of their differences}. Raises ValueError, on every rank, if an image cannot be read on any.
         """
-        count = min(len(self.heldout), MAX_IMAGES)
+        count = min(len(self.heldout), self.max_images)
         sides = {}
         for name, source in (("heldout", self.heldout), ("training", self.training)):
-            sides[name] = self._losses(net, source, spread_evenly(len(source), count))
+            sides[name] = self.losses(net, source, spread_evenly(len(source), count))
         record: dict[str, Any] = {"images": count, "heldout": {}, "training": {}, "gap_error": {}}
         ranges = [("loss", 0.0, float("inf")), *noise_bins(self.config.P_mean, self.config.P_std)]
         for name, low, high in ranges:
@@ -61,13 +63,17 @@ class HeldoutLoss:
         return record
 
     @torch.no_grad()
-    def _losses(self, net: nn.Module, source: Source, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The loss and the noise level of each of the images, float64 [N], on every rank."""
+    def losses(self, net: nn.Module, source: Source, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The loss and the noise level of items `numbers` of a source, float64 [N] each, on every rank.
+
+        The k-th has the noise of number k at every call, whatever the image. Raises ValueError as `measure`.
+        """
         loss_fn = self.loss_fn or EDM2Loss(self.config.P_mean, self.config.P_std, self.config.sigma_data)
         own = np.arange(dist.rank(), len(numbers), dist.world_size())
         found: dict[int, tuple[float, float]] = {}
         error = None
-        with _in_eval_mode(net):
+        bar = dist.progress_bar(len(own), "eval", what="losses", hidden=not self.shows_progress)
+        with _in_eval_mode(net), bar:
             try:
                 for start in range(0, len(own), self.batch_size):
                     ks = own[start : start + self.batch_size]
@@ -80,6 +86,7 @@ class HeldoutLoss:
                     loss, sigma = loss_fn.terms(net, images, labels, rng)
                     pairs = zip(loss.double().mean(dim=(1, 2, 3)).tolist(), sigma.tolist(), strict=True)
                     found.update(zip(ks.tolist(), pairs, strict=True))
+                    bar.update(len(ks))
             except (ValueError, OSError) as caught:
                 error = caught
         dist.raise_together(error)

@@ -1,0 +1,113 @@
+"""edm2kit-train doctor RUN, from the command line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edm2kit.cli import train
+from edm2kit.data.dataset import open_source
+from tests.experiments.runs import healthy
+from tests.support import tiny
+
+
+def doctor(*arguments: object) -> Result:
+    return CliRunner().invoke(train.main, ["doctor", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return tiny.make_dataset(tmp_path_factory.mktemp("images"), num_images=80)
+
+
+@pytest.fixture
+def run(tmp_path, images) -> Path:
+    """A healthy log on real images."""
+    folder = healthy.write_run(
+        tmp_path / "run",
+        data=str(images),
+        duration_nimg=64_000,
+        rampup_nimg=2_000,
+        ref_batches=200,
+        snapshots=False,
+        snapshot_every_nimg=60_000,
+    )
+    write_identity(folder, open_source(images).identity())
+    return folder
+
+
+def write_identity(folder: Path, identity: dict) -> None:
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "data_identity": identity}))
+
+
+def test_exit_codes_and_the_summary(run):
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    found = doctor(run)
+    assert found.exit_code == 0, found.output
+    assert "Nothing wrong found." in found.output
+    assert "64,000 of 64,000 images" in found.output
+    assert "sigma below 0.186: " in found.output
+    assert before == {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    lines = [json.loads(line) for line in (run / "stats.jsonl").open()]
+    healthy.write_lines(run / "stats.jsonl", [{**line, "nonfinite_gradients": 9} for line in lines])
+    found = doctor(run)
+    assert found.exit_code == 3
+    assert "1. Gradients are often not finite and are set to 0." in found.output
+    assert "   To do: Check the data" in found.output
+
+
+def test_errors_are_told_from_findings(run, tmp_path):
+    assert doctor(tmp_path).exit_code == 1
+    assert "is not a run folder" in doctor(tmp_path).output
+    assert doctor().exit_code == 2
+    assert "doctor" in train.main.get_help(train.main.make_context("train.py", [], resilient_parsing=True))
+
+
+def test_a_data_set_that_has_moved_or_changed(run, images, tmp_path):
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(str(images), str(tmp_path / "gone")))
+    found = doctor(run)
+    assert "the training set cannot be opened" in found.output
+    assert "give --data" in found.output
+    assert "sigma below 0.186: " in doctor(run, "--data", images).output
+    other = tiny.make_dataset(tmp_path / "other", num_images=30)
+    refused = doctor(run, "--data", other)
+    assert refused.exit_code == 1
+    assert "is not the data set that the run was trained on (differs in num_images" in refused.output
+    (run / "config.yaml").write_text(config.replace(str(images), str(other)))
+    assert "loss by noise level: the expected curve needs the data: " in doctor(run).output
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, images) -> Path:
+    """A real run, as short as snapshots at two times allow."""
+    folder = tmp_path_factory.mktemp("trained")
+    network = {**tiny.TINY["network"], "channel_mult": [1], "attn_resolutions": []}
+    changes = {"duration_nimg": 2048, "snapshot_every_nimg": 1024, "batch_size": 256, "status_every_nimg": 256}
+    config = tiny.write_config(folder / "tiny.yaml", network=network, **changes)
+    words = ["--config", config, "--data", images, "--device", "cpu", "--samples", 0, "--holdout", 20]
+    done = CliRunner().invoke(train.main, [str(word) for word in (*words, "--outdir", folder / "run")])
+    assert done.exit_code == 0, done.output
+    return folder / "run"
+
+
+def test_a_run_with_holdout_is_compared_on_the_same_split(trained):
+    found = doctor(trained, "--device", "cpu")
+    assert "on 20 images of each" in found.output
+    assert "epochs of 60 images" in found.output
+    assert "differs in" not in found.output
+
+
+def test_images_that_the_run_did_not_see(trained, images, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "run")
+    (copy / "heldout.jsonl").unlink()
+    assert "for this run give --heldout PATH" in doctor(copy, "--device", "cpu").output
+    found = doctor(copy, "--device", "cpu", "--heldout", images, "--num", 30)
+    assert "at 2,048 images, on 30 images of each" in found.output
+    other = tiny.make_dataset(tmp_path / "large", num_images=10, size=16)
+    refused = doctor(copy, "--device", "cpu", "--heldout", other)
+    assert refused.exit_code == 1
+    assert "prepare both alike" in refused.output
