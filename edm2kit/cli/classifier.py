@@ -116,8 +116,11 @@ def train_(
     optimizer = torch.optim.Adam(net.parameters(), lr=training.lr)
     order = GlobalOrder(len(dataset), training.seed)
     batches = training_batches(dataset, order, 0, training.batch_size, rank=0, world_size=1, workers=workers)
-    seen, total, right, status_at = 0, 0.0, 0, 0.1
+    seen, total, right = 0, 0.0, 0
+    bar = None
     for raw, labels, positions in batches:
+        if bar is None:  # after the reading processes have started
+            bar = dist.progress_bar(training.duration_nimg)
         rng = StackedGenerator(device, [derive_seed(training.seed, "noise", int(p)) for p in positions])
         images, classes = encoder.encode(raw.to(device), rng), labels.to(device).argmax(dim=1)
         sigma = (rng.randn([len(images)]) * training.P_std + training.P_mean).exp()
@@ -131,13 +134,15 @@ def train_(
         optimizer.step()
         seen, total = seen + len(images), total + loss.item()
         right += (logits.argmax(dim=1) == classes).sum().item()
-        if seen >= status_at * training.duration_nimg:
-            count = seen // training.batch_size
-            print(f"{seen} images: loss {total / count:.3f}, {right / seen:.1%} correct, over all noise levels so far")
-            status_at += 0.1
+        bar.set_postfix_str(f"loss {total * training.batch_size / seen:.3f}, {right / seen:.1%} correct", refresh=False)
+        bar.update(len(images))
         if seen >= training.duration_nimg:
             break
     batches.close()
+    if bar is not None:
+        bar.close()
+    loss = total * training.batch_size / seen
+    print(f"{seen} images: loss {loss:.3f}, {right / seen:.1%} correct, over all noise levels and all of the training")
 
 
 @torch.no_grad()

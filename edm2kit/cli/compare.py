@@ -163,7 +163,7 @@ def main() -> None:
 @main.command()
 @_row_options
 @_reference_options
-@cli.section("Images", _fresh, _batch, _device)
+@cli.section("Images", _fresh, _batch, _device, cli.timeout_option())
 def run(outdir: Path, fresh: str | None, device: str, **given: Any) -> None:
     """Tune and report row by row, with the images that --rows-file says; then write the table and the picture.
 
@@ -231,6 +231,7 @@ def report(
     _tuned_seeds,
     _batch,
     _device,
+    cli.timeout_option(),
 )
 def cost(outdir: Path, batch: int, rounds: int, tuned: tuple[int, ...] | None, device: str, **given: Any) -> None:
     """Time the rows at their best weights and count their multiply-adds. The machine should be idle otherwise."""
@@ -277,6 +278,7 @@ def make_table(outdir: Path, publish: bool, **given: Any) -> None:
         help="The picture  [default: sheet.png in --outdir]",
     ),
     _device,
+    cli.timeout_option(),
 )
 def sheet(outdir: Path, images: int, dest: Path | None, device: str, **given: Any) -> None:
     """Make one picture of every row at every weight, with seeds 0, 1, ...; and a page with a slider over the weight."""

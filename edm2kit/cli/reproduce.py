@@ -87,6 +87,7 @@ def list_tables() -> None:
     click.option("--batch", metavar="N", type=click.IntRange(1), default=32, help="Images per batch for --measure"),
     _precision,
     _device,
+    cli.timeout_option(),
 )
 def plan(
     table: str,
@@ -281,6 +282,7 @@ def report(table: str, outdir: Path | None) -> None:
     ),
     _precision,
     _device,
+    cli.timeout_option(),
 )
 def figure(
     name: str,

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
-from tqdm import tqdm
 
 from edm2kit.cli.click_types import Group, IntRanges
 from edm2kit.experiments.documents import checkout
@@ -12,7 +12,7 @@ from edm2kit.experiments.toy import evaluation, figures, page, plot_style, repor
 from edm2kit.experiments.toy.methods import load_nets
 from edm2kit.experiments.toy.training import RECIPES, load_network, network_path, save_network, train
 from edm2kit.models.compilation import can_compile
-from edm2kit.torch_utils.dist import print0
+from edm2kit.torch_utils.dist import print0, progress_bar
 
 _outdir = click.option(
     "--outdir",
@@ -114,9 +114,9 @@ def _train_missing(outdir: Path, seeds: Sequence[int], compiled: bool) -> None:
         print0("Training without torch.compile, about three times slower. Install a C++ compiler to use it")
     for role, seed in missing:
         recipe = RECIPES[role]
-        with tqdm(total=recipe.iterations, desc=f"{role}, seed {seed}", mininterval=1) as bar:
+        with progress_bar(recipe.iterations, "it", what=f"{role}, seed {seed}") as bar:
 
-            def advance(_: int, loss: float, bar: tqdm = bar) -> None:
+            def advance(_: int, loss: float, bar: Any = bar) -> None:
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
 

@@ -146,7 +146,7 @@ def main() -> None:
     _seed,
 )
 @cli.section("Output", _outdir)
-@cli.section("Speed", _batch, cli.device_option(), cli.tf32_option())
+@cli.section("Speed", _batch, cli.device_option(), cli.tf32_option(), cli.timeout_option())
 @_words
 def probe_command(
     outdir: Path,
@@ -265,6 +265,7 @@ def _named(request: Request, main_version: Version, guide: Version | None) -> Re
     click.option("--cache", metavar="GIB", type=cli.AtLeast(float, 0), default=4.0, help="Memory for rebuilt networks"),
     cli.device_option(),
     cli.tf32_option(),
+    cli.timeout_option(),
 )
 @_words
 def search(

@@ -110,7 +110,7 @@ class RunLog:
         self._wandb = wandb
         self._make_writer: Any = None
         self._writer: Any = None
-        self._last = (0, 0.0)
+        self._last = self._said = (0, 0.0)  # images and seconds at the last status, and at the last line
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -120,16 +120,23 @@ class RunLog:
 
     def begin(self, nimg: int, elapsed_sec: float) -> None:
         """Report where the run starts; drop statistics later than that, so that the file reads like a single run's."""
-        self._last = (nimg, elapsed_sec)
+        self._last = self._said = (nimg, elapsed_sec)
         for name in (STATS_NAME, HELDOUT_NAME):
             dist.on_rank0(drop_later_lines, self.run_dir / name, nimg)
         dist.on_rank0(partial((self.run_dir / STOPPED_NAME).unlink, missing_ok=True))
         dist.print0(f"Resuming at {nimg} images" if nimg else "Starting at image 0")
 
+    def progress(self, nimg: int, elapsed_sec: float) -> None:
+        """Between status lines that are far apart: speed and time left, half a minute after the last line."""
+        images, seconds = nimg - self._said[0], elapsed_sec - self._said[1]
+        if seconds >= 30:
+            self._said = (nimg, elapsed_sec)
+            dist.print0(self._line({"nimg": nimg, "elapsed_sec": elapsed_sec, "images_per_sec": images / seconds}))
+
     def status(self, nimg: int, elapsed_sec: float, stats: dict[str, tuple[float, int]]) -> None:
         """Record the means since the last status."""
         images, seconds = nimg - self._last[0], elapsed_sec - self._last[1]
-        self._last = (nimg, elapsed_sec)
+        self._last = self._said = (nimg, elapsed_sec)
         record: dict[str, Any] = {"nimg": nimg, "elapsed_sec": round(elapsed_sec, 3)}
         record["images_per_sec"] = round(images / max(seconds, 1e-9), 3)
         record |= {name: mean for name, (mean, count) in stats.items() if count} | memory_gb(self.device)
@@ -187,16 +194,12 @@ class RunLog:
     def _line(self, record: dict[str, Any]) -> str:
         nimg, rate = record["nimg"], record["images_per_sec"]
         left = timedelta(seconds=round((self.duration_nimg - nimg) / max(rate, 1e-9)))
-        parts = [
-            f"{nimg:,} images ({min(nimg / self.duration_nimg, 1):.1%})",
-            f"loss {record['loss']:.4f}",
-            f"lr {record['lr']:.5f}",
-            f"grad {record['gradient_norm']:.3f}",
-            f"{rate:.1f} img/s",
-            f"mem {record.get('gpu_peak_gb', record['cpu_peak_gb']):.2f} GB",
-            f"{timedelta(seconds=round(record['elapsed_sec']))} elapsed, {left} left",
-        ]
-        if record["nonfinite_gradients"]:
+        parts = [f"{nimg:,} images ({min(nimg / self.duration_nimg, 1):.1%})"]
+        if "loss" in record:
+            parts.append(f"loss {record['loss']:.4f}  lr {record['lr']:.5f}  grad {record['gradient_norm']:.3f}")
+            parts.append(f"mem {record.get('gpu_peak_gb', record['cpu_peak_gb']):.2f} GB")
+        parts.append(f"{rate:.1f} img/s  {timedelta(seconds=round(record['elapsed_sec']))} elapsed, {left} left")
+        if record.get("nonfinite_gradients"):
             parts.append(f"{record['nonfinite_gradients']} non-finite gradients set to 0")
         return "  ".join(parts)
 

@@ -383,6 +383,8 @@ def training_loop(
                 check_finite(trainer.net, trainer.optimizer, trainer.ema, trainer.nimg)
             if report:
                 log.status(trainer.nimg, trainer.elapsed_sec, trainer.stats.collect())
+            elif config.status_every_nimg:
+                log.progress(trainer.nimg, trainer.elapsed_sec)
             if snapshot:
                 with _saved_on_error(trainer, run_dir):
                     trainer.save_snapshots(run_dir)

@@ -27,6 +27,20 @@ def test_resumed_log_reads_like_one_runs(tmp_path):
     assert records[-1]["cpu_peak_gb"] > 0
 
 
+def test_half_a_minute_without_a_line_gives_one_with_speed_and_time_left(tmp_path, capsys):
+    log = RunLog(tmp_path, 1000, torch.device("cpu"))
+    log.begin(100, 60.0)
+    log.progress(200, 80.0)
+    assert len(capsys.readouterr().out.splitlines()) == 1  # "Resuming"
+    log.progress(400, 90.0)
+    assert capsys.readouterr().out == "400 images (40.0%)  10.0 img/s  0:01:30 elapsed, 0:01:00 left\n"
+    log.status(500, 100.0, STATS)
+    log.progress(600, 125.0)  # the status line was 25 seconds ago
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    log.progress(650, 131.0)
+    assert "650 images (65.0%)" in capsys.readouterr().out
+
+
 def test_status_line_tells_what_matters(tmp_path, capsys):
     log = RunLog(tmp_path, 128, torch.device("cpu"))
     log.begin(0, 0.0)

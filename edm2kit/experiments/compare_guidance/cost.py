@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edm2kit.cli.generation import Generation
 from edm2kit.snapshots.file_format import read_header
+from edm2kit.torch_utils.dist import progress_bar
 from edm2kit.torch_utils.files import provenance
 from edm2kit.training.log import STATS_NAME
 from edm2kit.training.run import RECORD_NAME
@@ -27,13 +28,17 @@ def measure_costs(generations: Mapping[str, Generation], batch: int, rounds: int
 
     The rows take turns, so that a change of the machine's pace affects all of them.
     """
-    multiply_adds = {name: count_multiply_adds(generation, batch) for name, generation in generations.items()}
-    seconds = dict.fromkeys(generations, float("inf"))
-    for _ in range(rounds):
+    multiply_adds, seconds = {}, dict.fromkeys(generations, float("inf"))
+    with progress_bar(len(generations) * (rounds + 1), "batch", what="cost") as bar:
         for name, generation in generations.items():
-            started = time.perf_counter()
-            generation.engine.generate(range(batch)).images.cpu()  # .cpu() waits for the device
-            seconds[name] = min(seconds[name], (time.perf_counter() - started) / batch)
+            multiply_adds[name] = count_multiply_adds(generation, batch)
+            bar.update()
+        for _ in range(rounds):
+            for name, generation in generations.items():
+                started = time.perf_counter()
+                generation.engine.generate(range(batch)).images.cpu()  # .cpu() waits for the device
+                seconds[name] = min(seconds[name], (time.perf_counter() - started) / batch)
+                bar.update()
     device = next(iter(generations.values())).engine.device
     rows = {name: {"seconds": round(seconds[name], 5), "multiply_adds": multiply_adds[name]} for name in generations}
     return {"rows": rows, "batch": batch, "rounds": rounds, **provenance(device)}

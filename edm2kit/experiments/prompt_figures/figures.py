@@ -24,6 +24,7 @@ from edm2kit.models.diffusers_pipeline import diffusers_package, dtype_option, o
 from edm2kit.models.encoders import to_image
 from edm2kit.models.preconditioning import PRECISIONS
 from edm2kit.sampling.solvers import Sampler
+from edm2kit.torch_utils.dist import progress_bar
 from edm2kit.torch_utils.files import atomic_write, plain_json, write_json
 
 METHOD, SHARE = "cfg-plus-autoguidance", "cfg_plus_autoguidance_share"
@@ -132,29 +133,34 @@ def make_figure(
     if super_resolution is not None:
         upscale = _upscaler(super_resolution, prompts.encodings["net"], device, request.precision)
     lines = []
-    for k, prompt in enumerate(figure.prompts):
-        for weight in figure.weights:
-            strips = []
-            for share in figure.shares:
-                known = share if weight != 1 else figure.shares[0]  # off, so all shares are one image
-                choice = Choice(METHOD, weight, options={SHARE: known})
-                images = []
-                for seed in seeds:
-                    path = outdir / "base" / f"prompt{k:03d}-w{weight:g}-share{known:g}-{seed:06d}.png"
-                    if not path.exists():
-                        generation = prepare(dataclasses.replace(request, guidance=choice), device, networks=networks)
-                        engine = dataclasses.replace(generation.engine, classes=[k])
-                        _write(path, to_image(engine.generate([seed]).images[0].cpu().numpy()))
-                        say(f"Wrote {path}")
-                    if upscale is not None:
-                        large = outdir / "large" / path.name
-                        if not large.exists():
-                            _write(large, upscale(Image.open(path), k, seed))
-                            say(f"Wrote {large}")
-                        path = large
-                    images.append(Image.open(path))
-                strips.append(Strip(f"share {share:g}", images))
-            lines.append((f"w = {weight:g}\n{prompt}", strips))
+    total = len(figure.prompts) * len(figure.weights) * len(figure.shares) * len(seeds)
+    with progress_bar(total, what=figure.net) as bar:
+        for k, prompt in enumerate(figure.prompts):
+            for weight in figure.weights:
+                strips = []
+                for share in figure.shares:
+                    known = share if weight != 1 else figure.shares[0]  # off, so all shares are one image
+                    choice = Choice(METHOD, weight, options={SHARE: known})
+                    images = []
+                    for seed in seeds:
+                        path = outdir / "base" / f"prompt{k:03d}-w{weight:g}-share{known:g}-{seed:06d}.png"
+                        if not path.exists():
+                            generation = prepare(
+                                dataclasses.replace(request, guidance=choice), device, networks=networks
+                            )
+                            engine = dataclasses.replace(generation.engine, classes=[k])
+                            _write(path, to_image(engine.generate([seed]).images[0].cpu().numpy()))
+                            say(f"Wrote {path}")
+                        if upscale is not None:
+                            large = outdir / "large" / path.name
+                            if not large.exists():
+                                _write(large, upscale(Image.open(path), k, seed))
+                                say(f"Wrote {large}")
+                            path = large
+                        images.append(Image.open(path))
+                        bar.update()
+                    strips.append(Strip(f"share {share:g}", images))
+                lines.append((f"w = {weight:g}\n{prompt}", strips))
     sheet = outdir / "sheet.png"
     _write(sheet, draw_sheet(lines))
     return sheet

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class Objective:
     metric: str
     batch: int
     folder: Path
+    on_images: Callable[[int], Any] = lambda count: None  # called with the size of each batch that was generated
 
     def generation(self, candidate: Candidate, quiet: bool = True) -> Generation:
         """The engine for a candidate's images. Raises ValueError if its networks or settings do not fit.
@@ -113,11 +114,17 @@ class Objective:
 
     def _features(self, candidate: Candidate, seeds: Sequence[int]) -> dict[str, np.ndarray]:
         batches = self.generation(candidate).engine.batches(seeds, self.batch)
-        pairs = ((batch.images, batch.classes) for batch in batches)
+        pairs = self._counted((batch.images, batch.classes) for batch in batches)
         features, classes = features_and_classes(pairs, self.scorer.detectors, self.scorer.device)
         found = {name: rows.numpy() for name, rows in features.items()}
         # a network without classes has none to keep
         return {**found, "classes": classes.numpy() if len(classes) else np.full(len(seeds), -1)}
+
+    def _counted(self, pairs: Iterable[Any]) -> Iterator[Any]:
+        """`pairs`, each counted when the next is asked for: then its features are known."""
+        for pair in pairs:
+            yield pair
+            self.on_images(len(pair[0]))
 
     def _score(self, kept: Mapping[str, np.ndarray], scorer: Scorer | None = None) -> Measurement:
         classes = torch.from_numpy(kept["classes"])

@@ -18,6 +18,7 @@ from edm2kit.experiments.tune.sources import Version
 from edm2kit.experiments.tune.space import UNGUIDED, Candidate, Space
 from edm2kit.metrics.scoring import REPLICATES
 from edm2kit.models.encoders import to_image
+from edm2kit.torch_utils.dist import progress_bar
 from edm2kit.torch_utils.files import provenance, write_json
 
 PRESET, RESULT, PAGE, _CONFIRMATION = "preset.yaml", "result.json", "index.html", "confirmation.json"
@@ -49,8 +50,11 @@ class Finish:
     def run(self) -> dict[str, Any]:
         """Confirm the best candidate, write the preset, the record, the figures and the page; returns the record."""
         best = self.best()
-        confirmation = self._confirm(best)
-        curve = self._curve(best)
+        total = 2 * RANGES * self.confirm + (CURVE_WEIGHTS + 1) * self.rungs[0]
+        with progress_bar(total, what="confirmation") as bar:
+            counted = replace(self, objective=replace(self.objective, on_images=bar.update))
+            confirmation = counted._confirm(best)
+            curve = counted._curve(best)
         self._write_preset(best, confirmation)
         result = {
             "command": self.command,

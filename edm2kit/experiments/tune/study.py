@@ -17,7 +17,7 @@ from typing import Any
 
 from edm2kit.experiments.tune.halving import Evaluation
 from edm2kit.experiments.tune.proposals import quiet_optuna
-from edm2kit.torch_utils.files import differences, file_lock, plain_json, write_json
+from edm2kit.torch_utils.files import differences, file_lock, patience, plain_json, write_json
 
 STUDY_NAME = "search"
 _DATABASE, _SETTINGS, _LOCK, _WORKERS = "study.db", "settings.json", ".deciding", "workers"
@@ -87,8 +87,7 @@ class SharedStudy:
 
     @contextlib.contextmanager
     def _deciding(self) -> Iterator[None]:
-        # returning from the callback means: wait
-        with file_lock(self.folder / _LOCK, lambda owner: None):
+        with file_lock(self.folder / _LOCK, patience(str(self.folder / _LOCK))):
             yield
 
     def evaluations(self) -> list[Evaluation]:

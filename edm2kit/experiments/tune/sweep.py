@@ -109,8 +109,9 @@ def sweep(
     if cache is not None:
         objective = dataclasses.replace(objective, folder=Path(cache, identity))
     rows, names = [], dict[str, None]()
-    with progress_bar(len(candidates), "cell", what="sweep") as bar:
-        for candidate in candidates:
+    with progress_bar(len(candidates) * num, what="sweep") as bar:
+        objective = dataclasses.replace(objective, on_images=bar.update)
+        for k, candidate in enumerate(candidates, 1):
             measured, error = None, None
             try:
                 if cache is None:
@@ -122,7 +123,7 @@ def sweep(
                 error = str(caught)
             names |= dict.fromkeys([] if measured is None else measured.values)
             rows.append(_row(space, candidate, measured, error))
-            bar.update()
+            bar.update(k * num - bar.n)  # images that the cache had, or that were given up
     empty = dict.fromkeys([*names, *([f"{name}_{end}" for name in names for end in ("low", "high")] * confidence)])
     return SweepTable(tuple({**empty, **row} for row in rows), tuple(names), num)
 
