@@ -1,11 +1,13 @@
 """What all commands share: one-line errors, --help in sections, types of option values."""
 
 import contextlib
+import io
 import itertools
 import math
 import os
 import re
 import signal
+import sys
 import traceback
 import types
 import zipfile
@@ -63,6 +65,7 @@ class _Base(click.Command):
         return super().parse_args(ctx, [_at_home(arg) for arg in args])
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        _prepare_standard_streams()
         try:
             return super().main(*args, **kwargs)
         except SystemExit as leaving:
@@ -91,6 +94,16 @@ class _Base(click.Command):
         for title, lines in filled:
             with formatter.section(title):
                 formatter.write_dl(lines, col_max=26)
+
+
+def _prepare_standard_streams() -> None:
+    """Nothing is lost, and no work fails, because a stream is closed (cron, `2>&-`) or cannot show a character."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # a file opened later would take its number, and what is printed
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _at_home(argument: str) -> str:
@@ -358,23 +371,6 @@ class IntRanges(click.ParamType):
         return tuple(numbers)
 
 
-class Interval(click.ParamType):
-    """Two noise levels LO,HI as a pair of floats."""
-
-    name = "lo,hi"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            lo, hi = (float(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a pair of noise levels; write for example 0.28,2.90 or 0.28,inf", param, ctx)
-        if not 0 <= lo < hi:
-            self.fail(f"{value} runs backwards; expected LO < HI, both from 0", param, ctx)
-        return lo, hi
-
-
 def _is_json_record(path: Path) -> bool:
     """JSON, but neither labels nor what a folder of images or a run is made of."""
     return path.name not in ("dataset.json", "generation.json", "run.json") and _starts_with(b"{", b"[")(path)
@@ -388,17 +384,13 @@ def _is_npz_of(*members: str) -> Callable[[Path], bool]:
     return check
 
 
-def _starts_with(*magic: bytes) -> Callable[[Path], bool]:
+def _starts_with(*magic: bytes, at: int = 0) -> Callable[[Path], bool]:
     def check(path: Path) -> bool:
         with open(path, "rb") as file:
+            file.seek(at)
             return file.read(len(magic[0])) in magic
 
     return check
-
-
-def _is_safetensors(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(9)[8:] == b"{"
 
 
 def _is_reference(path: Path) -> bool:
@@ -414,7 +406,7 @@ OUTPUT_KINDS: dict[str, Callable[[Path], bool]] = {
     "score card": _starts_with(b"# Score card"),
     "set of reference statistics": _is_reference,
     "set of generated images": _is_npz_of("images.npy"),
-    "safetensors file": _is_safetensors,
+    "safetensors file": _starts_with(b"{", at=8),
 }
 
 

@@ -111,3 +111,20 @@ def size_text(count: int) -> str:
         if count >= 10 << 10 and count % unit == 0:
             return f"{count // unit}{suffix}"
     return str(count)
+
+
+class Interval(click.ParamType):
+    """Two noise levels LO,HI as a pair of floats."""
+
+    name = "lo,hi"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            lo, hi = (float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a pair of noise levels; write for example 0.28,2.90 or 0.28,inf", param, ctx)
+        if not 0 <= lo < hi:
+            self.fail(f"{value} runs backwards; expected LO < HI, both from 0", param, ctx)
+        return lo, hi

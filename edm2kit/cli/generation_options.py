@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from edm2kit.cli import click_types as cli
-from edm2kit.cli.field_options import option_fields, options_from
+from edm2kit.cli.field_options import Interval, option_fields, options_from
 from edm2kit.cli.generation import Request
 from edm2kit.cli.presets import boxed_presets, find_preset, load_presets, preset_file, preset_words
 from edm2kit.cli.sampler_options import sampler_options, take_sampler
@@ -137,7 +137,7 @@ def _option_sections() -> list[cli.Decorator]:
                 type=float,
                 help="Weight; 1 is off  [default: published, if any]",
             ),
-            click.option("--interval", type=cli.Interval(), help="Only at noise levels in (LO, HI]  [default: all]"),
+            click.option("--interval", type=Interval(), help="Only at noise levels in (LO, HI]  [default: all]"),
             click.option(
                 "--guidance-method",
                 "method",

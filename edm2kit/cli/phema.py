@@ -163,6 +163,10 @@ def make_plan(settings: Settings) -> Plan:
 
     Raises ValueError if the input does not suffice, or if an output would replace another network.
     """
+    if Path(settings.outprefix).name != settings.outprefix:
+        raise ValueError(
+            f"--outprefix {settings.outprefix!r} is not the start of a file name; use --outdir for folders"
+        )
     inputs = open_sources(settings.indir, settings.inprefix, settings.instd)
     times = [_nimg_of(kimg, inputs) for kimg in settings.outkimg or ()]
     times += settings.outnimg

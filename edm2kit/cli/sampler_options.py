@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from edm2kit.cli import click_types as cli
-from edm2kit.cli.field_options import option_fields, options_from
+from edm2kit.cli.field_options import Interval, option_fields, options_from
 from edm2kit.sampling.noise_levels import LEVELS, refuse_churn
 from edm2kit.sampling.restart import Restart
 from edm2kit.sampling.solvers import SETTINGS, SOLVERS, WITHOUT_CHURN, Churn, Sampler, TimeTravel
@@ -33,7 +33,7 @@ def sampler_options() -> list[cli.Decorator]:
         *options_from(TimeTravel),
         click.option(
             "--travel-interval",
-            type=cli.Interval(),
+            type=Interval(),
             hidden=True,
             help="Noise levels (LO, HI] whose steps are repeated"
             f"  [default: {TimeTravel.sigma_lo:g},{TimeTravel.sigma_hi:g}]",

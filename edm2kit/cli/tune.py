@@ -14,6 +14,7 @@ import torch
 
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.click_types import check_writable
+from edm2kit.cli.field_options import Interval
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.cli.image_source import image_batches, open_images
 from edm2kit.experiments.tune import probe_report
@@ -79,7 +80,7 @@ def _weights(text: str) -> tuple[float, float]:
 def _interval(text: str) -> Any:
     if text in ("search", "none"):
         return text
-    return cli.Interval().convert(text, None, None)
+    return Interval().convert(text, None, None)
 
 
 _networks = cli.section(

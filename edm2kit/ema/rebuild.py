@@ -146,7 +146,7 @@ def check_inputs(inputs: Sequence[Weights]) -> None:
     """Raise ValueError, naming the snapshot, unless all are distinct training snapshots of a single run."""
     if not inputs:
         raise ValueError("no snapshots to rebuild from")
-    first, seen = inputs[0], dict[tuple[int, float], str]()
+    first, seen = inputs[0], dict[tuple[int, float], Weights]()
     shapes = {name: tensor.shape for name, tensor in network_tensors(first).items()}
     for weights in inputs:
         header, name = weights.header, weights.name
@@ -157,8 +157,12 @@ def check_inputs(inputs: Sequence[Weights]) -> None:
         _check_same_network(weights, first)
         twin = seen.get((header.nimg, header.ema_std))
         if twin is not None:
-            raise ValueError(f"{name} and {twin} are both at {header.nimg} images with EMA length {header.ema_std}")
-        seen[header.nimg, header.ema_std] = name
+            pair = (name, twin.name) if name != twin.name else (weights.path, twin.path)
+            raise ValueError(
+                f"{pair[0]} and {pair[1]} are both at {header.nimg} images with EMA length {header.ema_std}; leave one "
+                "of them out"
+            )
+        seen[header.nimg, header.ema_std] = weights
         found = {tensor: values.shape for tensor, values in weights.tensors.items()}
         for tensor in {**shapes, **found}:
             if found.get(tensor) != shapes.get(tensor):

@@ -374,7 +374,11 @@ def refuse_changes(old: Mapping[str, Any], new: TrainConfig, run_dir: str | Path
     known = {**{f.name: f.default for f in dataclasses.fields(TrainConfig) if f.metadata.get("added")}, **old}
     for name in _decisive_fields():
         if name in known and known[name] != values[name]:
-            differences.append(f"{option_of(name)} was {known[name]}, is now {values[name]}")
+            was, now, label = known[name], values[name], option_of(name)
+            if isinstance(was, Mapping) and isinstance(now, Mapping):  # only what differs in it
+                keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+                was, now = ({key: part.get(key) for key in keys} for part in (was, now))
+            differences.append(f"{label} was {was}, is now {now}")
     if differences:
         raise ValueError(
             f"{run_dir} holds a run with other settings: {'; '.join(differences)}. Resume it with its own settings, or "

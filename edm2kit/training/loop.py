@@ -258,6 +258,10 @@ class Trainer:
             progress = load_checkpoint(path, self.net, self.optimizer, self.ema, self.device)
             self.nimg, self.elapsed_sec = progress["nimg"], progress["elapsed_sec"]
             self.stops = list(progress.get("stops", []))
+        elif dist.rank() == 0 and next(run_dir.glob("network-snapshot-*.safetensors"), None) is not None:
+            dist.warn0(
+                f"{run_dir} has snapshots, but no checkpoint: training starts again at image 0 and replaces them"
+            )
 
 
 def _optimizer_and_averages(
@@ -361,6 +365,10 @@ def training_loop(
     config, rounds = trainer.config, len(sizes)
     trainer.resume(run_dir)
     log.begin(trainer.nimg, trainer.elapsed_sec)
+    if trainer.nimg >= config.duration_nimg and config.snapshot_every_nimg:
+        from edm2kit.training.stop import write_missing_snapshots  # most runs have something to do
+
+        write_missing_snapshots(trainer, run_dir)
     if config.compile == "auto" and not dist.repeats_bits(trainer.device):
         trainer.compile_if_it_pays_(max(sizes), rounds)
     started = time.monotonic() - trainer.elapsed_sec

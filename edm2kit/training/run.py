@@ -393,6 +393,8 @@ def _check_run_dir(run: Run) -> dict[str, Any] | None:
         raise ValueError(f"{run_dir} holds a run with another teacher ({'; '.join(changed[:4])}); use another --outdir")
     refuse_changes(read_yaml(config_path), run.config, run_dir)
     keys = [key for key in identity if identity[key] != run.data_identity.get(key)]
+    if record.get("label_names") not in (None, list(run.header.label_names or ())):
+        keys.append("label_names")
     if keys:
         raise ValueError(
             f"{run_dir} holds a run on other images than --data {run.config.data} (differs in {', '.join(keys)}). "
@@ -428,9 +430,7 @@ class StopRequest:
 
     def __call__(self) -> bool:
         self._started = True
-        if self._asked:
-            return True
-        return self._deadline_sec is not None and time.monotonic() > self._deadline_sec
+        return self._asked or (self._deadline_sec is not None and time.monotonic() > self._deadline_sec)
 
     def __enter__(self) -> "StopRequest":
         self._former: dict[int, Any] = {}

@@ -57,6 +57,14 @@ def leave_last_good_network(trainer: "Trainer", run_dir: Path) -> None:
         dist.warn0(f"no snapshots of the network of the last good checkpoint: {error}")
 
 
+def write_missing_snapshots(trainer: "Trainer", run_dir: Path) -> None:
+    """Write the last snapshots of a run that is complete, if they were removed or damaged since."""
+    names = [snapshot_name(trainer.nimg, std) for std in trainer.ema.stds]
+    if None in dist.on_rank0(lambda: [_nimg_of(run_dir / name) for name in names]):
+        dist.warn0(f"{run_dir} lacks the snapshots at {trainer.nimg} images; writing them again")
+        trainer.save_snapshots(run_dir)
+
+
 def remove_snapshots(run_dir: Path, times_nimg: Sequence[int], stds: Sequence[float]) -> None:
     """Remove the snapshots that a run left when it stopped at these numbers of images."""
     for nimg, std, exact in itertools.product(times_nimg, stds, (False, True)):

@@ -2,13 +2,20 @@
 
 import importlib
 import os
+import shlex
 import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import click
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
+import edm2kit
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.click_types import (
     Command,
@@ -259,3 +266,26 @@ def test_a_record_replaces_neither_notes_nor_itself(tmp_path):
         parsed(kind, str(tmp_path / "a.json"))
     with pytest.raises(click.BadParameter, match=r"b\.md is the name of the score card that is written beside it"):
         parsed(kind, str(tmp_path / "b.md"))
+
+
+def test_names_that_a_terminal_cannot_show_are_escaped(tmp_path):
+    for name in ("३", "b"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), "white").save(tmp_path / "set" / name / "0.png")
+    words = [sys.executable, "-m", "edm2kit.cli.dataset", "convert", "--source", "set", "--dest", "set.zip"]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(Path(edm2kit.__file__).parents[1])}
+    made = subprocess.run([*words, "--workers", "1"], cwd=tmp_path, capture_output=True, env=environment)
+    assert made.returncode == 0, made.stderr
+    assert rb"2 classes: b, \u0969" in made.stdout
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "0<&- >&- 2>&-"])
+def test_closed_streams_do_not_end_a_command(tmp_path, closed):
+    (tmp_path / "set").mkdir()
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "set" / "0.png")
+    words = [sys.executable, "-m", "edm2kit.cli.dataset", "convert", "--source", "set", "--dest", "set.zip"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(edm2kit.__file__).parents[1])}
+    line = f"{shlex.join(words)} --workers 1 {closed}"
+    assert subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment).returncode == 0
+    with zipfile.ZipFile(tmp_path / "set.zip") as archive:
+        assert archive.testzip() is None

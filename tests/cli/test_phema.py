@@ -64,6 +64,13 @@ def test_stored_precision_times_and_close_lengths(folder, tmp_path):
     assert (header.ema_std, header.nimg, header.dtype) == (0.0625, 240_000, "float32")
 
 
+def test_a_prefix_is_not_a_folder(folder, tmp_path):
+    code, output = run("--indir", folder, "--outdir", tmp_path / "out", "--outstd", "0.06", "--outprefix", "../x")
+    assert code == 1
+    assert "is not the start of a file name; use --outdir for folders" in output
+    assert list(tmp_path.rglob("x-*")) == []
+
+
 def test_batches_of_outputs_give_the_same_files(folder, tmp_path):
     for batch in (1, 128):
         assert (

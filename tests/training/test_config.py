@@ -81,6 +81,9 @@ def test_changes_are_refused_by_the_names_users_know():
     old = TrainConfig(ref_lr=0.01, P_mean=-0.4)
     with pytest.raises(ValueError, match=r"--P_mean was -0\.4, is now -0\.8; --lr was 0\.01, is now 0\.02"):
         refuse_changes(dataclasses.asdict(old), TrainConfig(ref_lr=0.02, P_mean=-0.8), "run")
+    before = {**dataclasses.asdict(old), "network": {"num_blocks": 3, "channel_mult": [1, 2]}}
+    with pytest.raises(ValueError, match=r"network .* was {'num_blocks': 3}, is now {'num_blocks': 2}[;.]"):
+        refuse_changes(before, TrainConfig(network={"num_blocks": 2, "channel_mult": [1, 2]}), "run")
     refuse_changes(
         {**dataclasses.asdict(old), "workers": 9, "ema_stds": [0.05, 0.1], "adam_betas": [0.9, 0.99]}, old, "run"
     )

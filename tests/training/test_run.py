@@ -71,6 +71,20 @@ def test_a_run_on_other_pictures_of_the_same_names_is_refused_and_an_old_folder_
     assert prepare_run(config, tmp_path / "run").header.run_id == "old"
 
 
+def test_a_run_does_not_resume_with_other_names_of_its_classes(tmp_path):
+    data = make_dataset(tmp_path / "a", num_images=8)
+    config = config_from_dict({**TINY, "data": str(data)}, "test")
+    labels = json.loads((data / "dataset.json").read_text())
+    for names, refused in ((["a", "b", "c", "d"], False), (["b", "a", "c", "d"], True), (None, True)):
+        (data / "dataset.json").write_text(json.dumps({**labels, **({"label_names": names} if names else {})}))
+        if refused:
+            with pytest.raises(ValueError, match=r"on other images than .*differs in label_names"):
+                prepare_run(config, tmp_path / "run")
+        else:
+            prepare_run(config, tmp_path / "run").write_records({})
+            prepare_run(config, tmp_path / "run")
+
+
 def test_a_checkpoint_of_another_run_is_refused_without_its_configuration(tmp_path):
     config = config_from_dict({**TINY, "data": str(make_dataset(tmp_path / "a", num_images=8))}, "test")
     own = prepare_run(config, tmp_path / "run").header.run_id

@@ -163,3 +163,25 @@ def test_exit_codes_tell_complete_from_stopped_and_a_file_says_so_too(images, tm
     assert not (tmp_path / "run" / "stopped.txt").exists()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["run_id"]
     np.testing.assert_equal(exit_code("--batch", 17), 1)
+
+
+def test_a_complete_run_whose_last_snapshots_are_gone_writes_them_again(images, tmp_path, capsys):
+    assert train_until(tmp_path, images)
+    expected = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    first, second = sorted(tmp_path.glob("*.safetensors"))[-2:]
+    first.unlink()
+    second.write_bytes(b"damaged")
+    assert train_until(tmp_path, images)
+    assert "writing them again" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")} == expected
+    assert train_until(tmp_path, images)
+    assert "writing them again" not in capsys.readouterr().err
+
+
+def test_a_run_that_lost_its_checkpoints_says_that_it_starts_again(images, tmp_path, capsys):
+    assert train_until(tmp_path, images)
+    assert "starts again" not in capsys.readouterr().err
+    for path in list_checkpoints(tmp_path):
+        path.unlink()
+    assert train_until(tmp_path, images)
+    assert "has snapshots, but no checkpoint: training starts again at image 0" in capsys.readouterr().err
