@@ -25,7 +25,7 @@ class FreeDoMStep:
 
     def __call__(self, at: StepStart, sigma_next: torch.Tensor) -> torch.Tensor:
         length = self.share * (1 - sigma_next**2 / at.sigma**2) * image_norm(at.x - at.D)
-        return zero_where_flat(length * at.gradient / image_norm(at.gradient), at.gradient)
+        return zero_where_flat(length * (at.gradient / image_norm(at.gradient)), at.gradient)
 
 
 @dataclass(frozen=True)

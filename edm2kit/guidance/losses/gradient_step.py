@@ -17,8 +17,6 @@ from edm2kit.guidance.losses.loss import Loss
 from edm2kit.guidance.losses.mpgd import slope_without_backprop
 from edm2kit.guidance.losses.score import check_scale
 
-_FLAT = 1e-6  # gradients shorter than this have no direction
-
 
 class StepStart(NamedTuple):
     """The start of a step: x, sigma [N or 1, 1, 1, 1] and D there, the loss [N] of D and its gradient by x."""
@@ -35,16 +33,18 @@ StepRule = Callable[[StepStart, torch.Tensor], torch.Tensor]
 
 
 def image_norm(x: torch.Tensor) -> torch.Tensor:
-    """The norm of each image, never across the batch: [N, 1, 1, 1]."""
-    return column(torch.linalg.vector_norm(x.flatten(1), dim=1), x)
+    """The norm of each image, never across the batch: [N, 1, 1, 1]. Values whose squares underflow count, too."""
+    largest = x.flatten(1).abs().amax(dim=1)
+    scaled = x.flatten(1) / torch.where(largest > 0, largest, 1)[:, None]
+    return column(largest * torch.linalg.vector_norm(scaled, dim=1), x)
 
 
 def norm_slope(at: StepStart) -> torch.Tensor:
     """The gradient of sqrt(loss) by x: that of the residual's norm ||r||, for a loss that is the sum of its squares.
 
-    Published rules differentiate the norm; gradient / (2 sqrt(loss)) is it. Zero for images whose gradient is too short
-    to have a direction. Raises ValueError if the loss is negative, which no square is. On a GPU the slope of a negative
-    loss is NaN instead, as looking at the loss would make the host wait in each step; such images are refused later.
+    Published rules differentiate the norm; gradient / (2 sqrt(loss)) is it. Zero for images without a slope. Raises
+    ValueError if the loss is negative, which no square is. On a GPU the slope of a negative loss is NaN instead, as
+    looking at the loss would make the host wait in each step; such images are refused later.
     """
     if at.loss.device.type == "cpu" and bool((at.loss < 0).any()):
         raise ValueError(
@@ -54,8 +54,12 @@ def norm_slope(at: StepStart) -> torch.Tensor:
 
 
 def zero_where_flat(shift: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """`shift`, or zero for images whose gradient is too short to have a direction."""
-    return torch.where(image_norm(gradient) < _FLAT, torch.zeros_like(shift), shift)
+    """`shift`, or zero for images whose gradient is exactly zero.
+
+    However short, a gradient has a direction: the unit of the loss, and the noise level, which shrinks the slope of a
+    denoiser as 1 / sigma^2, decide how long it is.
+    """
+    return torch.where(image_norm(gradient) == 0, torch.zeros_like(shift), shift)
 
 
 # (denoiser, x, sigma, condition) -> D, and what to add to x at the end of the step

@@ -14,13 +14,16 @@ import torch
 from edm2kit.guidance.losses.gradient import column
 from edm2kit.guidance.losses.gradient_step import StepStart, image_norm, norm_slope, zero_where_flat
 
+_SHORTEST = 1e-6  # of the authors' gradients, by a variance-preserving x
+_LEAST_CHANGE = 1e-6  # of the loss, if x moved by its own length
+
 
 @dataclass(frozen=True)
 class PolyakStep:
     """`step` * sqrt((1 + sigma_next^2) / (1 + sigma^2)) * ||(x - D) / sigma|| * g / ||g||^2, as in the authors' code.
 
     g is the gradient of ||r||, the loss being ||r||^2. A rule of `GradientStep`. It depends on the unit of the loss;
-    `TruePolyakStep` does not.
+    `TruePolyakStep` does not. Zero where sqrt(1 + sigma^2) ||g||, the norm of the authors' gradient, is below 1e-6.
     """
 
     step: float = 0.1
@@ -29,15 +32,23 @@ class PolyakStep:
         noise = image_norm(at.x - at.D) / at.sigma
         towards_vp = ((1 + sigma_next**2) / (1 + at.sigma**2)).sqrt()
         slope = norm_slope(at)
-        return zero_where_flat(self.step * towards_vp * noise * slope / image_norm(slope) ** 2, at.gradient)
+        length = image_norm(slope)
+        shift = self.step * towards_vp * noise * slope / length**2
+        return torch.where((1 + at.sigma**2).sqrt() * length < _SHORTEST, torch.zeros_like(shift), shift)
 
 
 @dataclass(frozen=True)
 class TruePolyakStep:
-    """(loss - lowest) * g / ||g||^2, Polyak's own: a loss that is affine in x falls to `lowest` in one step."""
+    """(loss - lowest) * g / ||g||^2, Polyak's own: a loss that is affine in x falls to `lowest` in one step.
+
+    Zero where g is so short that even a step of the length of x would lower the loss by less than a millionth of what
+    is left.
+    """
 
     lowest: float = 0.0
 
     def __call__(self, at: StepStart, sigma_next: torch.Tensor) -> torch.Tensor:
         left = column((at.loss - self.lowest).clamp_min(0), at.x)
-        return zero_where_flat(left * at.gradient / image_norm(at.gradient) ** 2, at.gradient)
+        length = image_norm(at.gradient)
+        shift = zero_where_flat(left / length * (at.gradient / length), at.gradient)
+        return torch.where(length * image_norm(at.x) < _LEAST_CHANGE * left, torch.zeros_like(shift), shift)

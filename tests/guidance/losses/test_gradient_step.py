@@ -13,6 +13,7 @@ from edm2kit.guidance.losses.polyak import PolyakStep, TruePolyakStep
 from edm2kit.guidance.losses.restoration import InpaintingOperator, Measurement
 from edm2kit.sampling.solvers import edm_sampler, euler, heun
 from edm2kit.torch_utils.rng import StackedGenerator
+from tests.support import authors
 from tests.support.fakes import Constant, Counting, Following, Mixture
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -101,6 +102,32 @@ def test_an_image_without_slope_stays_where_it_is_and_the_others_move(rule):
     steep = torch.tensor([1.0, 0.0, 1.0, 1.0]).reshape(-1, 1, 1, 1)
     shift = rule(at._replace(gradient=at.gradient * steep, loss=at.loss * steep.flatten()), SIGMAS[1])
     assert (lengths(shift) > 0).tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("sigma", "sigma_next"), authors.STEPS)
+def test_the_unit_of_the_loss_decides_no_direction_and_no_step_vanishes(sigma, sigma_next, dtype):
+    # at sigma 80 the slope of a denoiser is 4e-5 or less: the gradient of a mean over pixels is shorter than 1e-6 there
+    x, level = (sigma * X).to(dtype), torch.tensor(sigma, dtype=dtype)
+    shifts = {}
+    for unit in (1.0, 1e-4, 1e-12):
+        found = slope(MIXTURE, lambda D, unit=unit: unit * SQUARES(D), x, level, None)
+        at = StepStart(x, level.reshape(1, 1, 1, 1), *found)
+        for rule in (FreeDoMStep(), TruePolyakStep()):
+            shifts.setdefault(rule, []).append(rule(at, torch.tensor(sigma_next, dtype=dtype)))
+        for rule in (DPSStep(), FreeDoMLevelStep()):
+            shifts.setdefault(rule, []).append(rule(at, torch.tensor(sigma_next, dtype=dtype)) / unit**0.5)
+    for rule, (first, *others) in shifts.items():
+        assert (lengths(first) > 0).all(), rule
+        for other in others:
+            torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-4 * float(first.abs().max()))
+
+
+def test_a_gradient_that_is_no_number_is_not_taken_for_none():
+    at = start_of_step()
+    for rule in RULES:
+        shift = rule(at._replace(gradient=at.gradient * torch.nan), SIGMAS[1])
+        assert shift.isnan().all()
 
 
 # ---- the contract

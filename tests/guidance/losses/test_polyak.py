@@ -64,3 +64,26 @@ def test_only_true_polyak_keeps_its_step_when_the_unit_of_the_loss_changes():
     torch.testing.assert_close(TruePolyakStep()(scaled, SIGMAS[1]), TruePolyakStep()(at, SIGMAS[1]))
     # the norm is the square root of the loss
     torch.testing.assert_close(PolyakStep()(scaled, SIGMAS[1]), PolyakStep()(at, SIGMAS[1]) / 10**0.5)
+
+
+@pytest.mark.parametrize(("sigma", "sigma_next"), authors.STEPS)
+def test_the_authors_guard_is_in_their_variables(sigma, sigma_next):
+    # no step if the norm of their gradient, by a variance-preserving x, is below 1e-6
+    level = torch.tensor(sigma, dtype=torch.float64)
+    found = slope(MIXTURE, SQUARES, sigma * X, level, None)
+    at = StepStart(sigma * X, level.reshape(1, 1, 1, 1), *found)
+    by_vp = lengths(at.gradient / (2 * at.loss.sqrt().reshape(-1, 1, 1, 1))) * (1 + sigma**2) ** 0.5
+    for wanted, moves in ((0.9e-6, False), (1.1e-6, True)):
+        unit = (wanted / by_vp) ** 2  # the norm is the square root of the loss
+        scaled = at._replace(loss=at.loss * unit, gradient=at.gradient * unit.reshape(-1, 1, 1, 1))
+        shift = PolyakStep()(scaled, torch.tensor(sigma_next, dtype=torch.float64))
+        assert ((lengths(shift) > 0) == moves).all()
+
+
+def test_true_polyak_makes_no_step_on_a_plateau_whatever_the_unit():
+    at = start_of_step()
+    for unit in (1e-8, 1.0, 1e8):
+        flat = at._replace(loss=at.loss * unit, gradient=1e-8 * at.gradient * unit)
+        steep = at._replace(loss=at.loss * unit, gradient=1e-3 * at.gradient * unit)
+        assert (lengths(TruePolyakStep()(flat, SIGMAS[1])) == 0).all()
+        assert (lengths(TruePolyakStep()(steep, SIGMAS[1])) > 0).all()
