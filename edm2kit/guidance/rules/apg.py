@@ -13,6 +13,7 @@ import torch
 
 from edm2kit.guidance.base import Option, Rule
 from edm2kit.guidance.combine import Evaluation
+from edm2kit.guidance.history import Steps
 from edm2kit.guidance.option_types import number, one_of
 from edm2kit.torch_utils.rng import StackedGenerator
 
@@ -39,15 +40,15 @@ class DifferenceMemory:
     """The last differences D - D_neg of one sampling run, momentum included."""
 
     def __init__(self) -> None:
-        self._step = -1
+        self._steps = Steps()
         self._written = False
         self.latest: tuple[torch.Tensor, ...] = ()
 
-    def begin(self, i: int) -> tuple[torch.Tensor, ...]:
-        """The differences of the last guided step before step i; none at the start of a run."""
-        if i <= self._step:  # time went back: another run
+    def begin(self, i: int, sigmas: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The differences of the step before step i; none at the start of a run, or if noise was added in between."""
+        if not self._steps.continues(i, sigmas):
             self.latest = ()
-        self._step, self._written = i, False
+        self._written = False
         return self.latest
 
     def keep(self, differences: Sequence[torch.Tensor], once_a_step: bool) -> None:
@@ -63,7 +64,7 @@ class AdaptiveProjection:
     Before that, `momentum` times the difference of the previous evaluation (or the previous step, if `update` is
     "step") is added to D - D_neg, and differences longer than `norm` are shortened to it; both per image, over all its
     pixels. parallel 1, norm inf and momentum 0 are the linear rule. What was before is forgotten when a run starts
-    (`for_images`, or an earlier step), and momentum exists only inside a run.
+    (`for_images`, or a step that does not begin where the last one ended), and momentum exists only inside a run.
     """
 
     parallel: float
@@ -101,7 +102,7 @@ class AdaptiveProjection:
         return replace(self, memory=DifferenceMemory())
 
     def for_step(self, i: int, sigmas: torch.Tensor) -> "AdaptiveProjection":
-        return replace(self, before=self.memory.begin(i))
+        return replace(self, before=self.memory.begin(i, sigmas))
 
 
 def _make(*, apg_parallel: float, apg_norm: float, apg_momentum: float, apg_update: str) -> AdaptiveProjection:

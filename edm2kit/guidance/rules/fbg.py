@@ -10,6 +10,7 @@ import torch
 from edm2kit.denoiser import levels_of
 from edm2kit.guidance.base import Option, Rule
 from edm2kit.guidance.combine import Evaluation
+from edm2kit.guidance.history import Steps
 from edm2kit.guidance.option_types import number
 from edm2kit.guidance.rules.coordinates import inner, noise_level
 from edm2kit.torch_utils.rng import StackedGenerator
@@ -23,15 +24,15 @@ class Path:
     """What is known of the images of one sampling run: their evidence, and where the last step began."""
 
     def __init__(self) -> None:
-        self.step = -1
+        self.steps = Steps()
         self.is_step_new = False
         self.evidence: list[torch.Tensor] = []  # per negative, [N, 1, 1, 1]
         self.last: tuple[torch.Tensor, torch.Tensor, Sequence[torch.Tensor], Evaluation] | None = None
 
-    def begin(self, i: int) -> None:
-        if i <= self.step:  # time went back: another run
+    def begin(self, i: int, sigmas: torch.Tensor) -> None:
+        if not self.steps.continues(i, sigmas):  # another run, or noise was added to this one
             self.evidence, self.last = [], None
-        self.step, self.is_step_new = i, True
+        self.is_step_new = True
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class Feedback:
 
     Offset and temperature follow from two times, which run from 1 (first step) to 0: without evidence g is 3 at
     `t_reference`, and s^2 at `t_evidence` decides how much the evidence counts. x' is the x of the next step, so
-    nothing else is evaluated. Each negative has an evidence of its own. Outside a run L is 0.
+    nothing else is evaluated; with churn, x' and sigma' are those after noise was added. If sigma' is not below sigma,
+    as it happens where churn sets in below S_max, there was no such step, and only the offset counts. Each negative has
+    an evidence of its own, which is forgotten when noise leads back to a higher level. Outside a run L is 0.
     """
 
     prior: float
@@ -104,7 +107,8 @@ class Feedback:
             # |x' - m|^2 - |x' - m_neg|^2 of the two means, without subtracting large numbers
             mean, mean_neg = (share * x + (1 - share) * y for y in (D, negative))
             excess = inner((1 - share) * (negative - D), 2 * x_next - mean - mean_neg)
-            new = known - temperature / (2 * variance) * excess + offset
+            misfit = torch.where(variance > 0, temperature / (2 * variance) * excess, 0)
+            new = known - misfit + offset
             updated.append(new.clamp(self.evidence_of(self.max_weight), HIGHEST_EVIDENCE))
         return updated
 
@@ -120,7 +124,7 @@ class Feedback:
         return replace(self, path=Path())
 
     def for_step(self, i: int, sigmas: torch.Tensor) -> "Feedback":
-        self.path.begin(i)
+        self.path.begin(i, sigmas)
         return self
 
 

@@ -8,6 +8,7 @@ from edm2kit.guidance.combine import Combination, Evaluation, Guided, Negative, 
 from edm2kit.guidance.interval import GuidanceInterval
 from edm2kit.guidance.registry import Choice, Parts, guide
 from edm2kit.guidance.rules.apg import PUBLISHED, AdaptiveProjection
+from edm2kit.sampling.restart import Restart, restart
 from edm2kit.sampling.solvers import edm_sampler
 from edm2kit.torch_utils.rng import StackedGenerator
 from tests.support.fakes import Counting, Gaussian, Mixture
@@ -78,6 +79,40 @@ def test_momentum_adds_a_share_of_the_update_before(update, expected):
             torch.testing.assert_close(change, change.mean().expand_as(change), atol=1e-5, rtol=1e-5)
             seen.append(change.mean().item())
     assert seen == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("levels", [2, 3, 6])
+def test_momentum_begins_again_where_noise_was_added_and_goes_on_after_it(levels):
+    # whatever the number of the step: a restart numbers the steps of its interval anew
+    changes, ends = [], []
+
+    class Noted:
+        def __init__(self, inner, end=None):
+            self.inner, self.start = inner, end
+
+        def __call__(self, x, sigma, labels=None):
+            D = self.inner(x, sigma, labels)
+            changes.append((self.start, float(sigma), (D - POS(x, sigma)).flatten()[0].item()))
+            return D
+
+        def for_step(self, i, sigmas):
+            ends.append(float(sigmas[i + 1]))
+            return Noted(for_step(self.inner, i, sigmas), float(sigmas[i]))
+
+    rule = AdaptiveProjection(1.0, math.inf, -0.5)
+    run = for_images(Combination(POS, (Negative(constant_difference, 2.0),), rule), StackedGenerator("cpu", range(4)))
+    sigmas = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.0])
+    restart(Noted(run), X, sigmas, settings=Restart(((levels, 1, 0.5, 3.0),)))
+    expected, last, end = [], 0.0, None
+    for start, sigma, _ in changes:
+        if sigma == start and start != end:
+            last = 0.0  # the step does not begin where the one before ended
+        if sigma == start:
+            end = ends.pop(0)
+        last = 1 - 0.5 * last
+        expected.append(last)
+    assert [change for *_, change in changes] == pytest.approx(expected, abs=1e-4)
+    assert expected.count(1.0) == 2  # at the start of the run and of the restart
 
 
 def test_outside_a_run_there_is_no_momentum():

@@ -92,6 +92,22 @@ def test_a_run_leaves_nothing_to_the_next_and_images_do_not_depend_on_their_batc
         torch.testing.assert_close(heun(guided, NOISE[k : k + 1], SIGMAS[::4]), first[k : k + 1])
 
 
+def test_where_churn_sets_in_the_noise_level_does_not_fall_and_tells_nothing():
+    # below S_max churn lifts a level above the one of the step before: the variance of a step would be negative
+    guided = for_images(guide(Choice("autoguidance", 2.0, rule="fbg"), Parts(MAIN, WEAK)), rng())
+    offset, _ = RULE.constants(SIGMAS)
+    evidence = []
+    for i, raised in ((30, 1.0), (31, 1.0), (32, 1.4), (33, 1.4)):
+        sigma = raised * SIGMAS[i]
+        step = for_step(guided, i, SIGMAS)
+        step(MAIN.means[[0, 1, 2, 0]] + sigma * NOISE, sigma)
+        evidence.append(guided.rule.path.evidence[0].flatten())
+    changes = torch.stack(evidence).diff(dim=0) - offset
+    assert (changes[0].abs() > 1e-9).all()
+    assert changes[1].tolist() == pytest.approx([0] * 4, abs=1e-12)
+    assert (changes[2].abs() > 1e-9).all()
+
+
 def test_outside_a_run_there_is_no_evidence():
     guided = guide(Choice("autoguidance", 2.0, rule="fbg"), Parts(MAIN, WEAK))
     x, sigma = NOISE, SIGMAS[30]
