@@ -105,19 +105,28 @@ def last_at_lowest_resolution(net: Network) -> tuple[str, ...]:
 
 
 def size_divisor(denoiser: object, height: int) -> int:
-    """What image sizes must be a multiple of: how much the network downsamples `height` pixels; 1 if unknown."""
+    """What image sizes must be a multiple of: how much the network downsamples; 1 if unknown.
+
+    The resolutions of its blocks are those for the images that it was made for; a network that does not say how large
+    they are (`img_resolution`) is taken to be made for `height` pixels.
+    """
     roles = roles_of(denoiser)
     if not roles:
         return 1
-    return max(height // min(role.resolution for role in roles.values()), 1)
+    made_for = int(getattr(denoiser, "img_resolution", height))
+    return max(made_for // min(role.resolution for role in roles.values()), 1)
 
 
-def grid_size(tokens: int) -> int:
-    """Height and width of a square map of `tokens` pixels. Raises ValueError if it is not square."""
-    size = math.isqrt(tokens)
-    if size * size != tokens:
-        raise ValueError(f"an attention map over {tokens} tokens is not square; this method needs a square one")
-    return size
+def grid_size(tokens: int, height: int, width: int) -> tuple[int, int]:
+    """Height and width of the map of `tokens` that a network makes of an image of these pixels.
+
+    Raises ValueError if no reduction of the image, the same in both directions, has so many tokens.
+    """
+    for factor in range(1, max(height, width) + 1):
+        rows, columns = math.ceil(height / factor), math.ceil(width / factor)
+        if rows * columns == tokens:
+            return rows, columns
+    raise ValueError(f"an attention map over {tokens} tokens is not a smaller version of {height}x{width} pixels")
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ class Steps:
         self._end: float | None = None  # the noise level at which the last step ended
 
     def continues(self, i: int, sigmas: torch.Tensor) -> bool:
-        """Whether step i, which goes from sigmas[i] to sigmas[i + 1] and begins now, begins where the last one ended."""
+        """Whether step i, from sigmas[i] to sigmas[i + 1], begins where the last one ended; it begins now."""
         levels = levels_of(sigmas)
         does = levels[i] == self._end
         self._end = levels[i + 1]

@@ -51,6 +51,9 @@ def test_blocks_are_found_by_their_role():
 def test_sizes_are_a_multiple_of_what_the_network_downsamples():
     assert size_divisor(U_NET, 64) == 8
     assert size_divisor(TRANSFORMER, 8) == 2
+    made_for_64 = Interior("b middle 8")
+    made_for_64.img_resolution = 64
+    assert size_divisor(made_for_64, 32) == 8
     assert size_divisor(Interior(), 64) == 1
     assert size_divisor(lambda x, sigma: x, 64) == 1
 

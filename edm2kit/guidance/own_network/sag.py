@@ -39,8 +39,8 @@ def attended(attention: torch.Tensor, height: int, width: int, threshold: float 
     The attention that all queries together give a pixel is 1 on average; more than `threshold` counts. Enlarged by
     repetition.
     """
-    size = grid_size(attention.shape[3])
-    mass = attention.float().mean(dim=1).sum(dim=1).reshape(-1, 1, size, size)
+    grid = grid_size(attention.shape[3], height, width)
+    mass = attention.float().mean(dim=1).sum(dim=1).reshape(-1, 1, *grid)
     return torch.nn.functional.interpolate((mass > threshold).float(), (height, width), mode="nearest")
 
 
@@ -122,5 +122,5 @@ METHOD = Method(
     ),
     term="D(x + soft - D; sigma, c) - (soft - D), soft = D blurred in part",
     source="Hong et al. 2023 (arXiv 2210.00939)",
-    pick_when="you have a single network with attention and want sharper detail at small weights",
+    pick_when="you have a single network with attention, and small weights are enough: large ones smooth the image",
 )

@@ -27,8 +27,8 @@ class SlidingWindows(Wrapper):
     """The negative that is the mean over crops of what `net` answers, where crops overlap; elsewhere D itself.
 
     Without `masked` it is that mean everywhere, as in combinations with other methods (`in_combination`). 2 x 2 square
-    crops of `size` pixels cover the image evenly. If `size` is None, it is 5/8 of the image's height, rounded up to a
-    size that the network can downsample. Raises ValueError if crops do not fit or leave gaps.
+    crops of `size` pixels cover the image evenly. If `size` is None, it is 5/8 of the longer side, rounded up to a size
+    that the network can downsample, and at most the shorter side. Raises ValueError if crops do not fit or leave gaps.
     """
 
     net: Denoiser
@@ -57,8 +57,8 @@ class SlidingWindows(Wrapper):
     def corners(self, height: int, width: int) -> tuple[list[tuple[int, int]], int]:
         """The top left corners of the crops, (top, left), and the size of a crop, for an image of height x width."""
         divisor = size_divisor(self.net, height)
-        usual = -(-5 * height // (8 * divisor)) * divisor
-        size = min(usual, height) if self.size is None else self.size
+        usual = -(-5 * max(height, width) // (8 * divisor)) * divisor
+        size = min(usual, height, width) if self.size is None else self.size
         covers = max(height, width) <= size * PER_SIDE
         fits = size <= min(height, width)
         if not covers or not fits or size % divisor:

@@ -84,6 +84,15 @@ def test_masks_are_enlarged_by_repetition():
     assert mask.sum() == 3 * 4
 
 
+@pytest.mark.parametrize(("image", "pixel", "rows", "columns"), [((32, 8), 5, 2, 2), ((8, 32), 18, 2, 4)])
+def test_the_mask_of_an_image_that_is_not_square(image, pixel, rows, columns):
+    # 16x4 tokens are as many as 8x8; token 5 is in row 1 and column 1 of 4, token 18 in row 1 and column 2 of 16
+    mask = attended(torch.eye(64)[pixel].expand(3, 2, 64, 64), *image)
+    assert mask.shape == (3, 1, *image)
+    assert mask[:, :, rows : rows + 2, columns : columns + 2].min() == 1
+    assert mask.sum() == 3 * 4
+
+
 def test_of_a_linear_denoiser_it_is_a_blur():
     # D - D_neg = sigma^2 / (v + sigma^2) * (blurred D - D), where the mask is: with w > 1, guidance blurs
     D = NET(X, SIGMA)

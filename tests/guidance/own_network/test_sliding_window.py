@@ -15,6 +15,10 @@ def means(x, sigma, labels=None):
     return x.mean(dim=(1, 2, 3), keepdim=True).expand_as(x) * sigma.reshape(-1, 1, 1, 1)
 
 
+class MadeFor64(Flat):
+    img_resolution = 64
+
+
 def test_the_published_windows():
     # specs section 12: crops of 40 at 0 and 24, and 1792 of 4096 pixels in more than one
     corners, size = SlidingWindows(Flat(means)).corners(64, 64)
@@ -73,3 +77,10 @@ def test_crops_that_do_not_fit_are_refused(size):
 @pytest.mark.parametrize(("height", "size"), [(64, 40), (32, 20), (128, 80), (8, 5)])
 def test_the_usual_size_is_five_eighths(height, size):
     assert SlidingWindows(Flat(means)).corners(height, height)[1] == size
+
+
+@pytest.mark.parametrize(("shape", "size", "second"), [((48, 32), 32, (16, 0)), ((32, 64), 32, (0, 32))])
+def test_images_that_are_not_square(shape, size, second):
+    # a network made for 64 pixels halves three times, whatever the size of the image
+    corners, found = SlidingWindows(MadeFor64(means)).corners(*shape)
+    assert (found, corners[0], corners[3]) == (size, (0, 0), second)
