@@ -265,10 +265,10 @@ class TextPrompts:
         return self._at(torch.full_like(self.rows, len(self.texts)))
 
     def others(self, rng: StackedGenerator, include_own: bool = False) -> "TextPrompts":
-        """For each image another prompt of the set. Raises ValueError if there is only one."""
+        """For each image another prompt of the set, or any if `include_own`. Raises ValueError if there is only one."""
         count = len(self.texts)
-        if count < 2 and not include_own:
-            raise ValueError("another prompt needs at least two prompts to choose from")
+        if count < 2:
+            raise ValueError("another prompt needs at least two prompts to choose from; give more with --prompts")
         drawn = rng.randint(count if include_own else count - 1, size=[len(self)]).cpu()
         if not include_own:
             drawn = drawn + (drawn >= self.rows).long()

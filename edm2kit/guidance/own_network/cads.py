@@ -71,6 +71,10 @@ def _build(
 ) -> Denoiser:
     if getattr(parts.net, "label_dim", None) == 0:
         raise ValueError("condition annealing needs a conditional network, and this one has no classes")
+    if getattr(parts.net, "takes_text", False):
+        raise ValueError(
+            "condition annealing adds noise to labels or vectors, and this network takes text. Choose another method"
+        )
     if cads_start >= cads_end:
         raise ValueError(f"--cads-start is {cads_start:g} and --cads-end {cads_end:g}; the start must be below the end")
     if weight < 1:

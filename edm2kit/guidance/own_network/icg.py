@@ -6,6 +6,8 @@ Both evaluations have the same x and noise level, so combining D is the same as 
 import math
 from dataclasses import dataclass, field
 
+import torch
+
 from edm2kit.conditions import ClassLabels, ConditionLike, FloatVectors, condition_tensor, other_conditions
 from edm2kit.denoiser import Denoiser, Wrapper
 from edm2kit.guidance.base import Method, Option, Parts
@@ -22,8 +24,8 @@ class RandomCondition(Wrapper):
     """The change to a random condition for each image and step: a class, all equally likely, or Gaussian numbers.
 
     The paper draws from all K classes, so that 1 / K of the evaluations are unguided. Without `include_own` the image's
-    own class is left out, which makes the guidance K / (K - 1) times as strong on average; if there is a single class,
-    nothing changes. Gaussian labels have the magnitude of one-hot ones.
+    own class is left out, which makes the guidance K / (K - 1) times as strong on average. Gaussian labels have the
+    magnitude of one-hot ones. Raises ValueError if there is a single class, as nothing would change.
     """
 
     kind: str = "class"
@@ -33,6 +35,12 @@ class RandomCondition(Wrapper):
     def __call__(self, call: NetworkCall) -> NetworkCall:
         if call.condition is None:
             raise ValueError("independent-condition guidance replaces the condition, and the images have none")
+        labels = call.condition.one_hot if isinstance(call.condition, ClassLabels) else call.condition
+        if self.kind == "class" and isinstance(labels, torch.Tensor) and labels.shape[1] == 1:
+            raise ValueError(
+                "independent-condition guidance needs at least two classes to choose from, and there is one. "
+                "Use --icg-kind gaussian or another guidance method"
+            )
         generators = self.random.generators()
         if self.kind == "gaussian":
             return call._replace(condition=gaussian_condition(call.condition, generators))
@@ -58,6 +66,8 @@ def _negative(parts: Parts, *, icg_kind: str, icg_own: str) -> Denoiser:
             "independent-condition guidance needs a conditional network, and this one has no classes. "
             "Choose another guidance method"
         )
+    if icg_kind == "gaussian" and getattr(parts.net, "takes_text", False):
+        raise ValueError("--icg-kind gaussian replaces class labels, and this network takes text; use --icg-kind class")
     return Perturbed(parts.net, RandomCondition(icg_kind, icg_own == "yes"))
 
 

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from edm2kit.conditions import ClassLabels, FloatVectors, TextPrompts
 from edm2kit.denoiser import for_images, for_step
 from edm2kit.guidance.network_call import NetworkCall, Perturbed
 from edm2kit.guidance.own_network.icg import RandomCondition
@@ -60,10 +61,16 @@ def test_gaussian_labels_are_as_large_as_one_hot_ones():
     assert drawn.mean().item() == pytest.approx(0, abs=0.01)
 
 
-def test_a_single_class_has_no_other():
+@pytest.mark.parametrize("include_own", [True, False])
+def test_a_single_class_or_prompt_is_refused_because_nothing_would_change(include_own):
     one = torch.ones(3, 1)
-    for include_own in (True, False):
-        assert torch.equal(labels_of(RandomCondition("class", include_own), one, range(3)), one)
+    prompts = TextPrompts(("a fox",), {"net": {"embeds": torch.zeros(2, 4)}}, torch.zeros(3, dtype=torch.int64))
+    for given in (one, ClassLabels(one), prompts):
+        with pytest.raises(ValueError, match="at least two"):
+            labels_of(RandomCondition("class", include_own), given, range(3))
+    pool = torch.arange(8.0)[:, None]  # a vector of one number is not a class
+    drawn = labels_of(RandomCondition("class", include_own), FloatVectors(one, pool), range(3))
+    assert drawn.values.shape == (3, 1)
 
 
 def test_predictor_and_corrector_meet_the_same_label_and_the_next_step_another():
@@ -93,6 +100,16 @@ def test_the_mean_over_classes_is_not_the_unconditional_answer_but_nears_it_at_h
 def test_what_it_cannot_do_is_refused(labels, wrong):
     with pytest.raises(ValueError, match=wrong):
         RandomCondition()(NetworkCall(torch.zeros(N, 1, 1, 1), torch.tensor(1.0), labels))
+
+
+def test_gaussian_numbers_in_place_of_text_are_refused_before_work():
+    net = Flat(Constant(0.0), label_dim=8)
+    object.__setattr__(net, "takes_text", True)
+    guide(Choice("icg", 2.0), Parts(net))
+    with pytest.raises(ValueError, match="this network takes text; use --icg-kind class"):
+        guide(Choice("icg", 2.0, options={"icg_kind": "gaussian"}), Parts(net))
+    with pytest.raises(ValueError, match="and this network takes text"):
+        guide(Choice("cads", 2.0), Parts(net))
 
 
 def test_a_network_without_classes_is_refused():
