@@ -1,4 +1,4 @@
-"""Angle-domain guidance (ADG): D is turned away from the negative, by a limited angle and at its own length."""
+"""Angle-domain guidance (ADG): D is turned away from the negative, by a limited angle."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,9 @@ class AngleDomain:
     """cos f D + (sin f / sin a) (D - its projection on D_neg), a the angle between both, f = (w - 1) a.
 
     f is limited to `max_angle` degrees in either direction. Angles are per image, over all values, and belong to
-    denoised images, as the authors' do. The changes by several negatives add up.
+    denoised images, as the authors' do. The second term is as long as D times sin f but at a right angle to D_neg, not
+    to D: it is not a rotation, and makes D longer by the square root of 1 + sin(2 f) sin a, up to 1.41 times. The
+    changes by several negatives add up.
     """
 
     max_angle: float

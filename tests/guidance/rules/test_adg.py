@@ -35,6 +35,14 @@ def test_perpendicular_images_turn_by_the_limit_in_closed_form():
     torch.testing.assert_close(D, plane(90) * (math.cos(math.pi / 3) + math.sin(math.pi / 3)))
 
 
+@pytest.mark.parametrize(("angle", "weight"), [(10, 2.0), (40, 1.5), (40, 9.0), (90, 1.5), (130, 1.2)])
+def test_how_much_longer_the_formula_makes_an_image(angle, weight):
+    turn = min((weight - 1) * math.radians(angle), math.pi / 3)
+    length = AngleDomain(60.0)(plane(angle), [plane(0)], [weight], POINT.at).norm().item()
+    assert length == pytest.approx(math.sqrt(1 + math.sin(2 * turn) * math.sin(math.radians(angle))))
+    assert length < math.sqrt(2) + 1e-9
+
+
 @pytest.mark.parametrize("weight", [-30.0, 50.0])
 def test_the_turn_is_limited_in_both_directions(weight):
     turn = math.copysign(math.radians(60), weight)
