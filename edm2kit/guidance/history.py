@@ -14,7 +14,7 @@ class Steps:
 
     They do not if a step begins elsewhere than where the last one ended: in another run, when a step is repeated or
     noise was added in between, and when steps were left out. By noise levels and not by numbers of steps, since restart
-    sampling numbers the steps of an interval anew.
+    sampling has numbers of its own for the steps of an interval.
     """
 
     def __init__(self) -> None:

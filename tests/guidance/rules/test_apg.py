@@ -83,7 +83,7 @@ def test_momentum_adds_a_share_of_the_update_before(update, expected):
 
 @pytest.mark.parametrize("levels", [2, 3, 6])
 def test_momentum_begins_again_where_noise_was_added_and_goes_on_after_it(levels):
-    # whatever the number of the step: a restart numbers the steps of its interval anew
+    # whatever the number of the step: a restart has numbers of its own for the steps of its interval
     changes, ends = [], []
 
     class Noted:
