@@ -67,7 +67,7 @@ def measure(folder: Path, pictures: int) -> Iterator[Row]:
     """Every figure."""
     for command in COMMANDS:
         times = [seconds(command, "--help") for _ in range(3)]
-        yield Row(f"`{command} --help`", min(times), "s", 1.0, note="least of 3; `import torch` is most of it")
+        yield Row(f"`{command} --help`", min(times), "s", 1.0, note="least of 3; not held up by `import torch`")
     yield Row("`import torch`, for comparison", min(_seconds_of(["-c", "import torch"]) for _ in range(3)), "s", 1.0)
     yield first_image(folder)
     yield conversion(folder, pictures)

@@ -1,8 +1,10 @@
 """Write the generated parts of all documents from their records."""
 
+import importlib
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import click
 
 try:
     from edm2kit.cli import click_types as cli
+    from edm2kit.cli import help_pages
     from edm2kit.cli.field_options import settings_table
     from edm2kit.experiments import documents, lite_features, own_images
     from edm2kit.experiments.cifar10 import report as cifar10
@@ -61,6 +64,14 @@ DOCUMENTS: dict[str, Callable[[], Parts]] = {
 }
 
 
+def help_text() -> str:
+    """The content of help_pages.FILE."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    modules = [target.partition(":")[0] for target in project["scripts"].values()]
+    commands = {module.rpartition(".")[2]: importlib.import_module(module).main for module in sorted(modules)}
+    return json.dumps(help_pages.pages_of(commands), indent=1) + "\n"
+
+
 @click.command(cls=cli.Command)
 @click.option("--check", is_flag=True, help="Write nothing; fail if a document differs from its records.")
 def main(check: bool) -> None:
@@ -72,6 +83,10 @@ def main(check: bool) -> None:
             outdated.append(name)
             if not check:
                 documents.write_parts(root / name, parts())
+    if help_pages.FILE.read_text(encoding="utf-8") != help_text():
+        outdated.append(help_pages.FILE.name)
+        if not check:
+            help_pages.FILE.write_text(help_text(), encoding="utf-8")
     benchmarks_are_fine = _benchmark_documents(root, check)
     if check and outdated:
         raise ValueError(f"{', '.join(outdated)}: older than the records. Run python scripts/write_documents.py")

@@ -17,12 +17,12 @@ from typing import Any
 
 import click
 
+from edm2kit.cli import help_pages
 from edm2kit.torch_utils import dist
 
 Decorator = Callable[[Any], Any]  # what click.option returns
 
 OTHER = "Other"  # the last section of --help: options without a section, and --help itself
-_CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
 # options by which commands use less memory, the least costly first
 _MEMORY_OPTIONS = {
     "--batch-gpu": "a smaller --batch-gpu (same results)",
@@ -53,7 +53,7 @@ class _Base(click.Command):
         context_settings: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(name, context_settings={**_CONTEXT, **(context_settings or {})}, **kwargs)
+        super().__init__(name, context_settings={**help_pages.CONTEXT, **(context_settings or {})}, **kwargs)
         self.sections = sections
         self.unlisted = unlisted
 
@@ -79,7 +79,8 @@ class _Base(click.Command):
             traceback.print_exc()
             dist.exit_process(1)
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def help_sections(self, ctx: click.Context) -> help_pages.Sections:
+        """The options that --help lists, by section."""
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in self.sections}
         for parameter in self.get_params(ctx):
             line = parameter.get_help_record(ctx)
@@ -89,11 +90,10 @@ class _Base(click.Command):
             sections.setdefault(title, []).append(line)
         last = sections.pop(OTHER, [])
         filled = [(title, lines) for title, lines in sections.items() if lines]
-        last_title = OTHER if filled else "Options"
-        filled.append((last_title, last))
-        for title, lines in filled:
-            with formatter.section(title):
-                formatter.write_dl(lines, col_max=26)
+        return [*filled, (OTHER if filled else "Options", last)]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        help_pages.write_sections(formatter, self.help_sections(ctx))
 
 
 def _prepare_standard_streams() -> None:
