@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import Any, TextIO
 
 import torch
@@ -188,6 +187,7 @@ def _launched() -> contextlib.AbstractContextManager[None]:
 def _in_group(picked: torch.device, limit_sec: float) -> Iterator[torch.device]:
     global _had_group
     from edm2kit.torch_utils.heartbeat import watching  # a single process has nobody to watch
+    from edm2kit.torch_utils.meeting import group_arguments
 
     check_host_name()
     own_rank, size = env_int("RANK", 0), env_int("WORLD_SIZE", 1)
@@ -198,7 +198,7 @@ def _in_group(picked: torch.device, limit_sec: float) -> Iterator[torch.device]:
 
     with watching(own_rank, size, lambda: _num_meetings, say) as late_ranks:
         try:
-            torch.distributed.init_process_group(backend, timeout=timedelta(seconds=limit_sec))
+            torch.distributed.init_process_group(backend, **group_arguments(limit_sec))
             _had_group = True
             yield picked
         except (ValueError, OSError) as error:
@@ -218,7 +218,7 @@ def _is_of_group(error: RuntimeError) -> bool:
 
 
 def _lost(reason: str, late: list[str], limit_sec: float) -> str:
-    first_line = reason.splitlines()[0]
+    first_line = reason.splitlines()[0].partition(". This is typically")[0]
     if "EADDRINUSE" in reason:
         return f"port {os.environ.get('MASTER_PORT')} is in use on this machine; set MASTER_PORT to a free one"
     if "timed out" in first_line.lower() or "timeout" in first_line.lower():

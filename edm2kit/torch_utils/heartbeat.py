@@ -13,6 +13,7 @@ from typing import Protocol
 BEAT_SEC = 5.0
 LATE_SEC = 60.0
 _STORE_WAIT_SEC = 20
+_ANSWER_SEC = 10  # for the last question, before a process gives up
 _DONE, _FAILED = "done", "failed"  # instead of the number of a beat
 
 
@@ -87,10 +88,14 @@ class Heartbeat:
         self._report(_FAILED if failed else _DONE)
 
     def late(self) -> list[str]:
-        """Those ranks that are late, such as "rank 3 (process 7 on host) has not reported for 61 s"."""
+        """Those ranks that are late, such as "rank 3 (process 7 on host) has not reported for 61 s".
+
+        For a rank that gives up after less than `late_sec`, three missing reports are enough.
+        """
         for other in self._seen:
             with contextlib.suppress(RuntimeError):
                 self._look_at(other)
+        self.late_sec = min(self.late_sec, 3 * BEAT_SEC)
         return [self._description(other) for other in self._seen if self._reason(other) is not None]
 
     def _tell(self, other: int) -> None:
@@ -145,11 +150,20 @@ def watching(
     """
     beats: list[Heartbeat] = []
     ending = threading.Event()
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    silence = f"{host}, port {port}, where the ranks find each other, does not answer"
+
+    def late_ranks() -> list[str]:
+        found: list[list[str]] = []
+        # not in this thread: on a network that is down, the store waits for an answer as long as TCP does, many minutes
+        asking = threading.Thread(target=lambda: found.append(beats[0].late() if beats else []), daemon=True)
+        asking.start()
+        asking.join(timeout=_ANSWER_SEC)
+        return found[0] if found else [silence]
 
     def run() -> None:
         import torch.distributed
 
-        host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
         failures = 0
         while True:
             try:
@@ -163,7 +177,7 @@ def watching(
             except (RuntimeError, OSError, ValueError):
                 failures += 1
                 if failures * _STORE_WAIT_SEC > LATE_SEC and not ending.is_set():
-                    say(f"{host}, port {port}, where the ranks find each other, does not answer; late ranks go unnamed")
+                    say(f"{silence}; late ranks go unnamed")
                     return
             if ending.wait(BEAT_SEC):
                 return
@@ -172,7 +186,7 @@ def watching(
     thread.start()
     failed = True
     try:
-        yield lambda: beats[0].late() if beats else []
+        yield late_ranks
         failed = False
     finally:
         ending.set()

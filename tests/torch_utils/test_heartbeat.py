@@ -6,10 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
+import torch
 
-from edm2kit.torch_utils import dist
+from edm2kit.torch_utils import dist, heartbeat
 from edm2kit.torch_utils.heartbeat import Heartbeat
 from tests.support import ROOT
 
@@ -46,9 +48,9 @@ class Ranks:
     def run(self, seconds, without=()):
         for _ in range(0, seconds, 5):
             self.now += 5
-            for k, heartbeat in enumerate(self.all):
+            for k, one in enumerate(self.all):
                 if k not in without:
-                    heartbeat.beat()
+                    one.beat()
 
 
 def test_ranks_that_go_on_are_not_named():
@@ -196,3 +198,38 @@ def test_errors_of_the_group_say_who_is_missing():
     )
     assert "all of them report that they are alive" in dist._lost(str(silent), [], 90)
     assert dist._lost(str(closed), stopped, 90).startswith("another rank has ended: rank 3 (process 7 on a)")
+
+
+def test_a_rank_that_gives_up_early_names_those_that_missed_three_reports():
+    ranks = Ranks(3)
+    ranks.run(10)
+    ranks.run(20, without=[2])
+    assert ranks.said == [[], [], []]
+    assert [re.sub(r"\(.*\)", "(who)", text) for text in ranks.all[0].late()] == [
+        "rank 2 (who) has not reported for 15 s"
+    ]
+
+
+def test_a_store_that_does_not_answer_is_named_instead_of_waited_for(monkeypatch):
+    asked, end = threading.Event(), threading.Event()
+
+    class Silent:
+        """The store of a machine behind a network that is down."""
+
+        def set(self, key, value):
+            pass
+
+        def check(self, keys):
+            asked.set()
+            end.wait()
+            raise RuntimeError("connection timed out")
+
+    monkeypatch.setattr(torch.distributed, "TCPStore", lambda *arguments, **settings: Silent())
+    for name, seconds in {"_ANSWER_SEC": 0.05, "_STORE_WAIT_SEC": 0.05}.items():
+        monkeypatch.setattr(heartbeat, name, seconds)
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with heartbeat.watching(1, 2, lambda: 0, print) as late_ranks:
+        assert asked.wait(60)
+        assert late_ranks() == ["node0, port 29500, where the ranks find each other, does not answer"]
+    end.set()
