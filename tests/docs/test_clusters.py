@@ -93,7 +93,7 @@ def test_every_command_of_the_page_runs(cluster, tmp_path, monkeypatch):
 
 
 def test_the_page_shows_the_script_as_it_is():
-    (shown,) = code_blocks(page(PAGE), "bash")
+    (shown,) = code_blocks(page(PAGE), "shell")
     assert shown == (ROOT / SCRIPT).read_text()
 
 
