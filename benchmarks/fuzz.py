@@ -30,6 +30,7 @@ from PIL import Image
 
 from benchmarks import harness
 from edm2kit.cli import click_types as cli
+from edm2kit.cli.field_options import Interval
 from edm2kit.cli.generation import parse_classes
 from edm2kit.data.archive import open_archive
 from edm2kit.data.dataset import FILE_EXTENSIONS, ImageDataset
@@ -310,7 +311,7 @@ def _read_words(data: bytes, folder: Path) -> object:
     readers: tuple[Callable[[], object], ...] = (
         lambda: cli.IntRanges().convert(text, None, None),
         lambda: cli.Size().convert(text, None, None),
-        lambda: cli.Interval().convert(text, None, None),
+        lambda: Interval().convert(text, None, None),
         lambda: cli.Parsed(cli.parse_duration_sec).convert(text, None, None),
         lambda: parse_classes(text, 4, ["cat", "dog", "0", "1-2"]),
     )
@@ -368,9 +369,12 @@ PARSERS: Mapping[str, Parser] = {
 @click.option("--inputs", metavar="N", type=cli.AtLeast(int, 1), default=1_000_000, help="Inputs per parser")
 @click.option("--max-sec", metavar="SEC", type=cli.AtLeast(float, 0), default=3600.0, help="Time per parser, at most")
 @click.option("--seed", metavar="N", type=int, default=0, help="Seed of the changes")
+@click.option("--add", is_flag=True, help="Add to the record, with the seeds after those in it")
 @harness.out_option
-def main(names: tuple[str, ...], inputs: int, max_sec: float, seed: int, out: Path) -> None:
+def main(names: tuple[str, ...], inputs: int, max_sec: float, seed: int, add: bool, out: Path) -> None:
     """Feed damaged files to every parser; writes fuzz.json with the number of inputs and outcomes.
+
+    With --add, every call feeds other inputs, and the record holds the sums: interrupt and repeat it at will.
 
     The exit code is 1 if an input is neither read nor refused in one line; the record then holds the first ones.
     """
@@ -378,7 +382,11 @@ def main(names: tuple[str, ...], inputs: int, max_sec: float, seed: int, out: Pa
     path = out / "fuzz.json"
     record = json.loads(path.read_text()) if path.exists() else {"job": "fuzz", "parsers": {}}
     for name in names or PARSERS:
-        record["parsers"][name] = found = run(name, inputs, max_sec, seed)
+        before = record["parsers"].get(name) if add else None
+        found = run(name, inputs, max_sec, seed if before is None else before["seed"] + 1)
+        if before is not None:
+            found = added(before, found)
+        record["parsers"][name] = found
         record |= {"command": harness.command(), "limit_sec": LIMIT_SEC, **provenance()}
         harness.save(record, out)
         click.echo(
@@ -423,6 +431,14 @@ def run(name: str, inputs: int, max_sec: float, seed: int) -> dict[str, Any]:
         "elapsed_sec": round(time.monotonic() - started, 1),
         "seed": seed,
     }
+
+
+def added(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The record of two runs of one parser: sums of inputs and times, all failures, the slowest input of both."""
+    total = {key: before[key] + found[key] for key in ("inputs", "read", "refused", "failed", "failures")}
+    elapsed_sec = round(before["elapsed_sec"] + found["elapsed_sec"], 1)
+    slowest_sec = max(before["slowest_sec"], found["slowest_sec"])
+    return {**total, "slowest_sec": slowest_sec, "elapsed_sec": elapsed_sec, "seed": found["seed"]}
 
 
 class _TooSlowError(Exception):

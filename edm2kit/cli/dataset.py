@@ -1,5 +1,6 @@
 """Make and check training sets: edm2kit-dataset, or scripts/dataset_tool.py."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -7,14 +8,22 @@ from typing import Any
 
 import click
 
-from edm2kit.cli.click_types import Decorator, Group, Parsed, parse_duration_sec, section, timeout_option
+from edm2kit.cli.click_types import (
+    Decorator,
+    Group,
+    Parsed,
+    check_writable,
+    parse_duration_sec,
+    section,
+    timeout_option,
+)
 from edm2kit.data import check as dataset_check
 from edm2kit.data import convert as dataset_convert
 from edm2kit.data import encode as dataset_encode
 from edm2kit.data.crops import TRANSFORMS
 from edm2kit.data.workers import num_cpus
 from edm2kit.models.vae import STABILITY_VAE
-from edm2kit.torch_utils.dist import pick_device
+from edm2kit.torch_utils.dist import one_line, pick_device
 
 
 class Resolution(click.ParamType):
@@ -30,8 +39,25 @@ class Resolution(click.ParamType):
 
 
 _SOURCE_HELP = "Training set: folder, zip, .npy arrays, or hf:FOLDER"
+
+
+class Destination(click.Path):
+    """A data set to write; refused at once if its place cannot be written."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        try:
+            check_writable(path if path.is_symlink() and not path.exists() else path.absolute().parent)
+        except (ValueError, OSError) as error:
+            self.fail(one_line(str(error)), param, ctx)
+        return path
+
+
 _dest = click.option(
-    "--dest", metavar="ZIP|DIR", type=click.Path(path_type=Path), required=True, help="Folder or .zip file to write"
+    "--dest", metavar="ZIP|DIR", type=Destination(), required=True, help="Folder or .zip file to write"
 )
 _processes = click.option(
     "--workers",

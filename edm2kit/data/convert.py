@@ -46,6 +46,7 @@ from edm2kit.torch_utils.dist import one_line, progress_bar
 Archive = FolderArchive | ZipArchive | SavedTable | CifarArchive
 _VIDEOS = (".mov", ".mp4", ".m4v", ".avi", ".mkv", ".webm", ".3gp", ".mpg", ".mpeg", ".wmv")
 _MAX_KINDS = 4
+_MAX_SIDE = 8192  # the largest power of two whose square open_image reads
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
 _PAIRED_SPLIT = re.compile(r"(train|val|test)[AB]")  # of data sets for translation between two domains
 
@@ -179,6 +180,8 @@ def check_transform(transform: str, resolution: tuple[int, int] | None) -> None:
             raise ValueError(f"--transform {transform} needs --resolution, for example --resolution 64x64")
         return
     width, height = resolution
+    if max(width, height) > _MAX_SIDE:
+        raise ValueError(f"--resolution {_text(resolution)} is beyond {_MAX_SIDE} pixels a side")
     if width < 1 or width & (width - 1):
         raise ValueError(f"--resolution {_text(resolution)}: the width must be a power of two for training")
     if transform == "center-crop-wide" and not width > height > 0:

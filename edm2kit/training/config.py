@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ PRESET_FOLDER = Path(__file__).parents[1] / "configs" / "train"
 _COUNT_UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 # more is a slip of the keyboard: it would fail much later, for want of memory, processes or 64 bits
 _LARGEST = {"batch_size": 1 << 24, "workers": 1024, **dict.fromkeys(("duration_nimg", "rampup_nimg"), 1 << 50)}
-_MAX_YAML_BYTES, _MAX_YAML_VALUES = 1 << 20, 10_000
+_MAX_YAML_BYTES, _MAX_YAML_VALUES = 1 << 17, 10_000
 AUTO = "auto"
 _SIZES = ("xxs", "xs", "s", "m", "l", "xl", "xxl")
 
@@ -259,9 +260,9 @@ class _Loader(yaml.SafeLoader):
     """YAML without its traps: a key given twice and numbers that are not what they look like are errors."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in counts.items():
+            if count > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r:.60} is given twice")
         return super().construct_mapping(node, deep)
 
@@ -301,7 +302,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if _count_nodes(values) >= _MAX_YAML_VALUES:
-        raise ValueError(f"{path} repeats its parts: it stands for {_MAX_YAML_VALUES} values or more")
+        raise ValueError(f"{path} holds {_MAX_YAML_VALUES} values or more, or repeats its parts that often")
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of names to values")
     return values

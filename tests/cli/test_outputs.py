@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from edm2kit.cli.click_types import OUTPUT_KINDS, IntRanges, Size, check_output, check_writable, parse_duration_sec
+from edm2kit.cli.dataset import main as dataset
 from edm2kit.cli.generation import parse_classes
 from edm2kit.cli.metrics import main as metrics
 from edm2kit.cli.phema import FloatSeries
@@ -58,6 +59,23 @@ def test_a_place_that_cannot_be_written_is_found_out_before_the_work(tmp_path):
     if os.geteuid():
         with pytest.raises(ValueError, match="not writable"):
             check_writable(tmp_path / "closed")
+
+
+def test_a_data_set_that_cannot_be_written_is_refused_before_its_source_is_read(tmp_path):
+    (tmp_path / "file.zip").write_bytes(b"precious")
+    (tmp_path / "link.zip").symlink_to(tmp_path / "nowhere.zip")
+    for dest, reason in (("file.zip/set", "file.zip is a file"), ("link.zip", "is a link to nowhere")):
+        arguments = ["convert", "--source", str(tmp_path / "absent"), "--dest", str(tmp_path / dest)]
+        result = CliRunner().invoke(dataset, arguments)
+        assert result.exit_code == 2
+        assert reason in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.zip", "link.zip"]
+
+
+@pytest.mark.parametrize("size", ["1048576", "16384x16384"])
+def test_an_endless_resolution_is_refused_before_any_image_is_read(tmp_path, size):
+    arguments = ["convert", "--source", str(tmp_path), "--dest", str(tmp_path / "set.zip"), "--resolution", size]
+    assert "is beyond 8192 pixels a side" in CliRunner().invoke(dataset, arguments).output
 
 
 def test_a_device_is_not_an_output(tmp_path):

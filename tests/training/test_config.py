@@ -64,6 +64,15 @@ def test_whole_numbers_may_be_written_with_an_exponent(tmp_path):
     assert type(config.rampup_nimg) is int
 
 
+def test_very_many_keys_are_refused_in_little_time(tmp_path):
+    (tmp_path / "c.yaml").write_text("".join(f"k{k}: 1\n" for k in range(11_000)))
+    with pytest.raises(ValueError, match="holds 10000 values or more"):
+        read_yaml(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("seed: 1\nseed: 2\n")
+    with pytest.raises(ValueError, match="the key 'seed' is given twice"):
+        read_yaml(tmp_path / "c.yaml")
+
+
 def test_a_configuration_that_never_ends_is_refused():
     with pytest.raises(ValueError, match="larger than a configuration can be"):
         read_yaml("/dev/zero")
