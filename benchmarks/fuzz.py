@@ -2,8 +2,7 @@
 
     python -m benchmarks.fuzz --inputs 1000000 --parser labels
 
-Valid files are the seeds; each input is one of them with a few random changes. tests/test_parsers.py does the same with
-hypothesis for seconds.
+Valid files are the seeds; each input is one of them with a few random changes. tests/test_parsers.py uses hypothesis.
 """
 
 import copy
@@ -374,7 +373,7 @@ PARSERS: Mapping[str, Parser] = {
 def main(names: tuple[str, ...], inputs: int, max_sec: float, seed: int, add: bool, out: Path) -> None:
     """Feed damaged files to every parser; writes fuzz.json with the number of inputs and outcomes.
 
-    With --add, every call feeds other inputs, and the record holds the sums: interrupt and repeat it at will.
+    With --add, every call feeds other inputs, and the record holds the sums.
 
     The exit code is 1 if an input is neither read nor refused in one line; the record then holds the first ones.
     """
@@ -383,10 +382,8 @@ def main(names: tuple[str, ...], inputs: int, max_sec: float, seed: int, add: bo
     record = json.loads(path.read_text()) if path.exists() else {"job": "fuzz", "parsers": {}}
     for name in names or PARSERS:
         before = record["parsers"].get(name) if add else None
-        found = run(name, inputs, max_sec, seed if before is None else before["seed"] + 1)
-        if before is not None:
-            found = added(before, found)
-        record["parsers"][name] = found
+        found = run(name, inputs, max_sec, before["seed"] + 1 if before else seed)
+        record["parsers"][name] = found = harness.added(before, found) if before else found
         record |= {"command": harness.command(), "limit_sec": LIMIT_SEC, **provenance()}
         harness.save(record, out)
         click.echo(
@@ -431,14 +428,6 @@ def run(name: str, inputs: int, max_sec: float, seed: int) -> dict[str, Any]:
         "elapsed_sec": round(time.monotonic() - started, 1),
         "seed": seed,
     }
-
-
-def added(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """The record of two runs of one parser: sums of inputs and times, all failures, the slowest input of both."""
-    total = {key: before[key] + found[key] for key in ("inputs", "read", "refused", "failed", "failures")}
-    elapsed_sec = round(before["elapsed_sec"] + found["elapsed_sec"], 1)
-    slowest_sec = max(before["slowest_sec"], found["slowest_sec"])
-    return {**total, "slowest_sec": slowest_sec, "elapsed_sec": elapsed_sec, "seed": found["seed"]}
 
 
 class _TooSlowError(Exception):

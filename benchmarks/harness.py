@@ -265,3 +265,11 @@ CEILINGS: dict[str, Callable[[torch.device], tuple[Callable[[], object], float]]
     "memory_copy": _copy,
     "file_read": _read,
 }
+
+
+def added(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The records of two runs of `benchmarks.fuzz` on one parser as one: inputs and times are sums."""
+    total = {key: before[key] + found[key] for key in ("inputs", "read", "refused", "failed", "failures")}
+    elapsed_sec = round(before["elapsed_sec"] + found["elapsed_sec"], 1)
+    slowest_sec = max(before["slowest_sec"], found["slowest_sec"])
+    return {**total, "slowest_sec": slowest_sec, "elapsed_sec": elapsed_sec, "seed": found["seed"]}

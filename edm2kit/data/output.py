@@ -104,6 +104,8 @@ class PartialDataset:
     def __init__(self, dest: Path, settings: dict):
         self.dest, self.settings = dest, settings
         self.folder = _unfinished(dest)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is needed as a folder for unfinished files, but is a file; move it")
         with contextlib.ExitStack() as held:
             held.enter_context(file_lock(self.folder / "lock", lambda owner: _in_use(self.folder, owner)))
             self._writer = self._open_writer()

@@ -36,6 +36,7 @@ def run_in_order(
     """
     if workers <= 1:
         return ((item, work(item)) for item in items)
+    workers = min(workers, max(2, -(-len(items) // _CHUNK)))  # more would have nothing to do
     others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(work,))
     chunks = (items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK))

@@ -1,5 +1,6 @@
 """The output of dataset_tool.py is complete or absent: stops, full disks, second runs; the zip format; the workers."""
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -271,3 +272,15 @@ def test_the_folder_for_unfinished_files_is_never_somebody_elses(tmp_path):
     with pytest.raises(ValueError, match="holds others; move it"):
         PartialDataset(tmp_path / "a.zip", {})
     assert (tmp_path / "a.zip.partial" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_file_in_the_place_of_unfinished_files_is_left_alone(tmp_path):
+    (tmp_path / "a.zip.partial").write_text("years of work")
+    with pytest.raises(ValueError, match="is a file; move it"):
+        PartialDataset(tmp_path / "a.zip", {})
+    assert (tmp_path / "a.zip.partial").read_text() == "years of work"
+
+
+def test_far_more_workers_than_work_are_not_started():
+    with contextlib.closing(run_in_order(partial(pow, 2), range(20), 100_000)) as results:
+        assert list(results) == [(k, 2**k) for k in range(20)]
