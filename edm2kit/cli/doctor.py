@@ -6,11 +6,10 @@ from pathlib import Path
 import click
 
 from edm2kit.cli import click_types as cli
-from edm2kit.data.dataset import Source, open_source
-from edm2kit.data.holdout import split
+from edm2kit.data.dataset import open_source
 from edm2kit.experiments.runs.doctor import examine, report_lines
 from edm2kit.experiments.runs.expected_loss import measure_moments
-from edm2kit.experiments.runs.folder import RunFolder, open_run
+from edm2kit.experiments.runs.folder import open_run, training_set
 from edm2kit.models.encoders import make_encoder
 from edm2kit.torch_utils import dist
 
@@ -40,7 +39,7 @@ def doctor(run: Path, data: str | None, heldout: str | None, num: int, device: s
     """
     folder = open_run(run)
     with dist.session(device) as where:
-        source, why = _training_set(folder, data)
+        source, why = training_set(folder, data)
         encoder = make_encoder(folder.config.encoder)
         if heldout is not None:
             from edm2kit.experiments.runs.snapshot_losses import measure_heldout  # needed by this option alone
@@ -55,25 +54,3 @@ def doctor(run: Path, data: str | None, heldout: str | None, num: int, device: s
     click.echo("\n".join(report_lines(checks)))
     if any(check.findings for check in checks):
         raise click.exceptions.Exit(FOUND)
-
-
-def _training_set(folder: RunFolder, path: str | None) -> tuple[Source | None, str]:
-    """The images that the run trains on, without held-out ones, or None and the reason."""
-    config = folder.config
-    try:
-        source = open_source(path or config.data, use_labels=config.cond)
-        if config.holdout:
-            source, _ = split(source, config.holdout)
-    except ValueError as error:
-        if path is not None:
-            raise
-        return None, f"the training set cannot be opened ({error}); give --data"
-    recorded = folder.record.get("data_identity", {})
-    found = source.identity()
-    changed = [key for key in recorded if key != "teacher" and recorded[key] != found.get(key)]
-    if changed:
-        text = f"{source.path} is not the data set that the run was trained on (differs in {', '.join(changed)})"
-        if path is not None:
-            raise ValueError(text)
-        return None, f"{text}; give --data"
-    return source, ""

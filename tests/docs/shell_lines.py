@@ -10,6 +10,7 @@ from functools import cache
 
 import click
 
+from edm2kit.cli.doctor import doctor
 from tests.docs.support import code_blocks
 from tests.support import ROOT, house
 
@@ -97,6 +98,8 @@ def parse(line: ShellLine) -> bool:
     if command is None:
         return False
     arguments, parent, name = list(line.arguments), None, line.program[1]
+    if arguments[:1] == ["doctor"]:
+        command, arguments = doctor, arguments[1:]
     while isinstance(command, click.Group):
         parent = command.make_context(name, arguments, parent=parent)
         name, command, arguments = command.resolve_command(parent, [*parent._protected_args, *parent.args])

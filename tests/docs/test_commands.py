@@ -7,6 +7,7 @@ import shlex
 import click
 import pytest
 
+from edm2kit.cli.doctor import doctor
 from edm2kit.cli.presets import boxed_presets, load_presets
 from edm2kit.training.config import preset_names
 from tests.docs.support import code_blocks
@@ -44,7 +45,9 @@ def problems(script, words):
     command = click_command(script)
     if command is None:
         return []
-    if isinstance(command, click.Group):
+    if words[:1] == ["doctor"]:
+        command = doctor
+    elif isinstance(command, click.Group):
         if not words or words[0] not in command.commands:
             return [] if not words or words[0] == "--help" else [f"{script} has no subcommand {words[0]}"]
         command = command.commands[words[0]]

@@ -64,6 +64,11 @@ ELSEWHERE = {
     ("experiments/own_images/README.md", "bash runs/"): PRINTED,
     ("docs/own-images.md", "python train.py --config runs/photos/main.yaml"): PRINTED,
     ("docs/clusters.md", ""): "tests/docs/test_clusters.py::test_every_command_of_the_page_runs",
+    ("docs/runs.md", "python train.py doctor"): "tests/cli/test_doctor.py::test_images_that_the_run_did_not_see",
+    ("docs/runs.md", "python scripts/report.py"): "tests/experiments/runs/test_report.py::"
+    "test_the_command_writes_beside_the_run_or_where_it_is_told",
+    ("docs/runs.md", "python train.py --preset cifar10"): "tests/training/test_heldout_loss.py::"
+    "test_the_weights_are_those_of_a_run_on_the_other_images_alone",
     ("docs/extend.md", "python"): "tests/docs/test_extend.py::test_the_method_and_the_rule_change_the_images",
 }  # fmt: skip
 UNPARSED = ("git", "cd", "bash", "source", "pip", "pre-commit", "sbatch", "srun", "mpirun", "mpiexec", "docker",

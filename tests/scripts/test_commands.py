@@ -13,7 +13,7 @@ FILES = {
     "scripts/dataset_tool.py": "dataset", "scripts/reproduce.py": "reproduce", "scripts/distill.py": "distill",
     "scripts/train_classifier.py": "classifier", "scripts/convert_snapshot.py": "convert",
     "scripts/count_flops.py": "flops", "scripts/toy_example.py": "toy", "scripts/compare_guidance.py": "compare",
-    "scripts/tune.py": "tune",
+    "scripts/tune.py": "tune", "scripts/report.py": "report",
 }  # fmt: skip
 
 

@@ -19,7 +19,8 @@ _CELL = 62
 
 @dataclass(frozen=True)
 class Curve:
-    """Values `y` at `x`, both finite; `low` and `high` bound a shaded band; `joined` is False for points alone."""
+    """Values `y` at `x`, both finite; `low` and `high` bound a shaded band; `joined` is False for points alone,
+    `dots` for a line alone."""
 
     title: str
     x: Sequence[float]
@@ -27,6 +28,7 @@ class Curve:
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     joined: bool = True
+    dots: bool = True
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def _curve(curve: Curve, k: int, to_x: Callable[[float], float], to_y: Callable[
         line = "L".join(f"{a} {b}" for a, b in zip(x, y, strict=True))
         dash = _DASHES[k % len(_DASHES)]
         parts.append(f'<path class="line" style="stroke:{colour};stroke-dasharray:{dash or "none"}" d="M{line}"/>')
-    for a, b in zip(x, y, strict=True):
+    for a, b in zip(x, y, strict=True) if curve.dots else ():
         parts.append(f'<circle cx="{a}" cy="{b}" r="3" style="fill:{colour}"/>')
     return parts
 

@@ -33,10 +33,13 @@ class SliderStop:
 
 @dataclass(frozen=True)
 class SliderGroup:
-    """One way to guide at several weights, beside the unguided images of the same seeds; `start` is the first stop."""
+    """One way to guide at several weights, beside the unguided images of the same seeds; `start` is the first stop.
+
+    Without `unguided`, the stops stand alone.
+    """
 
     title: str
-    unguided: Image.Image
+    unguided: Image.Image | None
     stops: Sequence[SliderStop]
     start: int = 0
 
@@ -78,13 +81,16 @@ def picture(image: Image.Image, caption: str) -> str:
     return f"<figure>{source}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def weight_slider(groups: Sequence[SliderGroup], name: str = "Weight") -> str:
-    """Unguided images on the left, guided ones of the same seeds on the right, and a slider over their weight."""
+def weight_slider(groups: Sequence[SliderGroup], name: str = "Weight", pick: str = "Method") -> str:
+    """Unguided images on the left, guided ones of the same seeds on the right, and a slider over their weight.
+
+    `name` is what the slider changes, and `pick` what a group is.
+    """
     data = [
         {
             "title": group.title,
             "start": group.start,
-            "unguided": image_data(group.unguided),
+            "unguided": None if group.unguided is None else image_data(group.unguided),
             "stops": [
                 {"label": stop.label, "image": image_data(stop.sheet), "note": stop.note} for stop in group.stops
             ],
@@ -92,17 +98,25 @@ def weight_slider(groups: Sequence[SliderGroup], name: str = "Weight") -> str:
         for group in groups
     ]
     packed = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    beside, kind = "", ' class="alone"'
+    if any(group.unguided is not None for group in groups):
+        kind, beside = (
+            "",
+            (
+                "<figure><figcaption>Unguided, the same seeds</figcaption>"
+                '<img class="unguided" alt="Unguided images"></figure>\n'
+            ),
+        )
     return f"""<div class="slider">
 <script type="application/json">{packed}</script>
 <div class="controls">
-<label class="picklabel">Method</label><select class="pick" aria-label="Method"></select>
+<label class="picklabel">{escape(pick)}</label><select class="pick" aria-label="{escape(pick)}"></select>
 <span>{escape(name)}</span><input class="weight" type="range" min="0" step="1" aria-label="{escape(name)}">
 <output class="shown"></output>
 </div>
 <p class="note" aria-live="polite"></p>
 <div class="sides">
-<figure><figcaption>Unguided, the same seeds</figcaption><img class="unguided" alt="Unguided images"></figure>
-<figure><figcaption class="guidedcaption"></figcaption><img class="guided" alt=""></figure>
+{beside}<figure{kind}><figcaption class="guidedcaption"></figcaption><img class="guided" alt=""></figure>
 </div>
 </div>"""
 

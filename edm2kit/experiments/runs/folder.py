@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from edm2kit.data.dataset import Source, open_source
+from edm2kit.data.holdout import split
 from edm2kit.snapshots.file_format import Header, read_header
 from edm2kit.training.config import TrainConfig, config_from_dict, read_yaml
 from edm2kit.training.log import HELDOUT_NAME, STATS_NAME
@@ -108,3 +110,28 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
             continue
         found.append(values)
     return sorted(found, key=lambda values: values["nimg"]), damaged
+
+
+def training_set(folder: RunFolder, path: str | None = None) -> tuple[Source | None, str]:
+    """The images that the run trains on, without held-out ones, or None and the reason.
+
+    `path` is where they are now, if not where the configuration says. Raises ValueError if it holds other images.
+    """
+    config = folder.config
+    try:
+        source = open_source(path or config.data, use_labels=config.cond)
+        if config.holdout:
+            source, _ = split(source, config.holdout)
+    except ValueError as error:
+        if path is not None:
+            raise
+        return None, f"the training set cannot be opened ({error}); give --data"
+    recorded = folder.record.get("data_identity", {})
+    found = source.identity()
+    changed = [key for key in recorded if key != "teacher" and recorded[key] != found.get(key)]
+    if changed:
+        text = f"{source.path} is not the data set that the run was trained on (differs in {', '.join(changed)})"
+        if path is not None:
+            raise ValueError(text)
+        return None, f"{text}; give --data"
+    return source, ""
