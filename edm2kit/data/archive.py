@@ -261,13 +261,19 @@ def _decode_name(name: bytes, flags: int) -> str:
     return text.removeprefix("./").replace("\\", "/")
 
 
+def _is_hidden(name: str) -> bool:
+    """Whether a file is in a hidden folder or hidden itself; ../x.png is not, and must not be left out silently."""
+    if not name.startswith((".", "__MACOSX/")) and "/." not in name:
+        return False
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/")) or name[0] == "_"
+
+
 def _split_names(all_names: list[str], extensions: tuple[str, ...]) -> tuple[list[int], list[int]]:
     """The positions of the images in `all_names`, sorted by name, and of the other files."""
     picked: list[int] = []
     ignored: list[int] = []
     for position, name in enumerate(all_names):
-        hidden = name.startswith((".", "__MACOSX/")) or "/." in name
-        if hidden or name.endswith("/"):
+        if _is_hidden(name) or name.endswith("/"):
             continue
         if name.lower().endswith(extensions):
             picked.append(position)

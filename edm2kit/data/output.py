@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from edm2kit.data.archive import open_archive
@@ -136,10 +137,20 @@ class PartialDataset:
         if not self.names:
             shutil.rmtree(self.folder)
 
+    @contextlib.contextmanager
+    def _naming_the_place(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno is not None and error.filename is None:
+                error.filename = str(self.folder)  # the system does not say where there is no space
+            raise
+
     def add(self, name: str, data: bytes) -> None:
         """Write one file; raises ValueError for a name that would leave the folder."""
         check_name(name, self.dest)
-        self._writer.add(name, data)
+        with self._naming_the_place():
+            self._writer.add(name, data)
         self.names.add(name)
 
     def finish(self, content: dict) -> None:
@@ -147,7 +158,8 @@ class PartialDataset:
         count = sum(name.lower().endswith(FILE_EXTENSIONS) for name in self.names)
         content = content | {"files": count, "settings": self.settings}
         self.add(LABELS_FILE, json.dumps(content).encode())
-        self._writer.finish()
+        with self._naming_the_place():
+            self._writer.finish()
         if self.dest.is_dir():
             self.dest.rmdir()  # empty, or is_finished would have refused it
         os.replace(self.folder / "data", self.dest)

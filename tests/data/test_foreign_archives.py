@@ -157,6 +157,13 @@ def test_latents_that_are_not_raw_are_reported(tmp_path, capsys):
     assert reading_notices(open_source(tmp_path / "raw.npy")) == []
 
 
+def test_names_that_lead_elsewhere_are_not_left_out_as_hidden(tmp_path):
+    hidden = [".x.png", "a/.x.png", ".git/x.png", "__MACOSX/x.png", "b/../.x/y.png"]
+    shown = ["../x.png", "a/../x.png", "a/./x.png", "a/x.png", "_MACOSX/x.png"]
+    archive = opened(write_zip(tmp_path / "set.zip", {name: png() for name in hidden + shown}))
+    assert archive.names == sorted(shown)
+
+
 def test_an_encrypted_zip_is_told_from_a_damaged_one(tmp_path):
     data = bytearray(write_zip(tmp_path / "set.zip", {"0.png": png()}).read_bytes())
     data[data.find(b"PK\1\2") + 8] |= 1

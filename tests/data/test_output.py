@@ -284,3 +284,15 @@ def test_a_file_in_the_place_of_unfinished_files_is_left_alone(tmp_path):
 def test_far_more_workers_than_work_are_not_started():
     with contextlib.closing(run_in_order(partial(pow, 2), range(20), 100_000)) as results:
         assert list(results) == [(k, 2**k) for k in range(20)]
+
+
+@pytest.mark.parametrize("method", ["add", "finish"])
+def test_a_full_disk_is_reported_with_its_place(tmp_path, monkeypatch, method):
+    output = PartialDataset(tmp_path / "a.zip", {})
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(output._writer, method, full)
+    with output, pytest.raises(OSError, match=r"No space left on device: '.*a\.zip\.partial'"):
+        output.finish({"labels": None})  # also adds a file
