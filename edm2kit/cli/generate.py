@@ -361,6 +361,9 @@ def _generate(
             "processes": dist.world_size(),
             **provenance(generation.engine.device),
         }
+        if generation.engine.possible_classes:
+            names = generation.engine.class_names
+            run |= {"num_classes": generation.engine.label_dim, "label_names": None if names is None else list(names)}
         dist.on_rank0(folder.note_run, run)
         # closing ends the progress bar before an error is printed, so that the error is the last line
         with contextlib.closing(generation.batches(missing, batch_size)) as batches:

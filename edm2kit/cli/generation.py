@@ -31,7 +31,6 @@ from edm2kit.sampling.fitted_levels import with_fitted_levels
 from edm2kit.sampling.solvers import PUBLISHED, Sampler
 from edm2kit.snapshots.loading import Snapshot, Weights, load_snapshot, load_weights, local_file
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.dist import progress_bar
 from edm2kit.torch_utils.files import plain_json, sha256_of
 
 
@@ -142,7 +141,7 @@ class Generation:
             steps = getattr(engine.sampler, "num_steps", 1)
             compiled = compile_for_images_(self.compilable, engine.shape, len(share), batch_size, steps, engine.device)
             engine = dataclasses.replace(engine, pad=compiled)
-        with progress_bar(len(share), hidden=not share) as bar:
+        with dist.progress_bar(len(share), hidden=not share) as bar:
             for batch in engine.batches(share, batch_size):
                 yield batch
                 bar.update(len(batch.seeds))
@@ -223,6 +222,7 @@ def prepare(
         pad=request.compile in ("on", "graphs"),
         empty_classes=main.header.classes_without_images,
         prompts=None if foreign is None else foreign.prompts,
+        class_names=main.header.label_names,
     )
     if request.sampler.levels == "gits" and not labels_from_data:
         request = dataclasses.replace(request, sampler=dist.on_rank0(with_fitted_levels, engine, request.sampler))

@@ -2,7 +2,7 @@
 
 import zipfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -104,7 +104,7 @@ class SourceImages:
     def labels(self) -> Labels | None:
         """The label of each image, or None."""
         source = open_source(self._path)
-        return None if source.labels is None else Labels(source.labels, source.condition_space.class_names)
+        return None if source.labels is None else Labels(source.labels, source.label_names, source.label_dim)
 
     def where(self, index: int) -> str:
         return f"{self._source.path}[{index}]"
@@ -127,6 +127,7 @@ class NpzImages:
                 members = archive.namelist()
             is_adm = "images.npy" not in members and "arr_0.npy" in members
             self._has_labels = "labels.npy" in members and not is_adm
+            self._has_names = "label_names.npy" in members
             name = "arr_0" if is_adm else "images"
             self._images = map_npz_array(path, name)
         except BROKEN as error:
@@ -148,7 +149,15 @@ class NpzImages:
         values = read_npz_array(self._path, "labels")
         if values.shape != (len(self),):
             raise ValueError(f"{self._path}: `labels` has shape {list(values.shape)}; expected [{len(self)}]")
-        return labels_of_array(values, str(self._path))
+        found = labels_of_array(values, str(self._path))
+        if not self._has_names:
+            return found
+        names = read_npz_array(self._path, "label_names")
+        if names.ndim != 1 or names.dtype.kind != "U" or found.values.ndim != 1 or len(names) <= found.values.max():
+            raise ValueError(
+                f"{self._path}: `label_names` is {names.dtype} {list(names.shape)}; expected one per class"
+            )
+        return Labels(found.values, tuple(names.tolist()))
 
     def where(self, index: int) -> str:
         return f"{self._path}[{index}]"
@@ -204,18 +213,26 @@ def image_classes(images: ScoredImages, names: Sequence[str] | None = None) -> t
     found = image_labels(images)
     if found is None:
         return None
-    if names is None or found.class_names is None or tuple(names) == found.class_names:
-        return torch.from_numpy(found.values)
-    unknown = [
-        found.class_names[number] for number in np.unique(found.values) if found.class_names[number] not in names
-    ]
+    numbers = class_numbers(found.class_names, names, np.unique(found.values).tolist())
+    return torch.from_numpy(found.values) if numbers is None else numbers[torch.from_numpy(found.values)]
+
+
+def class_numbers(
+    generated: Sequence[str] | None, real: Sequence[str] | None, used: Iterable[int]
+) -> torch.Tensor | None:
+    """The number of each class of generated images among the names of real ones, int64 [K], -1 if it is not there.
+
+    None if the numbers are the same or not both are named. Raises ValueError if one of the `used` classes is not there.
+    """
+    if generated is None or real is None or tuple(generated) == tuple(real):
+        return None
+    unknown = [generated[number] for number in used if generated[number] not in real]
     if unknown:
         raise ValueError(
             f"the generated images have the class {unknown[0]!r}, which the real images lack; their classes are "
-            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            f"{', '.join(real[:5])}{', ...' if len(real) > 5 else ''}"
         )
-    numbers = np.array([names.index(name) if name in names else -1 for name in found.class_names])
-    return torch.from_numpy(numbers[found.values])
+    return torch.tensor([real.index(name) if name in real else -1 for name in generated])
 
 
 def labelled_batches(

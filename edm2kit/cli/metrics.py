@@ -20,6 +20,7 @@ from edm2kit.cli.generation import Request, prepare
 from edm2kit.cli.generation_options import generation_options
 from edm2kit.cli.image_source import (
     ArchiveImages,
+    class_numbers,
     image_batches,
     image_classes,
     image_labels,
@@ -253,13 +254,15 @@ def gen(request: Request, num: int, seeds: tuple[int, ...], device: str, **scori
         if _needs_classes(options) and not generation.engine.label_dim:
             raise ValueError(f"{_needs_classes(options)} needs a network with classes; this one is unconditional")
         dist.print0(generation.summary)
+        names = None if real_labels is None else real_labels.class_names
+        numbers = class_numbers(generation.engine.class_names, names, generation.engine.possible_classes)
         runs = {
             f"seeds {start}-{start + num - 1}": (
-                (batch.images, batch.classes) for batch in generation.batches(range(start, start + num), options.batch)
+                (batch.images, batch.classes if numbers is None else numbers[batch.classes.cpu()])
+                for batch in generation.batches(range(start, start + num), options.batch)
             )
             for start in seeds
         }
-        names = None if real_labels is None else real_labels.class_names
         _score(options, scorer, runs, {"settings": generation.settings, "num_images": num, "seeds": list(seeds)}, names)
 
 

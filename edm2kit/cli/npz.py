@@ -14,10 +14,16 @@ from edm2kit.torch_utils.arrays import read_npz_array
 from edm2kit.torch_utils.files import atomic_write, exclusive, write_json
 
 
-def write_npz(path: Path, seeds: Sequence[int], images: Iterable[tuple[np.ndarray, int | None]]) -> None:
+def write_npz(
+    path: Path,
+    seeds: Sequence[int],
+    images: Iterable[tuple[np.ndarray, int | None]],
+    class_names: Sequence[str] | None = None,
+) -> None:
     """Write `images` [N, H, W, C] uint8, `seeds` [N] int64 and, if the images have classes, `labels` [N] int64.
 
-    `images` yields (pixels uint8 [C, H, W], class or None) for each seed, all of one size.
+    `label_names` [K], text, is there if the classes have names. `images` yields (pixels uint8 [C, H, W], class or None)
+    for each seed, all of one size.
     """
     labels = []
     with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
@@ -34,6 +40,9 @@ def write_npz(path: Path, seeds: Sequence[int], images: Iterable[tuple[np.ndarra
             if values:
                 with archive.open(f"{name}.npy", "w") as member:
                     np.save(member, np.array(values, dtype=np.int64))
+        if labels and class_names is not None:
+            with archive.open("label_names.npy", "w") as member:
+                np.save(member, np.array(list(class_names), dtype=np.str_))
 
 
 def record_of(npz: Path) -> Path:
@@ -84,7 +93,8 @@ def pack(
 ) -> None:
     """Write `images` of the folder `parts` to `npz`, their `record` beside it, and remove the folder."""
     record_of(npz).unlink(missing_ok=True)  # the old one would vouch for the new images
-    write_npz(npz, seeds, images)
+    runs = [] if record is None else record["runs"]
+    write_npz(npz, seeds, images, runs[-1].get("label_names") if runs else None)
     write_json(record_of(npz), record)
     remove_parts(parts)
 

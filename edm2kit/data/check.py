@@ -129,7 +129,7 @@ def _check_source(source: Source) -> bool:
                 problems.append(str(error))
             bar.update(len(indices))
     kind = f"{source.item_dtype} {list(source.item_shape)}"
-    labels = None if source.labels is None else Labels(source.labels, source.label_names)
+    labels = None if source.labels is None else Labels(source.labels, source.label_names, source.label_dim)
     _report(source.path, len(source), Counter({kind: good}), labels, problems)
     if not problems:
         click.echo("Ready for training")

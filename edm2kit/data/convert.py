@@ -325,7 +325,7 @@ def _write(
                 )
             content: dict = {"labels": None}
             if labels is not None:
-                kept = Labels(labels.values[written], labels.class_names)
+                kept = Labels(labels.values[written], labels.class_names, labels.space.dimension)
                 content = kept.to_json([names[index] for index in written])
             if enlarged:
                 content["enlarged"] = enlarged

@@ -238,5 +238,5 @@ class _Output:
         source = self.job.source
         content: dict[str, Any] = {"labels": None}
         if source.labels is not None:
-            content = Labels(source.labels, source.label_names).to_json(list(self.job.names))
+            content = Labels(source.labels, source.label_names, source.label_dim).to_json(list(self.job.names))
         self._partial.finish(content)

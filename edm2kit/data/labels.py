@@ -72,18 +72,20 @@ class ConditionSpace:
 class Labels:
     """One label per image: `values` are classes, int64 [n], or vectors, float32 [n, D].
 
-    Classes count from 0. Some classes may have no image; `class_names`, if known, names all of them.
+    Classes count from 0. Some classes may have no image; `class_names`, if known, names all of them. `num_classes` says
+    how many there are if they have no names and the last ones have no image; 0 if it is unknown.
     """
 
     values: np.ndarray
     class_names: tuple[str, ...] | None = None
+    num_classes: int = 0
 
     @property
     def space(self) -> ConditionSpace:
-        """The number of classes is the largest class + 1, or the number of names if that is larger."""
+        """The number of classes is the largest class + 1, or the number of names or `num_classes` if that is larger."""
         if self.values.ndim == 2:
             return ConditionSpace("vectors", self.values.shape[1])
-        count = max(int(self.values.max()) + 1, len(self.class_names or ()))
+        count = max(int(self.values.max()) + 1, len(self.class_names or ()), self.num_classes)
         return ConditionSpace("classes", count, self.class_names)
 
     def to_json(self, names: list[str]) -> dict[str, Any]:
@@ -91,6 +93,8 @@ class Labels:
         content: dict[str, Any] = {"labels": [list(pair) for pair in zip(names, self.values.tolist(), strict=True)]}
         if self.class_names is not None:
             content["label_names"] = list(self.class_names)
+        elif self.space.kind == "classes" and self.space.dimension > int(self.values.max()) + 1:
+            content["num_classes"] = self.space.dimension
         return content
 
 
@@ -122,7 +126,8 @@ def read_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
     """The labels in the archive's dataset.json, or None if that file is missing or contains no labels.
 
     The file is {"labels": [["00000/img00000000.png", 6], ...] or null}, with one entry per image. A label is a class
-    or a list of floats (the format of NVlabs/edm2). "label_names": ["cat", ...] is an optional extension for classes.
+    or a list of floats (the format of NVlabs/edm2). Two extensions are for classes: "label_names": ["cat", ...], and
+    "num_classes": 10 if they have no names and the last ones no images.
     Raises ValueError if the file breaks these rules.
     """
     where = f"{archive.path}/{LABELS_FILE}"
@@ -148,11 +153,14 @@ def read_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
             raise ValueError(f'{where}: "label_names" names classes, but the labels are vectors; remove the names')
         return labels_of_array(np.array(values, np.float64), where)
     classes = np.array(values, np.int64)
+    last = int(classes.max())
     if class_names is None:
-        return Labels(classes)
+        count = content.get("num_classes", 0)
+        if count and not (type(count) is int and last < count <= _MAX_CLASSES):
+            raise ValueError(f'{where}: "num_classes" is {short_json(count)}, but the labels go up to {last}')
+        return Labels(classes, num_classes=count)
     if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
         raise ValueError(f'{where}: "label_names" is not a list of names')
-    last = int(classes.max())
     if len(class_names) <= last:
         raise ValueError(f'{where}: "label_names" names {len(class_names)} classes, but the labels go up to {last}')
     return Labels(classes, tuple(class_names))
@@ -270,7 +278,25 @@ def noted_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
         return None
     if without:
         raise ValueError(f"{archive.path}: no class is noted in {_some(without)}; label every image, or none")
-    return Labels(np.array(classes, np.int64))
+    names, count = _noted_classes(archive)
+    if max(classes) >= count:
+        names, count = None, 0  # of another network
+    return Labels(np.array(classes, np.int64), names, count)
+
+
+def _noted_classes(archive: FolderArchive | ZipArchive) -> tuple[tuple[str, ...] | None, int]:
+    """The names and the number of classes that generate.py recorded beside its images; None and 0 if it did not."""
+    found = find_extra(archive, RECORD)
+    try:
+        run = {} if found is None else json.loads(found[1])["runs"][-1]
+        names, count = run.get("label_names"), run.get("num_classes", 0)
+        if names is not None and not (len(names) == count and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"{len(names)} names of {count} classes")
+        return None if names is None else tuple(names), int(count)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{archive.path}/{RECORD}: is damaged ({error}); delete it, or generate the images again"
+        ) from error
 
 
 def pick_labels(found: Labels | None, picked: np.ndarray) -> tuple[np.ndarray | None, ConditionSpace]:

@@ -51,7 +51,7 @@ class Engine:
     `empty_classes`; with `classes`, seed s gets class classes[s % len(classes)]. For a denoiser conditioned on float
     vectors, `vectors` [M, label_dim] are those to choose from, and `classes` are rows of it. For one conditioned on
     anything else, `prompts` are M conditions, such as `TextPrompts`: seed s gets number s % M, or with `classes` number
-    classes[s % len(classes)].
+    classes[s % len(classes)]. `class_names`, one per class, are only for records.
 
     With `pad`, all batches have the same size, as a compiled denoiser is compiled again for each size: the last one is
     filled up with images that are dropped.
@@ -70,8 +70,19 @@ class Engine:
     pad: bool = False
     empty_classes: Sequence[int] = ()
     prompts: Condition | None = None
+    class_names: Sequence[str] | None = None
 
     __repr__ = describe
+
+    @property
+    def possible_classes(self) -> Sequence[int]:
+        """The classes that images can have; [] without classes."""
+        if self.vectors is not None or self.prompts is not None:
+            return []
+        if self.classes is not None:
+            return sorted(set(self.classes))
+        left = [k for k in range(self.label_dim) if k not in set(self.empty_classes)]
+        return left or list(range(self.label_dim))
 
     def batches(self, seeds: Sequence[int], batch_size: int) -> Iterator[ImageBatch]:
         """The images of `seeds`, in that order, at most `batch_size` at a time; no batches if there are no seeds.
