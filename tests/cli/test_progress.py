@@ -62,6 +62,7 @@ QUICK = {
     "edm2kit-reproduce plan": "computes in seconds; --measure says what it measures",
     "edm2kit-reproduce report": "reads small files",
     "edm2kit-flops": "computes in seconds",
+    "edm2kit-report": "draws small files",
 }
 
 
