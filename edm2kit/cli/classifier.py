@@ -13,12 +13,18 @@ from edm2kit.cli import click_types as cli
 from edm2kit.cli.field_options import options_from
 from edm2kit.data.batches import GlobalOrder, training_batches
 from edm2kit.data.dataset import Source, open_source
-from edm2kit.guidance.classifier.noise_classifier import ClassifierHeader, NoiseClassifier, save_classifier
+from edm2kit.guidance.classifier.noise_classifier import (
+    ClassifierHeader,
+    NoiseClassifier,
+    load_classifier,
+    save_classifier,
+)
 from edm2kit.models.encoders import Encoder, make_encoder
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.rng import StackedGenerator, derive_seed
 
 _LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)
+_MAX_SETTING = 1 << 50
 _NUM_EVALUATED = 512  # images at each noise level
 
 
@@ -40,6 +46,13 @@ class ClassifierTraining:
     P_mean: float = _setting(0.0, "--P_mean", "FLOAT", "Mean of ln(sigma) during training")
     P_std: float = _setting(1.5, "--P_std", "FLOAT", "Standard deviation of ln(sigma) during training")
     seed: int = _setting(0, "--seed", "N", "Random seed of the weights, the order and the noise")
+
+    def __post_init__(self) -> None:
+        for name in ("duration_nimg", "batch_size", "lr", "P_std"):
+            if not 0 < getattr(self, name) < _MAX_SETTING:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a number above 0")
+        if not abs(self.P_mean) < _MAX_SETTING:
+            raise ValueError(f"P_mean is {self.P_mean}; expected a finite number")
 
 
 @click.command(cls=cli.Command)
@@ -71,6 +84,8 @@ def main(
     cli.check_output(dest, "safetensors file")
     if dest.exists() and not overwrite:
         raise ValueError(f"{dest} exists; choose another --dest, or use --overwrite to replace it")
+    if dest.exists():
+        load_classifier(dest)  # refuses a network, which is a safetensors file too
     training = ClassifierTraining(**cli.given_options(settings, list(settings)))
     with dist.session(device) as where:
         if dist.world_size() > 1:

@@ -406,6 +406,7 @@ OUTPUT_KINDS: dict[str, Callable[[Path], bool]] = {
     "score card": _starts_with(b"# Score card"),
     "set of reference statistics": _is_reference,
     "set of generated images": _is_npz_of("images.npy"),
+    "page in HTML": _starts_with(b"<!doctype", b"<!DOCTYPE"),
     "safetensors file": _starts_with(b"{", at=8),
 }
 

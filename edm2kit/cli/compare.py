@@ -274,7 +274,7 @@ def make_table(outdir: Path, publish: bool, **given: Any) -> None:
     click.option(
         "--dest",
         metavar="PNG",
-        type=click.Path(path_type=Path, dir_okay=False),
+        type=cli.OutputFile("PNG image"),
         help="The picture  [default: sheet.png in --outdir]",
     ),
     _device,

@@ -19,7 +19,7 @@ from edm2kit.torch_utils.files import code_commit
 @click.option(
     "--dest",
     metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=cli.OutputFile("page in HTML"),
     help="The page  [default: report.html in RUN, or here for several]",
 )
 def main(runs: tuple[Path, ...], dest: Path | None) -> None:
@@ -33,13 +33,13 @@ def main(runs: tuple[Path, ...], dest: Path | None) -> None:
     python scripts/report.py runs/main runs/guide --dest both.html
     """
     path = dest or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    cli.check_output(path, "page in HTML")
     reported = []
     for name, folder in zip(_names(runs), runs, strict=True):
         run = open_run(folder)
         source, why = training_set(run)
         moments = None if source is None else measure_moments(source, make_encoder(run.config.encoder))
         reported.append(Reported(name, run, moments, why))
-    cli.check_writable(path.parent)
     about = f"{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])} \u00b7 commit {code_commit()[:12]}"
     write_report(path, reported, about)
     click.echo(f"Wrote {path}")

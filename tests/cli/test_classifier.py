@@ -3,8 +3,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import save_file
 
+from edm2kit.cli.classifier import main as classifier
 from edm2kit.guidance.classifier.noise_classifier import load_classifier
 from tests.support.tiny import make_dataset, run
 
@@ -47,3 +50,30 @@ def test_without_labels_there_is_nothing_to_learn(tmp_path):
     data = make_dataset(tmp_path / "data", num_images=2, num_classes=0)
     done = run("scripts/train_classifier.py", "--data", data, "--dest", tmp_path / "c", "--device", "cpu")
     assert (done.returncode, "has no labels" in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--width", "0"], "the width must be a multiple of 8 up to 4096"),
+        (["--width", "1000000000"], "the width must be a multiple of 8 up to 4096"),
+        (["--lr", "nan"], "lr is nan; expected a number above 0"),
+        (["--batch", "0"], "batch_size is 0; expected a number above 0"),
+        (["--P_mean", "inf"], "P_mean is inf; expected a finite number"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_line(bright_and_dark, tmp_path, arguments, reason):
+    words = ["--data", str(bright_and_dark), "--dest", str(tmp_path / "c"), "--device", "cpu", *arguments]
+    result = CliRunner().invoke(classifier, words)
+    assert result.exit_code == 1
+    assert reason in result.output
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_network_is_not_replaced_by_a_classifier(bright_and_dark, tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "network.safetensors")
+    before = (tmp_path / "network.safetensors").read_bytes()
+    words = ["--data", str(bright_and_dark), "--dest", str(tmp_path / "network.safetensors"), "--overwrite"]
+    result = CliRunner().invoke(classifier, words)
+    assert "is a safetensors file, but not a classifier" in result.output
+    assert (tmp_path / "network.safetensors").read_bytes() == before

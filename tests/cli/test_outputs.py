@@ -21,6 +21,7 @@ from edm2kit.torch_utils.files import sampled_sha256
 CONTENT = {
     "PNG image": b"\x89PNG\r\n\x1a\n",
     "JSON record": b'{"a": 1}',
+    "page in HTML": b"<!doctype html>",
     "safetensors file": b"\x02\0\0\0\0\0\0\0{}",
 }
 

@@ -19,6 +19,7 @@ FORMAT_VERSION = 1
 _HEADER_KEY = "edm2_classifier"
 _GROUPS = 8
 _MAX_LEVELS = 16
+_MAX_WIDTH = 4096
 
 
 class _ResidualBlock(nn.Module):
@@ -57,10 +58,10 @@ class NoiseClassifier(nn.Module):
         sigma_data: float = 0.5,
     ):
         super().__init__()
-        if width % _GROUPS or img_resolution % (1 << (levels - 1)):
+        if not 0 < width <= _MAX_WIDTH or width % _GROUPS or img_resolution % (1 << (levels - 1)):
             raise ValueError(
                 f"a classifier of {width} channels and {levels} levels for {img_resolution} pixels; the width must be "
-                f"a multiple of {_GROUPS}, the resolution a multiple of {1 << (levels - 1)}"
+                f"a multiple of {_GROUPS} up to {_MAX_WIDTH}, the resolution a multiple of {1 << (levels - 1)}"
             )
         self.shape, self.sigma_data = (img_channels, img_resolution, img_resolution), sigma_data
         widths = [width << level for level in range(levels)]
