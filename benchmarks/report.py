@@ -1,4 +1,4 @@
-"""Write what the records say into docs/performance.md, scaling.md and imagenet.md, and plot how cost grows."""
+"""Write what the records say into the documents of `documents`, and plot how cost grows."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +8,7 @@ import click
 
 from benchmarks import harness
 from benchmarks.plots import growth_plot
+from benchmarks.reliability_report import reliability_text, security_text
 from benchmarks.scaling_report import imagenet_text, scaling_text
 from benchmarks.tables import comparison_table
 from edm2kit.cli import click_types as cli
@@ -42,7 +43,7 @@ Records = Mapping[str, Record]
 )
 @click.option("--check", is_flag=True, help="Write nothing; fail if a document differs from the records")
 def main(folder: Path, docs: Path, check: bool) -> None:
-    """Update docs/performance.md, scaling.md and imagenet.md from the records of the benchmarks."""
+    """Update the documents in docs/ that report the records of the benchmarks."""
     records = read_records(folder)
     texts = documents(records)
     if check:
@@ -68,6 +69,8 @@ def documents(records: Records) -> dict[str, str]:
         "performance.md": performance_text(records),
         "scaling.md": scaling_text(records),
         "imagenet.md": imagenet_text(records),
+        "reliability.md": reliability_text(records),
+        "security.md": security_text(records),
     }
 
 

@@ -9,6 +9,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from PIL import Image
+
 from edm2kit.data.archive import open_archive
 from edm2kit.data.dataset import FILE_EXTENSIONS
 from edm2kit.data.labels import LABELS_FILE, read_labels_file
@@ -176,6 +178,20 @@ def _read_settings(path: Path) -> dict:
     return settings
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether a file can be kept: a power cut leaves empty ones behind, and a PNG has checksums."""
+    if not path.stat().st_size:
+        return False
+    if path.suffix != ".png":
+        return True
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
+
+
 class _FolderWriter:
     """Writes files that are complete or absent, whenever the process is killed.
 
@@ -186,8 +202,7 @@ class _FolderWriter:
     def __init__(self, path: Path):
         self.path = path
         files = (Path(folder, file) for folder, _, files in os.walk(path) for file in files)
-        # a power cut can leave empty files behind
-        self.names = {file.relative_to(path).as_posix() for file in files if file.stat().st_size}
+        self.names = {file.relative_to(path).as_posix() for file in files if _is_whole(file)}
 
     def add(self, name: str, data: bytes) -> None:
         path = self.path / name
@@ -231,6 +246,8 @@ class _ZipWriter:
         if len(data) >= _LIMIT_32:
             raise ValueError(f"{name}: has {len(data)} bytes, too many for one file in a zip; use a folder as --dest")
         checksum, path = zlib.crc32(data), os.fsencode(name)
+        if self._entries.get(name, ())[1:] == (len(data), checksum):
+            return  # from a process that was killed later than this
         self._entries[name] = (self._file.tell(), len(data), checksum)
         fields = (20, 0x800, 0, 0, _DATE_1980, checksum, len(data), len(data), len(path), 0)
         self._file.write(_LOCAL.pack(b"PK\x03\x04", *fields) + path + data)

@@ -261,11 +261,11 @@ class ReportedElsewhere(ValueError):
 
 def _is_first_to_report(text: str) -> bool:
     """Whether no other rank has met the same message; True if the other ranks can no longer be asked."""
-    try:
-        store = torch.distributed.distributed_c10d._get_default_store()
-        return store.add(f"error/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
-    except (RuntimeError, AttributeError):  # the node with the store has ended, or this torch lacks the function
-        return True
+    from edm2kit.torch_utils.heartbeat import ask
+
+    key = f"error/{hashlib.sha256(text.encode()).hexdigest()}"
+    # fails if the node with the store has ended, or if this torch lacks the function
+    return ask(lambda: torch.distributed.distributed_c10d._get_default_store().add(key, 1), 1) == 1
 
 
 def printable(text: str) -> str:

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 BEAT_SEC = 5.0
 LATE_SEC = 60.0
 _STORE_WAIT_SEC = 20
-_ANSWER_SEC = 10  # for the last question, before a process gives up
+_ANSWER_SEC = 10.0  # for one question to the store, such as the last before a process gives up
 _DONE, _FAILED = "done", "failed"  # instead of the number of a beat
 
 
@@ -140,6 +140,24 @@ def _this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
+def ask(question: Callable[[], Any], otherwise: Any) -> Any:
+    """What `question()` returns, or `otherwise` if it raises an error or takes too long.
+
+    For a store of torch.distributed: its clients wait for a process that is stopped without limit, and for a network
+    that is down as long as TCP does, many minutes.
+    """
+    answers: list[Any] = []
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError, OSError, AttributeError):
+            answers.append(question())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(_ANSWER_SEC)
+    return answers[0] if answers else otherwise
+
+
 @contextlib.contextmanager
 def watching(
     rank: int, world_size: int, steps: Callable[[], int], say: Callable[[str], None]
@@ -152,14 +170,6 @@ def watching(
     ending = threading.Event()
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     silence = f"{host}, port {port}, where the ranks find each other, does not answer"
-
-    def late_ranks() -> list[str]:
-        found: list[list[str]] = []
-        # not in this thread: on a network that is down, the store waits for an answer as long as TCP does, many minutes
-        asking = threading.Thread(target=lambda: found.append(beats[0].late() if beats else []), daemon=True)
-        asking.start()
-        asking.join(timeout=_ANSWER_SEC)
-        return found[0] if found else [silence]
 
     def run() -> None:
         import torch.distributed
@@ -186,11 +196,10 @@ def watching(
     thread.start()
     failed = True
     try:
-        yield late_ranks
+        yield lambda: ask(beats[0].late, [silence]) if beats else []
         failed = False
     finally:
         ending.set()
         thread.join(timeout=_STORE_WAIT_SEC)
         if beats and not thread.is_alive():
-            with contextlib.suppress(RuntimeError):
-                beats[0].leave(failed)
+            ask(lambda: beats[0].leave(failed), None)

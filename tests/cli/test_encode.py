@@ -132,9 +132,15 @@ def test_a_command_that_ended_within_a_batch_resumes_with_the_same_bits(vae, pix
             raise OSError("the disk is full")
         whole(self, name, data)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(PartialDataset, "add", add_six)
-        assert "the disk is full" in CliRunner().invoke(dataset_tool.main, line).output
+    def add_all_but_labels(self, name, data):
+        if name == "dataset.json":
+            raise OSError("the disk is full")
+        whole(self, name, data)
+
+    for add in (add_six, add_all_but_labels):
+        with monkeypatch.context() as patch:
+            patch.setattr(PartialDataset, "add", add)
+            assert "the disk is full" in CliRunner().invoke(dataset_tool.main, line).output
     assert CliRunner().invoke(dataset_tool.main, line).exit_code == 0
     assert (tmp_path / "latents.zip").read_bytes() == encoded.read_bytes()
 

@@ -174,11 +174,13 @@ def test_a_damaged_unfinished_zip_is_truncated_to_its_complete_files(tmp_path, s
     assert contents(tmp_path / "out.zip") == contents(tmp_path / "whole.zip")
 
 
-def test_empty_files_that_a_power_cut_left_are_written_again(tmp_path, source, monkeypatch):
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:60] + b"!" + data[61:]])
+def test_files_that_a_power_cut_or_a_disk_damaged_are_written_again(tmp_path, source, monkeypatch, damage):
     with monkeypatch.context() as patch:
         FullDisk(patch, room=4)
         convert(source, tmp_path / "out", code=1)
-    (tmp_path / "out.partial" / "data" / "00000" / "img00000002.png").write_bytes(b"")
+    path = tmp_path / "out.partial" / "data" / "00000" / "img00000002.png"
+    path.write_bytes(damage(path.read_bytes()))
     convert(source, tmp_path / "out")
     run("check", "--source", tmp_path / "out")
 

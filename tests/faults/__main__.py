@@ -22,17 +22,18 @@ from tests.faults.families import FAMILIES, Family
 from tests.faults.processes import Server
 from tests.faults.trial import Ready, Verdict, attempt, get_ready, plan
 
-_SAVE_EVERY = 20
-
 
 @click.command(cls=cli.Command)
 @click.option("--family", "names", type=click.Choice(list(FAMILIES)), multiple=True, help="Only this one; repeatable")
 @click.option("--faults", metavar="N", type=cli.AtLeast(int, 1), default=200, help="Faults per family")
 @click.option("--only", metavar="K", type=cli.AtLeast(int, 0), help="Only the fault of this number, and print it")
+@click.option("--again", is_flag=True, help="Only the faults of the record that broke a promise, once that is mended")
 @click.option("--seed", metavar="N", type=int, default=0, help="Seed of the faults")
 @click.option("--max-sec", metavar="SEC", type=cli.AtLeast(float, 1), default=36000.0, help="Time per family, at most")
 @harness.out_option
-def main(names: tuple[str, ...], faults: int, only: int | None, seed: int, max_sec: float, out: Path) -> None:
+def main(
+    names: tuple[str, ...], faults: int, only: int | None, again: bool, seed: int, max_sec: float, out: Path
+) -> None:
     """Break commands in every way and run them again; writes faults.json.
 
     The exit code is 1 if a promise was broken; the record then holds what happened.
@@ -41,31 +42,49 @@ def main(names: tuple[str, ...], faults: int, only: int | None, seed: int, max_s
     path = out / "faults.json"
     record = json.loads(path.read_text()) if path.exists() else {"job": "faults", "families": {}}
     for name in names or FAMILIES:
-        found = run(FAMILIES[name], faults, only, seed, max_sec)
+        before = record["families"].get(name, {"problems": []})
+        wanted = {one["number"] for one in before["problems"]} if again else {only} if only is not None else None
+        if again and not wanted:
+            continue
+        found = run(FAMILIES[name], faults, wanted, before.get("seed", seed) if again else seed, max_sec)
         click.echo(
             f"{name}: {found['faults']} faults in {found['elapsed_sec']:.0f} s, {len(found['problems'])} problems"
         )
         if only is not None:
             continue
-        record["families"][name] = found
+        record["families"][name] = corrected(before, found) if again else found
         record |= {"command": harness.command(), "provenance": provenance(), "cpu": harness.cpu()}
         harness.save(record, out)
     if any(found["problems"] for found in record["families"].values()):
         raise ValueError(f"promises were broken; see {path}")
 
 
-def run(family: Family, faults: int, only: int | None, seed: int, max_sec: float) -> dict[str, Any]:
+def corrected(before: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
+    """The record of a family in which the trials that broke a promise are replaced by their repetitions."""
+    kinds = {kind: Counter(counts) for kind, counts in before["kinds"].items()}
+    for kind in kinds:
+        kinds[kind]["broken"] = 0
+        kinds[kind].update(again["kinds"].get(kind, {}))
+    mended = {one["number"] for one in before["problems"]} - {one["number"] for one in again["problems"]}
+    return {
+        **before,
+        "kinds": {kind: {outcome: n for outcome, n in counts.items() if n} for kind, counts in kinds.items()},
+        "problems": again["problems"],
+        "mended": before.get("mended", []) + [one for one in before["problems"] if one["number"] in mended],
+    }
+
+
+def run(family: Family, faults: int, only: set[int | None] | None, seed: int, max_sec: float) -> dict[str, Any]:
     """Try a family's faults; counts by kind and outcome, and everything that broke a promise."""
     verdicts: list[tuple[int, Verdict]] = []
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults") as name, Server(family.commands) as server:
         place = Path(name)
-        place.chmod(0o755)  # for the trials as another user
         (place / "inputs").mkdir()
         family.prepare(place / "inputs", server)
         ready: dict[str, Ready] = {}
         for number, (variant, kind, rng) in enumerate(plan(family, faults, seed)):
-            if only not in (None, number):
+            if only is not None and number not in only:
                 continue
             if time.monotonic() - began > max_sec:
                 break
@@ -76,7 +95,7 @@ def run(family: Family, faults: int, only: int | None, seed: int, max_sec: float
             for problem in verdict.problems:
                 click.echo(f"{family.name} {number}: {verdict.variant}, {kind}, {verdict.fault}: {problem}")
             if only is not None:
-                click.echo(f"{verdict}")
+                click.echo(f"{number}: {verdict}")
     return summary(verdicts) | {"seed": seed, "elapsed_sec": round(time.monotonic() - began, 1)}
 
 

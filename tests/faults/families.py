@@ -52,7 +52,9 @@ class Family:
     """Jobs that write results of one kind.
 
     `prepare(folder, server)` makes their inputs.
-    `unchecked` are suffixes of result files without a checksum, in which damage can go unnoticed.
+    `unchecked` are suffixes of result files without a checksum, in which damage can go unnoticed. `lasting` are those
+    of results that are not made again if someone deletes them. If `is_shared`, several processes divide the work, so
+    that its results depend on their order.
     """
 
     name: str
@@ -60,6 +62,8 @@ class Family:
     prepare: Callable[[Path, Server], None]
     variants: tuple[Variant, ...]
     unchecked: tuple[str, ...] = ()
+    lasting: tuple[str, ...] = ()
+    is_shared: bool = False
 
 
 def _job(command: str, text: str, ranks: int = 1, agent: bool = False) -> Job:
@@ -107,7 +111,7 @@ def _for_tuning(folder: Path, server: Server) -> None:
     make_reference(folder, server)
 
 
-_TRAIN = "--outdir out --data data --samples 1 --device cpu --timeout 20s --config"
+_TRAIN = "--outdir out --data data --samples 0 --device cpu --timeout 20s --config"
 _GENERATE = "--net net.safetensors --seeds 0-8 --batch 3 --steps 2 --device cpu"
 _TUNE = (
     "search --main main --guide guide --ref ref.npz --metric fd_random --budget 40img --num 8 --halvings 1 "
@@ -119,13 +123,14 @@ FAMILIES = {
         ("train",),
         _for_training,
         (
-            Variant("one process", _job("train", f"{_TRAIN} plain.yaml")),
+            Variant("one process", _job("train", f"{_TRAIN} plain.yaml --samples 1")),
             Variant("with readers", _job("train", f"{_TRAIN} readers.yaml"), readers=True),
             Variant("two ranks", _job("train", f"{_TRAIN} plain.yaml", 2)),
             Variant("two ranks, sharded", _job("train", f"{_TRAIN} plain.yaml --shard true", 2)),
             Variant("two ranks under an agent", _job("train", f"{_TRAIN} readers.yaml", 2, agent=True), readers=True),
         ),
         unchecked=(".jsonl", ".safetensors"),
+        lasting=(".safetensors", ".png"),
     ),
     "generate": Family(
         "generate",
@@ -201,6 +206,7 @@ FAMILIES = {
         _for_tuning,
         (Variant("search", _job("tune", _TUNE)),),
         unchecked=(".db", ".svg", ".html", ".md", ".yaml", ".json"),
+        is_shared=True,
     ),
 }
 

@@ -58,6 +58,9 @@ def main() -> None:
     import torch
 
     from edm2kit.torch_utils.files import code_commit
+    from edm2kit.training import log
+
+    log.activation_bytes = lambda *arguments: 0  # the forecast of memory would take a third of the time
 
     torch.set_num_threads(1)
     code_commit()  # asks git, once for all
@@ -205,6 +208,9 @@ def _with_agent(request: dict[str, Any], number: int, job: dict[str, Any]) -> in
 
 
 def _rank_of_agent(request: dict[str, Any], number: int, job: dict[str, Any]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)  # not the agent's own handlers
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     own, leave = os.getpid(), os._exit
 
     def leave_group(code: int) -> None:

@@ -36,7 +36,6 @@ def ready(server, tmp_path_factory):
     def find(name):
         if name not in known:
             place = tmp_path_factory.mktemp(name)
-            place.chmod(0o755)
             (place / "inputs").mkdir()
             FAMILIES[name].prepare(place / "inputs", server)
             known[name] = get_ready(FAMILIES[name], FAMILIES[name].variants[0], place / "inputs", place / "run", server)
@@ -54,7 +53,6 @@ def test_generating_survives(ready, server, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["kill by processor time", "file size limit", "read-only"])
 def test_rebuilding_survives(ready, server, tmp_path, kind):
-    tmp_path.chmod(0o755)
     verdict = attempt(ready("reconstruct"), kind, random.Random(f"{kind} {SEED}"), tmp_path / "trial", server)
     assert not verdict.problems
 

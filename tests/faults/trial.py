@@ -35,11 +35,12 @@ _LOG_LINE = re.compile(r"^[EWI]\d{4} .*$", re.MULTILINE)  # of torch's agent, wh
 
 @dataclass(frozen=True)
 class Ready:
-    """A variant whose inputs are in `folder`; `expected` are its results without a fault.
+    """A variant of a family whose inputs are in `folder`; `expected` are its results without a fault.
 
     `events` is their number by rank, and `largest` the size of the largest file in bytes.
     """
 
+    family: Family
     variant: Variant
     folder: Path
     expected: dict[str, str]
@@ -49,7 +50,11 @@ class Ready:
 
 @dataclass
 class Verdict:
-    """What a trial showed: "equal", "refused", "found when read" or "unnoticed"; `problems` break a promise."""
+    """What a trial showed, and the `problems` that break a promise.
+
+    An outcome is "equal", or, if a file was damaged or deleted: "refused" by the command, "found when read" later,
+    "unnoticed" in a file without a checksum, or "stays deleted".
+    """
 
     kind: str
     variant: str
@@ -64,7 +69,7 @@ def get_ready(family: Family, variant: Variant, inputs: Path, place: Path, serve
         ending, events = server.count_events(folder, variant.job)
         assert ending.succeeded, f"{family.name}, {variant.name}: {ending.text}"
         largest = max(path.stat().st_size for path in written(folder))
-        return Ready(variant, inputs, results(folder), events, largest)
+        return Ready(family, variant, inputs, results(folder), events, largest)
 
 
 @contextmanager
@@ -135,7 +140,7 @@ def attempt(ready: Ready, kind: str, rng: random.Random, place: Path, server: Se
             verdict.problems += _problems_of(ending, kind)
         stopped = any("state saved. Run the same command" in ending.text for ending in endings)  # as a signal asked
         if all(ending.succeeded for ending in endings) and kind != "results removed" and not stopped:
-            verdict.problems += [f"success, but {text}" for text in _differences(ready, folder)]
+            verdict.problems += [f"success, but {text}" for text in _differences(ready, folder, kind)]
         broken = _break(folder, kind, rng) if kind in _BETWEEN else None
         _again(ready, folder, verdict, broken, server)
         verdict.problems += [f"{name} remains" for name in leftovers(folder) if verdict.outcome != "refused"]
@@ -167,7 +172,7 @@ def _problems_of(ending: Ending, kind: str) -> list[str]:
     text = _LOG_LINE.sub("", ending.text)
     found = []
     if ending.timed_out:
-        found.append(f"hangs: {text[-1500:]}")
+        found.append(f"hangs: {text[text.find('Fatal Python error') :][:1500]}")
     if ending.left_over:
         found.append(f"{ending.left_over} processes remain")
     if "Traceback (most recent call last)" in text:
@@ -185,12 +190,14 @@ def _has_reason(text: str, kind: str) -> bool:
     return kind in ("signal", "two jobs")  # which the user has sent
 
 
-def _differences(ready: Ready, folder: Path) -> list[str]:
+def _differences(ready: Ready, folder: Path, kind: str) -> list[str]:
     """How the results differ from those without a fault."""
     try:
         found = results(folder)
     except Exception as error:  # whatever reading a damaged file raises
         return [f"a result cannot be read: {type(error).__name__}: {error!s:.200}"]
+    if kind == "two jobs" and ready.family.is_shared:
+        return [f"{name} is missing" for name in ready.expected if "/" not in name[4:] and name not in found]
     changed = [name for name in ready.expected if found.get(name) != ready.expected[name]]
     extra = [name for name in found if name not in ready.expected and not name.endswith(".pt")]
     return [
@@ -228,7 +235,7 @@ def _again(ready: Ready, folder: Path, verdict: Verdict, broken: Path | None, se
         else:
             verdict.problems.append(f"does not continue: {reason:.300}")
         return
-    wrong = _differences(ready, folder)
+    wrong = _differences(ready, folder, verdict.kind)
     if broken is None or not wrong:
         verdict.problems += wrong
         return
@@ -236,9 +243,15 @@ def _again(ready: Ready, folder: Path, verdict: Verdict, broken: Path | None, se
     if wrong not in ([f"{name} differs"], [f"{name} is missing"]) and not wrong[0].startswith("a result cannot"):
         verdict.problems += wrong
     elif not broken.exists():
-        verdict.problems.append(f"{name} was deleted and is not made again")
+        verdict.outcome = "stays deleted"
+        if broken.suffix not in ready.family.lasting:
+            verdict.problems.append(f"{name} was deleted and is not made again")
+    elif is_refused(broken):
+        verdict.outcome = "found when read"
     else:
-        verdict.outcome = "found when read" if is_refused(broken) else "unnoticed"
+        verdict.outcome = "unnoticed"
+        if broken.suffix not in ready.family.unchecked:
+            verdict.problems.append(f"a bit of {name} was flipped, and nobody notices")
 
 
 def is_refused(path: Path) -> bool:

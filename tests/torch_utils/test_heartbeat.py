@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from edm2kit.torch_utils import dist, heartbeat
-from edm2kit.torch_utils.heartbeat import Heartbeat
+from edm2kit.torch_utils.heartbeat import Heartbeat, ask
 from tests.support import ROOT
 
 WHO = f"process {os.getpid()} on {socket.gethostname()}"
@@ -116,6 +116,20 @@ def test_a_restarted_group_ignores_the_reports_of_the_former_one(monkeypatch):
     again = Heartbeat(store, 0, 2, lambda: 0, print, late_sec=-1)
     again.beat()
     assert again.late()[0].startswith("rank 1 has not started")
+
+
+def test_a_question_to_a_store_that_does_not_answer_keeps_nobody_waiting(monkeypatch):
+    monkeypatch.setattr(heartbeat, "_ANSWER_SEC", 0.05)
+    never = threading.Event()
+    assert ask(never.wait, "no answer") == "no answer"
+    monkeypatch.undo()
+    assert ask(lambda: "here", "no answer") == "here"
+
+    def broken():
+        raise RuntimeError("connection reset by peer")
+
+    assert ask(broken, "no answer") == "no answer"
+    never.set()
 
 
 def test_the_time_to_wait_can_be_chosen():
