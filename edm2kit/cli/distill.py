@@ -91,7 +91,7 @@ def main(request: Request, outdir: str, max_time: float | None, device: str, **o
         loss = DistillationLoss(teacher, sigmas, run.config.P_mean, run.config.P_std, run.config.sigma_data)
         has_stopped = run.train(picked, loss_fn=loss, should_stop=stop)
     if has_stopped:
-        raise click.exceptions.Exit(stopped_exit_code())
+        raise click.exceptions.Exit(stopped_exit_code(can_resume=run.config.checkpoint_every_nimg > 0))
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def main(
             wandb=wandb,
         )
     if has_stopped:
-        raise click.exceptions.Exit(stopped_exit_code())
+        raise click.exceptions.Exit(stopped_exit_code(can_resume=run.config.checkpoint_every_nimg > 0))
 
 
 def forecast_time(run: Run, device: torch.device, throughput: float | None, measure_sec: float | None) -> None:

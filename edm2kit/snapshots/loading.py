@@ -156,6 +156,10 @@ def open_sources(sources: Sequence[str | Path], prefix: str = "", stds: Iterable
                 found.append(weights)
     if not found:
         condition = f" with names that start with {prefix!r}" if prefix else ""
+        if len(sources) == 1 and not prefix and Path(sources[0]).is_dir():
+            from edm2kit.snapshots.run_folder import nothing_in  # for this message alone
+
+            where += f": {nothing_in(Path(sources[0]))}"
         raise ValueError(f"found no training snapshots{condition} in {where}")
     if stds is not None:
         found = _with_stds(found, set(stds), where)

@@ -26,7 +26,7 @@ def newest_snapshot(folder: Path) -> Path:
     trained = {path: header for path, header in headers.items() if header.recipe is None}
     found = trained or headers
     if not found:
-        raise ValueError(_nothing_in(folder))
+        raise ValueError(nothing_in(folder))
     if len({header.run_id for header in found.values()}) > 1:
         raise ValueError(f"{folder} holds networks of several runs; give one of its files: {_names(found)}")
     nimg = max(header.nimg for header in found.values())
@@ -85,7 +85,7 @@ def _headers(folder: Path) -> dict[Path, Header]:
     return {path: header for path, header in found.items() if header.network != "parameters"}
 
 
-def _nothing_in(folder: Path) -> str:
+def nothing_in(folder: Path) -> str:
     """Why a folder has no network, and what to do."""
     names = [path.name for path in folder.iterdir()]
     if not names:
@@ -99,6 +99,8 @@ def _nothing_in(folder: Path) -> str:
     below = sorted(path.name for path in folder.iterdir() if path.is_dir() and any(path.glob("*.safetensors")))
     if below:
         return f"{folder} has no snapshots, but its folders {', '.join(below[:8])} have; give one of them"
+    if any(path.suffix in SUFFIXES for path in folder.iterdir()):
+        return f"{folder} has only rebuilt EMAs, or files of other kinds; give the folder of a training run"
     return f"{folder} has no snapshots; give one, or the folder of a training run"
 
 

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from edm2kit.training.loop import Trainer
 
 
-def stopped_exit_code() -> int:
-    """The exit code of a run that stopped early and can be resumed: 75 (EX_TEMPFAIL); 0 under torchrun.
+def stopped_exit_code(can_resume: bool = True) -> int:
+    """The exit code of a run that stopped early: 75 (EX_TEMPFAIL) if it can be resumed, else 1; 0 under torchrun.
 
     To torchrun, any other code than 0 is a failure: it would print a report of it, and restart the run if it may.
     """
-    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 75
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return 0
+    return 75 if can_resume else 1
 
 
 def leave_network(trainer: "Trainer", run_dir: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from edm2kit.models.edm2 import Precond
 from edm2kit.snapshots.file_format import Header, save_snapshot, snapshot_name
-from edm2kit.snapshots.loading import load_snapshot, local_file
+from edm2kit.snapshots.loading import load_snapshot, local_file, open_sources
 from edm2kit.snapshots.run_folder import newest_of_folders, newest_snapshot
 from tests.support.fake_published import ARCHITECTURE
 
@@ -96,6 +96,17 @@ def test_a_folder_without_snapshots_says_what_to_do(tmp_path, files, message):
         (folder / name).write_text("{}")
     with pytest.raises(ValueError, match=message):
         local_file(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("empty", "empty is empty; give"), ("ema", "ema has only rebuilt EMAs, or files of other kinds; give the folder")],
+)
+def test_a_search_for_all_snapshots_says_what_to_do_too(tmp_path, name, reason):
+    (tmp_path / "empty").mkdir()
+    add(tmp_path / "ema", 4000, 0.07, recipe={"method": "x"})
+    with pytest.raises(ValueError, match=f"found no training snapshots in .*: .*{reason}"):
+        open_sources([tmp_path / name])
 
 
 def test_a_folder_of_runs_names_them(run):
