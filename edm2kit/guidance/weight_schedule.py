@@ -130,8 +130,9 @@ class CFGPlusPlus(Wrapper):
     """CFG++: the noise that a step puts back is the negative's, and only the denoised image is guided.
 
     A DDIM step from sigma to s becomes x' = D_neg + lambda (D - D_neg) + (s / sigma) (x - D_neg), which is an Euler
-    step with the weight lambda sigma / (sigma - s). So it is a schedule, exact with `euler`; other solvers take the
-    same weights. lambda is w - 1, so that w = 1 is off; published are lambdas up to 1, and 0.6 as the default (w 1.6).
+    step with the weight lambda sigma / (sigma - s). So it is a schedule, exact with `euler` without churn; other
+    solvers take the same weights. lambda is w - 1, so that w = 1 is off; published are lambdas up to 1, and 0.6 as the
+    default (w 1.6).
 
     Works with autoguidance and any rule, but with one negative only, whose noise is put back. Raises ValueError if
     `guided` is not led away from exactly one negative, if its weight is not in [1, 2], and if it is called outside a

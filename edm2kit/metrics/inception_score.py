@@ -33,7 +33,9 @@ def _score(sample: Sample, with_bias: bool) -> Score:
             logits = logits + bias.double()
         log_probabilities = logits.log_softmax(dim=1)
         probabilities = log_probabilities.exp()
-        divergence = (probabilities * (log_probabilities - probabilities.mean(dim=0).log())).sum(dim=1)
+        # a class that no image shows adds nothing, and not 0 times infinity
+        of_mean = torch.special.xlogy(probabilities, probabilities.mean(dim=0))
+        divergence = (probabilities * log_probabilities - of_mean).sum(dim=1)
         value = divergence.mean().exp()
         values.append(value)
         effects.append(value * (divergence - divergence.mean()))

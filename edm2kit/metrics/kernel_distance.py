@@ -18,9 +18,12 @@ def kid(sample: Sample) -> Score:
     """The kernel distance with k(x, y) = (x y / F + 1)^3: unbiased, the mean of 100 random subsets of 1000 images.
 
     Subsets have all images if there are fewer than 1000. Can be negative if the sets are alike. Binkowski et al. 2018
-    (arXiv 1801.01401). Published tables often show it times 1000.
+    (arXiv 1801.01401). Published tables often show it times 1000. Raises ValueError for fewer than two images.
     """
     size = min(_SUBSET_SIZE, len(sample.generated), len(sample.real_features))
+    if size < 2:
+        counts = f"{len(sample.generated)} generated and {len(sample.real_features)} real ones"
+        raise ValueError(f"kid compares pairs of images; got {counts}")
     rng = np.random.default_rng(sample.seed)
     # one subset says it all if both sets are used completely
     num_subsets = 1 if size == len(sample.generated) == len(sample.real_features) else _SUBSETS

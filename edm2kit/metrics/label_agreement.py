@@ -25,5 +25,7 @@ def knn_agreement(sample: Sample) -> Score:
     if len(real) < NEIGHBOURS:
         raise ValueError(f"knn_agreement needs at least {NEIGHBOURS} real images; got {len(real)}")
     nearest = nearest_indices(generated, real, NEIGHBOURS).cpu()
-    votes = torch.nn.functional.one_hot(sample.real_labels[nearest]).sum(dim=1)
+    classes = sample.real_labels[nearest]
+    votes = torch.zeros(len(generated), int(sample.real_labels.max()) + 1, dtype=torch.int32)
+    votes.scatter_add_(1, classes, torch.ones_like(classes, dtype=torch.int32))
     return Score.mean_of(votes.argmax(dim=1) == sample.labels)

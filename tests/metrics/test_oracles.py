@@ -78,6 +78,12 @@ def test_inception_score_leaves_the_bias_out_and_averages_splits_of_5000():
     assert classifier_score(sample(rows, head=classifier)).value == exact(plain_inception_score(logits + bias, 5000))
 
 
+def test_a_class_that_no_image_can_show_does_not_make_the_score_nan():
+    sure = torch.full([4, 3], 0.0)
+    sure[:2, 0] = sure[2:, 1] = 2000.0  # in float64, the other probabilities underflow
+    assert classifier_score(sample(sure, head=identity_head(3))).value == exact(2.0)
+
+
 def test_inception_score_in_closed_form():
     # images of K classes, each certain: the score is K
     rows = torch.eye(4).repeat(25, 1) * 1000
@@ -119,6 +125,11 @@ def test_kid_of_all_images_has_its_closed_form_on_gaussians():
     score = kid(sample(x, y))
     spread = 3 * math.sqrt(float(score.influence.square().mean()) / len(score.influence) + score.extra_variance)
     assert abs(score.value - exact_value) < 2 * spread
+
+
+def test_kid_refuses_a_single_image():
+    with pytest.raises(ValueError, match="got 5 generated and 1 real ones"):
+        kid(Sample(normal(5), statistics(normal(5)), real=normal(1)))
 
 
 def test_cmmd_is_the_biased_mmd_of_unit_vectors_times_1000():
@@ -200,6 +211,7 @@ def test_knn_agreement_is_the_share_that_ten_neighbours_vote_for():
     found = knn_agreement(sample(x, y, labels=labels, real_labels=real_labels))
     assert 0 < np.mean(agree) < 1
     assert found.value == exact(np.mean(agree))
+    assert knn_agreement(sample(x, y, labels=labels, real_labels=real_labels + 1000)).value == 0
     with pytest.raises(ValueError, match="needs the classes"):
         knn_agreement(sample(x, y, real_labels=real_labels))
 

@@ -17,10 +17,11 @@ def later_noise_level(sigma: torch.Tensor, shift: float) -> torch.Tensor:
 
     1 + sigma^2 = exp(9.95 t^2 + 0.1 t). Song et al. 2021; Karras et al. 2022 (EDM), Table 1.
     """
-    t = ((_BETA_MIN**2 + 2 * _BETA_RANGE * torch.log1p(sigma.double() ** 2)).sqrt() - _BETA_MIN) / _BETA_RANGE
+    level = sigma if sigma.device.type == "mps" else sigma.double()  # mps has no float64
+    t = ((_BETA_MIN**2 + 2 * _BETA_RANGE * torch.log1p(level**2)).sqrt() - _BETA_MIN) / _BETA_RANGE
     later = (t + shift).clamp(max=1)
     noisier = torch.expm1(_BETA_RANGE / 2 * later**2 + _BETA_MIN * later).sqrt()
-    return torch.maximum(noisier, sigma.double()).to(sigma.dtype)
+    return torch.maximum(noisier, level).to(sigma.dtype)
 
 
 @dataclass(frozen=True)

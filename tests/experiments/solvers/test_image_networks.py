@@ -41,4 +41,8 @@ def test_the_table_has_a_line_for_each_solver(record):
     coarse = {**record, "results": {"alone": {"heun": 1e-9, "solvers": record["results"]["alone"]["solvers"]}}}
     cells = image_networks.table(coarse).splitlines()[2].split("|")
     assert cells[2].strip() == "more than 12"  # Euler is never as good as that
+    for error, cell in ((1.009, "12"), (1.011, "more than 12")):  # within 1 %
+        row = {"evaluations": [4, 12], "errors": [3.0, error * 1e-3]}
+        near = {**record, "results": {"alone": {"heun": 1e-3, "solvers": {"deis": row}}}}
+        assert image_networks.table(near).splitlines()[2].split("|")[2].strip() == cell
     assert "2 images of `main` led away from `guide` with weight 1.5" in image_parts(record)["images"]
