@@ -156,8 +156,8 @@ def train_(
     batches.close()
     if bar is not None:
         bar.close()
-    loss = total * training.batch_size / seen
-    print(f"{seen} images: loss {loss:.3f}, {right / seen:.1%} correct, over all noise levels and all of the training")
+    mean = total * training.batch_size / seen
+    print(f"{seen} images: loss {mean:.3f}, {right / seen:.1%} correct, over all noise levels and all of the training")
 
 
 @torch.no_grad()

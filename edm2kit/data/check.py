@@ -196,7 +196,8 @@ def look_at(
         turned += orientation(image) != 1
         profiles += has_other_profile(image)
         small += min(image.size) < side
-        animated += getattr(image, "is_animated", False)
+        with contextlib.suppress(*_UNREADABLE, EOFError):  # looking for a second frame may meet damage in it
+            animated += bool(getattr(image, "is_animated", False))
         brightest = max(brightest, int(values.max()))
         if image.mode.startswith("I"):
             deep += 1

@@ -205,6 +205,10 @@ def test_animations_are_reported_and_damaged_notes_are_not(tmp_path, recwarn):
     clear.putpalette([k for k in range(256) for _ in range(3)])
     palette = io.BytesIO()
     clear.save(palette, "png", transparency=bytes(range(256)))
+    second = moving.getvalue().rfind(b"\x2c")  # where the second frame is described
+    damaged = moving.getvalue()[: second + 1] + b"\xff" * 12
+    for end in (damaged, moving.getvalue()[: second + 3], moving.getvalue()[:second] + b"\x21\xff"):
+        look_at(opened(write_zip(tmp_path / "damaged.zip", {"0.gif": end})), np.arange(1), 8)
     files = {"0.gif": moving.getvalue(), "1.jpg": noted.getvalue(), "2.png": palette.getvalue()}
     lines = look_at(opened(write_zip(tmp_path / "set.zip", files)), np.arange(3), 8).warnings
     assert lines == ["1 of 3 sampled images are animations or have several pages; the first is used"]
