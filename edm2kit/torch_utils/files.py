@@ -34,6 +34,7 @@ HAS_LOCKS = fcntl is not None
 LOCK_NAME = ".running"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 _CHUNK_BYTES = 1 << 20
+_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}  # for names of files that are not UTF-8
 _LOOK_AGAIN_SEC = 0.1  # for a lock that another process holds
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 _held: set[IO[Any]] = set()  # files whose locks this process holds
@@ -77,7 +78,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 def _open_marked(path: Path, mode: str) -> IO[Any]:
     """Create `path` with a lock on it, which tells `remove_partial_files` that its writer lives."""
     while True:
-        file = open(path, mode, encoding=None if "b" in mode else "utf-8")  # noqa: SIM115 the caller closes it
+        file = open(path, mode, **({} if "b" in mode else _TEXT))  # noqa: SIM115 the caller closes it
         if not HAS_LOCKS:
             return file
         with contextlib.suppress(OSError):  # not every file system has locks

@@ -97,7 +97,7 @@ def weight_slider(groups: Sequence[SliderGroup], name: str = "Weight", pick: str
         }
         for group in groups
     ]
-    packed = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    packed = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # "<!--<script>" would hide the rest
     beside, kind = "", ' class="alone"'
     if any(group.unguided is not None for group in groups):
         kind, beside = (

@@ -33,7 +33,10 @@ def plain(colour: str) -> Image.Image:
 def page(tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "page.html"
     curves = [Curve("guide </script> & co", [0.1, 1, 10], [3, 2, 4], [2, 1, 3], [4, 3, 5]), Curve("b", [1], [5])]
-    stops = [SliderStop("w = 1.5", plain("red"), "better"), SliderStop("w = 2", plain("green"), "best </script>")]
+    stops = [
+        SliderStop("w = 1.5", plain("red"), "better"),
+        SliderStop("w = 2", plain("green"), "best </script> <!--<script>"),
+    ]
     groups = [
         SliderGroup("autoguidance", plain("white"), stops, start=1),
         SliderGroup("icg", plain("black"), [SliderStop("w = 3", plain("blue"), "worse")]),
@@ -65,7 +68,7 @@ def test_slider_data_are_those_given(page):
     packed = re.search(r'<script type="application/json">(.*?)</script>', page.read_text(encoding="utf-8"))[1]
     first, second = json.loads(packed)
     assert [stop["label"] for stop in first["stops"]] == ["w = 1.5", "w = 2"]
-    assert first["stops"][1]["note"] == "best </script>"
+    assert first["stops"][1]["note"] == "best </script> <!--<script>"
     assert second["unguided"] == image_data(plain("black"))
 
 
