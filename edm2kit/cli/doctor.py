@@ -26,7 +26,7 @@ FOUND = 3  # exit code
     click.option("--heldout", metavar="PATH", help="Images that the run did not see, prepared like its training set"),
     click.option("--num", metavar="N", type=cli.AtLeast(int, 2), default=2048, help="Images of either side to compare"),
 )
-@cli.section("Compute", cli.device_option())
+@cli.section("Compute", cli.device_option(), cli.timeout_option())
 def doctor(run: Path, data: str | None, heldout: str | None, num: int, device: str) -> None:
     """Look for faults in a training run: its log, configuration, snapshots and data. Nothing in RUN is changed.
 

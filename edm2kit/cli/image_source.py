@@ -235,6 +235,11 @@ def class_numbers(
     return torch.tensor([real.index(name) if name in real else -1 for name in generated])
 
 
+def renumbered(classes: torch.Tensor | None, numbers: torch.Tensor | None) -> torch.Tensor | None:
+    """Classes with the `numbers` of `class_numbers`; unchanged if there are none."""
+    return classes if classes is None or numbers is None else numbers[classes.cpu()]
+
+
 def labelled_batches(
     images: ScoredImages, indices: Sequence[int], classes: torch.Tensor | None, batch_size: int, workers: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:

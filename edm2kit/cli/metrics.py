@@ -26,6 +26,7 @@ from edm2kit.cli.image_source import (
     image_labels,
     labelled_batches,
     open_images,
+    renumbered,
     warn_of_another_crop,
 )
 from edm2kit.cli.metrics_reports import explain_command, list_command
@@ -258,7 +259,7 @@ def gen(request: Request, num: int, seeds: tuple[int, ...], device: str, **scori
         numbers = class_numbers(generation.engine.class_names, names, generation.engine.possible_classes)
         runs = {
             f"seeds {start}-{start + num - 1}": (
-                (batch.images, batch.classes if numbers is None else numbers[batch.classes.cpu()])
+                (batch.images, renumbered(batch.classes, numbers))
                 for batch in generation.batches(range(start, start + num), options.batch)
             )
             for start in seeds

@@ -15,7 +15,7 @@ import numpy as np
 from edm2kit.data.archive import FolderArchive, ZipArchive
 from edm2kit.data.image_files import open_header
 from edm2kit.torch_utils.arrays import BROKEN
-from edm2kit.torch_utils.dist import warn0
+from edm2kit.torch_utils.dist import progress_bar, warn0
 from edm2kit.torch_utils.files import short_json
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ RECORD = "generation.json"  # written beside generated images: how they were mad
 LABELS_FILE = "dataset.json"
 _OTHER_KEYS_OF_NAMES = ("class_names", "classes", "names", "categories", "label_name", "labels_names")
 _MAX_CLASSES = 1 << 20
+_MANY_FILES = 5000  # to open one by one takes seconds
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -266,14 +267,18 @@ def noted_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
     """
     classes: list[int] = []
     without: list[str] = []
-    for index, name in enumerate(archive.names):
-        note = open_header(archive.read(index), archive.where(index)).info.get("class")
-        if note is None:
-            without.append(name)
-        elif isinstance(note, str) and re.fullmatch("[0-9]{1,7}", note):
-            classes.append(int(note))
-        else:
-            raise ValueError(f"{archive.where(index)}: the class noted in it is {note!r:.60}; expected a number from 0")
+    with progress_bar(len(archive.names), "file", what="classes", hidden=len(archive.names) < _MANY_FILES) as bar:
+        for index, name in enumerate(archive.names):
+            note = open_header(archive.read(index), archive.where(index)).info.get("class")
+            if note is None:
+                without.append(name)
+            elif isinstance(note, str) and re.fullmatch("[0-9]{1,7}", note):
+                classes.append(int(note))
+            else:
+                raise ValueError(
+                    f"{archive.where(index)}: the class noted in it is {note!r:.60}; expected a number from 0"
+                )
+            bar.update()
     if not classes:
         return None
     if without:

@@ -157,6 +157,7 @@ class Preconditioner(nn.Module):
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.sigma_data = sigma_data
         self.compute_dtype = torch.float32
+        self.label_names: tuple[str, ...] | None = None  # of the classes, if the file has them
         self.fast_raw: Callable[..., torch.Tensor] | None = None
         self._raw_name = raw_name
         self.add_module(raw_name, raw)

@@ -85,6 +85,7 @@ def load_weights(weights: Weights, device: torch.device | str = "cpu", dtype: to
             state[name] = values.reshape(tensor.shape).to(device, torch.float32)
     net.load_state_dict(state, assign=True)
     net.compute_dtype = dtype
+    net.label_names = weights.header.label_names
     return Snapshot(net.eval().requires_grad_(False), make_encoder(weights.header.encoder), weights.header)
 
 

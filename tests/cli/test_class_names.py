@@ -77,6 +77,7 @@ def test_a_data_set_of_generated_images_has_the_classes_of_the_network(place, tm
     assert sorted(synthetic.labels.tolist()) == [0] * 12 + [2] * 12
 
 
+@pytest.mark.slow  # loads diffusers
 def test_encoding_and_decoding_keep_names_and_numbers(place, tmp_path):
     vae = tiny_vae(tmp_path / "vae")
     names = ["data.zip", "latents.zip", "again.zip"]

@@ -104,6 +104,16 @@ def test_one_image_at_a_time_is_the_same_to_the_last_bit_in_any_company(nets, tm
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow  # two processes under torchrun
+def test_one_image_at_a_time_is_the_same_to_the_last_bit_on_one_rank_and_on_two(nets, tmp_path):
+    arguments = (*guided(nets), "--seeds", "0-4", "--batch", "1", "--net", nets / "main", "--steps", "3")
+    for ranks in (1, 2):
+        torchrun(ranks, *arguments, "--device", "cpu", "--outdir", tmp_path / str(ranks))  # both with one thread
+    for seed in range(5):
+        files = [tmp_path / str(ranks) / f"{seed:06d}.png" for ranks in (1, 2)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_two_ranks_generate_the_images_of_one(nets, tmp_path):
     arguments = (*guided(nets), "--seeds", "0-4", "--batch", "2")
     assert run(*arguments, "--outdir", tmp_path / "one", net=nets / "main")[0] == 0

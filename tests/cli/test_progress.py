@@ -7,6 +7,7 @@ import inspect
 import click
 import pytest
 
+from edm2kit.cli import doctor
 from tests.support import ROOT, house
 
 
@@ -18,12 +19,14 @@ def leaf_commands():
             yield from ((f"{name} {sub}", found) for sub, found in command.commands.items())
         else:
             yield name, command
+    yield "edm2kit-train doctor", doctor.doctor
 
 
 COMMANDS = dict(leaf_commands())
 # command -> the modules that show how far its long steps are
 SHOWN_BY = {
     "edm2kit-train": ["training.log", "torch_utils.download"],
+    "edm2kit-train doctor": ["training.heldout_loss", "experiments.runs.expected_loss"],
     "edm2kit-generate": ["cli.generation", "torch_utils.download"],
     "edm2kit-phema": ["cli.phema"],
     "edm2kit-metrics calc": ["cli.image_source", "metrics.neighbours"],

@@ -26,6 +26,7 @@ import torch
 
 from edm2kit.data.dataset import Source, spread_evenly
 from edm2kit.models.encoders import Encoder
+from edm2kit.torch_utils.dist import progress_bar
 from edm2kit.torch_utils.rng import StackedGenerator, derive_seed
 
 MAX_IMAGES = 2048
@@ -61,17 +62,19 @@ def measure_moments(source: Source, encoder: Encoder, max_images: int = MAX_IMAG
     """The moments of at most `max_images` images, evenly spread. Raises ValueError if an image cannot be read."""
     numbers = spread_evenly(len(source), max_images)
     total: np.ndarray | None = None
-    for start in range(0, len(numbers), _BATCH):
-        part = numbers[start : start + _BATCH]
-        rng = StackedGenerator(torch.device("cpu"), [derive_seed(0, "moments", int(k)) for k in part])
-        images = encoder.encode(torch.from_numpy(np.ascontiguousarray(source.read(part))), rng).double().numpy()
-        spectra = np.fft.fft2(images, norm="ortho")  # [n, C, H, W]
-        if total is None:
-            total = np.zeros((images.shape[1], *images.shape[1:]), dtype=np.complex128)
-            sums, squares = np.zeros(images.shape[1:], dtype=np.complex128), 0.0
-        total += np.einsum("nihw,njhw->ijhw", spectra, spectra.conj())
-        sums += spectra.sum(axis=0)
-        squares += float((images**2).sum())
+    with progress_bar(len(numbers), what="spectrum of the data") as bar:
+        for start in range(0, len(numbers), _BATCH):
+            part = numbers[start : start + _BATCH]
+            rng = StackedGenerator(torch.device("cpu"), [derive_seed(0, "moments", int(k)) for k in part])
+            images = encoder.encode(torch.from_numpy(np.ascontiguousarray(source.read(part))), rng).double().numpy()
+            spectra = np.fft.fft2(images, norm="ortho")  # [n, C, H, W]
+            if total is None:
+                total = np.zeros((images.shape[1], *images.shape[1:]), dtype=np.complex128)
+                sums, squares = np.zeros(images.shape[1:], dtype=np.complex128), 0.0
+            total += np.einsum("nihw,njhw->ijhw", spectra, spectra.conj())
+            sums += spectra.sum(axis=0)
+            squares += float((images**2).sum())
+            bar.update(len(part))
     assert total is not None
     mean = sums / len(numbers)
     spectrum = total / len(numbers) - np.einsum("ihw,jhw->ijhw", mean, mean.conj())

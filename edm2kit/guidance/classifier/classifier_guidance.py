@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -76,10 +77,23 @@ def _build(
         raise ValueError(
             "classifier guidance needs a classifier (--classifier-file); train one with scripts/train_classifier.py"
         )
-    net = load_classifier(classifier_file.path).net
+    loaded = load_classifier(classifier_file.path)
+    net, names = loaded.net, (loaded.header.label_names, getattr(_main_network(parts.net), "label_names", None))
+    if classifier_class is None and None not in names and names[0] != names[1]:
+        raise ValueError(
+            f"the classes of the classifier {classifier_file.path} have other names or another order than the "
+            "network's; train it on the same classes, or choose one of its classes (--classifier-class)"
+        )
     return ClassifierGuided(
         parts.net, lambda x, sigma: net.to(x.device)(x, sigma), scale=weight - 1, target=classifier_class
     )
+
+
+def _main_network(denoiser: Any) -> Any:
+    """The network that other methods of a combination are built on."""
+    while hasattr(denoiser, "pos") or hasattr(denoiser, "guided"):
+        denoiser = denoiser.pos if hasattr(denoiser, "pos") else denoiser.guided
+    return denoiser
 
 
 METHOD = Method(

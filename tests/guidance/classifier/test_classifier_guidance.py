@@ -121,6 +121,27 @@ def test_from_the_registry_it_takes_a_file_and_goes_around_other_methods(tmp_pat
     assert METHODS["classifier"].around
 
 
+def test_classes_of_other_names_are_refused_unless_one_of_the_classifiers_is_chosen(tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        net = NoiseClassifier(4, 2, 3, width=8, levels=2)
+    architecture = {"img_resolution": 4, "img_channels": 2, "num_classes": 3, "width": 8, "levels": 2}
+    save_classifier(tmp_path / "c.safetensors", net, ClassifierHeader(architecture, 0, ("cat", "bee", "ape")))
+    file = existing_file(str(tmp_path / "c.safetensors"))
+    main = Constant(0.5)
+    object.__setattr__(main, "label_names", ("ape", "bee", "cat"))  # as a network from a snapshot has them
+
+    def build(of_classifier, also=()):
+        options = {"classifier_file": file, "classifier_class": of_classifier}
+        return guide(Choice("classifier", 2.0, options=options, also=also), Parts(main))
+
+    for also in ((), (("truncation", 1.5),)):
+        with pytest.raises(ValueError, match="other names or another order than the network's"):
+            build(None, also)
+        build(1, also)
+    object.__setattr__(main, "label_names", ("cat", "bee", "ape"))
+    build(None)
+
+
 def test_without_a_file_it_is_refused():
     options = {"classifier_file": None, "classifier_class": None}
     with pytest.raises(ValueError, match=r"needs a classifier .*; train one"):
