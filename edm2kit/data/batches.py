@@ -9,6 +9,8 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
+import time
 from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ STOP_SIGNALS = tuple(
 )
 
 
+_WATCH_SEC = 5.0  # between two looks at a wait
 LOOK_SEC = 60.0  # without a batch before the reading processes are named
 _SHARED_MEMORY = "/dev/shm"
 _MAX_TMPDIR_BYTES = 75  # a socket's path has at most 107, and its name in the folder takes 32
@@ -165,45 +168,92 @@ def _stream(loader: torch.utils.data.DataLoader, closing: ctypes.c_bool) -> Gene
     readers = [child for child in multiprocessing.active_children() if child not in others]
     # registered after the loader's own exit handlers, so it runs before them
     atexit.register(close)
+    watch = _Watch(readers, loader.timeout)
     try:
         while True:
-            batch = _next_watched(batches, readers, loader.timeout)
+            batch = _next_watched(batches, readers, loader.timeout, watch)
             if isinstance(batch, Exception):
                 raise batch
             yield MicroBatch(*(torch.as_tensor(part) for part in batch))
     finally:
+        watch.ended.set()
         del batches  # ends the workers, even if a traceback keeps this frame alive
+        for reader in readers:
+            if reader.is_alive():
+                reader.kill()  # one that is stopped would keep this process from ending
         close()
         atexit.unregister(close)
 
 
-def _next_watched(batches: Iterator[Any], readers: list[multiprocessing.process.BaseProcess], look_sec: float) -> Any:
+class _Watch:
+    """Kills reading processes after the longest wait for them, so that what waits for them raises an error.
+
+    The limit of the loader does not hold while it takes a batch from a process that is stopped at that moment.
+    `since` is when the wait began, None if there is none.
+    """
+
+    def __init__(self, readers: list[multiprocessing.process.BaseProcess], look_sec: float):
+        self.readers, self.look_sec = readers, look_sec
+        self.since: float | None = None
+        self.has_killed = False
+        self.ended = threading.Event()
+        if readers:
+            threading.Thread(target=self._run, name="readers", daemon=True).start()
+
+    def _run(self) -> None:
+        limit_sec, warned = dist.timeout_sec() + self.look_sec, False
+        while not self.ended.wait(min(self.look_sec, _WATCH_SEC)):
+            since = self.since
+            waited_sec = 0.0 if since is None else time.monotonic() - since
+            if waited_sec > limit_sec:
+                self.has_killed = True
+                for reader in self.readers:
+                    reader.kill()
+                return
+            if waited_sec > 1.5 * self.look_sec and not warned:
+                warned = True
+                dist.warn0(_silence(self.readers, waited_sec))
+
+
+def _silence(readers: list[multiprocessing.process.BaseProcess], waited_sec: float) -> str:
+    pids = ", ".join(str(reader.pid) for reader in readers)
+    return (
+        f"the reading processes ({pids}) have read nothing for {waited_sec:.0f} s: one may be stopped, or the disk of "
+        "--data does not answer"
+    )
+
+
+def _next_watched(
+    batches: Iterator[Any], readers: list[multiprocessing.process.BaseProcess], look_sec: float, watch: _Watch
+) -> Any:
     """The next batch of a loader, which gives up after `look_sec` but can be asked again.
 
     Raises ValueError if one of its processes `readers` has died, or if they are silent for too long.
     """
     limit_sec, waited_sec = dist.timeout_sec(), 0.0
     while True:
+        watch.since = time.monotonic()
         try:
             return next(batches)
-        except RuntimeError as error:  # from the loader
-            first_line = str(error).splitlines()[0].strip()
+        except (RuntimeError, OSError, EOFError) as error:  # from the loader, and from the socket of a reader
+            first_line = (str(error).splitlines() or [type(error).__name__])[0].strip()
+            if watch.has_killed:
+                text = _silence(readers, time.monotonic() - watch.since)
+                raise ValueError(f"{text}. Run the same command to resume; --timeout sets the time to wait") from error
             if "timed out" not in first_line:
                 raise ValueError(
                     f"a reading process died ({first_line}). The system may have killed it for lack of memory: use "
                     "fewer --workers"
                 ) from error
             waited_sec += look_sec
-            pids = ", ".join(str(reader.pid) for reader in readers)
-            text = (
-                f"the reading processes ({pids}) have read nothing for {waited_sec:.0f} s: one may be stopped, or the "
-                "disk of --data does not answer"
-            )
+            text = _silence(readers, waited_sec)
             if waited_sec >= limit_sec:
                 for reader in readers:
                     reader.kill()  # one that is stopped would keep this process from ending
                 raise ValueError(f"{text}. Run the same command to resume; --timeout sets the time to wait") from error
             dist.warn0(f"{text} (gives up after {limit_sec:.0f} s; see --timeout)")
+        finally:
+            watch.since = None
 
 
 def next_step(

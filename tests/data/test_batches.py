@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from edm2kit.data import batches
 from edm2kit.data.batches import GlobalOrder, micro_batch_sizes, training_batches
 from edm2kit.data.dataset import ImageDataset
 from edm2kit.data.image_files import encode_png
+from edm2kit.torch_utils import dist
 from tests.support import ROOT
 from tests.support.pictures import encoded, picture, some_files, with_labels, write_folder, write_zip
 
@@ -262,3 +264,37 @@ def test_reading_processes_that_are_stopped_end_the_run_after_the_time_to_wait(g
         with pytest.raises(ValueError, match=r"reading processes \(\d+\) have read nothing .*--timeout sets"):
             next(stream)
     assert multiprocessing.active_children() == before
+
+
+def test_a_reader_that_stops_while_it_hands_over_a_batch_is_given_up(monkeypatch):
+    killed = threading.Event()
+
+    class Reader:
+        pid = 7
+
+        def kill(self):
+            killed.set()
+
+    def hand_over():
+        killed.wait(60)  # for the socket of a stopped process, which the loader's own limit does not cover
+        raise EOFError
+        yield
+
+    monkeypatch.setattr(batches, "_WATCH_SEC", 0.01)
+    with dist.waiting_at_most(0.05):
+        watch = batches._Watch([Reader()], look_sec=0.02)
+        with pytest.raises(
+            ValueError, match=r"the reading processes \(7\) have read nothing for .* Run the same command"
+        ):
+            batches._next_watched(hand_over(), [Reader()], 0.02, watch)
+    assert killed.is_set()
+
+
+def test_a_reader_that_dies_while_it_hands_over_a_batch_is_reported():
+    def hand_over():
+        raise ConnectionResetError("Connection reset by peer")
+        yield
+
+    watch = batches._Watch([], look_sec=60)
+    with pytest.raises(ValueError, match=r"a reading process died \(Connection reset by peer\)"):
+        batches._next_watched(hand_over(), [], 60, watch)

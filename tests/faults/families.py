@@ -130,7 +130,7 @@ FAMILIES = {
             Variant("two ranks under an agent", _job("train", f"{_TRAIN} readers.yaml", 2, agent=True), readers=True),
         ),
         unchecked=(".jsonl", ".safetensors"),
-        lasting=(".safetensors", ".png"),
+        lasting=(".safetensors", ".png", ".jsonl"),
     ),
     "generate": Family(
         "generate",
