@@ -152,7 +152,11 @@ def soak_text(record: Record | None) -> str:
             f"{events['images']:,} images, {events['snapshots']} snapshots, {events['sample_sheets']} sheets of "
             f"samples. Private memory after the first {record['warm_share']:.0%} of the time, with the standard error "
             "of the slope.",
-            markdown_table(("process", "memory", "growth per hour", f"goal {goal:g} MB", "open files"), rows, "lrrlr"),
+            markdown_table(
+                ("process", "memory", "growth per hour", f"goal {goal:g} MB", "growth in the last third", "open files"),
+                rows,
+                "lrrlrr",
+            ),
         ]
     )
 
@@ -160,10 +164,13 @@ def soak_text(record: Record | None) -> str:
 def _soak_row(row: Record, goal: float) -> Sequence[str]:
     slope, error = row["slope_mb_per_hour"], row["slope_error_mb_per_hour"]
     first, last = row["most_files_first_and_last"]
+    course = row["course_mb"][:-1]  # the last look may be at a process that is ending
+    late = course[2 * len(course) // 3 :]
     return (
         row["process"],
         f"{row['median_mb']:.0f} MB",
         f"{slope:+.2f} ± {error:.2f} MB",
         "reached" if slope < goal else "**missed**",
+        f"{max(late) - late[0]:.2f} MB",
         f"{first}" if first == last else f"{first}, then {last}",
     )

@@ -54,7 +54,7 @@ def test_growth_is_the_slope_after_the_first_quarter():
         "ranks": 2, "length_sec": 3600.0, "goal_mb_per_hour": 1.0, "warm_share": 0.25, "processes": [row],
         "events": {"images": 1000, "snapshots": 4, "sample_sheets": 2}, **MADE,
     }  # fmt: skip
-    assert "| rank 0 | 51 MB | +0.00 ± 0.00 MB | reached | 20 |" in report.soak_text(soak)
+    assert "| rank 0 | 51 MB | +0.00 ± 0.00 MB | reached | 0.00 MB | 20 |" in report.soak_text(soak)
     growing = {**soak, "processes": [{**row, "slope_mb_per_hour": 1.5}]}
     assert "| +1.50 ± 0.00 MB | **missed** |" in report.soak_text(growing)
 
