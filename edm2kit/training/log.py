@@ -155,10 +155,12 @@ class RunLog:
         )
 
     def picture(self, nimg: int, pixels: np.ndarray | None) -> None:
-        """Show a sheet of samples, uint8 [H, W] or [H, W, 3], in TensorBoard and wandb; only rank 0 has one."""
-        if pixels is not None and self._wandb is not None:
+        """Show a sheet of samples, uint8 [H, W] or [H, W, 3], in TensorBoard and wandb, on rank 0."""
+        if pixels is None or dist.rank() != 0:
+            return
+        if self._wandb is not None:
             self._wandb.picture(nimg, pixels)
-        if pixels is not None and self._make_writer is not None:
+        if self._make_writer is not None:
             with self._on_trouble(f"the samples at {nimg} images"):
                 layout = "HW" if pixels.ndim == 2 else "HWC"
                 self._events(nimg).add_image("samples", pixels, global_step=nimg, dataformats=layout)

@@ -1,13 +1,14 @@
 """edm2kit-train doctor RUN, from the command line."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
-from edm2kit.cli import train
+from edm2kit.cli import metrics, train
 from edm2kit.data.dataset import open_source
 from tests.experiments.runs import healthy
 from tests.support import tiny
@@ -111,3 +112,36 @@ def test_images_that_the_run_did_not_see(trained, images, tmp_path):
     refused = doctor(copy, "--device", "cpu", "--heldout", other)
     assert refused.exit_code == 1
     assert "prepare both alike" in refused.output
+
+
+def test_ema_lengths_and_copies_on_request(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("edm2kit.experiments.runs.copies.DETECTOR", "fd_random")
+    sheet = tmp_path / "pairs.png"
+    words = ("--device", "cpu", "--ema", "--num", 20, "--copies", 8, "--sheet", sheet)
+    found = doctor(trained, *words)
+    assert "EMA length: loss at the latest snapshot on 20 held-out images" in found.output
+    rows = dict(re.findall(r"    EMA (0\.\d+): (-?[\d.]+),", found.output))
+    assert {"0.050", "0.100"} < rows.keys()
+    last = [json.loads(line) for line in (trained / "heldout.jsonl").open()][-1]
+    # the snapshot is stored in float16
+    assert float(rows["0.100"]) == pytest.approx(last["heldout"]["loss"], abs=2e-3)
+    assert "of 8 generated images, by fd_random features, against 60 training images" in found.output
+    assert "of 8 held-out images" in found.output
+    assert sheet.exists()
+
+
+@pytest.mark.slow
+def test_scores_of_ema_lengths(trained, images, tmp_path):
+    reference = tmp_path / "reference.npz"
+    arguments = ["ref", "--data", images, "--dest", reference, "--metrics", "fd_random", "--device", "cpu"]
+    assert CliRunner().invoke(metrics.main, [str(word) for word in arguments]).exit_code == 0
+    found = doctor(trained, "--device", "cpu", "--ema", "--num", 6, "--ref", reference)
+    assert "EMA length by score: fd_random of 6 images each" in found.output
+    assert len(re.findall(r"    EMA 0\.\d+: [\d.]+(?:, best)?$", found.output, re.M)) >= 2
+
+
+@pytest.mark.parametrize(("words", "message"), [(("--sheet", "a.png"), "--sheet goes with --copies")])
+def test_options_that_go_together(run, words, message):
+    refused = doctor(run, *words)
+    assert refused.exit_code == 2
+    assert message in refused.output

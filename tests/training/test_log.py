@@ -83,6 +83,14 @@ def test_tensorboard_shows_samples_and_held_out_losses(tmp_path, capsys):
     assert np.array_equal(shown[1][1][:, :, 0], sheet[:, :, 0])
 
 
+def test_one_rank_alone_shows_samples(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr("edm2kit.torch_utils.dist.rank", lambda: 1)
+    log = RunLog(tmp_path, 128, torch.device("cpu"), tensorboard=True)
+    log.picture(64, np.zeros((4, 6), np.uint8))
+    assert not (tmp_path / "tensorboard").exists()
+
+
 def test_held_out_losses_are_dropped_from_where_a_run_resumes(tmp_path):
     (tmp_path / HELDOUT_NAME).write_text('{"nimg": 16}\n{"nimg": 32}\n')
     RunLog(tmp_path, 100, torch.device("cpu")).begin(16, 1.0)
