@@ -38,6 +38,8 @@ def main(runs: tuple[Path, ...], dest: Path | None) -> None:
     for name, folder in zip(_names(runs), runs, strict=True):
         run = open_run(folder)
         source, why = training_set(run)
+        if run.is_distillation:
+            source, why = None, "the run distils a denoiser, whose loss is another one"
         moments = None if source is None else measure_moments(source, make_encoder(run.config.encoder))
         reported.append(Reported(name, run, moments, why))
     about = f"{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])} \u00b7 commit {code_commit()[:12]}"

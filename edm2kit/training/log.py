@@ -149,10 +149,8 @@ class RunLog:
         """Record the loss on held-out images, as from `HeldoutLoss.measure`."""
         scalars = {f"{side}/{name}": value for side in ("heldout", "training") for name, value in means[side].items()}
         self._write(HELDOUT_NAME, nimg, {"nimg": nimg, **means}, scalars)
-        losses = f"{means['heldout']['loss']:.4f} on {means['images']} held-out images"
-        dist.print0(
-            f"{nimg:,} images  loss of the longest EMA: {losses}, {means['training']['loss']:.4f} on training images"
-        )
+        text = f"{nimg:,} images  loss of the longest EMA: {means['heldout']['loss']:.4f} on {means['images']}"
+        dist.print0(f"{text} held-out images, {means['training']['loss']:.4f} on training images")
 
     def picture(self, nimg: int, pixels: np.ndarray | None) -> None:
         """Show a sheet of samples, uint8 [H, W] or [H, W, 3], in TensorBoard and wandb, on rank 0."""
@@ -162,8 +160,8 @@ class RunLog:
             self._wandb.picture(nimg, pixels)
         if self._make_writer is not None:
             with self._on_trouble(f"the samples at {nimg} images"):
-                layout = "HW" if pixels.ndim == 2 else "HWC"
-                self._events(nimg).add_image("samples", pixels, global_step=nimg, dataformats=layout)
+                colours = pixels if pixels.ndim == 3 else pixels[:, :, None]
+                self._events(nimg).add_image("samples", colours, global_step=nimg, dataformats="HWC")
                 self._events(nimg).flush()
 
     def _write(self, name: str, nimg: int, record: Mapping[str, Any], scalars: Mapping[str, float]) -> None:

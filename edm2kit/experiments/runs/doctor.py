@@ -157,7 +157,7 @@ def check_schedule(run: RunFolder) -> Check:
 def check_heldout(run: RunFolder) -> Check:
     """The gap between training and held-out images at each noise level, and its course."""
     name = "training and held-out images"
-    records = [one for one in run.heldout if all(k in one for k in ("heldout", "training", "gap_error"))]
+    records = run.heldout
     if not records:
         how = "training measures it with --holdout 0.05; for this run give --heldout PATH, images that it did not see"
         return Check(name, not_looked=f"there is no heldout.jsonl: {how}")

@@ -76,6 +76,8 @@ def open_run(path: str | Path) -> RunFolder:
     config = config_from_dict(read_yaml(path / CONFIG_NAME), str(path / CONFIG_NAME))
     stats, damaged = _lines(path / STATS_NAME)
     heldout, more = _lines(path / HELDOUT_NAME)
+    complete = [line for line in heldout if _is_measurement(line)]
+    more += len(heldout) - len(complete)
     headers, broken = {}, {}
     for file in sorted(path.glob("*.safetensors")):
         try:
@@ -85,7 +87,7 @@ def open_run(path: str | Path) -> RunFolder:
             continue
         if header.recipe is None and header.ema_std is not None:
             headers[file] = header
-    return RunFolder(path, config, _record(path / RECORD_NAME), stats, heldout, damaged + more, headers, broken)
+    return RunFolder(path, config, _record(path / RECORD_NAME), stats, complete, damaged + more, headers, broken)
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -93,7 +95,19 @@ def _record(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("data_identity", {}), dict) else {}
+    identity = found.get("data_identity", {}) if isinstance(found, dict) else None
+    is_complete = isinstance(identity, dict) and isinstance(identity.get("holdout", {}), dict)
+    return found if is_complete else {}
+
+
+def _is_measurement(line: Mapping[str, Any]) -> bool:
+    """Whether a line is as `HeldoutLoss.measure` makes it: means and errors by range of noise levels."""
+    parts: list[Any] = [line.get(name) for name in ("heldout", "training", "gap_error")]
+    if not all(isinstance(part, dict) and "loss" in part for part in parts):
+        return False
+    numbers = [value for part in parts for value in part.values()]
+    same = parts[0].keys() >= parts[2].keys() and parts[1].keys() >= parts[2].keys()
+    return same and isinstance(line.get("images"), int) and all(isinstance(number, int | float) for number in numbers)
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:

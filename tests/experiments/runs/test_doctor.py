@@ -240,9 +240,18 @@ def test_damaged_lines_are_counted(tmp_path):
     folder = healthy.write_run(tmp_path / "run", snapshots=False)
     with (folder / "stats.jsonl").open("ab") as file:
         file.write(b'{"nimg": 5\nnull\n{"loss": 1}\n\xff\xfe\n{"nimg": "x"}\n')
+    with (folder / "heldout.jsonl").open("a") as file:
+        file.write('{"nimg": 5, "heldout": 3, "training": {"loss": 1}, "gap_error": {}, "images": 4}\n{"nimg": 7}\n')
     run = open_run(folder)
-    assert (run.damaged_lines, run.nimg) == (5, healthy.DURATION)
+    assert (run.damaged_lines, run.nimg) == (7, healthy.DURATION)
     assert "Lines of the log cannot be read." in findings(run)
+
+
+def test_a_damaged_record_is_as_good_as_none(tmp_path):
+    folder = healthy.write_run(tmp_path / "run", snapshots=False)
+    for text in ("[]", "{", '{"data_identity": 3}', '{"data_identity": {"holdout": 5, "num_images": 8}}'):
+        (folder / "run.json").write_text(text)
+        assert "does not say how many images" in check(open_run(folder), "schedule").not_looked
 
 
 def test_a_folder_that_is_not_a_run_is_refused(tmp_path):

@@ -147,6 +147,11 @@ def test_the_command_writes_beside_the_run_or_where_it_is_told(folder, tmp_path,
     done = CliRunner().invoke(report.main, [str(own), str(other)])
     assert done.exit_code == 0, done.output
     assert "<td>a/run</td>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    record = json.loads((own / "run.json").read_text())
+    record["data_identity"]["teacher"] = {}
+    (own / "run.json").write_text(json.dumps(record))
+    assert CliRunner().invoke(report.main, [str(own)]).exit_code == 0
+    assert "distils a denoiser" in (own / "report.html").read_text(encoding="utf-8")
     for words, message in (
         ([str(own), str(own)], "the same run is named twice"),
         ([str(tmp_path)], "is not a run folder"),
