@@ -113,6 +113,17 @@ def test_run_all_runs_every_benchmark_and_names_those_that_fail(tmp_path):
     assert done.stdout.splitlines()[-1] == "failed: memory"
 
 
+def test_a_quick_run_measures_the_speeds_with_three_rounds(tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\nshift\necho "ran $*"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = {**tiny.environment(), "PYTHON": str(tmp_path / "python")}
+    line = ["bash", str(tiny.ROOT / "benchmarks" / "run_all.sh"), "--quick"]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, check=True)
+    ran = [line.removeprefix("ran benchmarks.") for line in done.stdout.splitlines() if line.startswith("ran ")]
+    with_rounds = ["data", "ema", "inference", "metrics", "sampling", "snapshots", "toy", "training_step"]
+    assert sorted(ran) == sorted([*(f"{name} --runs 3" for name in with_rounds), "end_to_end", "report"])
+
+
 def test_the_plot_copes_with_records_that_are_not_there(tmp_path):
     growth_plot({}, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 10_000

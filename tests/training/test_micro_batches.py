@@ -196,3 +196,38 @@ def test_bits_are_promised_on_a_cpu_and_if_asked_for(monkeypatch):
     assert not dist.repeats_bits(torch.device("cuda"))
     with dist.deterministic():
         assert dist.repeats_bits(torch.device("cuda"))
+
+
+_COMPILED = """
+import logging
+from edm2kit.models import compilation
+
+logging.disable()
+
+
+def backend(graph, inputs):
+    print("compiled a graph", flush=True)
+    return graph.forward
+
+
+compilation.BACKEND = backend
+from edm2kit.cli.train import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_train_compiled_as_they_do_eagerly(images, tmp_path):
+    script = tmp_path / "compiled.py"
+    script.write_text(_COMPILED)
+    path = tiny.write_config(tmp_path / "tiny.yaml", duration_nimg=64, network=SMALLEST)
+    # micro-batches of 4: gradients are exchanged in the second of two backward passes
+    words = ["--config", path, "--data", images, "--device", "cpu", "--samples", 0, "--batch-gpu", 4]
+    for mode in ("on", "off"):
+        done = tiny.run(str(script), *words, "--outdir", tmp_path / mode / "run", "--compile", mode, ranks=2)
+        assert done.returncode == 0, done.stderr
+        graphs = done.stdout.count("compiled a graph")
+        assert graphs == (0 if mode == "off" else 2), "one graph on each rank"
+    compiled, eager = weights(tmp_path / "on"), weights(tmp_path / "off")
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, atol=1e-5, rtol=1e-5)
