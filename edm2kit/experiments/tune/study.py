@@ -70,7 +70,7 @@ class SharedStudy:
     def _open(self) -> Any:
         import optuna
 
-        with quiet_optuna():
+        with self._using_database():
             self._storage = optuna.storages.RDBStorage(
                 f"sqlite:///{(self.folder / _DATABASE).absolute()}",
                 engine_kwargs={"connect_args": {"timeout": _SQLITE_TIMEOUT_SEC}},
@@ -90,12 +90,29 @@ class SharedStudy:
         with file_lock(self.folder / _LOCK, patience(str(self.folder / _LOCK))):
             yield
 
+    @contextlib.contextmanager
+    def _using_database(self) -> Iterator[None]:
+        """Raise ValueError inside if the database cannot be read or written, as on a full disk."""
+        import optuna
+        import sqlalchemy.exc
+
+        try:
+            with quiet_optuna():
+                yield
+        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+            cause = error.__cause__ or error
+            reason = (str(getattr(cause, "orig", None) or cause).splitlines() or [type(cause).__name__])[0]
+            raise ValueError(
+                f"{self.folder / _DATABASE} cannot be read or written ({reason}). If the disk is full, free some space "
+                "and run the same command to resume; if the file is damaged, use another --outdir"
+            ) from error
+
     def evaluations(self) -> list[Evaluation]:
         """Every measurement so far, in the order in which they were claimed; those under way have no value."""
         import optuna
 
         states = optuna.trial.TrialState
-        with quiet_optuna():
+        with self._using_database():
             trials = self._study.get_trials(deepcopy=False, states=(states.COMPLETE, states.RUNNING))
         return [_evaluation(trial) for trial in trials]
 
@@ -107,7 +124,7 @@ class SharedStudy:
         import optuna
 
         states = optuna.trial.TrialState
-        with self._deciding(), quiet_optuna():
+        with self._deciding(), self._using_database():
             trials = self._study.get_trials(deepcopy=False)
             lost = [trial for trial in trials if trial.state == states.RUNNING and not self._lives(trial)]
             for trial in lost:
@@ -130,7 +147,7 @@ class SharedStudy:
 
     def finish(self, claim: Claim, value: float, results: Mapping[str, float], seconds: float, error: str = "") -> None:
         """Record a measurement: `value` is what becomes small, infinity if it failed for the reason `error`."""
-        with quiet_optuna():
+        with self._using_database():
             study_id = self._storage.get_study_id_from_name(STUDY_NAME)
             trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, claim.trial)
             for name, content in (("results", dict(results)), ("seconds", round(seconds, 3)), ("error", error)):
@@ -142,7 +159,7 @@ class SharedStudy:
         import optuna
 
         found = []
-        with quiet_optuna():
+        with self._using_database():
             trials = self._study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
         for trial in trials:
             found.append({**trial.user_attrs, "value": trial.value, "trial": trial.number})

@@ -172,3 +172,18 @@ def test_killed_at_random_moments_the_same_command_ends_with_the_same_search(tmp
         found.append({(one["key"], one["num_images"]): one["value"] for one in trials})
     assert found[0] == found[1]
     assert json.loads((tmp_path / "killed" / "settings.json").read_text()) == {}
+
+
+def test_a_database_that_cannot_be_read_or_written_is_one_line(tmp_path):
+    with SharedStudy(tmp_path / "good", {"metric": "fd_lite0"}) as study:
+        database = tmp_path / "good" / "study.db"
+        data = database.read_bytes()
+        database.write_bytes(data[:2000] + bytes(len(data) - 2000))
+        with pytest.raises(
+            ValueError, match=r"study\.db cannot be read or written \(.*free some space and run the same"
+        ):
+            study.claim(lambda evaluations: ("a", {}, 4, 4))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "study.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(ValueError, match=r"study\.db cannot be read or written \(file is not a database\)"):
+        SharedStudy(tmp_path / "bad", {"metric": "fd_lite0"})
