@@ -93,13 +93,12 @@ class SharedStudy:
     @contextlib.contextmanager
     def _using_database(self) -> Iterator[None]:
         """Raise ValueError inside if the database cannot be read or written, as on a full disk."""
-        import optuna
-        import sqlalchemy.exc
-
         try:
             with quiet_optuna():
                 yield
-        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        except Exception as error:
+            if type(error).__module__.split(".")[0] not in ("sqlalchemy", "optuna"):  # from what optuna stores with
+                raise
             cause = error.__cause__ or error
             reason = (str(getattr(cause, "orig", None) or cause).splitlines() or [type(cause).__name__])[0]
             raise ValueError(
