@@ -193,7 +193,7 @@ def probe_command(
             snapshot.net, doubled, images, conditions, sigmas, sigma_data=snapshot.net.sigma_data, batch_size=batch,
             seed=seed,
         )  # fmt: skip
-        written = probe_report.write(result, predict(result), outdir, shlex.join(sys.argv), where)
+        written = probe_report.write(result, predict(result), outdir, _command(), where)
         dist.print0(f"{summary(result)}\nWrote {written}")
 
 
@@ -338,10 +338,14 @@ def search(
         with file_lock(outdir / ".reporting", _someone_reports):
             baseline = space.candidate(BASELINE)
             finish = Finish(
-                objective, space, study.results(), rungs, baseline, words, confirm or num, outdir, shlex.join(sys.argv)
+                objective, space, study.results(), rungs, baseline, words, confirm or num, outdir, _command()
             )
             result = finish.run()
         dist.print0(_outcome(result, outdir))
+
+
+def _command() -> str:
+    return shlex.join(["edm2kit-tune", *sys.argv[1:]])
 
 
 def _someone_reports(owner: str) -> None:
@@ -383,10 +387,10 @@ def _ages(guide: NetworkSource, wanted: Sequence[int]) -> list[int]:
 
 
 def _spread(values: Sequence[int], most: int) -> list[int]:
-    """At most so many of the values, evenly spread, the last one included."""
+    """At most so many of the values, each about half of the next, the last one included."""
     if len(values) <= most:
         return list(values)
-    return sorted({values[round((k + 1) * len(values) / most) - 1] for k in range(most)})
+    return sorted({min(values, key=lambda value: abs(value - values[-1] / 2**k)) for k in range(most)})
 
 
 def _space(main_source: NetworkSource, ways: dict[str, Way], given: dict[str, Any]) -> Space:

@@ -1,10 +1,10 @@
-"""Scores of settings, kept in files, so that a search or a scoring run that is stopped resumes."""
+"""The search of the best settings, and their scores, kept in files, so that what is stopped resumes."""
 
 import hashlib
 import json
-import time
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,25 @@ import torch
 from edm2kit.cli.generation import prepare
 from edm2kit.cli.generation_options import parse_request
 from edm2kit.cli.image_source import image_batches, open_images
-from edm2kit.experiments.cifar10.networks import words
+from edm2kit.experiments.cifar10.networks import describe, is_searched, search_folder, settings_file, words
 from edm2kit.experiments.cifar10.settings import (
     BATCH,
+    CONFIRM,
     DETECTORS,
+    GUIDES,
+    HALVINGS,
     INFINITY,
     METHODS,
     METRICS,
     PART,
     REFERENCE_IMAGES,
-    SCORE_SEEDS,
-    START,
-    TUNE_SEED,
     TUNED_ON,
-    Method,
-    Setting,
 )
 from edm2kit.metrics.detectors.registry import load_detectors
 from edm2kit.metrics.moments import Moments, statistics_of
-from edm2kit.metrics.reference import Reference
+from edm2kit.metrics.reference import Reference, save_reference
 from edm2kit.metrics.scoring import REPLICATES, Scorer, image_features
-from edm2kit.torch_utils.files import atomic_write, plain_json, provenance, sha256_of, write_json
+from edm2kit.torch_utils.files import atomic_write, provenance, write_json
 
 _CPU = torch.device("cpu")
 
@@ -61,133 +59,80 @@ def _save_array(path: Path, values: torch.Tensor) -> None:
 
 def make_scorer(real: Mapping[str, torch.Tensor], metrics: Sequence[str], num: int, replicates: int = 0) -> Scorer:
     """A scorer against the training images; metrics of single images compare with `num` of them."""
+    compared = {name: _spread(rows, num) for name, rows in real.items()}
     detectors = load_detectors(tuple(real), _CPU)
+    return Scorer(reference_of(real), detectors, _CPU, compared, names=tuple(metrics), replicates=replicates)
+
+
+def reference_of(real: Mapping[str, torch.Tensor]) -> Reference:
+    """The statistics of features by detector."""
     moments = []
     for rows in real.values():
         moments.append(Moments(rows.shape[1]))
         moments[-1].add(rows)
-    reference = Reference(*statistics_of(detectors, moments))
-    compared = {name: _spread(rows, num) for name, rows in real.items()}
-    return Scorer(reference, detectors, _CPU, compared, names=tuple(metrics), replicates=replicates)
+    return Reference(*statistics_of(load_detectors(tuple(real), _CPU), moments))
 
 
 def _spread(rows: torch.Tensor, num: int) -> torch.Tensor:
     return rows[torch.linspace(0, len(rows) - 1, min(num, len(rows))).long()]
 
 
-class Trials:
-    """The scores of the search by setting, in OUT/trials.json: fd_lite0 of `num` images of the same seeds."""
+def tune(out: Path, num: int, names: Sequence[str]) -> None:
+    """Search the best settings of each method of METHODS in `names` by edm2kit-tune; a search that ended is skipped.
 
-    def __init__(self, out: Path, num: int, report: Callable[[str], None]):
-        self.out, self.num, self.report = out, num, report
-        self.path = out / "trials.json"
-        self.records: list[dict[str, Any]] = []
-        if self.path.exists():
-            self.records = json.loads(self.path.read_text(encoding="utf-8"))
-        self.scorer = make_scorer(real_features(out, [TUNED_ON]), [TUNED_ON], num)
-
-    def value(self, setting: Setting) -> float:
-        """The score of a setting, measured once per set of networks."""
-        key = plain_json(
-            {"setting": asdict(setting), "files": _files(self.out, setting), "num": self.num, "first_seed": TUNE_SEED}
-        )
-        for record in self.records:
-            if record["key"] == key:
-                return record["value"]
-        started = time.monotonic()
-        generation = prepare(parse_request(words(self.out, setting)), _CPU)
-        seeds = range(TUNE_SEED, TUNE_SEED + self.num)
-        value = self.scorer.score(batch.images for batch in generation.batches(seeds, BATCH))[TUNED_ON]
-        seconds = round(time.monotonic() - started, 1)
-        self.records.append({"key": key, "value": value, "elapsed_sec": seconds, **provenance(_CPU)})
-        write_json(self.path, self.records)
-        self.report(f"{value:8.2f}  {seconds:5.0f} s  {describe(setting)}")
-        return value
-
-
-def describe(setting: Setting) -> str:
-    """A setting in one line."""
-    text = f"EMA {setting.ema:.2f}"
-    if setting.guide is None:
-        return text
-    guide = setting.guide
-    if setting.guide_ema is not None:
-        age = "" if setting.guide_nimg is None else f" at {setting.guide_nimg // 1024}Ki"
-        guide = f"{guide}{age}, EMA {setting.guide_ema:.2f}"
-    text += f", guide {guide}, w {setting.weight:g}"
-    low, high = setting.interval
-    return text if (low, high) == (0.0, float("inf")) else f"{text}, sigma in ({low:g}, {high:g}]"
-
-
-def search(method: Method, start: Setting, trials: Trials) -> Setting:
-    """The best setting of a method, one axis after the other (coordinate search)."""
-    best = start.with_values(method.start)
-    for values in method.axes:
-        candidates = [best.with_values(value) for value in values]
-        best = min((best, *candidates), key=trials.value)
-    return best
-
-
-def tune(out: Path, num: int, names: Sequence[str], report: Callable[[str], None]) -> dict[str, Setting]:
-    """The best setting of each method of METHODS in `names`; written to OUT/best.json."""
-    trials = Trials(out, num, report)
-    best: dict[str, Setting] = read_best(out)
+    Raises ValueError if a search fails.
+    """
+    reference = out / "reference.npz"
+    if not reference.exists():
+        save_reference(reference, reference_of(real_features(out, [TUNED_ON])))
     for name in names:
-        method = METHODS[name]
-        start = START if method.base is None else best[method.base]
-        report(f"{method.title}:")
-        best[name] = search(method, start, trials)
-        write_json(out / "best.json", {key: plain_json(asdict(setting)) for key, setting in best.items()})
-    return best
+        if is_searched(out, name):
+            continue
+        # a process of its own, as a search ends by itself, takes signals, and may be started several times
+        done = subprocess.run([sys.executable, "-m", "edm2kit.cli.tune", *search_words(out, name, num)])
+        if done.returncode:
+            raise ValueError(f"the search of {name} ended with exit code {done.returncode}; see above")
 
 
-def read_best(out: Path) -> dict[str, Setting]:
-    """The settings that `tune` has found so far."""
-    path = out / "best.json"
-    if not path.exists():
-        return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return {name: setting_from_json(values) for name, values in content.items()}
-
-
-def setting_from_json(values: Mapping[str, Any]) -> Setting:
-    """A setting from a record, whose lists were tuples and whose infinity may be a text."""
-    values = dict(values)
-    values["interval"] = tuple(float(bound) for bound in values["interval"])
-    values["sampler"] = tuple(values["sampler"])
-    return Setting(**values)
+def search_words(out: Path, name: str, num: int) -> list[str]:
+    """The command line of `edm2kit-tune` for a method of METHODS."""
+    method = METHODS[name]
+    found = ["search", "--main", str(out / "runs" / "main"), *method.search]
+    if method.is_guided_by_networks:
+        for guide, run in GUIDES.items():
+            found += ["--guide", f"{guide}={out / 'runs' / run}"]
+    found += ["--ref", str(out / "reference.npz"), "--metric", TUNED_ON, "--num", str(num)]
+    found += ["--halvings", str(HALVINGS), "--budget", f"{method.budget * num}img", "--confirm", str(CONFIRM)]
+    return [*found, "--batch", str(BATCH), "--outdir", str(search_folder(out, name)), "--", *method.sampler]
 
 
 def score(
     out: Path, num: int, names: Sequence[str], first_seeds: Sequence[int], report: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Score the best setting of each method, and "real", on `num` images from each of the first seeds.
+    """Score the best settings of each method, and "real", on `num` images from each of the first seeds.
 
-    For "real" they are held-out images instead. There is a point for each range of seeds, and one with the images of
-    all ranges together. Features are kept in OUT/features, and points in OUT/scores.json.
+    For "real" they are held-out images instead, as many as there are. There is a point for each range of seeds, and one
+    with the images of all ranges together. Features are kept in OUT/features, and points in OUT/scores.json.
     """
     path = out / "scores.json"
     points: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    real, best = real_features(out), read_best(out)
+    real = real_features(out)
+    heldout = len(open_images(out / "heldout.zip")) // len(first_seeds)
     for name in names:
-        setting = None if name == "real" else best[name]
+        file = None if name == "real" else settings_file(out, name)
+        size = min(num, heldout) if file is None else num
+        setting = None if file is None else describe(out, file)
         parts = []
         for k, first in enumerate(first_seeds):
-            if setting is None:
-                parts.append(_heldout_features(out, k * num, num))
+            if file is None:
+                parts.append(_heldout_features(out, k * size, size))
             else:
-                parts.append(_generated_features(out, setting, first, num))
-        ranges = [(f"{first}-{first + num - 1}", part) for first, part in zip(first_seeds, parts, strict=True)]
+                parts.append(_generated_features(out, file, first, num))
+        ranges = [(f"{first}-{first + size - 1}", part) for first, part in zip(first_seeds, parts, strict=True)]
         together = {name: torch.cat([part[name] for part in parts]) for name in DETECTORS}
         for title, features in [*ranges, ("all", together)]:
             count = len(features[TUNED_ON])
-            key = {
-                "method": name,
-                "images": title,
-                "num": count,
-                "setting": None if setting is None else plain_json(asdict(setting)),
-                "files": _files(out, setting),
-            }
+            key = {"method": name, "images": title, "num": count, "setting": setting}
             if any(point["key"] == key for point in points):
                 continue
             metrics = (*METRICS, INFINITY) if title == "all" else METRICS
@@ -206,24 +151,16 @@ def score(
     return points
 
 
-def _files(out: Path, setting: Setting | None) -> dict[str, str]:
-    """The hashes of the networks of a setting; real images have none."""
-    if setting is None:
-        return {}
-    request = parse_request(words(out, setting))
-    return {name: sha256_of(path) for name, path in (("net", request.net), ("gnet", request.gnet)) if path}
-
-
-def _generated_features(out: Path, setting: Setting, first: int, num: int) -> dict[str, torch.Tensor]:
+def _generated_features(out: Path, settings: Path, first: int, num: int) -> dict[str, torch.Tensor]:
     """The features of the images of seeds first, ..., first + num - 1, generated in parts that are kept."""
-    identity = json.dumps([plain_json(asdict(setting)), _files(out, setting)], sort_keys=True)
+    identity = json.dumps(describe(out, settings), sort_keys=True)
     name = hashlib.sha256(identity.encode()).hexdigest()[:12]
     parts = []
     for start in range(first, first + num, PART):
         seeds = range(start, min(start + PART, first + num))
         paths = {d: out / "features" / name / f"{seeds.start}-{seeds.stop - 1}-{d}.npy" for d in DETECTORS}
         if not all(path.exists() for path in paths.values()):
-            generation = prepare(parse_request(words(out, setting)), _CPU)
+            generation = prepare(parse_request(words(settings)), _CPU)
             batches = (batch.images for batch in generation.batches(seeds, BATCH))
             found = image_features(batches, load_detectors(DETECTORS, _CPU), _CPU)
             for detector, path in paths.items():
@@ -235,8 +172,6 @@ def _generated_features(out: Path, setting: Setting, first: int, num: int) -> di
 def _heldout_features(out: Path, start: int, num: int) -> dict[str, torch.Tensor]:
     """The features of held-out images start, ..., start + num - 1 of a fixed random order."""
     images = open_images(out / "heldout.zip")
-    if start + num > len(images):
-        raise ValueError(f"there are {len(images)} held-out images; lower --num to {len(images) // len(SCORE_SEEDS)}")
     paths = {d: out / "features" / "heldout" / f"{start}-{start + num - 1}-{d}.npy" for d in DETECTORS}
     if not all(path.exists() for path in paths.values()):
         picked = np.random.default_rng(0).permutation(len(images))[start : start + num]

@@ -1,6 +1,5 @@
 """What the study publishes: records, figures, sheets, the table of the README, and the networks in the package."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,26 +9,27 @@ from typing import Any
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
 
 from edm2kit.cli.generation import prepare
 from edm2kit.cli.generation_options import parse_request
 from edm2kit.cli.presets import BOX
 from edm2kit.conditions import ALL_CLASSES
-from edm2kit.experiments.cifar10.measure import describe, read_best, setting_from_json
-from edm2kit.experiments.cifar10.networks import ema_file, words
-from edm2kit.experiments.cifar10.settings import BATCH, METHODS, RUNS, SCORE_SEEDS, SHEET_SEEDS, Setting
+from edm2kit.experiments.cifar10.networks import ROLES, describe, is_searched, search_folder, settings_file, words
+from edm2kit.experiments.cifar10.settings import BATCH, METHODS, RUNS, SCORE_SEEDS, SHEET_SEEDS
 from edm2kit.experiments.compare_guidance.sheet import Strip, draw_sheet
 from edm2kit.experiments.demo.report import picture
 from edm2kit.experiments.documents import checkout, markdown_table
 from edm2kit.experiments.pages.figures import Curve, line_chart, standalone
+from edm2kit.experiments.tune.report import PAGE as SEARCH_PAGE
+from edm2kit.experiments.tune.report import RESULT
 from edm2kit.models.encoders import to_image
-from edm2kit.snapshots.file_format import read_header, save_snapshot
+from edm2kit.snapshots.file_format import read_header
 from edm2kit.snapshots.loading import open_weights
-from edm2kit.torch_utils.files import atomic_write, sha256_of, write_json
+from edm2kit.torch_utils.files import atomic_write, plain_json, sha256_of, write_json
 
 FOLDER = Path("experiments", "cifar10")
 RECORD_NAME, PICTURE_NAME, SHEET_NAME, WEIGHTS_NAME = "study.json", "first.png", "sheet.png", "weights.svg"
+PAGE_NAME = "search.html"  # of the best autoguided method
 COMMAND = "python scripts/cifar10_study.py"
 _COLUMNS = {
     "fd_lite0": "fd_lite0",
@@ -41,14 +41,17 @@ _COLUMNS = {
     "fd_lite0.coverage": "coverage",
 }
 _TITLES = {"real": "held-out photos", **{name: method.title for name, method in METHODS.items()}}
+_AUTOGUIDED = ("autoguidance", "autoguidance-interval")
 _WEIGHTS = (1.0, 1.5, 2.0, 3.0)  # of the sheet, from top to bottom
 
 
 def publish(out: Path, box: bool, report: Callable[[str], None]) -> None:
-    """Write the record, figures and sheets of the study in `out` to the checkout; with `box`, the networks as well."""
+    """Write record, figures, sheets and search pages of the study in `out` to the checkout; with `box`, the networks.
+
+    Raises ValueError for a method whose search has not ended.
+    """
     folder = checkout() / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    best = read_best(out)
     record = study_record(out)
     if box:
         write_box(out, record, report)
@@ -57,12 +60,12 @@ def publish(out: Path, box: bool, report: Callable[[str], None]) -> None:
     if figure is not None:
         with atomic_write(folder / WEIGHTS_NAME, "w") as file:
             file.write(standalone(figure))
-    for name, image in (
-        (PICTURE_NAME, _first_picture(out, best, record)),
-        (SHEET_NAME, _sheet(out, best)),
-    ):
+    for name, image in ((PICTURE_NAME, _first_picture(out, record)), (SHEET_NAME, _sheet(out))):
         with atomic_write(folder / name) as file:
             image.save(file, "PNG", optimize=True)
+    page = search_folder(out, best_guided(record)) / SEARCH_PAGE
+    with atomic_write(folder / PAGE_NAME) as file:
+        file.write(page.read_bytes())
     report(document_parts(record)["scores"])
     report(f"Wrote {folder}; now run: python scripts/write_documents.py")
 
@@ -71,8 +74,8 @@ def publish(out: Path, box: bool, report: Callable[[str], None]) -> None:
 
 
 def study_record(out: Path) -> dict[str, Any]:
-    """Everything that was measured, with what made it: runs, settings tried, best settings, scores."""
-    best, runs = read_best(out), {}
+    """Everything that was measured, with what made it: runs, searches, best settings, scores."""
+    runs = {}
     for name in RUNS:
         folder = out / "runs" / name
         if not folder.exists():
@@ -80,54 +83,79 @@ def study_record(out: Path) -> dict[str, Any]:
         status = [json.loads(line) for line in (folder / "stats.jsonl").read_text(encoding="utf-8").splitlines()]
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         runs[name] = {"config": {**config, "data": Path(config["data"]).name}, "last_status": status[-1]}
-    return {
-        "command": COMMAND,
-        "runs": runs,
-        "trials": _read_list(out / "trials.json"),
-        "best": {name: json.loads((out / "best.json").read_text(encoding="utf-8"))[name] for name in best},
-        "points": _read_list(out / "scores.json"),
-    }
+    searches, best = {}, {}
+    for name in METHODS:
+        if is_searched(out, name):
+            searches[name] = _search_record(search_folder(out, name))
+            best[name] = describe(out, settings_file(out, name))
+    scores = out / "scores.json"
+    points = json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else []
+    return {"command": COMMAND, "runs": runs, "searches": searches, "best": best, "points": points}
 
 
-def _read_list(path: Path) -> list[Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+def _search_record(folder: Path) -> dict[str, Any]:
+    """What a search tried and found, without the paths of the machine."""
+    result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    names = ("metric", "value", "num_images", "unguided", "weight_curve", "images_spent", "seconds", "candidates")
+    trials = []
+    for trial in result["trials"]:
+        way, weight, main, guide, interval = json.loads(trial["key"])
+        trials.append(
+            {
+                "way": way,
+                "weight": weight,
+                "main": main,
+                "guide": None if guide == "None" else guide,
+                "interval": plain_json(interval),
+                "num_images": trial["num_images"],
+                "value": trial["value"],
+            }
+        )
+    made = ("commit", "python", "torch", "numpy", "hardware")
+    kept = {name: result[name] for name in (*names, "combinations", "rungs", *made)}
+    return {**kept, "trials": trials}
 
 
 def current_points(record: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
     """The points of each row of the table: those of the best settings, with the most images."""
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for name in _TITLES:
-        found = [point for point in record["points"] if point["key"]["method"] == name]
-        if name != "real":
-            found = [point for point in found if point["key"]["setting"] == record["best"].get(name)]
+        setting = record["best"].get(name)
+        found = [p for p in record["points"] if p["key"]["method"] == name and p["key"]["setting"] == setting]
         if found:
-            latest = found[-1]["key"]["files"]
-            found = [point for point in found if point["key"]["files"] == latest]
             most = max(point["key"]["num"] for point in found)
-            found = [p for p in found if p["key"]["num"] in (most, most // len(SCORE_SEEDS))]
-            rows[name] = found
+            rows[name] = [p for p in found if p["key"]["num"] in (most, most // len(SCORE_SEEDS))]
     return rows
 
 
 def first_parts(record: Mapping[str, Any]) -> dict[str, str]:
     """The generated part of the README."""
-    return {"cifar10": _short_table(current_points(record))}
+    return {"cifar10": _short_table(record)}
 
 
 def document_parts(record: Mapping[str, Any]) -> dict[str, str]:
     """The generated parts of the study's page."""
-    return {"scores": _table(current_points(record)), "settings": _settings(record)}
+    return {
+        "scores": _table(current_points(record)),
+        "settings": _settings(record),
+        "guides": guide_table(record),
+    }
 
 
-def _short_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def _short_table(record: Mapping[str, Any]) -> str:
+    rows = current_points(record)
     if "none" not in rows:
         return "The scores of these networks are not measured yet."
     lines, count = [], rows["none"][-1]["key"]["num"]
-    for name in ("real", "none", "cfg-interval", "cfg", "autoguidance", "autoguidance-interval"):
-        if name in rows and rows[name][-1]["key"]["num"] == count:
-            together = rows[name][-1]
-            values = [_with_interval(together, metric) for metric in ("fd_lite0", "fd_lite2")]
-            lines.append([_TITLES[name], *values, f"{together['results']['fd_lite0.coverage']:.2f}"])
+    for name in ("real", "none", "cfg", best_guided(record)):
+        if name not in rows:
+            continue
+        together = rows[name][-1]
+        num, title = together["key"]["num"], _TITLES[name]
+        if num != count:  # there are only so many held-out photos
+            title = f"{num:,} {title}"
+        values = [_with_interval(together, metric) for metric in ("fd_lite0", "fd_lite2")]
+        lines.append([title, *values, f"{together['results']['fd_lite0.coverage']:.2f}"])
     return markdown_table([f"{count:,} images each", "fd_lite0", "fd_lite2", "coverage"], lines, "lrrr")
 
 
@@ -154,78 +182,100 @@ def _with_interval(point: Mapping[str, Any], metric: str) -> str:
 
 def _settings(record: Mapping[str, Any]) -> str:
     lines = []
-    for name, values in record["best"].items():
-        setting = setting_from_json(values)
-        tried = [trial for trial in record["trials"] if trial["key"]["setting"] == values]
-        value = f"{tried[-1]['value']:.1f}" if tried else ""
-        lines.append([METHODS[name].title, describe(setting), value])
-    return markdown_table(["method", "best setting", "fd_lite0 in the search"], lines, "llr")
+    for name, search in record["searches"].items():
+        value = f"{search['value']:.1f}"
+        lines.append([METHODS[name].title, setting_text(record["best"][name]), value, f"{search['candidates']:,}"])
+    count = next(iter(record["searches"].values()), {"num_images": 0})["num_images"]
+    columns = ["method", "best settings", f"fd_lite0 of {count:,} images in the search", "candidates"]
+    return markdown_table(columns, lines, "llrr")
+
+
+def setting_text(options: Mapping[str, Any]) -> str:
+    """The best settings of a method in one line."""
+    text = f"EMA {options['net']['ema_std']:.3g}"
+    if "guidance" not in options:
+        return text
+    if "gnet" in options:
+        guide = options["gnet"]
+        text += f", guide {guide['run']} at {guide['nimg'] // 1024}Ki, EMA {guide['ema_std']:.3g}"
+    text += f", w {options['guidance']:g}"
+    if "interval" in options:
+        text += ", sigma in ({}, {}]".format(*options["interval"].split(","))
+    return f"{text}, with {options['guidance-also']}" if "guidance-also" in options else text
+
+
+def guide_table(record: Mapping[str, Any]) -> str:
+    """Which guide: the best value that the searches of autoguidance saw with each guide at each training time."""
+    best: dict[str, list[float]] = {}
+    few = 0
+    for name in _AUTOGUIDED:
+        for trial in record["searches"].get(name, {"trials": []})["trials"]:
+            few = record["searches"][name]["rungs"][0]
+            if trial["guide"] is not None and trial["num_images"] == few and trial["value"] is not None:
+                best.setdefault(trial["guide"].rpartition(", EMA")[0], []).append(trial["value"])
+    lines = [[guide, f"{min(values):.1f}", str(len(values))] for guide, values in sorted(best.items(), key=_by_best)]
+    return markdown_table(["guide", f"best fd_lite0 of {few:,} images", "candidates"], lines, "lrr")
+
+
+def _by_best(item: tuple[str, list[float]]) -> float:
+    return min(item[1])
 
 
 # pictures
 
 
 def weight_figure(record: Mapping[str, Any]) -> str | None:
-    """fd_lite0 in the search against the guidance weight, all else at its best value, as SVG; None before a search."""
+    """fd_lite0 in the searches against the guidance weight, all else at its best value, as SVG; None without any."""
     curves = []
-    alone = None
-    for name, values in record["best"].items():
-        same = {key: value for key, value in values.items() if key != "weight"}
-        found = {}
-        for trial in record["trials"]:
-            setting = trial["key"]["setting"]
-            if {key: value for key, value in setting.items() if key != "weight"} == same:
-                found[setting["weight"]] = trial["value"]
-        if name == "none":
-            alone = next(iter(found.values()), None)
-        elif len(found) > 1:
-            weights = sorted(found)
-            curves.append(Curve(METHODS[name].title, weights, [found[weight] for weight in weights]))
+    for name, search in record["searches"].items():
+        points = search["weight_curve"]["points"]
+        if points:
+            weights, values = [point["weight"] for point in points], [point["value"] for point in points]
+            curves.append(Curve(METHODS[name].title, weights, values))
     if not curves:
         return None
-    references = [] if alone is None else [(alone, METHODS["none"].title)]
-    return line_chart(curves, "guidance weight", "fd_lite0", references=references)
+    alone = []
+    if "none" in record["searches"]:
+        few = record["searches"]["none"]["rungs"][0]
+        values = [one["value"] for one in record["searches"]["none"]["trials"] if one["num_images"] == few]
+        alone = [(min(values), METHODS["none"].title)]
+    return line_chart(curves, "guidance weight", "fd_lite0", references=alone)
 
 
-def _images(out: Path, setting: Setting, count: int) -> list[Image.Image]:
-    options = [*words(out, setting), "--balanced"]
-    request = parse_request(options)
+def _images(settings: Path, count: int, **others: float) -> list[Image.Image]:
+    request = parse_request([*words(settings, **others), "--balanced"])
     assert request.classes == ALL_CLASSES
     generation = prepare(request, torch.device("cpu"))
     seeds = range(SHEET_SEEDS.start, SHEET_SEEDS.start + count)
     return [to_image(image.numpy()) for batch in generation.batches(seeds, BATCH) for image in batch.images]
 
 
-def _first_picture(out: Path, best: Mapping[str, Setting], record: Mapping[str, Any]) -> Image.Image:
+def _first_picture(out: Path, record: Mapping[str, Any]) -> Image.Image:
     """The same seeds alone and autoguided, side by side."""
-    rows, names = current_points(record), ("none", best_guided(best, record))
+    rows, names = current_points(record), ("none", best_guided(record))
     titles = []
     for name in names:
         value = f": fd_lite0 {rows[name][-1]['results']['fd_lite0']:.1f}" if name in rows else ""
         titles.append(f"{METHODS[name].title}{value}")
-    left, right = (_images(out, best[name], len(SHEET_SEEDS)) for name in names)
+    left, right = (_images(settings_file(out, name), len(SHEET_SEEDS)) for name in names)
     return picture(left, right, (titles[0], titles[1]), columns=5, zoom=3).quantize(255, dither=Image.Dither.NONE)
 
 
-def best_guided(best: Mapping[str, Setting], record: Mapping[str, Any]) -> str:
-    """The autoguided method with the lower score in the search."""
-    names = [name for name in ("autoguidance", "autoguidance-interval") if name in best]
-    values = {}
-    for name in names:
-        for trial in record["trials"]:
-            if trial["key"]["setting"] == record["best"][name]:
-                values[name] = trial["value"]
-    return min(names, key=lambda name: values.get(name, float("inf")))
+def best_guided(record: Mapping[str, Any]) -> str:
+    """The autoguided method with the lower value in its search. Raises ValueError if none was searched."""
+    names = [name for name in _AUTOGUIDED if name in record["searches"]]
+    if not names:
+        raise ValueError("autoguidance was not searched yet; run the step tune")
+    return min(names, key=lambda name: record["searches"][name]["value"])
 
 
-def _sheet(out: Path, best: Mapping[str, Setting]) -> Image.Image:
+def _sheet(out: Path) -> Image.Image:
     lines = []
     for name in ("cfg", "autoguidance"):
-        if name not in best:
-            continue
-        for weight in _WEIGHTS:
-            images = _images(out, best[name].with_values({"weight": weight}), 14)
-            lines.append((METHODS[name].title, [Strip(f"weight {weight:g}", images)]))
+        if is_searched(out, name):
+            for weight in _WEIGHTS:
+                images = _images(settings_file(out, name), 14, guidance=weight)
+                lines.append((METHODS[name].title, [Strip(f"weight {weight:g}", images)]))
     return draw_sheet(lines)
 
 
@@ -235,24 +285,17 @@ def _sheet(out: Path, best: Mapping[str, Setting]) -> Image.Image:
 def write_box(out: Path, record: Mapping[str, Any], report: Callable[[str], None]) -> None:
     """Put the networks of the best settings into the package instead of older ones, with presets and cards."""
     BOX.mkdir(exist_ok=True)
-    files: dict[str, str] = {}
-    best = read_best(out)
-    presets = {"cifar10": "none", "cifar10-cfg": "cfg", "cifar10-autoguidance": best_guided(best, record)}
-    for preset, name in presets.items():
-        setting = best[name]
-        options: dict[str, Any] = {"net": _boxed(ema_file(out, "main", setting.nimg, setting.ema), "main", files)}
-        if setting.guide == "uncond":
-            options["guidance-method"] = "cfg"
-        elif setting.guide is not None:
-            assert setting.guide_ema is not None
-            options["gnet"] = _boxed(
-                ema_file(out, setting.guide, setting.guide_nimg, setting.guide_ema), "guide", files
-            )
-        if setting.guide is not None:
-            options["guidance"] = setting.weight
-        if setting.interval != (0.0, float("inf")):
-            options["interval"] = "{:g},{:g}".format(*setting.interval)
-        options |= {key.removeprefix("--"): value for key, value in zip(*[iter(setting.sampler)] * 2, strict=True)}
+    files: dict[str, str] = {}  # hash -> name
+    presets = {"cifar10": "none", "cifar10-autoguidance": best_guided(record)}
+    for preset, name in {**presets, "cifar10-cfg": "cfg"}.items():
+        source = settings_file(out, name)
+        options = dict(yaml.safe_load(source.read_text(encoding="utf-8"))["options"])
+        if name == "cfg":  # its own best EMA length would be one network more in the package
+            options["net"] = _net_of(out, "none")
+        for role in ROLES:
+            if role in options:
+                options[role] = _boxed(source.parent / options[role], role, files)
+        del options["precision"]  # that of the user's device
         with atomic_write(BOX / f"{preset}.yaml", "w") as file:
             file.write("# Written by scripts/cifar10_study.py publish --box\n")
             yaml.safe_dump({"options": options}, file, sort_keys=False)
@@ -264,6 +307,10 @@ def write_box(out: Path, record: Mapping[str, Any], report: Callable[[str], None
         with atomic_write((BOX / name).with_suffix(".md"), "w") as file:
             file.write(card(BOX / name, box_scores(presets, record)))
     report(f"Wrote {', '.join(sorted(files.values()))}, their cards and presets to {BOX}")
+
+
+def _net_of(out: Path, name: str) -> str:
+    return yaml.safe_load(settings_file(out, name).read_text(encoding="utf-8"))["options"]["net"]
 
 
 def box_scores(presets: Mapping[str, str], record: Mapping[str, Any]) -> str:
@@ -313,13 +360,12 @@ def _count_weights(path: Path) -> int:
 
 
 def _boxed(path: Path, role: str, files: dict[str, str]) -> str:
-    """Put a snapshot into the package, once; returns its file name, cifar10-ROLE, with a number from the second on."""
+    """Copy a network into the package, once; its file name, such as cifar10-main, with a number from the second on."""
     content = sha256_of(path)
     if content not in files:
-        number = sum(name.startswith(f"cifar10-{role}") for name in files.values()) + 1
-        files[content] = f"cifar10-{role}{number if number > 1 else ''}.safetensors"
-        header = read_header(path)
-        # without the folder of the machine that trained it
-        config = {**header.training_config, "data": Path(header.training_config["data"]).name}
-        save_snapshot(BOX / files[content], load_file(path), dataclasses.replace(header, training_config=config))
+        stem = "cifar10-main" if role == "net" else "cifar10-guide"
+        number = sum(name.startswith(stem) for name in files.values()) + 1
+        files[content] = f"{stem}{number if number > 1 else ''}.safetensors"
+        with atomic_write(BOX / files[content]) as file:
+            file.write(path.read_bytes())
     return files[content]

@@ -125,10 +125,15 @@ def _chosen(methods: str) -> list[str]:
 @main.command("tune")
 @_out
 @_names
-@click.option("--num", type=cli.AtLeast(int, 2), default=500, show_default=True, help="Images per setting")
+@click.option(
+    "--num", type=cli.AtLeast(int, 12), default=500, show_default=True, help="Images of the search's last comparison"
+)
 def tune_command(out: Path, methods: str, num: int) -> None:
-    """Find the best setting of each method by fd_lite0, one axis after the other, on common seeds."""
-    tune(out, num, _chosen(methods), _print)
+    """Search the best settings of each method by fd_lite0 with edm2kit-tune.
+
+    A search that has ended is skipped, unless the main network was trained further.
+    """
+    tune(out, num, _chosen(methods))
 
 
 @main.command("score")

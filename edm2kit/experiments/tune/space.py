@@ -15,6 +15,7 @@ from edm2kit.guidance.registry import METHODS
 UNGUIDED = "none"
 BASELINE: Mapping[str, Any] = {"way": "unguided"}  # the parameter values of the main network alone, as it is usually
 _INTERVAL_STEPS = 6
+_YOUTH = 8  # part of the main network's training that the first guide has had
 _INTERVAL_SHARE = 0.55  # of the sampling steps, at most, are left out at either end
 _SEARCHED = ("--net", "--gnet", "--preset", "--guidance", "--interval", "--guidance-method")
 
@@ -156,7 +157,11 @@ class Space:
         return lo, hi
 
     def starts(self) -> list[dict[str, Any]]:
-        """Where the search begins: every way at a modest weight, usual EMA lengths, the latest guide, no interval."""
+        """Where the search begins: every way at a modest weight and usual EMA lengths.
+
+        Guides are young, as in the autoguidance paper: about an eighth of the main network's training. If the interval
+        is searched, each way begins twice: everywhere, and without the lowest third of the noise levels.
+        """
         found = []
         for title, way in self.ways.items():
             sizes = self.sizes(title)
@@ -165,13 +170,16 @@ class Space:
             if "weight" in sizes:
                 steps = self.weight_steps(title)
                 published = METHODS[way.method].weight
-                modest = published or 1.5
+                modest = published or (1.5 if way.guide is None else 2.0)
                 values["weight"] = min(range(len(steps)), key=lambda k: abs(steps[k] - modest))
             if way.guide is not None:
                 ages = self.ages[way.guide.name]
-                values[f"age of {way.guide.name}"] = len(ages) - 1
-                values["guide_ema"] = _middle(self.lengths_of(way.guide, ages[-1]), way.guide.usual.ema_std)
+                young = min(range(len(ages)), key=lambda k: abs(ages[k] - self.main.usual.nimg / _YOUTH))
+                values[f"age of {way.guide.name}"] = young
+                values["guide_ema"] = _middle(self.lengths_of(way.guide, ages[young]), way.guide.usual.ema_std)
             found.append(values)
+            if "skip_low" in sizes:
+                found.append({**values, "skip_low": round(0.6 * (sizes["skip_low"] - 1))})
         return found
 
     @property

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,18 +11,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from edm2kit.cli import tune
 from edm2kit.cli.generation_options import parse_request
+from edm2kit.cli.presets import write_preset_file
 from edm2kit.data.dataset import open_source
 from edm2kit.experiments.cifar10 import measure, report, study
-from edm2kit.experiments.cifar10.networks import ema_file, words
-from edm2kit.experiments.cifar10.settings import METHODS, METRICS, RUNS, START, Method, Setting, axis
+from edm2kit.experiments.cifar10.networks import describe, is_searched, search_folder, settings_file, words
+from edm2kit.experiments.cifar10.settings import METHODS, METRICS, RUNS
 from edm2kit.experiments.demo import pictures
 from edm2kit.metrics.scoring import image_features, make_scorer, measure_reference
 from edm2kit.snapshots.file_format import read_header, save_snapshot, snapshot_name
 from edm2kit.training.config import TrainConfig, config_from_dict, preset_path, read_yaml
 from tests.support.fakes import tiny_snapshot
-
-SAMPLER = ("--solver", "dpmpp2m", "--steps", "3")
 
 
 def test_the_last_images_of_each_class_are_held_out():
@@ -71,30 +72,36 @@ def test_its_training_presets_are_complete(name):
     assert config.network["channel_mult"] in ([1, 3, 6], (1, 3, 6), [1, 2, 2], (1, 2, 2))
 
 
-class Bowl:
-    """Trials whose score is known: 0 at weight 2, EMA 0.07."""
-
-    def __init__(self):
-        self.asked = []
-
-    def value(self, setting):
-        self.asked.append(setting)
-        return (setting.weight - 2) ** 2 + 100 * (setting.ema - 0.07) ** 2
-
-
-def test_the_search_keeps_the_best_of_each_axis():
-    trials = Bowl()
-    method = Method("x", [axis("weight", 1.0, 2.0, 3.0), axis("ema", 0.05, 0.07)], {"guide": "uncond", "weight": 9.0})
-    best = measure.search(method, START, trials)
-    assert (best.weight, best.ema, best.guide) == (2.0, 0.07, "uncond")
-    assert {setting.weight for setting in trials.asked if setting.ema == 0.05} == {2.0}
+@pytest.mark.parametrize("name", METHODS)
+def test_every_search_is_a_command_line_of_tune(out, name, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(tune.search, "callback", lambda **given: asked.update(given))
+    tune.main(measure.search_words(out, name, 30), standalone_mode=False)
+    assert asked["budget"].images == 30 * METHODS[name].budget
+    assert (asked["num"], asked["metric"]) == (30, "fd_lite0")
+    assert [guide for guide, _ in asked["guides"]] == (
+        ["early", "small"] if METHODS[name].is_guided_by_networks else []
+    )
+    request = parse_request([*asked["words"], "--net", "a.safetensors"])
+    assert (request.sampler.solver, request.precision) == ("dpmpp2m", "bf16")
 
 
-def test_a_setting_survives_its_record():
-    setting = Setting(0.1, 4096, "guide", 2048, 0.15, 2.5, (0.3, math.inf), SAMPLER)
-    assert measure.setting_from_json(json.loads(json.dumps(measure.plain_json(measure.asdict(setting))))) == setting
-    text = "EMA 0.10, guide guide at 2Ki, EMA 0.15, w 2.5, sigma in (0.3, inf]"
-    assert measure.describe(setting) == text
+def test_searches_run_one_after_the_other_and_those_that_ended_are_skipped(out, monkeypatch):
+    searched(out, "none", {"net": "main.safetensors"}, 80.0)
+    asked = []
+    monkeypatch.setattr(measure.subprocess, "run", lambda words_of: asked.append(words_of) or Done())
+    monkeypatch.setattr(measure, "real_features", lambda out, names: {"fd_lite0": torch.randn(9, 4)})
+    monkeypatch.setattr(measure, "save_reference", lambda path, reference: path.write_bytes(b"x"))
+    monkeypatch.setattr(measure, "reference_of", lambda real: None)
+    measure.tune(out, 30, ["none", "cfg", "autoguidance"])
+    assert [Path(words_of[words_of.index("--outdir") + 1]).name for words_of in asked] == [
+        "cfg-4096",
+        "autoguidance-4096",
+    ]
+    assert (out / "reference.npz").exists()
+    monkeypatch.setattr(Done, "returncode", 1)
+    with pytest.raises(ValueError, match="the search of cfg ended with exit code 1"):
+        measure.tune(out, 30, ["cfg"])
 
 
 @pytest.fixture
@@ -106,94 +113,137 @@ def out(tmp_path):
             for std in (0.05, 0.1):
                 path = tiny_snapshot(tmp_path / "runs" / run / snapshot_name(nimg, std), label_dim=10)
                 config = {**dataclasses.asdict(TrainConfig()), "data": "/home/me/train.zip"}
-                header = dataclasses.replace(read_header(path), nimg=nimg, ema_std=std, training_config=config)
+                header = dataclasses.replace(
+                    read_header(path), nimg=nimg, ema_std=std, training_config=config, run_id=run
+                )
                 save_snapshot(path, load_file(path), header)
     return tmp_path
 
 
-def test_the_options_of_a_setting_name_its_networks(out):
-    request = parse_request(words(out, Setting(0.1, None, "guide", 2048, 0.05, 2.5, (0.3, math.inf), SAMPLER)))
-    assert request.net == str(ema_file(out, "main", 4096, 0.1))
-    assert request.gnet == str(ema_file(out, "guide", 2048, 0.05))
-    guidance = request.guidance
-    assert (guidance.method, guidance.weight, guidance.interval) == ("autoguidance", 2.5, (0.3, math.inf))
-    assert (request.sampler.solver, request.sampler.num_steps) == ("dpmpp2m", 3)
-    cfg = parse_request(words(out, Setting(0.1, 2048, "uncond", weight=1.5)))
-    assert (cfg.guidance.method, cfg.gnet, cfg.guidance.interval) == ("cfg", None, None)
-    with pytest.raises(ValueError, match="has no snapshots yet"):
-        words(out, Setting(0.1, None, "other", 2048, 0.05, 2.0))
+SAMPLER = {"solver": "dpmpp2m", "steps": "3", "precision": "fp32"}
 
 
-def test_every_start_and_axis_is_a_setting():
-    best = {}
-    for name, method in METHODS.items():
-        start = (START if method.base is None else best[method.base]).with_values(method.start)
-        for values in method.axes:
-            assert len(values) > 1
-            for value in values:
-                start.with_values(value)
-        best[name] = start
+def searched(out, name, options, value, trials=()):
+    """What the search of a method leaves: its best settings and its record."""
+    folder = search_folder(out, name)
+    folder.mkdir(parents=True)
+    for role, run, nimg in (("net", "main", 4096), ("gnet", "guide", 2048)):
+        if role in options:
+            shutil.copy(out / "runs" / run / snapshot_name(nimg, 0.1), folder / options[role])
+    write_preset_file(folder / "preset.yaml", {**options, **SAMPLER}, {})
+    curve = [{"weight": 1.5, "value": value + 1}, {"weight": 2.0, "value": value}] if "guidance" in options else []
+    record = {name: 0 for name in ("unguided", "seconds", "combinations", "commit", "python", "torch", "numpy")}
+    record |= {"hardware": "x86_64 CPU", "metric": "fd_lite0", "num_images": 30, "candidates": 3, "images_spent": 90}
+    record |= {"value": value, "rungs": [10, 30], "weight_curve": {"num_images": 10, "points": curve}}
+    record["trials"] = [{"key": json.dumps(key), "num_images": num, "value": value} for key, num, value in trials]
+    (folder / "result.json").write_text(json.dumps(record))
+    (folder / "index.html").write_text("<html></html>")
 
 
-def point(method, images, num, value, setting=None):
+@pytest.fixture
+def ended(out):
+    """A study whose searches have ended."""
+    alone = ["none", 1.0, "main at 4,096 images, EMA 0.1", None, None]
+    searched(out, "none", {"net": "main.safetensors"}, 80.0, [(alone, 10, 85.0), (alone, 30, 80.0)])
+    cfg = {"net": "main.safetensors", "guidance-method": "cfg", "guidance": 1.5}
+    searched(out, "cfg", cfg, 60.0)
+    guided = {"net": "main.safetensors", "gnet": "guide.safetensors", "guidance-method": "autoguidance"}
+    searched(out, "autoguidance", {**guided, "guidance": 2.0}, 50.0)
+    trials = [(["none", 1.0, "main at 4,096 images, EMA 0.1", "None", None], 10, 1.0)]  # the unguided baseline
+    for guide, num, value in (
+        ("early at 2,048 images, EMA 0.1", 10, 55.0),
+        ("early at 2,048 images, EMA 0.05", 10, 52.0),
+        ("small at 2,048 images, EMA 0.1", 10, 48.0),
+        ("small at 2,048 images, EMA 0.1", 30, 40.0),
+    ):
+        trials.append((["autoguidance", 2.5, "main at 4,096 images, EMA 0.1", guide, [0.5, 80.0]], num, value))
+    searched(out, "autoguidance-interval", {**guided, "guidance": 2.5, "interval": "0.5,80"}, 40.0, trials)
+    return out
+
+
+def test_the_best_settings_are_a_preset_with_its_networks_in_half_precision(ended):
+    path = settings_file(ended, "autoguidance-interval")
+    request = parse_request(words(path))
+    assert (request.guidance.weight, request.guidance.interval) == (2.5, (0.5, 80.0))
+    assert read_header(request.gnet).dtype == "float16"
+    assert read_header(request.net).training_config["data"] == "train.zip"
+    original = load_file(ended / "runs" / "main" / snapshot_name(4096, 0.1))
+    for name, tensor in load_file(request.net).items():
+        torch.testing.assert_close(tensor.float(), original[name].float(), rtol=1e-3, atol=1e-6)
+    record = describe(ended, path)
+    assert [record["net"][key] for key in ("run", "nimg", "ema_std")] == ["main", 4096, 0.1]
+    assert [record["gnet"][key] for key in ("run", "nimg", "ema_std")] == ["guide", 2048, 0.1]
+    assert parse_request(words(path, guidance=3.0)).guidance.weight == 3.0
+    text = "EMA 0.1, guide guide at 2Ki, EMA 0.1, w 2.5, sigma in (0.5, 80]"
+    assert report.setting_text(record) == text
+    assert report.setting_text({**record, "guidance-also": "cfg=1.5"}) == f"{text}, with cfg=1.5"
+    with pytest.raises(ValueError, match="run the step tune for combination"):
+        settings_file(ended, "combination")
+
+
+def test_a_main_network_that_was_trained_further_is_searched_again(ended):
+    path = ended / "runs" / "main" / snapshot_name(4096, 0.1)
+    save_snapshot(path, load_file(path), dataclasses.replace(read_header(path), nimg=8192))
+    assert not is_searched(ended, "none")
+
+
+def point(method, images, num, value, setting):
     results = {metric: value for metric in METRICS}
     bounds = {metric: [value - 1, value + 1] for metric in METRICS}
-    key = {"method": method, "images": images, "num": num, "setting": setting, "files": {}}
+    key = {"method": method, "images": images, "num": num, "setting": setting}
     return {"key": key, "results": results, "intervals": bounds}
 
 
 @pytest.fixture
-def record():
-    none, guided = ({"ema": ema, "weight": weight} for ema, weight in ((0.1, 1.0), (0.05, 2.0)))
-    others = {"interval": [0.0, "inf"], "guide": None, "sampler": [], "nimg": None, "guide_nimg": None}
-    none, guided = ({**values, **others, "guide_ema": None} for values in (none, guided))
-    trials = [{"key": {"setting": none}, "value": 80.0}, {"key": {"setting": guided}, "value": 40.0}]
-    trials.append({"key": {"setting": {**guided, "weight": 3.0}}, "value": 50.0})
-    points = [point("real", "0-9", 10, 20.0), point("real", "all", 30, 19.0)]
-    points += [point("none", "all", 30, 70.0, {**none, "ema": 0.2}), point("none", "all", 30, 77.0, none)]
-    points += [point("autoguidance", "all", 30, 41.0, guided)]
-    return {"trials": trials, "best": {"none": none, "autoguidance": guided}, "points": points}
+def record(ended):
+    points = [point("real", "0-8", 9, 20.0, None), point("real", "all", 29, 19.0, None)]
+    none, guided = (describe(ended, settings_file(ended, name)) for name in ("none", "autoguidance-interval"))
+    points += [point("none", "all", 30, 70.0, {**none, "steps": "4"}), point("none", "all", 30, 77.0, none)]
+    points += [point("autoguidance-interval", "all", 30, 41.0, guided)]
+    (ended / "scores.json").write_text(json.dumps(points))
+    for run in RUNS:
+        (ended / "runs" / run / "stats.jsonl").write_text('{"nimg": 4096}\n')
+        (ended / "runs" / run / "config.yaml").write_text("data: /home/me/train.zip\n")
+    return report.study_record(ended)
 
 
 def test_the_tables_show_the_scores_of_the_best_settings_only(record):
     parts = {**report.document_parts(record), **report.first_parts(record)}
     assert "| no guidance | 77.0 (76.0 to 78.0) |" in parts["cifar10"]
     assert "70.0" not in parts["cifar10"] + parts["scores"]
-    assert "| autoguidance | 41.0 (40.0 to 42.0) |" in parts["cifar10"]
+    assert "| autoguidance in an interval | 41.0 (40.0 to 42.0) |" in parts["cifar10"]
     assert "30 images each" in parts["cifar10"]
-    assert "|  | 0-9 | 20.0 |" in parts["scores"]
-    assert "| no guidance | EMA 0.10 | 80.0 |" in parts["settings"]
+    assert "| 29 held-out photos | 19.0" in parts["cifar10"]
+    assert "|  | 0-8 | 20.0 |" in parts["scores"]
+    assert "| no guidance | EMA 0.1 | 80.0 | 3 |" in parts["settings"]
+    rows = ["| small at 2,048 images | 48.0 | 1 |", "| early at 2,048 images | 52.0 | 2 |"]
+    assert parts["guides"].splitlines()[2:] == rows
+    assert record["runs"]["main"] == {"config": {"data": "train.zip"}, "last_status": {"nimg": 4096}}
+    assert "/home" not in json.dumps(record)
 
 
 def test_the_figure_has_a_curve_of_each_guided_method_and_the_unguided_value(record):
     figure = report.weight_figure(record)
-    assert figure.count("<circle") == 2
+    assert figure.count("<circle") == 6
     assert "no guidance" in figure
-    assert report.best_guided({"autoguidance": None}, record) == "autoguidance"
+    assert report.best_guided(record) == "autoguidance-interval"
 
 
-def test_the_box_gets_the_networks_of_the_best_settings_and_nothing_else(out, tmp_path, monkeypatch):
-    box = tmp_path / "box"
+def test_the_box_gets_the_networks_of_the_best_settings_and_nothing_else(ended, record, monkeypatch):
+    box = ended / "box"
     box.mkdir()
     (box / "cifar10-main9.safetensors").write_bytes(b"older")
     monkeypatch.setattr(report, "BOX", box)
-    guided = Setting(0.1, None, "guide", 2048, 0.05, 2.5, (0.5, 80.0), SAMPLER)
-    best = {"none": Setting(0.1, sampler=SAMPLER), "cfg": Setting(0.1, guide="uncond", weight=1.5, sampler=SAMPLER)}
-    best |= {"autoguidance": guided.with_values({"weight": 2.0}), "autoguidance-interval": guided}
-    plain = {name: measure.plain_json(dataclasses.asdict(setting)) for name, setting in best.items()}
-    (out / "best.json").write_text(json.dumps(plain))
-    trials = [{"key": {"setting": plain["autoguidance"]}, "value": 3.0}]
-    trials.append({"key": {"setting": plain["autoguidance-interval"]}, "value": 2.0})
-    points = [point("none", "all", 30, 77.0, plain["none"])]
     lines = []
-    report.write_box(out, {"trials": trials, "best": plain, "points": points}, lines.append)
+    report.write_box(ended, record, lines.append)
     networks = ["cifar10-guide", "cifar10-main"]
     assert sorted(path.stem for path in box.glob("*.safetensors")) == networks
     request = parse_request(["--preset", str(box / "cifar10-autoguidance.yaml")])
     assert (request.guidance.weight, request.guidance.interval) == (2.5, (0.5, 80.0))
     assert request.gnet == str(box / f"{networks[0]}.safetensors")
-    assert request.sampler.num_steps == 3
-    assert parse_request(["--preset", str(box / "cifar10-cfg.yaml")]).guidance.method == "cfg"
+    assert (request.sampler.num_steps, request.precision) == (3, "auto")
+    cfg = parse_request(["--preset", str(box / "cifar10-cfg.yaml")])
+    assert (cfg.guidance.method, cfg.net) == ("cfg", parse_request(["--preset", str(box / "cifar10.yaml")]).net)
     text = (box / f"{networks[1]}.md").read_text()
     assert "4,096 images seen" in text
     assert "fd_lite0 of 30 images: `cifar10` 77.0" in text

@@ -250,13 +250,18 @@ def test_every_combination_means_another_candidate_and_starts_are_modest():
     space = simulated_space()
     (start,) = space.starts()
     candidate = space.candidate(start)
-    assert candidate.weight == 1.5
-    assert candidate.guide.nimg == 2000
+    assert candidate.weight == 2
+    assert candidate.guide.nimg == 1000  # the nearer to an eighth of 4000
     assert (candidate.main.ema_std, candidate.guide.ema_std, candidate.interval) == (0.1, 0.1, None)
     assert 1.0 not in space.weight_steps("autoguidance")
     assert propose(space, [], 0) == start
     assert space.candidate(BASELINE).guide is None
     assert source("x", (1, 2)).times == [1, 2]
+
+    sigmas = tuple(float(x) for x in np.geomspace(80, 0.01, 10))
+    everywhere, above = Space(**{**vars(space), "sigmas": sigmas}).starts()
+    candidates = [Space(**{**vars(space), "sigmas": sigmas}).candidate(values) for values in (everywhere, above)]
+    assert [one.interval for one in candidates] == [None, (float(f"{sigmas[7]:.5g}"), float("inf"))]
 
 
 def test_metrics_have_a_direction_or_are_refused():
