@@ -50,7 +50,9 @@ def test_the_first_command_makes_a_sheet_from_networks_of_the_package(tmp_path):
     words[words.index("--seeds") + 1] = "0-3"
     words[words.index("--grid") + 1] = str(tmp_path / "sheet.png")
     generate.main([*words[1:], "--device", "cpu"], standalone_mode=False)
-    assert Image.open(tmp_path / "sheet.png").size == (64, 64)
+    width, height = Image.open(tmp_path / "sheet.png").size
+    assert width == 2 * 32 * 4 + 3 * 4  # two images in a row, enlarged four times, with margins
+    assert height > width  # a title above
 
 
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: str(file.relative_to(ROOT)))

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import edm2kit
+from edm2kit.cli.presets import BOX
 from edm2kit.experiments.tune.objective import FIRST_SEED, Objective
 from edm2kit.experiments.tune.table import SweepTable
+from edm2kit.snapshots.file_format import read_header
 from tests.support.tuning import make_run
 
 OPTIONS = "--steps 2"
@@ -119,7 +121,7 @@ def test_a_cache_resumes_and_never_meets_other_networks(folder, reference, tmp_p
 def test_networks_of_the_package_by_the_name_of_their_preset(reference):
     table = edm2kit.sweep("cifar10-autoguidance", reference, [1, 2.5], options="--steps 2", num=2)
     assert [row["method"] for row in table] == ["unguided", "autoguidance"]
-    assert (table.rows[1]["sigma_lo"], table.rows[1]["sigma_hi"]) == (0.5, 80)
+    assert table.rows[1]["ema_guide"] == pytest.approx(read_header(BOX / "cifar10-guide.safetensors").ema_std)
     alone = edm2kit.sweep("cifar10", reference, methods=["truncation"], weights=[1.2], options="--steps 2", num=2)
     assert [row["method"] for row in alone] == ["truncation"]
 
