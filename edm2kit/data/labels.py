@@ -293,7 +293,8 @@ def _noted_classes(archive: FolderArchive | ZipArchive) -> tuple[tuple[str, ...]
     """The names and the number of classes that generate.py recorded beside its images; None and 0 if it did not."""
     found = find_extra(archive, RECORD)
     try:
-        run = {} if found is None else json.loads(found[1])["runs"][-1]
+        runs = None if found is None else json.loads(found[1]).get("runs")
+        run = runs[-1] if runs else {}  # none before the first run has ended
         names, count = run.get("label_names"), run.get("num_classes", 0)
         if names is not None and not (len(names) == count and all(isinstance(name, str) for name in names)):
             raise ValueError(f"{len(names)} names of {count} classes")

@@ -144,10 +144,14 @@ def test_the_first_signal_interrupts_and_later_sigterms_do_not(first):
 
 
 def test_a_second_ctrl_c_interrupts_again():
-    with interrupt_on_sigterm():
-        for _ in range(2):
-            with pytest.raises(KeyboardInterrupt):
-                send(signal.SIGINT)
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with interrupt_on_sigterm():
+            for _ in range(2):
+                with pytest.raises(KeyboardInterrupt):
+                    send(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def test_an_ignored_ctrl_c_stays_ignored():
