@@ -117,7 +117,7 @@ def test_truncated_file_is_refused_by_name(net, header, tmp_path, keep):
 def test_other_files_are_refused_with_a_reason(net, header, tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
         load_snapshot(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=f"no snapshot at {tmp_path}"):
+    with pytest.raises(ValueError, match=f"{tmp_path} is empty; give a snapshot, or the folder of a run"):
         load_snapshot(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign")
     with pytest.raises(ValueError, match="not a snapshot of this project"):
