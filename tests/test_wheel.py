@@ -15,8 +15,7 @@ from tests.support.fakes import tiny_snapshot
 
 COMMANDS = (
     "train", "generate", "metrics", "phema", "dataset", "reproduce", "distill", "classifier", "convert", "flops", "toy",
-    "compare",
-    "tune",
+    "compare", "tune", "report",
 )  # fmt: skip
 FOREIGN = ("guidance", "training", "torch_utils", "metrics")
 _BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
