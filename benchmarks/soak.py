@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 
 from benchmarks import harness
+from benchmarks.processes import children_of
 from edm2kit.cli import click_types as cli
 from edm2kit.torch_utils.files import provenance
 
@@ -142,18 +143,8 @@ def watch(
 def _family(pid: int, title: str) -> Iterator[tuple[int, str]]:
     """A process and those below it, with titles such as "rank 0" and "rank 0, reader"."""
     yield pid, title
-    for number, child in enumerate(_children(pid)):
+    for number, child in enumerate(children_of(pid)):
         yield from _family(child, f"rank {number}" if title == "torchrun" else f"{title}, reader")
-
-
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    try:
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            found += map(int, (task / "children").read_text().split())
-    except OSError:  # it has ended
-        pass
-    return sorted(found)
 
 
 def _look(pid: int, seconds: float) -> Sample | None:

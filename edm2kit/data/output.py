@@ -145,7 +145,7 @@ class PartialDataset:
             yield
         except OSError as error:
             if error.errno is not None and error.filename is None:
-                error.filename = str(self.folder)  # the system does not say where there is no space
+                error.filename = str(self.folder)  # the system does not name the full disk
             raise
 
     def add(self, name: str, data: bytes) -> None:

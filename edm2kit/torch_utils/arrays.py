@@ -83,8 +83,8 @@ def map_npz_array(path: str | Path, name: str) -> np.ndarray:
     """The array `name` of an uncompressed .npz file, memory-mapped: its values are read when they are used.
 
     The checksum of an array up to 4 GiB is verified first, at about a gigabyte per second. Raises ValueError, in one
-    line without the name of the file, if there is no such array, it is compressed, in column order or of objects, or
-    the file is damaged.
+    line without the name of the file, if the array is missing, compressed, in column order or of objects, or if the
+    file is damaged.
     """
     member_name = f"{name}.npy"
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

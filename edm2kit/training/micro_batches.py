@@ -43,5 +43,5 @@ def free_memory(device: torch.device) -> int:
 
 
 def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` up to `limit`; 1 if there is no other."""
+    """The largest divisor of `number` up to `limit`, which may be 1."""
     return next((k for k in range(min(limit, number), 1, -1) if number % k == 0), 1)

@@ -194,7 +194,7 @@ def test_a_process_killed_while_it_packs_an_npz_is_followed_by_one_that_complete
     assert run(*arguments, net=nets / "main")[0] == 0
     assert sorted(contents(tmp_path)) == ["three.npz", "three.npz.json"]
     assert not (tmp_path / "three.npz.parts").exists()
-    (tmp_path / "three.npz.json").unlink()  # by hand: who made the images is no longer known
+    (tmp_path / "three.npz.json").unlink()  # by hand, so that nothing says how the images were made
     assert "but its record three.npz.json does not" in run(*arguments, net=nets / "main")[1]
 
 

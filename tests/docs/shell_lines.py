@@ -93,7 +93,7 @@ def click_command(program: tuple[str, ...]) -> click.Command | None:
 
 
 def parse(line: ShellLine) -> bool:
-    """Let click parse a line without running it; raises click.UsageError, and False if there is no click command."""
+    """Let click parse a line without running it; False if it is not a click command. Raises click.UsageError."""
     command = click_command(line.start)
     if command is None:
         return False

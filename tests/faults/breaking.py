@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import children_of
+
 # what Python reports before it happens; each has the path first
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.listdir", "os.scandir")
 WRITING = ("os.rename", "os.mkdir", "os.truncate", "fsync")
@@ -224,14 +226,3 @@ def _confuse_clock(seed: int) -> None:
 
     time.time = lambda: now() + offset()
     time.time_ns = lambda: now_ns() + round(offset() * 1e9)
-
-
-def children_of(pid: int) -> list[int]:
-    """The processes that a process has started and that still run."""
-    found: list[int] = []
-    try:
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            found += map(int, (task / "children").read_text().split())
-    except OSError:  # it has ended
-        pass
-    return sorted(found)

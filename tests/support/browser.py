@@ -8,6 +8,15 @@ from pathlib import Path
 import pytest
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# moves the slider of a page one step down by keyboard, then picks its second group; `first` is the label in between
+MOVE_SLIDER = """
+      const pick = document.querySelector(".pick"), range = document.querySelector(".weight");
+      range.focus();
+      document.title = String(document.activeElement === range) + getComputedStyle(range).outlineStyle;
+      range.stepDown(); range.dispatchEvent(new Event("input"));
+      const first = document.querySelector(".shown").value;
+      pick.value = 1; pick.dispatchEvent(new Event("change"));
+"""
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on the path")
 
 

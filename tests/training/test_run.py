@@ -30,6 +30,15 @@ def test_stop_is_asked_by_signal_or_by_time_and_handlers_come_back():
     assert not StopRequest(max_sec=3600)()
 
 
+@pytest.fixture
+def hangup():
+    """SIGHUP as it is without nohup, which may have started these tests."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, former)
+
+
+@pytest.mark.usefixtures("hangup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_every_signal_that_announces_the_end_asks_to_stop(number):
     with StopRequest() as stop:
@@ -38,6 +47,7 @@ def test_every_signal_that_announces_the_end_asks_to_stop(number):
         assert stop()
 
 
+@pytest.mark.usefixtures("hangup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_during_set_up_a_signal_ends_the_process(number):
     with pytest.raises(SystemExit) as ended, StopRequest():

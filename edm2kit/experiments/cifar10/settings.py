@@ -16,7 +16,7 @@ SHEET_SEEDS = range(900_000, 900_040)
 BATCH = 64
 PART = 500  # images whose features are kept at a time
 # Each kind has the sampler that suits it: by 500 images, fd_infinity of unguided ones is 36.5 with few steps that leave
-# some noise, and 39.7 with more steps; that of guided ones is 32.0 and 30.2.
+# some noise, and 39.7 with more steps; that of guided ones is 32.0 and 30.2 (main network after 638,976 images).
 UNGUIDED_SAMPLER = ("--solver", "dpmpp2m", "--steps", "12", "--sigma_min", "0.08", "--precision", "bf16")
 GUIDED_SAMPLER = ("--solver", "dpmpp2m", "--steps", "20", "--sigma_min", "0.02", "--precision", "bf16")
 HALVINGS = 1  # of the search: candidates are measured with a third of the images first

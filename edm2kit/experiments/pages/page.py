@@ -98,14 +98,12 @@ def weight_slider(groups: Sequence[SliderGroup], name: str = "Weight", pick: str
         for group in groups
     ]
     packed = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # "<!--<script>" would hide the rest
-    beside, kind = "", ' class="alone"'
+    unguided, kind = "", ' class="alone"'
     if any(group.unguided is not None for group in groups):
-        kind, beside = (
-            "",
-            (
-                "<figure><figcaption>Unguided, the same seeds</figcaption>"
-                '<img class="unguided" alt="Unguided images"></figure>\n'
-            ),
+        kind = ""
+        unguided = (
+            "<figure><figcaption>Unguided, the same seeds</figcaption>"
+            '<img class="unguided" alt="Unguided images"></figure>\n'
         )
     return f"""<div class="slider">
 <script type="application/json">{packed}</script>
@@ -116,7 +114,7 @@ def weight_slider(groups: Sequence[SliderGroup], name: str = "Weight", pick: str
 </div>
 <p class="note" aria-live="polite"></p>
 <div class="sides">
-{beside}<figure{kind}><figcaption class="guidedcaption"></figcaption><img class="guided" alt=""></figure>
+{unguided}<figure{kind}><figcaption class="guidedcaption"></figcaption><img class="guided" alt=""></figure>
 </div>
 </div>"""
 

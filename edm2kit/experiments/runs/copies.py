@@ -76,7 +76,7 @@ def check_copies(
     if training.item_dtype != np.uint8:
         return Check(_NAME, not_looked="the data are latents; use calculate_metrics.py --real with the images")
     if not run.headers:
-        return Check(_NAME, not_looked="there is no snapshot to generate with")
+        return Check(_NAME, not_looked="the run has no snapshot to generate with")
     try:
         detectors = load_detectors([detector], device)
     except ValueError as error:

@@ -160,7 +160,7 @@ def check_heldout(run: RunFolder) -> Check:
     records = run.heldout
     if not records:
         how = "training measures it with --holdout 0.05; for this run give --heldout PATH, images that it did not see"
-        return Check(name, not_looked=f"there is no heldout.jsonl: {how}")
+        return Check(name, not_looked=f"the run has no heldout.jsonl: {how}")
     last, findings, told, wide = records[-1], [], [], []
     for key, low, high in [("loss", 0.0, float("inf")), *run.noise_bins()]:
         if key not in last["gap_error"]:

@@ -18,7 +18,7 @@ def measure_heldout(
 ) -> dict[str, Any]:
     """A line as in heldout.jsonl for the newest snapshot of the longest EMA, on images that the run did not see.
 
-    Raises ValueError if there is no snapshot, or if the images do not fit the network.
+    Raises ValueError if the run has no snapshot or the images do not fit the network.
     """
     if not run.headers:
         raise ValueError(f"{run.path} has no snapshots to measure")

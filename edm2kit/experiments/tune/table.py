@@ -60,7 +60,7 @@ class SweepTable:
     def best(self, metric: str | None = None) -> Row:
         """The row with the best value of a metric, by default the first one.
 
-        Raises ValueError if the metric is unknown or neither low nor high values are good, and if there is no value.
+        Raises ValueError if the metric is unknown, has no better end, or was never measured.
         """
         metric = self._metric(metric)
         measured = [row for row in self.rows if row[metric] is not None]

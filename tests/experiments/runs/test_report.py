@@ -13,7 +13,7 @@ from edm2kit.experiments.runs.folder import open_run
 from edm2kit.experiments.runs.report import MEANING, Reported, thinned, write_report
 from tests.experiments.runs import healthy
 from tests.support import runs
-from tests.support.browser import dump, needs_browser, screenshot, with_script
+from tests.support.browser import MOVE_SLIDER, dump, needs_browser, screenshot, with_script
 
 
 def add_sheets(folder, colours):
@@ -168,13 +168,7 @@ def test_a_browser_shows_the_page_without_errors_and_the_slider_moves_by_keyboar
         document, console = dump(path)
         assert console == []
         assert '<output class="shown">256 thousand images</output>' in document
-    script = """
-      const pick = document.querySelector(".pick"), range = document.querySelector(".weight");
-      range.focus();
-      document.title = String(document.activeElement === range) + getComputedStyle(range).outlineStyle;
-      range.stepDown(); range.dispatchEvent(new Event("input"));
-      const first = document.querySelector(".shown").value;
-      pick.value = 1; pick.dispatchEvent(new Event("change"));
+    script = f"""{MOVE_SLIDER}
       document.title += first + "," + document.querySelector(".guided").alt + "," + pick.getAttribute("aria-label");
     """
     document, console = dump(with_script(comparison, tmp_path / "moved.html", script))

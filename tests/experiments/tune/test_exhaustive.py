@@ -21,7 +21,7 @@ def test_the_record_keeps_what_the_document_claims(record):
     for one in record["searches"]:
         assert one["images"] <= record["grid_images"] / 10
         assert one["value"] <= 1.02 * best
-        # the same seeds and networks, rebuilt anew: the same value
+        # the same seeds and rebuilt networks give the same value
         if one["best"] in cells:
             assert one["value"] == pytest.approx(cells[one["best"]], rel=1e-4)
 
