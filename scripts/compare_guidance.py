@@ -1,11 +1,11 @@
 """Compare guidance methods: the same command as edm2kit-compare."""
 
 try:
-    from edm2kit.cli.compare import main
+    from edm2kit.cli.console import compare
 except ModuleNotFoundError as error:
     if error.name != "edm2kit":
         raise
     raise SystemExit("Error: the package edm2kit is not installed in this Python. Run: pip install -e .") from error
 
 if __name__ == "__main__":
-    main()
+    compare()

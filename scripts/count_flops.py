@@ -1,11 +1,11 @@
 """Count parameters and multiply-adds: the same command as edm2kit-flops."""
 
 try:
-    from edm2kit.cli.flops import main
+    from edm2kit.cli.console import flops
 except ModuleNotFoundError as error:
     if error.name != "edm2kit":
         raise
     raise SystemExit("Error: the package edm2kit is not installed in this Python. Run: pip install -e .") from error
 
 if __name__ == "__main__":
-    main()
+    flops()

@@ -1,11 +1,11 @@
 """Show training runs as a page: the same command as edm2kit-report."""
 
 try:
-    from edm2kit.cli.report import main
+    from edm2kit.cli.console import report
 except ModuleNotFoundError as error:
     if error.name != "edm2kit":
         raise
     raise SystemExit("Error: the package edm2kit is not installed in this Python. Run: pip install -e .") from error
 
 if __name__ == "__main__":
-    main()
+    report()

@@ -1,11 +1,11 @@
 """The two-dimensional toy example: the same command as edm2kit-toy."""
 
 try:
-    from edm2kit.cli.toy import main
+    from edm2kit.cli.console import toy
 except ModuleNotFoundError as error:
     if error.name != "edm2kit":
         raise
     raise SystemExit("Error: the package edm2kit is not installed in this Python. Run: pip install -e .") from error
 
 if __name__ == "__main__":
-    main()
+    toy()

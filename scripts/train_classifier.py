@@ -1,11 +1,11 @@
 """Train a classifier of noisy images: the same command as edm2kit-classifier."""
 
 try:
-    from edm2kit.cli.classifier import main
+    from edm2kit.cli.console import classifier
 except ModuleNotFoundError as error:
     if error.name != "edm2kit":
         raise
     raise SystemExit("Error: the package edm2kit is not installed in this Python. Run: pip install -e .") from error
 
 if __name__ == "__main__":
-    main()
+    classifier()

@@ -1,11 +1,11 @@
 """Find the settings of guidance: the same command as edm2kit-tune."""
 
 try:
-    from edm2kit.cli.tune import main
+    from edm2kit.cli.console import tune
 except ModuleNotFoundError as error:
     if error.name != "edm2kit":
         raise
     raise SystemExit("Error: the package edm2kit is not installed in this Python. Run: pip install -e .") from error
 
 if __name__ == "__main__":
-    main()
+    tune()

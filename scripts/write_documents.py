@@ -67,8 +67,9 @@ DOCUMENTS: dict[str, Callable[[], Parts]] = {
 def help_text() -> str:
     """The content of help_pages.FILE."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    modules = [target.partition(":")[0] for target in project["scripts"].values()]
-    commands = {module.rpartition(".")[2]: importlib.import_module(module).main for module in sorted(modules)}
+    names = sorted(target.partition(":")[2] for target in project["scripts"].values())
+    commands = {name: importlib.import_module(f"edm2kit.cli.{name}").main for name in names}
+    commands["train doctor"] = importlib.import_module("edm2kit.cli.doctor").doctor
     return json.dumps(help_pages.pages_of(commands), indent=1) + "\n"
 
 

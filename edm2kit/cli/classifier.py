@@ -1,5 +1,10 @@
 """Train a small classifier of noisy images, for generate.py --guidance-method classifier."""
 
+from edm2kit.cli import help_pages
+
+if __name__ == "__main__":
+    help_pages.answer("classifier")  # before torch is imported
+
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

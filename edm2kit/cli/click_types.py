@@ -204,7 +204,7 @@ def printing_option(
     return click.option(
         name,
         metavar=metavar,
-        is_flag=metavar is None,
+        is_flag=True if metavar is None else None,  # False would make the value optional
         is_eager=True,
         expose_value=False,
         callback=show,

@@ -1,5 +1,10 @@
 """Compare guidance methods on your own networks: tune weights, report scores on other seeds, make a picture."""
 
+from edm2kit.cli import help_pages
+
+if __name__ == "__main__":
+    help_pages.answer("compare")  # before torch is imported
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,5 +1,10 @@
 """Convert NVIDIA's published snapshots (pickles) to the format of this project."""
 
+from edm2kit.cli import help_pages
+
+if __name__ == "__main__":
+    help_pages.answer("convert")  # before torch is imported
+
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed

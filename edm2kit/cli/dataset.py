@@ -1,5 +1,10 @@
 """Make and check training sets: edm2kit-dataset, or scripts/dataset_tool.py."""
 
+from edm2kit.cli import help_pages
+
+if __name__ == "__main__":
+    help_pages.answer("dataset")  # before torch is imported
+
 import os
 import re
 import sys

@@ -1,5 +1,10 @@
 """Distil guidance: train one network to give the guided answer in a single evaluation."""
 
+from edm2kit.cli import help_pages
+
+if __name__ == "__main__":
+    help_pages.answer("distill")  # before torch is imported
+
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,5 +1,10 @@
 """Count the parameters and multiply-adds of a network, per layer and in total, without allocating its weights."""
 
+from edm2kit.cli import help_pages
+
+if __name__ == "__main__":
+    help_pages.answer("flops")  # before torch is imported
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

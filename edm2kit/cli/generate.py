@@ -3,6 +3,11 @@
 The images are in a folder, a PNG per seed, with a record of the settings; both are checked before images are reused.
 """
 
+from edm2kit.cli import help_pages
+
+if __name__ == "__main__":
+    help_pages.answer("generate")  # before torch is imported
+
 import contextlib
 import dataclasses
 import itertools

@@ -1,11 +1,14 @@
-"""`--help` of the commands from a file, without importing torch, which takes more than a second.
+"""`--help`, and what is wrong with the words of a command line, without importing torch, which takes over a second.
 
 `edm2kit/configs/help.json` holds what click knows of each command; `python scripts/write_documents.py` writes it, and a
-test compares it with the commands.
+test compares it with the commands. Values of options are checked by the commands themselves.
 """
 
+import contextlib
 import importlib.metadata
 import json
+import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,53 +16,99 @@ from typing import Any
 
 import click
 
-FILE = Path(__file__).parent.parent / "configs" / "help.json"
+_PACKAGE = Path(__file__).parent.parent
+FILE = _PACKAGE / "configs" / "help.json"
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
 
 Sections = Sequence[tuple[str, Sequence[tuple[str, str]]]]  # (title, (options, their help) of each line)
 
 
 def answer(name: str) -> None:
-    """Print the help of the command `name` and exit, if this process was asked for nothing else."""
-    words = sys.argv[1:]
-    if not words or words[-1] not in CONTEXT["help_option_names"]:
-        return
+    """Print the help of the command `name`, or what is wrong with the words of this process's command line, and exit.
+
+    Returns if the command itself is needed.
+    """
+    if any(variable.startswith("_") and variable.endswith("_COMPLETE") for variable in os.environ):
+        return  # a shell asks for completions, and the types of values are not known here
+    if None in (sys.stdout, sys.stderr):
+        return  # closed streams (cron, `2>&-`), which commands prepare first
     pages = json.loads(FILE.read_text(encoding="utf-8"))["pages"]
-    page = pages.get(" ".join([name, *words[:-1]]))
-    if page is not None:
-        program = " ".join([Path(sys.argv[0]).name, *words[:-1]])
-        click.echo(text_of(page, program))
-        sys.exit(0)
+    words, separate = sys.argv[1:], " ".join([name, *sys.argv[1:2]])
+    with contextlib.suppress(_CommandIsNeeded):
+        if separate in pages and not pages[name]["commands"]:  # such as train.py doctor
+            stored_command(separate, pages).main(words[1:], prog_name=f"{Path(sys.argv[0]).name} {words[0]}")
+        stored_command(name, pages).main(words)
 
 
-def text_of(page: dict[str, Any], program: str) -> str:
-    """The help of a page, as wide as the terminal, of a command that is called `program`."""
-    command = _Stored(page)
-    return command.get_help(click.Context(command, info_name=program, **CONTEXT))
-
-
-def page_of(command: Any, context: click.Context) -> dict[str, Any]:
-    """What `text_of` needs of a command of `click_types`."""
-    subcommands = getattr(command, "commands", {})
-    return {
-        "usage": command.collect_usage_pieces(context),
-        "text": command.help,
-        "epilog": command.epilog,
-        "sections": command.help_sections(context),
-        "commands": {name: [subcommands[name].help, subcommands[name].short_help] for name in sorted(subcommands)},
-    }
+def stored_command(name: str, pages: dict[str, Any]) -> click.Command:
+    """The command of a page, with its subcommands: it knows its help and its options, and does nothing."""
+    page = pages[name]
+    if not page["commands"]:
+        return _StoredCommand(name, page)
+    group = _StoredGroup(name, page)
+    for sub in page["commands"]:
+        group.add_command(_StoredCommand(sub, pages[f"{name} {sub}"]))
+    return group
 
 
 def pages_of(commands: dict[str, Any]) -> dict[str, Any]:
-    """The content of the file, for commands by name."""
+    """The content of the file, for commands of `click_types` by name."""
     pages = {}
     for name, command in commands.items():
         context = click.Context(command, info_name=name, **command.context_settings)
-        pages[name] = page_of(command, context)
+        pages[name] = _page_of(command, context)
         for sub, subcommand in getattr(command, "commands", {}).items():
             inner = click.Context(subcommand, info_name=sub, parent=context, **subcommand.context_settings)
-            pages[f"{name} {sub}"] = page_of(subcommand, inner)
+            pages[f"{name} {sub}"] = _page_of(subcommand, inner)
     return {"click": importlib.metadata.version("click"), "pages": pages}
+
+
+def _page_of(command: Any, context: click.Context) -> dict[str, Any]:
+    return {
+        "usage": command.collect_usage_pieces(context),
+        "text": command.help,
+        "short": command.short_help,
+        "epilog": command.epilog,
+        "sections": command.help_sections(context),
+        "parameters": [_settings_of(parameter) for parameter in command.params],
+        "commands": sorted(getattr(command, "commands", {})),
+    }
+
+
+def _settings_of(parameter: click.Parameter) -> dict[str, Any]:
+    """What `_stored` makes a parameter of that takes the same words."""
+    settings: dict[str, Any] = {"required": True} if parameter.required else {}
+    if parameter.nargs != 1:
+        settings["nargs"] = parameter.nargs
+    if isinstance(parameter, click.Argument):
+        return {"argument": parameter.name, "metavar": parameter.metavar, **settings}
+    assert isinstance(parameter, click.Option)
+    names = list(parameter.opts)
+    if parameter.secondary_opts:
+        names = ["/".join(pair) for pair in zip(parameter.opts, parameter.secondary_opts, strict=True)]
+    for name in ("multiple", "is_flag", "is_eager"):
+        if getattr(parameter, name):
+            settings[name] = True
+    if not parameter.is_flag and isinstance(parameter.flag_value, str):
+        settings |= {"is_flag": False, "flag_value": parameter.flag_value}  # the value of the option without one
+    return {"option": names, **settings}
+
+
+def _stored(settings: dict[str, Any]) -> click.Parameter:
+    """A parameter of which only the words are known; its values stay texts."""
+    settings = dict(settings)
+    if "argument" in settings:
+        return click.Argument([settings.pop("argument")], type=click.UNPROCESSED, **settings)
+    if not settings.get("is_flag"):
+        settings["type"] = click.UNPROCESSED
+    if settings.get("is_eager"):  # it prints something, or decides which values others may have
+        settings["callback"] = _leave_to_the_command
+    return click.Option(settings.pop("option"), **settings)
+
+
+def _leave_to_the_command(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    if value:
+        raise _CommandIsNeeded
 
 
 def write_sections(formatter: click.HelpFormatter, sections: Sections) -> None:
@@ -69,14 +118,17 @@ def write_sections(formatter: click.HelpFormatter, sections: Sections) -> None:
             formatter.write_dl([(option, text) for option, text in lines], col_max=26)
 
 
-class _Stored(click.Group):
-    """A command of which only the help is known."""
+class _CommandIsNeeded(Exception):
+    """What is stored cannot answer."""
 
-    def __init__(self, page: dict[str, Any]) -> None:
-        commands = {
-            name: click.Command(name, help=text, short_help=short) for name, (text, short) in page["commands"].items()
-        }
-        super().__init__(help=page["text"], epilog=page["epilog"], commands=commands)
+
+class _Stored(click.Command):
+    """A command of which only the help and the options are known."""
+
+    def __init__(self, name: str, page: dict[str, Any]) -> None:
+        texts = {"help": page["text"], "short_help": page["short"], "epilog": page["epilog"]}
+        parameters = [_stored(settings) for settings in page["parameters"]]
+        super().__init__(name, context_settings=CONTEXT, params=parameters, **texts)
         self.page = page
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
@@ -84,4 +136,30 @@ class _Stored(click.Group):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         write_sections(formatter, self.page["sections"])
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            # somebody may have added a guidance method with options of its own since the file was written
+            if _is_in_the_sources(error.option_name):
+                raise _CommandIsNeeded from error
+            raise
+
+
+class _StoredCommand(_Stored):
+    def invoke(self, ctx: click.Context) -> Any:
+        raise _CommandIsNeeded
+
+
+class _StoredGroup(_Stored, click.Group):
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
         self.format_commands(ctx, formatter)
+
+
+def _is_in_the_sources(option: str) -> bool:
+    """Whether a text in a file of the package could be the name of this option."""
+    words = option.lstrip("-").split("-")
+    name = re.compile(rf"""["'](--)?{"[-_]".join(map(re.escape, words))}[/"']""")
+    return any(name.search(file.read_text(encoding="utf-8")) for file in _PACKAGE.rglob("*.py"))

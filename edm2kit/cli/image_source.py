@@ -240,6 +240,11 @@ def renumbered(classes: torch.Tensor | None, numbers: torch.Tensor | None) -> to
     return classes if classes is None or numbers is None else numbers[classes.cpu()]
 
 
+def selection(available: int, num: int, seed: int) -> list[int]:
+    """Sorted positions of `num` of `available` images, those that EDM2's code selects with this seed."""
+    return np.sort(np.random.RandomState(seed % (1 << 31)).permutation(available)[:num]).tolist()
+
+
 def labelled_batches(
     images: ScoredImages, indices: Sequence[int], classes: torch.Tensor | None, batch_size: int, workers: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:

@@ -1,5 +1,10 @@
 """Score generated images: Frechet distances from reference statistics, precision and recall."""
 
+from edm2kit.cli import help_pages
+
+if __name__ == "__main__":
+    help_pages.answer("metrics")  # before torch is imported
+
 import itertools
 import shlex
 import sys
@@ -27,6 +32,7 @@ from edm2kit.cli.image_source import (
     labelled_batches,
     open_images,
     renumbered,
+    selection,
     warn_of_another_crop,
 )
 from edm2kit.cli.metrics_reports import explain_command, list_command
@@ -181,7 +187,7 @@ def calc(images: str, num: int, seeds: tuple[int, ...], workers: int, device: st
             )
         runs = {}
         for seed in seeds:
-            picked = _select(len(source), num, seed)
+            picked = selection(len(source), num, seed)
             runs[f"selection {seed}"] = labelled_batches(source, picked, classes, options.batch, workers)
         origin = {"images": images, "num_images": num, "seeds": list(seeds)}
         scorer = _make_scorer(options, where, real_labels)
@@ -213,11 +219,6 @@ def _real_labels(options: ScoreOptions) -> Labels | None:
             "dataset.json"
         )
     return found
-
-
-def _select(available: int, num: int, seed: int) -> list[int]:
-    """Sorted positions of `num` of `available` images, those that EDM2's code selects with this seed."""
-    return np.sort(np.random.RandomState(seed % (1 << 31)).permutation(available)[:num]).tolist()
 
 
 @main.command(
@@ -284,7 +285,7 @@ def _make_scorer(options: ScoreOptions, device: torch.device, real_labels: Label
             raise ValueError(f"--real {path} has {len(source)} images; --num asks for {options.num}, so add images")
         for name, reference in {first: scorer.reference, **more}.items():
             warn_of_another_crop(source, f"--{side} {path}, compared with {name},", reference)
-        picked = _select(len(source), min(options.num, len(source)), 0)
+        picked = selection(len(source), min(options.num, len(source)), 0)
         batches = image_batches(source, picked, options.batch, _REAL_WORKERS)
         features = image_features(batches, scorer.detectors, device)
         scorer = replace(scorer, real=features) if side == "real" else replace(scorer, heldout=features)
@@ -433,7 +434,7 @@ def ref(
         dist.on_rank0(save_published_reference if suffix == ".pkl" else save_reference, dest, reference)
         dist.print0(f"{dest}: {', '.join(metrics)} of {count} images")
         if adm is not None:
-            picked = _select(len(source), min(len(source), _ADM_IMAGES), 0)
+            picked = selection(len(source), min(len(source), _ADM_IMAGES), 0)
             if dist.rank() == 0:
                 images = np.stack([source.read(index).transpose(1, 2, 0) for index in picked])
                 save_adm_reference(adm, reference, images)

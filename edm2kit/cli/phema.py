@@ -1,5 +1,10 @@
 """Rebuild EMAs of any length from the snapshots of a training run."""
 
+from edm2kit.cli import help_pages
+
+if __name__ == "__main__":
+    help_pages.answer("phema")  # before torch is imported
+
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,5 +1,10 @@
 """Show training runs as one HTML page each, or compare them on one."""
 
+from edm2kit.cli import help_pages
+
+if __name__ == "__main__":
+    help_pages.answer("report")  # before torch is imported
+
 import shlex
 import sys
 from pathlib import Path

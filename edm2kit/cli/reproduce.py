@@ -1,5 +1,10 @@
 """Reproduce published tables: list them, plan, download, measure, report."""
 
+from edm2kit.cli import help_pages
+
+if __name__ == "__main__":
+    help_pages.answer("reproduce")  # before torch is imported
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

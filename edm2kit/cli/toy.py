@@ -1,5 +1,10 @@
 """The 2-D toy example of the autoguidance paper, from training to figures: `python scripts/toy_example.py --help`."""
 
+from edm2kit.cli import help_pages
+
+if __name__ == "__main__":
+    help_pages.answer("toy")  # before torch is imported
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -3,6 +3,11 @@
 `torchrun train.py ...`, `torchrun -m edm2kit.cli.train ...` and `torchrun --no-python edm2kit-train ...` are the same.
 """
 
+from edm2kit.cli import help_pages
+
+if __name__ == "__main__":
+    help_pages.answer("train")  # before torch is imported
+
 import dataclasses
 import math
 import sys

@@ -1,5 +1,10 @@
 """Find the settings of guidance: which guide, its age, both EMA lengths, weight and interval."""
 
+from edm2kit.cli import help_pages
+
+if __name__ == "__main__":
+    help_pages.answer("tune")  # before torch is imported
+
 import math
 import shlex
 import sys
@@ -13,7 +18,6 @@ import click
 import torch
 
 from edm2kit.cli import click_types as cli
-from edm2kit.cli.click_types import check_writable
 from edm2kit.cli.field_options import Interval
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.cli.image_source import image_batches, open_images
@@ -34,7 +38,6 @@ from edm2kit.metrics.scoring import Scorer, image_features, make_scorer
 from edm2kit.models.preconditioning import resolve_precision
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.cache import fetch
-from edm2kit.torch_utils.dist import progress_bar
 from edm2kit.torch_utils.files import file_lock, sha256_of
 
 _GIB = 1 << 30
@@ -165,7 +168,7 @@ def probe_command(
     For each guide and noise level: the least-squares weight, size and angle of the difference, the loss of both
     networks. Predicts in words which guide and interval to search.
     """
-    check_writable(outdir)
+    cli.check_writable(outdir)
     with dist.session(device) as where:
         main_source, guides, methods = _open(given)
         ways = make_ways(methods, main_source, guides, words)
@@ -291,7 +294,7 @@ def search(
     check_metrics([given["metric"]])
     direction(given["metric"])
     options_of(words)
-    check_writable(outdir)
+    cli.check_writable(outdir)
     rungs = rungs_for(num, halvings)
     if budget.images is not None and budget.images < 2 * num:
         raise ValueError(
@@ -328,7 +331,7 @@ def search(
             "seed": seed,
         }
         total = budget.images or int(budget.seconds or 0)
-        with SharedStudy(outdir, settings) as study, progress_bar(total, "img" if budget.images else "s") as bar:
+        with SharedStudy(outdir, settings) as study, dist.progress_bar(total, "img" if budget.images else "s") as bar:
 
             def measure(candidate: Any, num_images: int) -> tuple[float, dict[str, float]]:
                 measured = objective.measure(candidate, num_images)

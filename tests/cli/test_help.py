@@ -1,19 +1,14 @@
 """What --help of every command and subcommand looks like."""
 
 import importlib
-import importlib.metadata
-import json
-import subprocess
-import sys
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from edm2kit.cli import help_pages
+from edm2kit.cli import doctor
 from edm2kit.cli.click_types import Command, Group
 from tests.support import ROOT, house
-from tests.support.tiny import environment
 
 
 def all_commands():
@@ -26,7 +21,7 @@ def all_commands():
             found |= {f"{name} {sub}": command for sub, command in main.commands.items()}
         else:
             found[name] = main
-    return found
+    return {**found, "train doctor": doctor.doctor}
 
 
 COMMANDS = all_commands()
@@ -62,58 +57,3 @@ def test_options_with_a_default_show_it(name):
             continue
         if default != "":
             assert f"[default: {default}" in shown, option.name
-
-
-STORED = json.loads(help_pages.FILE.read_text(encoding="utf-8"))
-QUICK = {
-    "generate.py": ["generate"], "train.py": ["train"], "calculate_metrics.py": ["metrics", "metrics calc"],
-    "reconstruct_phema.py": ["phema"], "scripts/dataset_tool.py": ["dataset", "dataset convert"],
-}  # fmt: skip
-
-
-def live_help(name):
-    """What the command of a page prints (CliRunner would set the width)."""
-    first, *rest = name.split()
-    command = importlib.import_module(f"edm2kit.cli.{first}").main
-    context = click.Context(command, info_name=first, **command.context_settings)
-    for word in rest:
-        command = command.commands[word]
-        context = click.Context(command, info_name=word, parent=context, **command.context_settings)
-    return command.get_help(context)
-
-
-@pytest.mark.parametrize("columns", ["60", "200"])
-def test_the_stored_help_is_that_of_the_commands(columns, monkeypatch):
-    monkeypatch.setenv("COLUMNS", columns)
-    groups = {name.split()[0] for name in COMMANDS}
-    assert set(STORED["pages"]) == {*COMMANDS, *groups}
-    for name, page in STORED["pages"].items():
-        expected, found = live_help(name), help_pages.text_of(page, name)
-        if importlib.metadata.version("click") == STORED["click"]:
-            assert found == expected, f"{name}: run python scripts/write_documents.py"
-        else:  # another click words defaults in another way
-            options = [[line.split()[0] for line in text.splitlines() if " --" in line] for text in (found, expected)]
-            assert options[0] == options[1]
-
-
-_RUN = """
-import contextlib, io, json, runpy, sys
-found = []
-for file, *words in json.loads(sys.argv[1]):
-    sys.argv = [file, *words, "--help"]
-    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
-        runpy.run_path(file, run_name="__main__")
-    found.append((text.getvalue(), "torch" in sys.modules))
-print(json.dumps(found))
-"""
-
-
-def test_help_of_the_main_commands_does_not_import_torch():
-    calls = [[file, *page.split()[1:]] for file, pages in QUICK.items() for page in pages]
-    line = [sys.executable, "-c", _RUN, json.dumps(calls)]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
-    for (file, *words), (text, has_torch) in zip(calls, json.loads(done.stdout), strict=True):
-        assert text.startswith(" ".join(["Usage:", file.split("/")[-1], *words]))
-        assert text.count("\n") > 5
-        assert not has_torch, file

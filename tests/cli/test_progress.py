@@ -13,8 +13,8 @@ from tests.support import ROOT, house
 
 def leaf_commands():
     """(console command with its subcommands, click command) of everything that can be run."""
-    for name, target in house.pyproject(ROOT)["project"]["scripts"].items():
-        command = importlib.import_module(target.partition(":")[0]).main
+    for name, module in house.console_commands(ROOT).items():
+        command = importlib.import_module(module).main
         if isinstance(command, click.Group):
             yield from ((f"{name} {sub}", found) for sub, found in command.commands.items())
         else:

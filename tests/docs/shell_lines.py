@@ -66,7 +66,7 @@ def shell_lines(page: str) -> list[ShellLine]:
 @cache
 def console_scripts() -> dict[str, str]:
     """The modules of the installed commands by name."""
-    return {name: target.partition(":")[0] for name, target in house.pyproject(ROOT)["project"]["scripts"].items()}
+    return house.console_commands(ROOT)
 
 
 @cache
@@ -85,6 +85,8 @@ def click_command(program: tuple[str, ...]) -> click.Command | None:
         return importlib.import_module(program[2]).main
     file = ROOT / program[1]
     assert file.is_file(), f"{program[1]} does not exist"
+    if (name := house.command_of_file(file)) is not None:
+        return importlib.import_module(name).main
     spec = importlib.util.spec_from_file_location("script_of_a_document", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,5 +1,6 @@
 """Every command in a document names a script, a subcommand, options and presets that exist."""
 
+import importlib
 import importlib.util
 import re
 import shlex
@@ -11,7 +12,7 @@ from edm2kit.cli.doctor import doctor
 from edm2kit.cli.presets import boxed_presets, load_presets
 from edm2kit.training.config import preset_names
 from tests.docs.support import code_blocks
-from tests.support import ROOT
+from tests.support import ROOT, house
 
 PAGES = [
     *ROOT.glob("*.md"),
@@ -33,6 +34,8 @@ def command_lines(text):
 
 def click_command(script):
     """The click command of a script, or None if it has none (pytest files, say)."""
+    if (name := house.command_of_file(ROOT / script)) is not None:
+        return importlib.import_module(name).main
     spec = importlib.util.spec_from_file_location("script_of_a_document", ROOT / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

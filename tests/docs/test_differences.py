@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from edm2kit.cli import dataset, generate, metrics, phema, train
+from edm2kit.cli.image_source import selection
 from edm2kit.training.config import TrainConfig, config_from_dict, preset_path, read_yaml
 from tests.support import ROOT
 
@@ -68,5 +69,5 @@ def test_training_without_a_preset_differs_from_theirs_as_stated():
 def test_calc_selects_the_images_that_theirs_does(seed):
     indices = np.arange(1000)
     np.random.RandomState(seed % (1 << 31)).shuffle(indices)
-    assert metrics._select(1000, 50, seed) == sorted(indices[:50].tolist())
-    assert metrics._select(50, 50, seed) == list(range(50))
+    assert selection(1000, 50, seed) == sorted(indices[:50].tolist())
+    assert selection(50, 50, seed) == list(range(50))

@@ -21,14 +21,16 @@ FILES = {
 def test_a_file_calls_the_function_of_its_console_command(file):
     name = FILES[file]
     target = house.pyproject(ROOT)["project"]["scripts"][f"edm2kit-{name}"]
-    assert target == f"edm2kit.cli.{name}:main"
-    tree = ast.parse((ROOT / file).read_text())
-    imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    imported = [node for node in imported if node.module != "edm2kit.cli"]  # help_pages, which knows no command
+    assert target == f"edm2kit.cli.console:{name}"
+    source = (ROOT / file).read_text()
+    imported = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     assert [(node.module, [alias.name for alias in node.names]) for node in imported] == [
-        (f"edm2kit.cli.{name}", ["main"])
+        ("edm2kit.cli.console", [name])
     ]
-    assert 'if __name__ == "__main__":\n    main()\n' in (ROOT / "edm2kit" / "cli" / f"{name}.py").read_text()
+    assert source.endswith(f'if __name__ == "__main__":\n    {name}()\n')
+    module = (ROOT / "edm2kit" / "cli" / f"{name}.py").read_text()
+    assert f'if __name__ == "__main__":\n    help_pages.answer("{name}")' in module
+    assert module.endswith('if __name__ == "__main__":\n    main()\n')
 
 
 def test_every_console_command_has_a_file():

@@ -96,7 +96,19 @@ def command_lines(root: Path) -> list[Path]:
 
 def commands(root: Path) -> set[str]:
     """The modules of edm2kit.cli that are commands: those that pyproject.toml gives a console command."""
-    return {target.split(":")[0] for target in pyproject(root)["project"]["scripts"].values()}
+    return set(console_commands(root).values())
+
+
+def console_commands(root: Path) -> dict[str, str]:
+    """The modules of edm2kit.cli by console command; `edm2kit.cli.console` has a function for each."""
+    targets = pyproject(root)["project"]["scripts"].items()
+    return {name: target.replace("edm2kit.cli.console:", "edm2kit.cli.") for name, target in targets}
+
+
+def command_of_file(file: Path) -> str | None:
+    """The module of edm2kit.cli whose command a file of the root or of scripts/ runs; None for other files."""
+    found = [one.module for one in imports_of(file.read_text()) if one.module.startswith("edm2kit.cli.console.")]
+    return found[0].replace("edm2kit.cli.console.", "edm2kit.cli.") if found else None
 
 
 def pyproject(root: Path) -> dict:
