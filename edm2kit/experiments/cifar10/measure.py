@@ -25,26 +25,25 @@ from edm2kit.experiments.cifar10.settings import (
     METHODS,
     METRICS,
     PART,
-    REFERENCE_IMAGES,
+    REAL_IMAGES,
     TUNED_ON,
 )
 from edm2kit.metrics.detectors.registry import load_detectors
-from edm2kit.metrics.moments import Moments, statistics_of
-from edm2kit.metrics.reference import Reference, save_reference
-from edm2kit.metrics.scoring import REPLICATES, Scorer, image_features
+from edm2kit.metrics.reference import load_reference, save_reference
+from edm2kit.metrics.scoring import REPLICATES, Scorer, image_features, measure_reference
 from edm2kit.torch_utils.files import atomic_write, provenance, write_json
 
 _CPU = torch.device("cpu")
 
 
 def real_features(out: Path, detectors: Sequence[str] = DETECTORS) -> dict[str, torch.Tensor]:
-    """The features of REFERENCE_IMAGES training images, float32 [N, F] by detector; kept in OUT/real."""
+    """The features of REAL_IMAGES training images, float32 [N, F] by detector; kept in OUT/real."""
     found = {}
     for name in detectors:
         path = out / "real" / f"{name}.npy"
         if not path.exists():
             images = open_images(out / "train.zip")
-            picked = np.linspace(0, len(images) - 1, min(REFERENCE_IMAGES, len(images))).astype(int)
+            picked = np.linspace(0, len(images) - 1, min(REAL_IMAGES, len(images))).astype(int)
             batches = image_batches(images, picked, 32, 1)
             _save_array(path, image_features(batches, load_detectors([name], _CPU), _CPU)[name])
         found[name] = torch.from_numpy(np.load(path))
@@ -57,24 +56,18 @@ def _save_array(path: Path, values: torch.Tensor) -> None:
         np.save(stream, values.numpy())
 
 
-def make_scorer(real: Mapping[str, torch.Tensor], metrics: Sequence[str], num: int, replicates: int = 0) -> Scorer:
-    """A scorer against the training images; metrics of single images compare with `num` of them."""
-    compared = {name: _spread(rows, num) for name, rows in real.items()}
-    detectors = load_detectors(tuple(real), _CPU)
-    return Scorer(reference_of(real), detectors, _CPU, compared, names=tuple(metrics), replicates=replicates)
+def reference_file(out: Path) -> Path:
+    """OUT/reference.npz: the statistics of all training images, which distances are measured from."""
+    path = out / "reference.npz"
+    if not path.exists():
+        images = open_images(out / "train.zip")
+        save_reference(path, measure_reference(image_batches(images, range(len(images)), 32, 1), DETECTORS, _CPU))
+    return path
 
 
-def reference_of(real: Mapping[str, torch.Tensor]) -> Reference:
-    """The statistics of features by detector."""
-    moments = []
-    for rows in real.values():
-        moments.append(Moments(rows.shape[1]))
-        moments[-1].add(rows)
-    return Reference(*statistics_of(load_detectors(tuple(real), _CPU), moments))
-
-
-def _spread(rows: torch.Tensor, num: int) -> torch.Tensor:
-    return rows[torch.linspace(0, len(rows) - 1, min(num, len(rows))).long()]
+def _compared(real: Mapping[str, torch.Tensor], num: int) -> dict[str, torch.Tensor]:
+    """At most `num` rows of the features of each detector, evenly over the classes."""
+    return {name: rows[torch.linspace(0, len(rows) - 1, min(num, len(rows))).long()] for name, rows in real.items()}
 
 
 def tune(out: Path, num: int, names: Sequence[str]) -> None:
@@ -82,9 +75,7 @@ def tune(out: Path, num: int, names: Sequence[str]) -> None:
 
     Raises ValueError if a search fails.
     """
-    reference = out / "reference.npz"
-    if not reference.exists():
-        save_reference(reference, reference_of(real_features(out, [TUNED_ON])))
+    reference_file(out)
     for name in names:
         if is_searched(out, name):
             continue
@@ -98,9 +89,8 @@ def search_words(out: Path, name: str, num: int) -> list[str]:
     """The command line of `edm2kit-tune` for a method of METHODS."""
     method = METHODS[name]
     found = ["search", "--main", str(out / "runs" / "main"), *method.search]
-    if method.is_guided_by_networks:
-        for guide, run in GUIDES.items():
-            found += ["--guide", f"{guide}={out / 'runs' / run}"]
+    for guide in method.guides:
+        found += ["--guide", f"{guide}={out / 'runs' / GUIDES[guide]}"]
     found += ["--ref", str(out / "reference.npz"), "--metric", TUNED_ON, "--num", str(num)]
     found += ["--halvings", str(HALVINGS), "--budget", f"{method.budget * num}img", "--confirm", str(CONFIRM)]
     return [*found, "--batch", str(BATCH), "--outdir", str(search_folder(out, name)), "--", *method.sampler]
@@ -116,7 +106,8 @@ def score(
     """
     path = out / "scores.json"
     points: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    real = real_features(out)
+    real, reference = real_features(out), load_reference(reference_file(out))
+    detectors = load_detectors(DETECTORS, _CPU)
     heldout = len(open_images(out / "heldout.zip")) // len(first_seeds)
     for name in names:
         file = None if name == "real" else settings_file(out, name)
@@ -131,12 +122,14 @@ def score(
         ranges = [(f"{first}-{first + size - 1}", part) for first, part in zip(first_seeds, parts, strict=True)]
         together = {name: torch.cat([part[name] for part in parts]) for name in DETECTORS}
         for title, features in [*ranges, ("all", together)]:
-            count = len(features[TUNED_ON])
-            key = {"method": name, "images": title, "num": count, "setting": setting}
+            count = len(features[DETECTORS[0]])
+            key = {"method": name, "images": title, "num": count, "setting": setting, "reference": reference.num_images}
             if any(point["key"] == key for point in points):
                 continue
-            metrics = (*METRICS, INFINITY) if title == "all" else METRICS
-            measured = make_scorer(real, metrics, count, REPLICATES).measure_features(features)
+            metrics = (*METRICS, *INFINITY) if title == "all" else METRICS
+            compared = _compared(real, count)
+            scorer = Scorer(reference, detectors, _CPU, compared, names=metrics, replicates=REPLICATES)
+            measured = scorer.measure_features(features)
             points.append(
                 {
                     "key": key,

@@ -35,6 +35,7 @@ _COLUMNS = {
     "fd_lite0": "fd_lite0",
     "fd_lite0.fd_infinity": "fd_infinity",
     "fd_lite2": "fd_lite2",
+    "fd_lite2.fd_infinity": "fd_lite2, infinity",
     "fd_lite0.kid": "kid",
     "fd_lite0.precision": "precision",
     "fd_lite0.recall": "recall",
@@ -42,6 +43,7 @@ _COLUMNS = {
 }
 _TITLES = {"real": "held-out photos", **{name: method.title for name, method in METHODS.items()}}
 _AUTOGUIDED = ("autoguidance", "autoguidance-interval")
+_DEGRADED = (*_AUTOGUIDED, "sims")  # searches that lead away from a worse network
 _WEIGHTS = (1.0, 1.5, 2.0, 3.0)  # of the sheet, from top to bottom
 
 
@@ -117,11 +119,14 @@ def _search_record(folder: Path) -> dict[str, Any]:
 
 
 def current_points(record: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """The points of each row of the table: those of the best settings, with the most images."""
+    """The points of each row of the table: those of the best settings and the largest reference, with the most images."""
+    points = record["points"]
+    references = [point["key"].get("reference", 0) for point in points]
+    points = [one for one, images in zip(points, references, strict=True) if images == max(references)]
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for name in _TITLES:
         setting = record["best"].get(name)
-        found = [p for p in record["points"] if p["key"]["method"] == name and p["key"]["setting"] == setting]
+        found = [p for p in points if p["key"]["method"] == name and p["key"]["setting"] == setting]
         if found:
             most = max(point["key"]["num"] for point in found)
             rows[name] = [p for p in found if p["key"]["num"] in (most, most // len(SCORE_SEEDS))]
@@ -186,7 +191,7 @@ def _settings(record: Mapping[str, Any]) -> str:
         value = f"{search['value']:.1f}"
         lines.append([METHODS[name].title, setting_text(record["best"][name]), value, f"{search['candidates']:,}"])
     count = next(iter(record["searches"].values()), {"num_images": 0})["num_images"]
-    columns = ["method", "best settings", f"fd_lite0 of {count:,} images in the search", "candidates"]
+    columns = ["method", "best settings", f"fd_infinity of {count:,} images in the search", "candidates"]
     return markdown_table(columns, lines, "llrr")
 
 
@@ -208,13 +213,13 @@ def guide_table(record: Mapping[str, Any]) -> str:
     """Which guide: the best value that the searches of autoguidance saw with each guide at each training time."""
     best: dict[str, list[float]] = {}
     few = 0
-    for name in _AUTOGUIDED:
+    for name in _DEGRADED:
         for trial in record["searches"].get(name, {"trials": []})["trials"]:
             few = record["searches"][name]["rungs"][0]
             if trial["guide"] is not None and trial["num_images"] == few and trial["value"] is not None:
                 best.setdefault(trial["guide"].rpartition(", EMA")[0], []).append(trial["value"])
     lines = [[guide, f"{min(values):.1f}", str(len(values))] for guide, values in sorted(best.items(), key=_by_best)]
-    return markdown_table(["guide", f"best fd_lite0 of {few:,} images", "candidates"], lines, "lrr")
+    return markdown_table(["guide", f"best fd_infinity of {few:,} images", "candidates"], lines, "lrr")
 
 
 def _by_best(item: tuple[str, list[float]]) -> float:
@@ -225,7 +230,7 @@ def _by_best(item: tuple[str, list[float]]) -> float:
 
 
 def weight_figure(record: Mapping[str, Any]) -> str | None:
-    """fd_lite0 in the searches against the guidance weight, all else at its best value, as SVG; None without any."""
+    """fd_infinity in the searches against the guidance weight, all else at its best value, as SVG; None without any."""
     curves = []
     for name, search in record["searches"].items():
         points = search["weight_curve"]["points"]
@@ -239,7 +244,7 @@ def weight_figure(record: Mapping[str, Any]) -> str | None:
         few = record["searches"]["none"]["rungs"][0]
         values = [one["value"] for one in record["searches"]["none"]["trials"] if one["num_images"] == few]
         alone = [(min(values), METHODS["none"].title)]
-    return line_chart(curves, "guidance weight", "fd_lite0", references=alone)
+    return line_chart(curves, "guidance weight", "fd_infinity", references=alone)
 
 
 def _images(settings: Path, count: int, **others: float) -> list[Image.Image]:

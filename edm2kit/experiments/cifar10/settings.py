@@ -2,15 +2,23 @@
 
 from dataclasses import dataclass
 
-# preset of train.py -> the images it is trained on by default, which --nimg changes
-RUNS = {"main": "cifar10", "guide": "cifar10-guide"}
-GUIDES = {"early": "main", "small": "guide"}  # guides of the search: earlier snapshots of a run of RUNS
+# run -> the options of train.py that make it. The last learning rate of the main network is that of `sims`.
+RUNS: dict[str, tuple[str, ...]] = {
+    "guide": ("--preset", "cifar10-guide"),
+    "uncond": ("--preset", "cifar10-guide", "--cond", "no"),
+    "main": ("--preset", "cifar10"),
+    "sims": ("--preset", "cifar10", "--lr", "0.006", "--decay", "0", "--rampup", "0", "--duration", "64Ki")
+    + ("--snapshot", "4Ki"),
+}
+SYNTHETIC_IMAGES = 5_000  # of the main network alone, for `sims`, which starts from it (Alemohammad et al. 2024)
+# guides of the search: name -> the run of RUNS whose snapshots it may be
+GUIDES = {"early": "main", "small": "guide", "uncond": "uncond", "sims": "sims"}
 HELD_OUT_PER_CLASS = 500  # the last ones of each class are not trained on
-REFERENCE_IMAGES = 5_000  # training images, evenly over the classes, that distances are measured from
+REAL_IMAGES = 5_000  # training images, evenly over the classes, that single images are compared with
 DETECTORS = ("fd_lite0", "fd_lite2")  # the first is tuned on, the second confirms
-TUNED_ON = "fd_lite0"
+TUNED_ON = "fd_lite0.fd_infinity"  # a distance from few images would favour images that are much alike
 METRICS = (*DETECTORS, "fd_lite0.kid", "fd_lite0.precision", "fd_lite0.recall", "fd_lite0.coverage")
-INFINITY = "fd_lite0.fd_infinity"  # of the images of all ranges together, as it needs many
+INFINITY = ("fd_lite0.fd_infinity", "fd_lite2.fd_infinity")  # of the images of all ranges together: it needs many
 SCORE_SEEDS = (0, 100_000, 200_000)  # far from those of edm2kit-tune, which start at 1,000,000
 SHEET_SEEDS = range(900_000, 900_040)
 BATCH = 64
@@ -20,7 +28,7 @@ PART = 500  # images whose features are kept at a time
 UNGUIDED_SAMPLER = ("--solver", "dpmpp2m", "--steps", "12", "--sigma_min", "0.08", "--precision", "bf16")
 GUIDED_SAMPLER = ("--solver", "dpmpp2m", "--steps", "20", "--sigma_min", "0.02", "--precision", "bf16")
 HALVINGS = 1  # of the search: candidates are measured with a third of the images first
-CONFIRM = 500  # fresh images per range for the page of the search; the table has its own, many more
+CONFIRM = 500  # fresh images per range for the page of a search; the table has its own, many more
 
 
 @dataclass(frozen=True)
@@ -28,28 +36,33 @@ class Method:
     """A row of the table: its title, and what its search may choose.
 
     - `search`: options of `edm2kit-tune search`.
-    - `is_guided_by_networks`: whether the search gets the guides of GUIDES.
+    - `guides`: names of GUIDES that the search may lead away from.
     - `budget`: images that the search generates, in multiples of its --num.
     - `sampler`: options of generate.py that all its candidates share.
     """
 
     title: str
     search: tuple[str, ...]
-    is_guided_by_networks: bool = False
+    guides: tuple[str, ...] = ()
     budget: int = 10
     sampler: tuple[str, ...] = GUIDED_SAMPLER
 
 
 _EVERYWHERE, _WITHIN = ("--interval", "none"), ("--interval", "search")
+_DEGRADED = ("early", "small")
 METHODS: dict[str, Method] = {
     "none": Method("no guidance", ("--method", "none", *_EVERYWHERE), budget=5, sampler=UNGUIDED_SAMPLER),
     "cfg": Method("classifier-free guidance", ("--method", "cfg", *_WITHIN)),
-    "autoguidance": Method("autoguidance", _EVERYWHERE, True, 8),
-    "autoguidance-interval": Method("autoguidance in an interval", _WITHIN, True, 14),
+    "cfg-separate": Method(
+        "classifier-free guidance, separate network", ("--method", "cfg", *_WITHIN), ("uncond",), budget=6
+    ),
+    "sims": Method("SIMS", _EVERYWHERE, ("sims",), 5),
+    "autoguidance": Method("autoguidance", _EVERYWHERE, _DEGRADED),
+    "autoguidance-interval": Method("autoguidance in an interval", _WITHIN, _DEGRADED),
     "combination": Method(
         "autoguidance and classifier-free guidance",
         ("--method", "autoguidance --guidance-also cfg=1.5", *_WITHIN),
-        True,
+        _DEGRADED,
         6,
     ),
 }

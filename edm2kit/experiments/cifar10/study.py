@@ -13,7 +13,16 @@ from edm2kit.cli import click_types as cli
 from edm2kit.data.convert import convert, find_labels, open_pictures
 from edm2kit.experiments.cifar10 import report
 from edm2kit.experiments.cifar10.measure import score, tune
-from edm2kit.experiments.cifar10.settings import HELD_OUT_PER_CLASS, METHODS, RUNS, SCORE_SEEDS
+from edm2kit.experiments.cifar10.settings import (
+    BATCH,
+    HELD_OUT_PER_CLASS,
+    METHODS,
+    RUNS,
+    SCORE_SEEDS,
+    SYNTHETIC_IMAGES,
+    UNGUIDED_SAMPLER,
+)
+from edm2kit.snapshots.run_folder import newest_of_folders
 from edm2kit.training.stop import stopped_exit_code
 
 _out = click.option(
@@ -89,29 +98,59 @@ def last_of_each_class(classes: np.ndarray, count: int) -> np.ndarray:
 @main.command()
 @_out
 @click.option("--hours", metavar="H", type=cli.AtLeast(float, 0.0), help="Save and stop after this time, per network")
-@click.option("--nimg", metavar="NIMG", help="Images to train the main network on, such as 4Mi  [default: 1Mi]")
+@click.option("--nimg", metavar="NIMG", help="Images to train the main network, or that of --only, on, such as 4Mi")
 @click.option("--only", type=click.Choice(list(RUNS)), help="Train one network only")
 @click.option("--from-box", is_flag=True, help="Start from the main network of the package")
 @click.option("--precision", metavar="NAME", help="bf16, or fp32 for a CPU without its instructions  [default: bf16]")
 def train(
     out: Path, hours: float | None, nimg: str | None, only: str | None, from_box: bool, precision: str | None
 ) -> None:
-    """Train the guide and the main network; a complete guide is skipped."""
-    for run in ["guide", "main"] if only is None else [only]:
-        words = ["--preset", RUNS[run], "--data", str(out / "train.zip"), "--outdir", str(out / "runs" / run)]
-        words += ["--samples", "0", "--workers", "0"]
+    """Train the guides, the unconditional and the main network, and a copy of it on its own images (SIMS).
+
+    A run that is complete is skipped.
+    """
+    complete = True
+    for run in RUNS if only is None else [only]:
+        data = out / "train.zip"
+        words = [*RUNS[run], "--outdir", str(out / "runs" / run), "--samples", "0", "--workers", "0"]
+        if run == "sims":
+            if not complete:
+                break  # it starts from the main network
+            net, data = _latest_main(out), out / "synthetic.zip"
+            _draw_synthetic(net, data)
+            words += ["--init-from", str(net)]
         if hours is not None:
             words += ["--max-time", f"{hours:g}h"]
-        if nimg is not None and run == "main":
+        if nimg is not None and run == (only or "main"):
             words += ["--duration", nimg]
         if precision is not None:
             words += ["--precision", precision]
         if from_box and run == "main":  # the guide of the package is an early state of the main network
             words += ["--init-from", str(report.BOX / f"cifar10-{run}.safetensors")]
         # a process of its own, as training takes signals and sets threads
-        done = subprocess.run([sys.executable, "-m", "edm2kit.cli.train", *words])
-        if done.returncode not in (0, stopped_exit_code()):
-            raise ValueError(f"training of {run} ended with exit code {done.returncode}; see above")
+        complete = _run("train", f"training of {run}", [*words, "--data", str(data)])
+
+
+def _latest_main(out: Path) -> Path:
+    return Path(newest_of_folders({"main": str(out / "runs" / "main")})["main"])
+
+
+def _draw_synthetic(net: Path, dest: Path) -> None:
+    """A data set of SYNTHETIC_IMAGES images of the network alone, with equal shares of the classes."""
+    if dest.exists():
+        return
+    folder = dest.with_suffix("")
+    seeds = ["--seeds", f"0-{SYNTHETIC_IMAGES - 1}", "--balanced", "--batch", str(BATCH), "--subdirs"]
+    _run("generate", "generating", ["--net", str(net), *UNGUIDED_SAMPLER, *seeds, "--outdir", str(folder)])
+    _run("dataset", "converting", ["convert", "--source", str(folder), "--dest", str(dest)])
+
+
+def _run(command: str, what: str, words: list[str]) -> bool:
+    """Whether a command ended by itself, and was not stopped to be resumed. Raises ValueError if it failed."""
+    done = subprocess.run([sys.executable, "-m", f"edm2kit.cli.{command}", *words])
+    if done.returncode not in (0, stopped_exit_code()):
+        raise ValueError(f"{what} ended with exit code {done.returncode}; see above")
+    return done.returncode == 0
 
 
 def _chosen(methods: str) -> list[str]:
@@ -126,10 +165,10 @@ def _chosen(methods: str) -> list[str]:
 @_out
 @_names
 @click.option(
-    "--num", type=cli.AtLeast(int, 12), default=500, show_default=True, help="Images of the search's last comparison"
+    "--num", type=cli.AtLeast(int, 12), default=1000, show_default=True, help="Images of the search's last comparison"
 )
 def tune_command(out: Path, methods: str, num: int) -> None:
-    """Search the best settings of each method by fd_lite0 with edm2kit-tune.
+    """Search the best settings of each method by fd_infinity with edm2kit-tune.
 
     A search that has ended is skipped, unless the main network was trained further.
     """

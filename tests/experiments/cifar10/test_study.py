@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from edm2kit.cli import tune
+from edm2kit.cli import dataset, tune
 from edm2kit.cli.generation_options import parse_request
 from edm2kit.cli.presets import write_preset_file
 from edm2kit.data.dataset import open_source
@@ -19,6 +19,7 @@ from edm2kit.experiments.cifar10 import measure, report, study
 from edm2kit.experiments.cifar10.networks import describe, is_searched, search_folder, settings_file, words
 from edm2kit.experiments.cifar10.settings import METHODS, METRICS, RUNS
 from edm2kit.experiments.demo import pictures
+from edm2kit.metrics.reference import load_reference
 from edm2kit.metrics.scoring import image_features, make_scorer, measure_reference
 from edm2kit.snapshots.file_format import read_header, save_snapshot, snapshot_name
 from edm2kit.training.config import TrainConfig, config_from_dict, preset_path, read_yaml
@@ -57,16 +58,55 @@ def test_the_step_train_continues_runs_with_the_command_of_training(tmp_path, mo
     assert words_of[words_of.index("--max-time") + 1] == "1.5h"
     assert words_of[words_of.index("--duration") + 1] == "2Mi"
     assert read_header(words_of[words_of.index("--init-from") + 1]).nimg > 1 << 16
-    study.main(["train", *options], standalone_mode=False)
-    assert [words_of[4] for words_of in asked[1:]] == ["cifar10-guide", "cifar10"]
-    assert "--duration" not in asked[1]
 
 
 class Done:
     returncode = 0
 
 
-@pytest.mark.parametrize("name", [*RUNS.values(), "cifar10-gpu"])
+def test_the_step_train_makes_every_network_and_the_copy_for_sims_from_the_main_one(out, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study.subprocess, "run", lambda words: asked.append(words[2:]) or Done())
+    study.main(["train", "--out", str(out), "--nimg", "2Mi"], standalone_mode=False)
+    folders = [Path(words_of[words_of.index("--outdir") + 1]).name for words_of in asked if "--outdir" in words_of]
+    assert folders == ["guide", "uncond", "main", "synthetic", "sims"]
+    assert ["--duration" in words_of for words_of in asked] == [False, False, True, False, False, True]
+    guide, uncond, main, drawn, converted, sims = asked
+    assert uncond[uncond.index("--cond") + 1] == "no"
+    assert main[main.index("--data") + 1] == str(out / "train.zip")
+    newest = drawn[drawn.index("--net") + 1]
+    assert read_header(newest).nimg == 4096
+    assert drawn[0] == "edm2kit.cli.generate"
+    assert converted[:2] == ["edm2kit.cli.dataset", "convert"]
+    assert (sims[sims.index("--init-from") + 1], sims[sims.index("--data") + 1]) == (
+        newest,
+        str(out / "synthetic.zip"),
+    )
+
+
+def test_the_copy_for_sims_waits_for_a_main_network_that_was_stopped(out, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study.subprocess, "run", lambda words: asked.append(words) or Done())
+    monkeypatch.setattr(Done, "returncode", study.stopped_exit_code())
+    study.main(["train", "--out", str(out), "--hours", "1"], standalone_mode=False)
+    assert [Path(words_of[words_of.index("--outdir") + 1]).name for words_of in asked] == ["guide", "uncond", "main"]
+
+
+def test_distances_are_measured_from_all_training_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "DETECTORS", ("fd_random",))
+    images, _ = pictures.draw(0, range(12))
+    (tmp_path / "photos").mkdir()
+    for k, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "photos" / f"{k:02d}.png")
+    words_of = ["convert", "--source", str(tmp_path / "photos"), "--dest", str(tmp_path / "train.zip")]
+    dataset.main(words_of, standalone_mode=False)
+    reference = load_reference(measure.reference_file(tmp_path))
+    expected = measure_reference(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), ["fd_random"])
+    assert reference.num_images == 12
+    np.testing.assert_allclose(reference.of("fd_random").mean, expected.of("fd_random").mean, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar10-guide", "cifar10-gpu"])
 def test_its_training_presets_are_complete(name):
     config = config_from_dict(read_yaml(preset_path(name)), name)
     assert config.network["channel_mult"] in ([1, 3, 6], (1, 3, 6), [1, 2, 2], (1, 2, 2))
@@ -78,10 +118,8 @@ def test_every_search_is_a_command_line_of_tune(out, name, monkeypatch):
     monkeypatch.setattr(tune.search, "callback", lambda **given: asked.update(given))
     tune.main(measure.search_words(out, name, 30), standalone_mode=False)
     assert asked["budget"].images == 30 * METHODS[name].budget
-    assert (asked["num"], asked["metric"]) == (30, "fd_lite0")
-    assert [guide for guide, _ in asked["guides"]] == (
-        ["early", "small"] if METHODS[name].is_guided_by_networks else []
-    )
+    assert (asked["num"], asked["metric"]) == (30, "fd_lite0.fd_infinity")
+    assert [guide for guide, _ in asked["guides"]] == list(METHODS[name].guides)
     request = parse_request([*asked["words"], "--net", "a.safetensors"])
     assert (request.sampler.solver, request.precision) == ("dpmpp2m", "bf16")
 
@@ -90,15 +128,12 @@ def test_searches_run_one_after_the_other_and_those_that_ended_are_skipped(out, 
     searched(out, "none", {"net": "main.safetensors"}, 80.0)
     asked = []
     monkeypatch.setattr(measure.subprocess, "run", lambda words_of: asked.append(words_of) or Done())
-    monkeypatch.setattr(measure, "real_features", lambda out, names: {"fd_lite0": torch.randn(9, 4)})
-    monkeypatch.setattr(measure, "save_reference", lambda path, reference: path.write_bytes(b"x"))
-    monkeypatch.setattr(measure, "reference_of", lambda real: None)
+    monkeypatch.setattr(measure, "reference_file", lambda out: out / "reference.npz")
     measure.tune(out, 30, ["none", "cfg", "autoguidance"])
     assert [Path(words_of[words_of.index("--outdir") + 1]).name for words_of in asked] == [
         "cfg-4096",
         "autoguidance-4096",
     ]
-    assert (out / "reference.npz").exists()
     monkeypatch.setattr(Done, "returncode", 1)
     with pytest.raises(ValueError, match="the search of cfg ended with exit code 1"):
         measure.tune(out, 30, ["cfg"])
