@@ -119,7 +119,7 @@ def _search_record(folder: Path) -> dict[str, Any]:
 
 
 def current_points(record: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """The points of each row of the table: those of the best settings and the largest reference, with the most images."""
+    """The points of each row: those of the best settings and the largest reference, with the most images."""
     points = record["points"]
     references = [point["key"].get("reference", 0) for point in points]
     points = [one for one, images in zip(points, references, strict=True) if images == max(references)]

@@ -71,7 +71,7 @@ def test_the_step_train_makes_every_network_and_the_copy_for_sims_from_the_main_
     folders = [Path(words_of[words_of.index("--outdir") + 1]).name for words_of in asked if "--outdir" in words_of]
     assert folders == ["guide", "uncond", "main", "synthetic", "sims"]
     assert ["--duration" in words_of for words_of in asked] == [False, False, True, False, False, True]
-    guide, uncond, main, drawn, converted, sims = asked
+    _, uncond, main, drawn, converted, sims = asked
     assert uncond[uncond.index("--cond") + 1] == "no"
     assert main[main.index("--data") + 1] == str(out / "train.zip")
     newest = drawn[drawn.index("--net") + 1]
