@@ -7,7 +7,10 @@ RUNS: dict[str, tuple[str, ...]] = {
     "guide": ("--preset", "cifar10-guide"),
     "uncond": ("--preset", "cifar10-guide", "--cond", "no"),
     "main": ("--preset", "cifar10"),
-    "sims": tuple("--preset cifar10 --lr 0.006 --decay 0 --rampup 0 --duration 64Ki --snapshot 4Ki".split()),
+    "sims": (
+        *("--preset", "cifar10", "--duration", "64Ki", "--snapshot", "4Ki"),
+        *("--lr", "0.006", "--decay", "0", "--rampup", "0"),
+    ),
 }
 SYNTHETIC_IMAGES = 5_000  # of the main network alone, for `sims`, which starts from it (Alemohammad et al. 2024)
 # guides of the search: name -> the run of RUNS whose snapshots it may be
