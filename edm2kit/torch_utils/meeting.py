@@ -1,10 +1,12 @@
-"""A meeting of the processes of a job under a new name, where the store outlives them.
+"""How the processes of a job meet: whether they can reach each other, and under a new name where a store outlives them.
 
 torchrun keeps one store for all restarts of its processes (seen in torch 2.13). In it, gloo finds the addresses of
 processes that have ended, and waits for them. Under a name that only the present processes know, nothing old is found.
 """
 
+import ipaddress
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -13,7 +15,33 @@ from typing import Any
 
 import torch.distributed
 
+from edm2kit.torch_utils.dist import env_int
+
 _POLL_SEC = 0.05
+
+
+def check_host_name() -> None:
+    """Raise ValueError if the job spans several machines and the others could not reach this one.
+
+    Gloo, which also exchanges a flag per training step beside NCCL, listens at the address that the name of the machine
+    resolves to, unless GLOO_SOCKET_IFNAME names a network interface. Many systems resolve the name to 127.0.1.1.
+    """
+    size = env_int("WORLD_SIZE", 1)
+    if size <= env_int("LOCAL_WORLD_SIZE", size) or os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+        if not ipaddress.ip_address(address).is_loopback:
+            return
+        reason = f"resolves to {address}, where only processes on this machine reach it"
+    except OSError:
+        reason = "has no address"
+    interfaces = ", ".join(interface for _, interface in socket.if_nameindex() if interface != "lo")
+    raise ValueError(
+        f"the job spans several machines, and the name of this one, {name}, {reason}. Set GLOO_SOCKET_IFNAME, and "
+        f"NCCL_SOCKET_IFNAME, to the network interface that connects them (here: {interfaces or 'none found'})"
+    )
 
 
 def group_arguments(limit_sec: float) -> dict[str, Any]:

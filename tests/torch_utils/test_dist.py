@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -222,3 +223,31 @@ def test_a_variable_that_is_not_a_number_is_named(monkeypatch, name):
         dist.env_int(name, 1)
     monkeypatch.setenv(name, "")
     assert dist.env_int(name, 1) == 1
+
+
+FAULTS = """
+import resource, sys, torch
+from edm2kit.torch_utils import dist
+
+def large():  # eight tensors of 20 MB, all freed at the end
+    return len([torch.zeros(5 << 20) for _ in range(8)])
+
+with dist.session("cpu"):
+    for _ in range(3):
+        large()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        large()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is of glibc")
+@pytest.mark.parametrize(("variables", "keeps"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
+def test_memory_that_tensors_free_is_kept_on_a_cpu_unless_the_user_has_settings(variables, keeps):
+    surroundings = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    found = subprocess.run(
+        [sys.executable, "-c", FAULTS], env={**surroundings, **variables}, capture_output=True, text=True, check=True
+    )
+    pages = 5 * 8 * (20 << 20) // 4096
+    assert (int(found.stdout) < pages // 20) == keeps

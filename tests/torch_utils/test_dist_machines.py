@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from edm2kit.torch_utils import dist
+from edm2kit.torch_utils import dist, meeting
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def machines(monkeypatch):
 def test_a_name_that_others_cannot_reach_is_reported_with_the_interfaces(machines, address, reason):
     machines(address)
     with pytest.raises(ValueError, match=f"node1, {reason}.*GLOO_SOCKET_IFNAME.*here: eth0, ib0"):
-        dist.check_host_name()
+        meeting.check_host_name()
 
 
 def test_the_session_reports_it_before_it_waits_for_others(machines, monkeypatch):
@@ -55,4 +55,4 @@ def test_other_jobs_are_left_alone(machines, monkeypatch, variables, address):
     machines(address)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    dist.check_host_name()
+    meeting.check_host_name()
