@@ -17,7 +17,6 @@ from edm2kit.cli.image_source import image_batches, open_images
 from edm2kit.experiments.cifar10.networks import describe, is_searched, search_folder, settings_file, words
 from edm2kit.experiments.cifar10.settings import (
     BATCH,
-    CONFIRM,
     DETECTORS,
     GUIDES,
     HALVINGS,
@@ -92,7 +91,7 @@ def search_words(out: Path, name: str, num: int) -> list[str]:
     for guide in method.guides:
         found += ["--guide", f"{guide}={out / 'runs' / GUIDES[guide]}"]
     found += ["--ref", str(out / "reference.npz"), "--metric", TUNED_ON, "--num", str(num)]
-    found += ["--halvings", str(HALVINGS), "--budget", f"{method.budget * num}img", "--confirm", str(CONFIRM)]
+    found += ["--halvings", str(HALVINGS), "--budget", f"{method.budget * num}img", "--confirm", str(method.confirm)]
     return [*found, "--batch", str(BATCH), "--outdir", str(search_folder(out, name)), "--", *method.sampler]
 
 

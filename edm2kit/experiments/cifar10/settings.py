@@ -30,7 +30,6 @@ PART = 500  # images whose features are kept at a time
 UNGUIDED_SAMPLER = ("--solver", "dpmpp2m", "--steps", "12", "--sigma_min", "0.08", "--precision", "bf16")
 GUIDED_SAMPLER = ("--solver", "dpmpp2m", "--steps", "20", "--sigma_min", "0.02", "--precision", "bf16")
 HALVINGS = 1  # of the search: candidates are measured with a third of the images first
-CONFIRM = 500  # fresh images per range for the page of a search; the table has its own, many more
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class Method:
     - `search`: options of `edm2kit-tune search`.
     - `guides`: names of GUIDES that the search may lead away from.
     - `budget`: images that the search generates, in multiples of its --num.
+    - `confirm`: fresh images per range for the page of the search, which is published for the best one only.
     - `sampler`: options of generate.py that all its candidates share.
     """
 
@@ -47,6 +47,7 @@ class Method:
     search: tuple[str, ...]
     guides: tuple[str, ...] = ()
     budget: int = 10
+    confirm: int = 20
     sampler: tuple[str, ...] = GUIDED_SAMPLER
 
 
@@ -59,8 +60,8 @@ METHODS: dict[str, Method] = {
         "classifier-free guidance, separate network", ("--method", "cfg", *_WITHIN), ("uncond",), budget=6
     ),
     "sims": Method("SIMS", _EVERYWHERE, ("sims",), 5),
-    "autoguidance": Method("autoguidance", _EVERYWHERE, _DEGRADED),
-    "autoguidance-interval": Method("autoguidance in an interval", _WITHIN, _DEGRADED),
+    "autoguidance": Method("autoguidance", _EVERYWHERE, _DEGRADED, confirm=500),
+    "autoguidance-interval": Method("autoguidance in an interval", _WITHIN, _DEGRADED, confirm=500),
     "combination": Method(
         "autoguidance and classifier-free guidance",
         ("--method", "autoguidance --guidance-also cfg=1.5", *_WITHIN),
