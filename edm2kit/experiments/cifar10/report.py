@@ -191,8 +191,13 @@ def _settings(record: Mapping[str, Any]) -> str:
         value = f"{search['value']:.1f}"
         lines.append([METHODS[name].title, setting_text(record["best"][name]), value, f"{search['candidates']:,}"])
     count = next(iter(record["searches"].values()), {"num_images": 0})["num_images"]
-    columns = ["method", "best settings", f"fd_infinity of {count:,} images in the search", "candidates"]
+    columns = ["method", "best settings", f"{_searched_by(record)} of {count:,} images in the search", "candidates"]
     return markdown_table(columns, lines, "llrr")
+
+
+def _searched_by(record: Mapping[str, Any]) -> str:
+    """The metric that the searches made small, without its detector's name."""
+    return next(iter(record["searches"].values()), {"metric": ""})["metric"].rpartition(".")[2]
 
 
 def setting_text(options: Mapping[str, Any]) -> str:
@@ -219,7 +224,7 @@ def guide_table(record: Mapping[str, Any]) -> str:
             if trial["guide"] is not None and trial["num_images"] == few and trial["value"] is not None:
                 best.setdefault(trial["guide"].rpartition(", EMA")[0], []).append(trial["value"])
     lines = [[guide, f"{min(values):.1f}", str(len(values))] for guide, values in sorted(best.items(), key=_by_best)]
-    return markdown_table(["guide", f"best fd_infinity of {few:,} images", "candidates"], lines, "lrr")
+    return markdown_table(["guide", f"best {_searched_by(record)} of {few:,} images", "candidates"], lines, "lrr")
 
 
 def _by_best(item: tuple[str, list[float]]) -> float:
@@ -230,7 +235,7 @@ def _by_best(item: tuple[str, list[float]]) -> float:
 
 
 def weight_figure(record: Mapping[str, Any]) -> str | None:
-    """fd_infinity in the searches against the guidance weight, all else at its best value, as SVG; None without any."""
+    """The metric of the searches against the guidance weight, all else at its best value, as SVG; None without any."""
     curves = []
     for name, search in record["searches"].items():
         points = search["weight_curve"]["points"]
@@ -244,7 +249,7 @@ def weight_figure(record: Mapping[str, Any]) -> str | None:
         few = record["searches"]["none"]["rungs"][0]
         values = [one["value"] for one in record["searches"]["none"]["trials"] if one["num_images"] == few]
         alone = [(min(values), METHODS["none"].title)]
-    return line_chart(curves, "guidance weight", "fd_infinity", references=alone)
+    return line_chart(curves, "guidance weight", _searched_by(record), references=alone)
 
 
 def _images(settings: Path, count: int, **others: float) -> list[Image.Image]:
