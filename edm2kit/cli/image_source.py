@@ -12,7 +12,15 @@ import torch
 
 from edm2kit.data.archive import open_archive
 from edm2kit.data.dataset import open_source, split_kind
-from edm2kit.data.image_files import IMAGE_EXTENSIONS, open_image, to_8bit
+from edm2kit.data.image_files import (
+    HEIF_EXTENSIONS,
+    HEIF_NEEDS,
+    IMAGE_EXTENSIONS,
+    OTHER_TYPES,
+    heif_is_readable,
+    open_image,
+    to_8bit,
+)
 from edm2kit.data.labels import (
     RECORD,
     Labels,
@@ -49,11 +57,21 @@ class ScoredImages(Protocol):
 class ArchiveImages:
     """The images in a folder and its subfolders, or in a zip, sorted by name.
 
-    Opening reads no image. Raises ValueError if there are none.
+    Opening reads no image, and warns of images whose type is not read. Raises ValueError if there are none, or HEIC
+    photos without the package that reads them.
     """
 
     def __init__(self, path: Path):
-        self._archive = open_archive(path, (*IMAGE_EXTENSIONS, ".npy"))
+        self._archive = open_archive(path, (*IMAGE_EXTENSIONS, *HEIF_EXTENSIONS, ".npy"))
+        photos = [name for name in self._archive.names if name.lower().endswith(HEIF_EXTENSIONS)]
+        if photos and not heif_is_readable():
+            raise ValueError(f"{path}: {len(photos)} HEIC photos, such as {photos[0]}, {HEIF_NEEDS}")
+        unread = [name for name in self._archive.ignored if name.lower().endswith(OTHER_TYPES)]
+        if unread:
+            dist.warn0(
+                f"{path}: {len(unread)} images of types that are not read are left out, such as {unread[0]}; convert "
+                "them to PNG"
+            )
         for name in self._archive.names:
             if name.endswith(".npy"):
                 raise ValueError(f"{path}: contains {name}, which is not an image; {_SCORES_NEED_PIXELS}")

@@ -19,6 +19,7 @@ from edm2kit.data.dataset import split_kind
 from edm2kit.data.hugging_face import SavedTable
 from edm2kit.data.image_files import (
     HEIF_EXTENSIONS,
+    HEIF_NEEDS,
     IMAGE_EXTENSIONS,
     OTHER_TYPES,
     STORES,
@@ -167,8 +168,8 @@ def open_pictures(source: str, skip_broken: bool = False) -> Archive:
     has_others = not archive.names[0].lower().endswith(HEIF_EXTENSIONS)
     if photos and not (skip_broken and has_others):
         raise ValueError(
-            f"{path}: {len(photos)} HEIC photos, such as {photos[0]}, need the package pillow-heif: pip install "
-            "'edm2kit[heic]'. Or use --skip-broken to leave them out"
+            f"{path}: {len(photos)} HEIC photos, such as {photos[0]}, {HEIF_NEEDS}. Or use --skip-broken to leave them "
+            "out"
         )
     return archive
 

@@ -21,7 +21,8 @@ IMAGE_EXTENSIONS = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
-HEIF_EXTENSIONS = (".heic", ".heif", ".hif")  # of phones; they need the package pillow-heif
+HEIF_EXTENSIONS = (".heic", ".heif", ".hif")  # of phones
+HEIF_NEEDS = "need the package pillow-heif: pip install 'edm2kit[heic]'"
 OTHER_TYPES = (
     ".avif",
     ".jp2",

@@ -26,7 +26,12 @@ COMMANDS = dict(leaf_commands())
 # command -> the modules that show how far its long steps are
 SHOWN_BY = {
     "edm2kit-train": ["training.log", "torch_utils.download"],
-    "edm2kit-train doctor": ["training.heldout_loss", "experiments.runs.expected_loss"],
+    "edm2kit-train doctor": [
+        "training.heldout_loss",
+        "experiments.runs.expected_loss",
+        "experiments.runs.copies",
+        "experiments.runs.snapshot_losses",
+    ],
     "edm2kit-generate": ["cli.generation", "torch_utils.download"],
     "edm2kit-phema": ["cli.phema"],
     "edm2kit-metrics calc": ["cli.image_source", "metrics.neighbours"],

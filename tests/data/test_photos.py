@@ -2,18 +2,26 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
+from click.testing import CliRunner
 from PIL import Image, ImageCms
 
+from edm2kit.cli import image_source
+from edm2kit.cli.image_source import open_images
+from edm2kit.cli.metrics import main as calculate_metrics
 from edm2kit.data import convert as data_convert
 from edm2kit.data import image_files, output
 from edm2kit.data.dataset import ImageDataset, open_source
 from edm2kit.data.image_files import open_image
-from tests.support.dataset_tool import convert
-from tests.support.pictures import encoded, write_folder
+from tests.support.dataset_tool import convert, run
+from tests.support.fakes import tiny_vae
+from tests.support.pictures import encoded, picture, write_folder
 
+CROP = ("--resolution", 16, "--transform", "center-crop")
 SKY, GROUND, LEFT = (40, 90, 220), (60, 160, 50), (220, 200, 40)
 # EXIF orientation -> how a phone that reports it has stored an upright picture
 STORED = {
@@ -36,14 +44,22 @@ def portrait() -> Image.Image:
     return image
 
 
-def phone_photo(orientation: int) -> bytes:
-    """The portrait as a JPEG that a phone stores turned."""
-    image, turn = portrait(), STORED[orientation]
+def phone_photo(orientation: int, kind: str = "jpeg", image: Image.Image | None = None) -> bytes:
+    """The portrait, or another image, as a file that a phone stores turned.
+
+    PNG files have an eXIf chunk, and HEIC files the properties irot and imir, which count there instead of EXIF.
+    """
+    image, turn = image or portrait(), STORED[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
     file = io.BytesIO()
-    (image if turn is None else image.transpose(turn)).save(file, "jpeg", quality=95, exif=exif)
+    (image if turn is None else image.transpose(turn)).save(file, kind, quality=95, exif=exif.tobytes())
     return file.getvalue()
+
+
+def turned_photos(folder: Path, kind: str, suffix: str, image: Image.Image | None = None) -> Path:
+    """A folder with the portrait, or another image, in all eight orientations."""
+    return write_folder(folder, {f"0/{k}{suffix}": phone_photo(k, kind, image) for k in STORED})
 
 
 def is_upright(pixels: np.ndarray) -> bool:
@@ -77,6 +93,56 @@ def test_training_directly_on_photos_sees_what_a_converted_copy_holds(tmp_path):
     direct, converted = open_source(source), open_source(tmp_path / "out")
     np.testing.assert_array_equal(direct[0][0], converted[0][0])
     assert is_upright(direct[0][0])
+
+
+KINDS = [("jpeg", ".jpg"), ("png", ".png"), ("webp", ".webp"), ("tiff", ".tif"), ("heif", ".heic")]
+
+
+@pytest.mark.parametrize(("kind", "suffix"), KINDS)
+def test_all_eight_orientations_become_upright_in_every_kind_of_file(tmp_path, kind, suffix):
+    pillow_heif.register_heif_opener()
+    source = turned_photos(tmp_path / "photos", kind, suffix)
+    convert(source, tmp_path / "out", *CROP)
+    dataset = ImageDataset(tmp_path / "out")
+    assert [is_upright(dataset[k][0]) for k in range(8)] == [True] * 8
+    # what is scored, and made into statistics
+    scored = open_images(source)
+    assert {scored.read(k).shape for k in range(8)} == {(3, 64, 48)}
+    square = [np.asarray(Image.fromarray(scored.read(k).transpose(1, 2, 0)).resize((16, 16))) for k in range(8)]
+    assert [is_upright(pixels.transpose(2, 0, 1)) for pixels in square] == [True] * 8
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("jpeg", ".jpg"), ("png", ".png")])
+def test_all_eight_orientations_are_trained_on_upright_without_convert(tmp_path, kind, suffix):
+    source = open_source(turned_photos(tmp_path / "photos", kind, suffix, portrait().resize((16, 16))))
+    together = source.read(np.arange(8))
+    assert [is_upright(pixels) for pixels in together] == [True] * 8
+    assert [is_upright(source[k][0]) for k in range(8)] == [True] * 8
+
+
+def test_latents_and_statistics_of_turned_photos_are_those_of_upright_ones(tmp_path):
+    upright = write_folder(tmp_path / "upright", {f"0/{k}.png": phone_photo(1, "png", picture(k)) for k in STORED})
+    turned = write_folder(tmp_path / "turned", {f"0/{k}.png": phone_photo(k, "png", picture(k)) for k in STORED})
+    vae, latents = str(tiny_vae(tmp_path / "vae")), []
+    for source in (upright, turned):
+        dest = tmp_path / f"{source.name}-latents"
+        run("encode", "--source", source, "--dest", dest, "--vae", vae, "--device", "cpu")
+        latents.append(ImageDataset(dest).read(np.arange(8)))
+    np.testing.assert_array_equal(*latents)
+    words = ["--metrics", "fd_random", "--device", "cpu"]
+    reference, record = tmp_path / "ref.npz", tmp_path / "card.json"
+    measure("ref", "--data", turned, "--dest", reference, *words)
+    measure("calc", "--images", upright, "--ref", reference, "--num", 8, "--real", turned, "--bootstrap", 0,
+            "--metrics", "fd_random,fd_random.precision", "--record", record, "--device", "cpu")  # fmt: skip
+    found = {name: entry["mean"] for name, entry in json.loads(record.read_text())["results"].items()}
+    assert found["fd_random"] == pytest.approx(0, abs=1e-6)
+    assert found["fd_random.precision"] == 1
+
+
+def measure(*words: object) -> str:
+    done = CliRunner().invoke(calculate_metrics, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
+    return done.output
 
 
 def swapped_profile() -> bytes:
@@ -125,16 +191,11 @@ def test_photos_in_other_colors_are_reported(tmp_path):
 
 @pytest.fixture
 def heic_photos(tmp_path):
-    import pillow_heif
-
     pillow_heif.register_heif_opener()
     files = {"b.png": encoded(portrait()), "note.txt": b"x", "clip.MOV": b"x", "clip2.mp4": b"x"}
     source = write_folder(tmp_path / "photos", files)
     portrait().save(source / "a.heic", quality=95)
     return source
-
-
-CROP = ("--resolution", 16, "--transform", "center-crop")
 
 
 def test_heic_photos_are_read_and_other_files_are_listed_once(tmp_path, heic_photos):
@@ -158,6 +219,15 @@ def test_without_the_package_heic_photos_are_refused_in_one_line(tmp_path, heic_
     assert len(ImageDataset(tmp_path / "out")) == 1
     (heic_photos / "b.png").unlink()
     assert "1 HEIC photos" in convert(heic_photos, tmp_path / "none", *CROP, code=1)
+
+
+def test_heic_photos_are_scored_or_refused_and_other_types_are_reported(heic_photos, monkeypatch, capsys):
+    write_folder(heic_photos, {"c.avif": b"x"})
+    assert len(open_images(heic_photos)) == 2
+    assert "1 images of types that are not read are left out, such as c.avif" in capsys.readouterr().err
+    monkeypatch.setattr(image_source, "heif_is_readable", lambda: False)
+    with pytest.raises(ValueError, match=r"photos: 1 HEIC photos, such as a\.heic, need the package pillow-heif"):
+        open_images(heic_photos)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

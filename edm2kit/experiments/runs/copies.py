@@ -12,11 +12,12 @@ from edm2kit.data.dataset import Source, spread_evenly
 from edm2kit.data.image_files import labelled_sheet
 from edm2kit.experiments.runs.findings import Check, Finding
 from edm2kit.experiments.runs.folder import RunFolder
-from edm2kit.experiments.runs.snapshot_losses import BATCH
+from edm2kit.experiments.runs.snapshot_losses import BATCH, generated_images
 from edm2kit.metrics.detectors.registry import load_detectors
 from edm2kit.metrics.neighbours import neighbourhood
 from edm2kit.metrics.scoring import image_features
 from edm2kit.models.encoders import to_image
+from edm2kit.torch_utils.dist import progress_bar
 from edm2kit.torch_utils.files import atomic_write
 
 DETECTOR = "fd_lite0"
@@ -83,13 +84,13 @@ def check_copies(
         return Check(_NAME, not_looked=f"{detector} cannot be loaded ({error})")
     path = max(run.headers, key=lambda one: (run.headers[one].nimg, run.headers[one].ema_std or 0))
     engine = prepare(Request(str(path), precision=run.config.precision), device).engine
-    images = torch.cat([batch.images.cpu() for batch in engine.batches(range(count), BATCH)])
+    images = torch.cat([batch.cpu() for batch in generated_images(engine, count, "generated images")])
     numbers = spread_evenly(len(training), MAX_TRAINING)
 
-    def features(source: Source, picked: np.ndarray) -> torch.Tensor:
-        return image_features(_batches(source, picked), detectors, device)[detector]
+    def features(source: Source, picked: np.ndarray, what: str) -> torch.Tensor:
+        return image_features(_batches(source, picked, what), detectors, device)[detector]
 
-    real = features(training, numbers)
+    real = features(training, numbers, "features of training images")
     found = nearest_images(real, image_features(images, detectors, device)[detector])
     seen = f"AuthPct {found.share:.1%} \u00b1 {found.error:.1%} of {count} generated images, by {detector} features, "
     seen += f"against {len(numbers):,} training images (near 50% if nothing is copied)"
@@ -98,7 +99,7 @@ def check_copies(
     copied = found.share + 3 * found.error < _NEAR_HALF
     evidence = f"AuthPct {found.share:.1%} \u00b1 {found.error:.1%}; without copies it is near 50%"
     if heldout is not None and len(heldout) > 5:
-        others = nearest_images(real, features(heldout, spread_evenly(len(heldout), count)))
+        others = nearest_images(real, features(heldout, spread_evenly(len(heldout), count), "held-out images"))
         seen += f"; {others.share:.1%} \u00b1 {others.error:.1%} of {len(others.nearest)} held-out images"
         errors = (found.error**2 + others.error**2) ** 0.5
         copied = others.share - found.share > max(_BELOW_HELDOUT, 3 * errors)
@@ -121,9 +122,12 @@ def check_copies(
     return Check(_NAME, seen, [finding], rows=rows)
 
 
-def _batches(source: Source, numbers: np.ndarray) -> Iterator[torch.Tensor]:
-    for start in range(0, len(numbers), BATCH):
-        yield torch.from_numpy(np.ascontiguousarray(source.read(numbers[start : start + BATCH])))
+def _batches(source: Source, numbers: np.ndarray, what: str) -> Iterator[torch.Tensor]:
+    with progress_bar(len(numbers), what=what) as bar:
+        for start in range(0, len(numbers), BATCH):
+            part = numbers[start : start + BATCH]
+            yield torch.from_numpy(np.ascontiguousarray(source.read(part)))
+            bar.update(len(part))
 
 
 def _write_pairs(

@@ -12,7 +12,7 @@ from edm2kit.data.dataset import Source, spread_evenly
 from edm2kit.ema.rebuild import plan_outputs, reconstruct
 from edm2kit.experiments.runs.findings import Check, Finding
 from edm2kit.experiments.runs.folder import RunFolder
-from edm2kit.experiments.runs.snapshot_losses import BATCH
+from edm2kit.experiments.runs.snapshot_losses import BATCH, generated_images
 from edm2kit.metrics.scoring import make_scorer
 from edm2kit.models.preconditioning import PRECISIONS
 from edm2kit.snapshots.loading import Weights, load_weights, open_weights
@@ -83,7 +83,7 @@ def check_by_score(run: RunFolder, reference: Path, device: torch.device, num: i
     for std, weights in rebuilt(run):
         snapshot = load_for_sampling(weights, device, run.config.precision)
         engine = prepare(request, device, loaded={"net": snapshot}).engine
-        scores[std] = scorer.score(batch.images for batch in engine.batches(range(num), BATCH))[metric]
+        scores[std] = scorer.score(generated_images(engine, num, f"images of EMA {std:g}"))[metric]
     best = min(scores, key=scores.__getitem__)
     rows = [f"EMA {std:.3f}: {score:.2f}{', best' if std == best else ''}" for std, score in scores.items()]
     tracked = min((std for std in scores if std in run.config.ema_stds), key=scores.__getitem__)

@@ -97,7 +97,7 @@ class Engine:
 
 
 @pytest.mark.parametrize("copying", [True, False])
-def test_a_network_that_copies_is_found(images, tmp_path, monkeypatch, copying):
+def test_a_network_that_copies_is_found(images, tmp_path, monkeypatch, capsys, copying):
     half = np.arange(0, 40, 2)
     from edm2kit.data.holdout import Part
 
@@ -113,6 +113,9 @@ def test_a_network_that_copies_is_found(images, tmp_path, monkeypatch, copying):
     if copying:
         assert "AuthPct 0.0%" in check.findings[0].evidence
         assert training.item_name(0) in check.rows[0]
+    shown = capsys.readouterr().err
+    assert "generated images: 100%" in shown
+    assert "features of training images: 100%" in shown
     compared = copies.check_copies(*arguments[:2], heldout, *arguments[3:])
     assert "of 20 held-out images" in compared.seen
     assert len(compared.findings) == copying
