@@ -11,10 +11,11 @@ from edm2kit.data.dataset import Source, open_source
 from edm2kit.data.holdout import Part, split
 from edm2kit.experiments.runs.doctor import examine, report_lines
 from edm2kit.experiments.runs.expected_loss import measure_moments
-from edm2kit.experiments.runs.findings import Check
+from edm2kit.experiments.runs.findings import COPIES, EMA_LENGTH, Check
 from edm2kit.experiments.runs.folder import RunFolder, open_run, training_set
 from edm2kit.models.encoders import make_encoder
 from edm2kit.torch_utils import dist
+from edm2kit.training.log import STOPPED_NAME
 
 FOUND = 3  # exit code
 
@@ -89,7 +90,12 @@ def doctor(
         checks = examine(folder, moments, why)
         if ema or copies is not None:
             checks += _with_networks(folder, source, why, others, num, ema, ref, copies, sheet, where)
-    click.echo(f"{run}: {folder.nimg:,} of {folder.config.duration_nimg:,} images\n")
+        if not ema:
+            checks.append(Check(EMA_LENGTH, not_looked="this evaluates networks; add --ema"))
+        if copies is None:
+            checks.append(Check(COPIES, not_looked="this generates images; add --copies 1000"))
+    stopped = "; stopped, run its command again to resume" if (run / STOPPED_NAME).exists() else ""
+    click.echo(f"{run}: {folder.nimg:,} of {folder.config.duration_nimg:,} images{stopped}\n")
     click.echo("\n".join(report_lines(checks)))
     if any(check.findings for check in checks):
         raise click.exceptions.Exit(FOUND)

@@ -45,9 +45,14 @@ def open_archive(
     if not archive.names:
         found = ""
         if archive.ignored:
-            found = f"; it contains {len(archive.ignored)} other files, such as {archive.ignored[0]}"
+            found = f"; it contains {other_files(len(archive.ignored))}, such as {archive.ignored[0]}"
         raise ValueError(f"{path}: contains no images ({', '.join(extensions)}){found}")
     return archive
+
+
+def other_files(count: int) -> str:
+    """How many files were ignored, in words."""
+    return "1 other file" if count == 1 else f"{count:,} other files"
 
 
 class FolderArchive:

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from edm2kit.data.archive import FolderArchive, ZipArchive, open_archive
+from edm2kit.data.archive import FolderArchive, ZipArchive, open_archive, other_files
 from edm2kit.data.check import look_at
 from edm2kit.data.cifar import CifarArchive, is_cifar_archive
 from edm2kit.data.crops import TRANSFORMS
@@ -360,7 +360,7 @@ def _description(archive: Archive, count: int, labels: Labels | None, channels: 
     lines = [f"{archive.path}: {len(archive.names)} images; converting {count} to {color}"]
     others = [name for name in archive.ignored if name not in (LABELS_FILE, RECORD)]
     if others:
-        lines.append(f"Ignoring {len(others)} other files: {_kinds(others)}")
+        lines.append(f"Ignoring {other_files(len(others))}: {_kinds(others)}")
     unread = [name for name in others if name.lower().endswith((*OTHER_TYPES, *HEIF_EXTENSIONS))]
     if unread:
         lines.append(
@@ -385,9 +385,12 @@ def _description(archive: Archive, count: int, labels: Labels | None, channels: 
 
 def _kinds(names: list[str]) -> str:
     """What kinds of files these are, the most frequent first: "12 videos (such as a.mov), 3 .txt (such as b.txt)"."""
-    kinds = ["videos" if name.lower().endswith(_VIDEOS) else Path(name).suffix.lower() or "no suffix" for name in names]
+    kinds = ["video" if name.lower().endswith(_VIDEOS) else Path(name).suffix.lower() or "no suffix" for name in names]
     counts = Counter(kinds).most_common()
-    parts = [f"{count} {kind} (such as {names[kinds.index(kind)]})" for kind, count in counts[:_MAX_KINDS]]
+    parts = []
+    for kind, count in counts[:_MAX_KINDS]:
+        plural = "s" if kind == "video" and count > 1 else ""
+        parts.append(f"{count} {kind}{plural} (such as {names[kinds.index(kind)]})")
     if len(counts) > _MAX_KINDS:
         parts.append(f"{len(counts) - _MAX_KINDS} other kinds")
     return ", ".join(parts)

@@ -26,7 +26,7 @@ def source(tmp_path):
 def test_class_folders_become_a_data_set(tmp_path, source, dest):
     output = convert(source, tmp_path / dest)
     assert "6 images; converting 6 to RGB" in output
-    assert "Ignoring 1 other files: 1 .txt (such as note.txt)" in output
+    assert "Ignoring 1 other file: 1 .txt (such as note.txt)" in output
     assert "2 classes: cat, dog" in output
     dataset = ImageDataset(tmp_path / dest)
     assert [dataset.item_name(k) for k in range(6)] == [f"00000/img{k:08d}.png" for k in range(6)]
@@ -133,7 +133,7 @@ def test_the_tool_reads_what_it_writes(tmp_path, source):
     ("files", "options", "code", "reason"),
     [
         ({}, (), 1, "contains no images"),
-        ({"a.txt": b"x"}, (), 1, "it contains 1 other files, such as a.txt"),
+        ({"a.txt": b"x"}, (), 1, "it contains 1 other file, such as a.txt"),
         ({"a.npy": npy(np.zeros((8, 4, 4), np.float32))}, (), 1, "contains no images"),
         (CLASSES, ("--transform", "crop"), 2, "'crop' is not one of 'none', 'center-crop'"),
         (CLASSES, ("--resolution", "8x"), 2, "'8x' is not a size; write for example 64 or 64x64"),

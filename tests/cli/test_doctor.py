@@ -49,7 +49,9 @@ def test_exit_codes_and_the_summary(run):
     found = doctor(run)
     assert found.exit_code == 0, found.output
     assert "Nothing wrong found." in found.output
-    assert "64,000 of 64,000 images" in found.output
+    assert "64,000 of 64,000 images\n" in found.output
+    assert "EMA length: this evaluates networks; add --ema" in found.output
+    assert "copies of training images: this generates images; add --copies 1000" in found.output
     assert "sigma below 0.186: " in found.output
     assert before == {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
     lines = [json.loads(line) for line in (run / "stats.jsonl").open()]
@@ -58,6 +60,8 @@ def test_exit_codes_and_the_summary(run):
     assert found.exit_code == 3
     assert "1. Gradients are often not finite and are set to 0." in found.output
     assert "   To do: Check the data" in found.output
+    (run / "stopped.txt").write_text("Stopped at 64000 images")
+    assert "64,000 of 64,000 images; stopped, run its command again to resume" in doctor(run).output
 
 
 def test_errors_are_told_from_findings(run, tmp_path):
@@ -105,7 +109,7 @@ def test_a_run_with_holdout_is_compared_on_the_same_split(trained):
 def test_images_that_the_run_did_not_see(trained, images, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "run")
     (copy / "heldout.jsonl").unlink()
-    assert "for this run give --heldout PATH" in doctor(copy, "--device", "cpu").output
+    assert f"doctor {copy} --heldout PATH` does so" in doctor(copy, "--device", "cpu").output
     found = doctor(copy, "--device", "cpu", "--heldout", images, "--num", 30)
     assert "at 2,048 images, on 30 images of each" in found.output
     other = tiny.make_dataset(tmp_path / "large", num_images=10, size=16)
@@ -127,6 +131,7 @@ def test_ema_lengths_and_copies_on_request(trained, tmp_path, monkeypatch):
     assert float(rows["0.100"]) == pytest.approx(last["heldout"]["loss"], abs=2e-3)
     assert "of 8 generated images, by fd_random features, against 60 training images" in found.output
     assert "of 8 held-out images" in found.output
+    assert "add --" not in found.output
     assert sheet.exists()
 
 

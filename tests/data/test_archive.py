@@ -76,7 +76,7 @@ def test_what_is_not_an_archive_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"a\.zip: not a zip archive, or cut short"):
         open_archive(tmp_path / "a.zip", (".png",))
     write_folder(tmp_path / "d", {"note.txt": b""})
-    with pytest.raises(ValueError, match=r"d: contains no images \(\.png\); .* 1 other files, such as note\.txt"):
+    with pytest.raises(ValueError, match=r"d: contains no images \(\.png\); .* 1 other file, such as note\.txt"):
         open_archive(tmp_path / "d", (".png",))
 
 

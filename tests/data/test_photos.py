@@ -202,6 +202,9 @@ def test_heic_photos_are_read_and_other_files_are_listed_once(tmp_path, heic_pho
     said = convert(heic_photos, tmp_path / "out", *CROP)
     assert "Ignoring 3 other files: 2 videos (such as clip.MOV), 1 .txt (such as note.txt)" in said
     assert said.count("clip") == 1
+    for name in ("clip2.mp4", "note.txt"):
+        (heic_photos / name).unlink()
+    assert "Ignoring 1 other file: 1 video (such as clip.MOV)" in convert(heic_photos, tmp_path / "again", *CROP)
     dataset = ImageDataset(tmp_path / "out")
     assert [is_upright(dataset[k][0]) for k in range(2)] == [True, True]
 

@@ -10,7 +10,7 @@ import torch
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.data.dataset import Source, spread_evenly
 from edm2kit.data.image_files import labelled_sheet
-from edm2kit.experiments.runs.findings import Check, Finding
+from edm2kit.experiments.runs.findings import COPIES, Check, Finding
 from edm2kit.experiments.runs.folder import RunFolder
 from edm2kit.experiments.runs.snapshot_losses import BATCH, generated_images
 from edm2kit.metrics.detectors.registry import load_detectors
@@ -25,7 +25,6 @@ MAX_TRAINING = 50_000
 _NEAR_HALF = 0.35  # AuthPct of a perfect model is near 0.5
 _BELOW_HELDOUT = 0.1
 _PAIRS = 16
-_NAME = "copies of training images"
 
 
 @dataclass(frozen=True)
@@ -75,13 +74,13 @@ def check_copies(
     """
     detector = detector or DETECTOR
     if training.item_dtype != np.uint8:
-        return Check(_NAME, not_looked="the data are latents; use calculate_metrics.py --real with the images")
+        return Check(COPIES, not_looked="the data are latents; use calculate_metrics.py --real with the images")
     if not run.headers:
-        return Check(_NAME, not_looked="the run has no snapshot to generate with")
+        return Check(COPIES, not_looked="the run has no snapshot to generate with")
     try:
         detectors = load_detectors([detector], device)
     except ValueError as error:
-        return Check(_NAME, not_looked=f"{detector} cannot be loaded ({error})")
+        return Check(COPIES, not_looked=f"{detector} cannot be loaded ({error})")
     path = max(run.headers, key=lambda one: (run.headers[one].nimg, run.headers[one].ema_std or 0))
     engine = prepare(Request(str(path), precision=run.config.precision), device).engine
     images = torch.cat([batch.cpu() for batch in generated_images(engine, count, "generated images")])
@@ -113,13 +112,13 @@ def check_copies(
         _write_pairs(sheet, training, numbers, images, found, order)
         rows.append(f"the {len(order)} nearest pairs are in {sheet}")
     if not copied:
-        return Check(_NAME, seen, rows=rows)
+        return Check(COPIES, seen, rows=rows)
     advice = (
         "Look at the pairs (--sheet). Use an earlier snapshot, more images, --augment 0.12, --dropout, or fewer "
         "--channels; remove duplicates from the training set"
     )
     finding = Finding("Generated images are too close to training images: the network copies.", evidence, advice)
-    return Check(_NAME, seen, [finding], rows=rows)
+    return Check(COPIES, seen, [finding], rows=rows)
 
 
 def _batches(source: Source, numbers: np.ndarray, what: str) -> Iterator[torch.Tensor]:

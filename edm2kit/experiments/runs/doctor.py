@@ -68,7 +68,7 @@ def check_noise_levels(run: RunFolder, moments: DataMoments | None, why_no_data:
             above.append((low, high, mean, expected))
     if not told:
         return Check(name, not_looked=too_few(run, "loss/sigma_...", 0))
-    seen = "the loss now, and that of a linear filter that only knows the power spectrum of the images"
+    seen = "the loss now, which should be below that of a linear filter that only knows the images' power spectrum"
     if missing:
         seen += f"; too few images to say at {', '.join(missing)}"
     if not above:
@@ -159,7 +159,8 @@ def check_heldout(run: RunFolder) -> Check:
     name = "training and held-out images"
     records = run.heldout
     if not records:
-        how = "training measures it with --holdout 0.05; for this run give --heldout PATH, images that it did not see"
+        how = "training measures it with --holdout 0.05; for this run, `python train.py doctor "
+        how += f"{run.path} --heldout PATH` does so on images that it did not see"
         return Check(name, not_looked=f"the run has no heldout.jsonl: {how}")
     last, findings, told, wide = records[-1], [], [], []
     for key, low, high in [("loss", 0.0, float("inf")), *run.noise_bins()]:

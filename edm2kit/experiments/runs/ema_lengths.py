@@ -10,7 +10,7 @@ import torch
 from edm2kit.cli.generation import Request, load_for_sampling, prepare
 from edm2kit.data.dataset import Source, spread_evenly
 from edm2kit.ema.rebuild import plan_outputs, reconstruct
-from edm2kit.experiments.runs.findings import Check, Finding
+from edm2kit.experiments.runs.findings import EMA_LENGTH, Check, Finding
 from edm2kit.experiments.runs.folder import RunFolder
 from edm2kit.experiments.runs.snapshot_losses import BATCH, generated_images
 from edm2kit.metrics.scoring import make_scorer
@@ -22,7 +22,6 @@ LENGTHS = (0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2)
 _POOR_FIT = 0.1
 _BETTER = 0.005  # of the loss
 _BETTER_SCORE = 0.05  # of the score; what seeds alone change is a few percent
-NAME = "EMA length"
 
 
 def rebuilt(run: RunFolder) -> Iterator[tuple[float, Weights]]:
@@ -39,7 +38,7 @@ def check_by_loss(run: RunFolder, training: Source, heldout: Source | None, devi
     """The loss of each length on held-out images, or on training images if there are none."""
     missing = _why_not(run)
     if missing:
-        return Check(NAME, not_looked=missing)
+        return Check(EMA_LENGTH, not_looked=missing)
     source, what = (training, "training images (there are no held-out ones, which are better for this)")
     if heldout is not None:
         source, what = heldout, "held-out images"
@@ -59,19 +58,19 @@ def check_by_loss(run: RunFolder, training: Source, heldout: Source | None, devi
     worse, error = _difference(losses[tracked], losses[best])
     seen = f"loss at the latest snapshot on {len(numbers)} {what}"
     if worse <= max(_BETTER, 3 * error):
-        return Check(NAME, seen, rows=rows)
+        return Check(EMA_LENGTH, seen, rows=rows)
     finding = Finding(
         "Another EMA length has a lower loss than those that training stored.",
         f"{best:g} is {worse:.4f} \u00b1 {error:.4f} below {tracked:g}",
         f"Rebuild it: `python reconstruct_phema.py --indir {run.path} --outdir {run.path / 'ema'} --outstd {best:g}`. "
         "For images, compare scores: the best length by a score may be another",
     )
-    return Check(NAME, seen, [finding], rows=rows)
+    return Check(EMA_LENGTH, seen, [finding], rows=rows)
 
 
 def check_by_score(run: RunFolder, reference: Path, device: torch.device, num: int) -> Check:
     """The distance of `num` generated images of each length from a reference, by its first detector."""
-    name = f"{NAME} by score"
+    name = f"{EMA_LENGTH} by score"
     missing = _why_not(run)
     if missing:
         return Check(name, not_looked=missing)

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# the checks that evaluate networks, on request
+EMA_LENGTH, COPIES = "EMA length", "copies of training images"
+
 
 @dataclass(frozen=True)
 class Finding:

@@ -42,7 +42,9 @@ def check_nonfinite_gradients(run: RunFolder) -> Check:
         return Check(name, not_looked="the log has no nonfinite_gradients")
     with_any = counts > 0
     later = with_any[len(with_any) // 2 :]
-    seen = f"{counts.sum():,.0f} set to 0, in {with_any.sum()} of {len(counts)} status lines"
+    seen = f"none in {len(counts)} status lines"
+    if with_any.any():
+        seen = f"{counts.sum():,.0f} set to 0, in {with_any.sum()} of {len(counts)} status lines"
     if later.mean() <= _OFTEN and not (len(counts) < FEW_LINES and later.all()):
         return Check(name, seen)
     if run.config.precision == "fp16":
@@ -90,12 +92,17 @@ def check_gradient_norms(run: RunFolder) -> Check:
         findings.append(
             Finding(
                 "Gradient norms grow.",
-                f"median {early:,.3g} in the second quarter of the log, {late:,.3g} in the last",
+                f"median {_norm(early)} in the second quarter of the log, {_norm(late)} in the last",
                 f"The run is becoming unstable: start again with a lower --lr (it is {run.config.ref_lr:g}) or an "
                 "earlier decay (--decay)",
             )
         )
-    return Check(name, f"median {np.median(norms):,.3g}, largest {norms.max():,.3g}", findings)
+    return Check(name, f"median {_norm(float(np.median(norms)))}, largest {_norm(float(norms.max()))}", findings)
+
+
+def _norm(value: float) -> str:
+    """The norm of gradients, with three digits or as a whole number; never as 2.15e+03."""
+    return f"{value:,.0f}" if 100 <= value < 1e9 else f"{value:.3g}"
 
 
 def check_loss(run: RunFolder) -> Check:

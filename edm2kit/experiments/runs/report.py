@@ -26,7 +26,7 @@ MEANING = (
     "sigma_data\u00b2) / (sigma sigma_data)\u00b2, makes noise levels comparable: a network that knows nothing of "
     "the image, and only scales its input, has a weighted error of about 1 at every level. u is a number "
     "that the network learns for each noise level, the logarithm of its own weighted error; dividing by "
-    "exp(u) gives every level the same say in the gradients.",
+    "exp(u) gives every level the same weight in the gradients.",
     "With u fitted, the loss is 1 + ln(weighted error). Loss 1 means that nothing is learned, loss 0 a "
     "weighted error of 0.37, loss -1 one of 0.14. So a negative loss is a good sign and not a fault, and "
     "0 is not its lower end. A step of -0.1 is a tenth less error, wherever it happens.",
@@ -58,9 +58,7 @@ def write_report(path: Path, reported: Sequence[Reported], about: str) -> None:
         blocks += _bins_over_time(reported[0])
     blocks += _heldout(reported)
     blocks += [page.heading("What the loss means"), *(page.paragraph(text) for text in MEANING)]
-    sheets = _sheets(reported)
-    if sheets:
-        blocks += [page.heading("Samples over training time"), sheets]
+    blocks += [page.heading("Samples over training time"), _sheets(reported)]
     blocks.append(page.heading("Training"))
     blocks += _over_time(reported, "lr", "learning rate", "The learning rate: ramp-up, then decay.")
     blocks += _over_time(reported, "gradient_norm", "gradient norm", "The norm of the gradients.", log_y=True)
@@ -258,7 +256,9 @@ def _sheets(reported: Sequence[Reported]) -> str:
                 )
         if stops:
             groups.append(page.SliderGroup(one.name, None, stops, start=len(stops) - 1))
-    return page.weight_slider(groups, "Training", "Run") if groups else ""
+    if not groups:
+        return page.paragraph("No sample sheets. Training writes one with each snapshot, unless it has --samples 0.")
+    return page.weight_slider(groups, "Training", "Run")
 
 
 def _scores(reported: Sequence[Reported]) -> list[str]:
@@ -273,7 +273,10 @@ def _scores(reported: Sequence[Reported]) -> list[str]:
                 if isinstance(std, float):
                     points.setdefault((one.name, metric, net.get("nimg")), {}).setdefault(std, entry["mean"])
     if not rows:
-        return []
+        path = reported[0].run.path
+        line = f"python calculate_metrics.py gen --net {path} --ref REFERENCE.npz --record {path / 'card.json'}"
+        text = "No score cards of this run's networks, neither in its folder nor in the one above it. To make one:"
+        return [page.heading("Scores"), page.paragraph(text), page.command(line)]
     blocks = [page.heading("Scores"), page.table(["run", "card", "metric", "value", "EMA"], rows, "lllrr")]
     blocks.append(
         page.paragraph(

@@ -119,6 +119,8 @@ def test_a_run_without_anything_has_a_page_that_says_so(tmp_path):
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "The log has no loss." in text
     assert "stats.jsonl is missing or empty" in text
+    assert "No sample sheets." in text
+    assert f"gen --net {folder} --ref REFERENCE.npz --record {folder / 'card.json'}" in text
 
 
 def test_curves_are_thinned_to_means(tmp_path):
