@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edm2kit.data.dataset import Source, open_source
+from edm2kit.data.dataset import Source, enlarged_fraction, open_source
 from edm2kit.models.cost import evaluation_cost
 from edm2kit.models.networks import full_architecture
 from edm2kit.models.preconditioning import resolve_precision, slow_precision
@@ -21,7 +21,6 @@ from edm2kit.torch_utils.files import atomic_write
 from edm2kit.training import recipe
 from edm2kit.training.log import make_forecast
 from edm2kit.training.recipe import Facts, Speed
-from edm2kit.training.run import enlarged_fraction
 
 _MEASURE_SEC = 60  # altogether, at most, if steps are short
 _WORTH_IT = 1.1  # how much faster bfloat16 must be

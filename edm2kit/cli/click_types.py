@@ -72,6 +72,13 @@ class _Base(click.Command):
             if isinstance(leaving.code, int | None):
                 dist.exit_process(leaving.code or 0)
             raise
+        except OSError as error:  # in --help, or in the last words of a command
+            if os.environ.get("EDM2_TRACEBACK") == "1" or not kwargs.get("standalone_mode", True):
+                raise
+            if dist.output_error(probe=True) is None:
+                with contextlib.suppress(OSError):
+                    click.echo(f"Error: {dist.one_line(str(error))}", err=True)
+            dist.exit_process(1)
         except Exception:
             if not dist.had_group():
                 raise
@@ -124,8 +131,9 @@ class Command(_Base):
         except (ValueError, OSError) as error:
             if os.environ.get("EDM2_TRACEBACK") == "1":
                 raise
-            if isinstance(error, dist.ReportedElsewhere):
-                raise click.exceptions.Exit(1) from error
+            lost = isinstance(error, OSError) and error.filename is None and dist.output_error(probe=True)
+            if lost or isinstance(error, dist.ReportedElsewhere):
+                raise click.exceptions.Exit(1) from error  # which `dist.exit_process` or the other rank explains
             raise click.ClickException(dist.one_line(str(error))) from error
         except Exception as error:
             if os.environ.get("EDM2_TRACEBACK") == "1" or not dist.is_out_of_memory(error):

@@ -34,10 +34,15 @@ def answer(name: str) -> None:
         return  # closed streams (cron, `2>&-`), which commands prepare first
     pages = json.loads(FILE.read_text(encoding="utf-8"))["pages"]
     words, separate = sys.argv[1:], " ".join([name, *sys.argv[1:2]])
-    with contextlib.suppress(_CommandIsNeeded):
-        if separate in pages and not pages[name]["commands"]:  # such as train.py doctor
-            stored_command(separate, pages).main(words[1:], prog_name=f"{Path(sys.argv[0]).name} {words[0]}")
-        stored_command(name, pages).main(words)
+    try:
+        with contextlib.suppress(_CommandIsNeeded):
+            if separate in pages and not pages[name]["commands"]:  # such as train.py doctor
+                stored_command(separate, pages).main(words[1:], prog_name=f"{Path(sys.argv[0]).name} {words[0]}")
+            stored_command(name, pages).main(words)
+    except OSError as error:  # click leaves in silence if the reader of a pipe has gone
+        with contextlib.suppress(OSError):
+            click.echo(f"Error: standard output cannot be written ({error.strerror})", err=True)
+        os._exit(1)  # Python would try to write the rest again
 
 
 def stored_command(name: str, pages: dict[str, Any]) -> click.Command:

@@ -7,6 +7,7 @@ million images, in every process.
 import contextlib
 import itertools
 import os
+import re
 import struct
 import zlib
 from array import array
@@ -53,6 +54,20 @@ def open_archive(
 def other_files(count: int) -> str:
     """How many files were ignored, in words."""
     return "1 other file" if count == 1 else f"{count:,} other files"
+
+
+def check_name(name: str, where: object) -> None:
+    """Raise ValueError unless `name`, which comes from the file `where`, stays below the folder it is appended to.
+
+    Absolute names, drives, "..", and characters that no file name needs are refused; parts are separated by "/".
+    """
+    parts = name.split("/")
+    inside = all(part not in ("", ".", "..") for part in parts) and ":" not in parts[0][1:2]
+    if not inside or "\0" in name or (os.name == "nt" and re.search(r'[\\:*?"<>|]', name)):
+        raise ValueError(
+            f"{where}: contains the name {name!r:.200}, which is not a path below a folder; nothing is written. Make "
+            "the archive again with relative names"
+        )
 
 
 class FolderArchive:

@@ -21,7 +21,7 @@ from edm2kit.data.image_files import (
     decode_array,
     find_layout,
 )
-from edm2kit.data.labels import ConditionSpace, find_extra, labels_identity, pick_labels, read_labels
+from edm2kit.data.labels import LABELS_FILE, ConditionSpace, find_extra, labels_identity, pick_labels, read_labels
 
 FILE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".npy")
 UNREAD_TYPES = tuple({*IMAGE_EXTENSIONS, *HEIF_EXTENSIONS, *OTHER_TYPES}.difference(FILE_EXTENSIONS))
@@ -380,3 +380,31 @@ def read_encoder_record(source: Source) -> EncoderRecord | None:
         if not isinstance(value, str):
             raise ValueError(f"{source.path}/{ENCODER_FILE}: {name} is {value!r:.60}; expected text")
     return record
+
+
+def enlarged_fraction(source: Source) -> float:
+    """The fraction of the images that `dataset_tool.py convert` had to enlarge, from its sample; 0 if unknown."""
+    try:
+        found = json.loads(source.read_extra(LABELS_FILE) or b"{}").get("enlarged", 0.0)
+    except (ValueError, AttributeError):
+        return 0.0
+    return found if isinstance(found, int | float) and 0 <= found <= 1 else 0.0
+
+
+def reading_notices(source: Source) -> list[str]:
+    """Advice on reading all images, and on reading them faster, if there is any."""
+    trouble = latent_trouble(source.read(spread_evenly(len(source), 64)))
+    notices = [f"{source.path}: {trouble}"] if trouble else []
+    if source.left_out:
+        total = len(source.left_out) + len(source)
+        notices.append(
+            f"{len(source.left_out)} of {total} images of {source.path} are left out, such as {source.left_out[0]}: "
+            "training does not read their type. `python scripts/dataset_tool.py convert` does"
+        )
+    if source.needs_decoding:
+        notices.append(
+            f"the images of {source.path} are decoded one by one, in --workers processes. `python scripts/"
+            f"dataset_tool.py convert --source {source.path} --dest FASTER.zip` stores them uncompressed: some twenty "
+            "times faster to read. If images keep their names (00000/img00000000.png), a run resumes with either"
+        )
+    return notices

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from edm2kit.data.archive import check_name
 from edm2kit.data.dataset import ENCODER_FILE, EncoderRecord, Source, open_source, read_encoder_record
 from edm2kit.data.image_files import encode_npy, encode_png
 from edm2kit.data.labels import Labels
@@ -21,7 +22,6 @@ from edm2kit.models.encoders import to_image
 from edm2kit.models.vae import STABILITY_VAE, load_vae, vae_decode, vae_encode, vae_sha256
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.dist import progress_bar
-from edm2kit.torch_utils.files import check_name
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 _ZIP_ENTRY_BYTES = 200  # headers and index entry of one file

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from edm2kit.data.archive import open_archive
+from edm2kit.data.archive import check_name, open_archive
 from edm2kit.data.dataset import FILE_EXTENSIONS
 from edm2kit.data.labels import LABELS_FILE, read_labels_file
-from edm2kit.torch_utils.files import check_name, differences, file_lock, free_bytes, plain_json, write_json
+from edm2kit.torch_utils.files import differences, file_lock, free_bytes, plain_json, write_json
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")

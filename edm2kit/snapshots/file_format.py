@@ -5,7 +5,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -16,10 +17,13 @@ from torch import nn
 
 from edm2kit.models.networks import DEFAULT_NETWORK, NETWORKS
 from edm2kit.models.preconditioning import Preconditioner
-from edm2kit.torch_utils.files import atomic_write, check_fields, check_type, code_commit
+from edm2kit.torch_utils.files import atomic_write, check_fields, check_type, code_commit, crc32_of
 
 FORMAT_VERSION = 2  # 2 names the kind of network; files of version 1 all hold "edm2"
 _HEADER_KEY = "edm2_snapshot"
+# checksums as 8 hexadecimal digits: of the header's text, and a JSON object with that of each tensor's bytes
+_HEADER_CRC_KEY, _WEIGHTS_CRC_KEY = "edm2_snapshot_crc32", "edm2_weights_crc32"
+_WRITE_AGAIN = "copy or write the file again"
 _MAX_BLOCKS = 1000  # EDM2-XXL has 12
 _SIZES = ("img_resolution", "img_channels", "label_dim", "sigma_data")
 _MAX_SIZE = 1 << 24
@@ -125,7 +129,8 @@ def stored_dtype(tensor_name: str, shape: torch.Size, dtype: str) -> str:
 class SnapshotWriter:
     """Writes a snapshot tensor by tensor, or part by part, in the order of `shapes`, without a second copy in memory.
 
-    Use it as a context manager. The file appears under its name only when it is complete.
+    Use it as a context manager. The file appears under its name only when it is complete. It has a CRC-32 of the header
+    and of each tensor, which are compared when they are read.
 
     Example:
 
@@ -142,9 +147,18 @@ class SnapshotWriter:
             name: (stored_dtype(name, shape, header.dtype), torch.Size(shape)) for name, shape in shapes.items()
         }
         self._left = {name: shape.numel() for name, (_, shape) in self._layout.items()}  # values still to be written
+        self._crc32 = dict.fromkeys(self._layout, 0)
 
     def _preamble(self) -> bytes:
-        entries: dict[str, Any] = {"__metadata__": {_HEADER_KEY: self.header.to_json(), "format": "pt"}}
+        header = self.header.to_json()
+        checksums = {name: f"{crc32:08x}" for name, crc32 in self._crc32.items()}
+        metadata = {
+            _HEADER_KEY: header,
+            "format": "pt",
+            _HEADER_CRC_KEY: f"{zlib.crc32(header.encode()):08x}",
+            _WEIGHTS_CRC_KEY: json.dumps(checksums),
+        }
+        entries: dict[str, Any] = {"__metadata__": metadata}
         offset = 0
         for name, (dtype, shape) in self._layout.items():
             size = shape.numel() * STORED_DTYPES[dtype][1].itemsize
@@ -181,16 +195,24 @@ class SnapshotWriter:
             raise ValueError(
                 f"{name} is not finite as {stored.dtype}: training has diverged, or the weights need dtype float32"
             )
-        self._file.write(stored.view(torch.uint8).numpy().data)
+        data = stored.view(torch.uint8).numpy().data
+        self._file.write(data)
+        self._crc32[name] = zlib.crc32(data, self._crc32[name])
         self._left[name] -= len(values)
         if not self._left[name]:
             del self._left[name]
 
     def __exit__(self, *error: Any) -> None:
-        if error[0] is None and self._left:
-            missing = ValueError(f"snapshot {self.path}: tensor {next(iter(self._left))} was never written")
-            self._context.__exit__(type(missing), missing, None)
-            raise missing
+        if error[0] is None:
+            try:
+                if self._left:
+                    raise ValueError(f"snapshot {self.path}: tensor {next(iter(self._left))} was never written")
+                # again, with the checksums, which are known now; they have the same number of digits
+                self._file.seek(0)
+                self._file.write(self._preamble())
+            except (ValueError, OSError) as failure:
+                self._context.__exit__(type(failure), failure, None)
+                raise
         self._context.__exit__(*error)
 
 
@@ -212,9 +234,12 @@ def read_header(path: str | Path) -> Header:
     Example: `read_header("network-snapshot-0016777-0.050.safetensors").nimg`.
     """
     with _open(path) as file:
-        text = (file.metadata() or {}).get(_HEADER_KEY)
+        metadata = file.metadata() or {}
+    text = metadata.get(_HEADER_KEY)
     if text is None:
         raise ValueError(f"{path} is a safetensors file but not a snapshot of this project (no {_HEADER_KEY} header)")
+    if metadata.get(_HEADER_CRC_KEY) not in (None, f"{zlib.crc32(text.encode()):08x}"):
+        raise ValueError(f"{path} is damaged: its header does not match its checksum; {_WRITE_AGAIN}")
     try:
         return Header.from_json(text)
     except (KeyError, TypeError, AttributeError, RecursionError, OverflowError, ValueError) as error:
@@ -224,25 +249,49 @@ def read_header(path: str | Path) -> Header:
 
 
 def read_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) one at a time, on the CPU, as stored."""
+    """(name, tensor) one at a time, on the CPU, as stored. Raises ValueError if one does not match its checksum."""
     with _open(path) as file:
-        for name in file.keys():  # noqa: SIM118 - not a dict
-            yield name, file.get_tensor(name)
+        names = list(file.keys())
+        checksums = _checksums(path, file.metadata() or {}, names)
+        for name in names:
+            tensor = file.get_tensor(name)
+            if checksums and crc32_of({name: tensor})[name] != f"{checksums[name]:08x}":
+                raise damaged_weights(path, name)
+            yield name, tensor
 
 
-def tensor_layout(path: str | Path) -> dict[str, tuple[int, torch.dtype, torch.Size]]:
-    """(offset of the first byte, dtype, shape) of each tensor in a snapshot file, by name."""
+def damaged_weights(path: object, name: str) -> ValueError:
+    """The error for a tensor that does not match its checksum."""
+    return ValueError(f"{path} is damaged: the weights {name} do not match their checksum; {_WRITE_AGAIN}")
+
+
+def _checksums(path: str | Path, metadata: Mapping[str, str], names: Iterable[str]) -> dict[str, int]:
+    """The CRC-32 of each tensor; {} if the file has none, as other programs and earlier versions write it."""
+    text = metadata.get(_WEIGHTS_CRC_KEY)
+    if text is None:
+        return {}
+    try:
+        found = {name: int(digits, 16) for name, digits in json.loads(text).items()}
+        if found.keys() != set(names):
+            raise ValueError("they are of other tensors")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: its checksums cannot be read ({error}); {_WRITE_AGAIN}") from error
+    return found
+
+
+def tensor_layout(path: str | Path) -> dict[str, tuple[int, torch.dtype, torch.Size, int | None]]:
+    """(offset of the first byte, dtype, shape, CRC-32 if known) of each tensor in a snapshot file, by name."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))
-    entries.pop("__metadata__", None)
+    checksums = _checksums(path, entries.pop("__metadata__", {}), entries)
     dtypes = dict(STORED_DTYPES.values())
     layout = {}
     for name, entry in entries.items():
         if entry["dtype"] not in dtypes:
             raise ValueError(f"{path}: {name} is stored as {entry['dtype']}; expected one of {', '.join(dtypes)}")
         offset = 8 + length + entry["data_offsets"][0]
-        layout[name] = (offset, dtypes[entry["dtype"]], torch.Size(entry["shape"]))
+        layout[name] = (offset, dtypes[entry["dtype"]], torch.Size(entry["shape"]), checksums.get(name))
     return layout
 
 

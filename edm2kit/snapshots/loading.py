@@ -1,9 +1,11 @@
 """Opening a snapshot of any format, by path or URL: as a network, or as weights that are read on demand."""
 
 import errno
+import functools
 import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from threading import Lock
@@ -12,7 +14,14 @@ import torch
 
 from edm2kit.models.encoders import Encoder, make_encoder
 from edm2kit.models.preconditioning import Preconditioner
-from edm2kit.snapshots.file_format import Header, check_weights, network_on_meta, read_header, tensor_layout
+from edm2kit.snapshots.file_format import (
+    Header,
+    check_weights,
+    damaged_weights,
+    network_on_meta,
+    read_header,
+    tensor_layout,
+)
 from edm2kit.snapshots.published import read_published
 from edm2kit.torch_utils.cache import fetch
 
@@ -41,11 +50,12 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class TensorInFile:
-    """A tensor in a file: its values are contiguous from byte `offset` on."""
+    """A tensor in a file: its values are contiguous from byte `offset` on, with the checksum `crc32` if it is known."""
 
     offset: int
     dtype: torch.dtype
     shape: torch.Size
+    crc32: int | None = None
 
 
 @dataclass(frozen=True)
@@ -215,12 +225,16 @@ def _open_one_of_many(path: str | Path) -> FileIO:
 
 
 class WeightReader:
-    """Reads parts of the tensors of one `Weights`. A context manager; threads may share it."""
+    """Reads parts of the tensors of one `Weights`. A context manager; threads may share it.
+
+    A tensor is compared with its checksum when the last of its parts has been read, in any order.
+    """
 
     def __init__(self, weights: Weights):
         self.weights = weights
+        self._begun: dict[str, _Begun] = {}
         # not memory-mapped: the mapped pages of hundreds of files would count as this process's memory
-        self._lock = Lock()  # for seek and read on systems without preadv (Windows)
+        self._lock = Lock()  # for the parts, and for seek and read on systems without preadv (Windows)
         self._file = None if weights.path is None else _open_one_of_many(weights.path)
 
     def __enter__(self) -> "WeightReader":
@@ -239,7 +253,7 @@ class WeightReader:
         return isinstance(self.weights.tensors[name], TensorInFile)
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Values start..stop-1 of the flattened tensor, as stored; raises ValueError if the file ends before."""
+        """Values start..stop-1 of the flattened tensor, as stored; raises ValueError if the file is damaged."""
         tensor = self.weights.tensors[name]
         if isinstance(tensor, torch.Tensor):
             return tensor.detach().reshape(-1)[start:stop]
@@ -251,7 +265,8 @@ class WeightReader:
         """Fill `out` with the bytes of the flattened tensor from value `start` on; raises as `read`."""
         tensor = self.weights.tensors[name]
         assert isinstance(tensor, TensorInFile)
-        offset = tensor.offset + start * tensor.dtype.itemsize
+        first = start * tensor.dtype.itemsize
+        offset, complete = tensor.offset + first, out
         assert self._file is not None
         while out:
             if hasattr(os, "preadv"):
@@ -263,3 +278,60 @@ class WeightReader:
             if not count:
                 raise ValueError(f"{self.weights.path} was truncated while it was being read; copy or write it again")
             out, offset = out[count:], offset + count
+        if tensor.crc32 is not None:
+            self._compare(name, first, complete)
+
+    def _compare(self, name: str, first: int, data: memoryview) -> None:
+        """Raise ValueError if `data`, from byte `first` on, completes a tensor that does not match its checksum."""
+        tensor, found = self.weights.tensors[name], zlib.crc32(data)
+        assert isinstance(tensor, TensorInFile)
+        size = tensor.shape.numel() * tensor.dtype.itemsize
+        if len(data) < size:
+            with self._lock:
+                begun = self._begun.setdefault(name, _Begun())
+                begun.add(first, len(data), found)
+            if begun.num_bytes < size:
+                return
+            found = begun.crc32
+        if found != tensor.crc32:
+            raise damaged_weights(self.weights.path, name)
+
+
+@dataclass
+class _Begun:
+    """The checksum `crc32` of the first `num_bytes` of a tensor, and parts that wait for those before them."""
+
+    num_bytes: int = 0
+    crc32: int = 0
+    waiting: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, first: int, num_bytes: int, crc32: int) -> None:
+        """Add a part that begins at byte `first`."""
+        self.waiting[first] = num_bytes, crc32
+        while self.num_bytes in self.waiting:
+            length, crc32 = self.waiting.pop(self.num_bytes)
+            self.crc32 = _times(self.crc32, _shift(length)) ^ crc32
+            self.num_bytes += length
+
+
+def _times(a: int, b: int) -> int:
+    """The product of two polynomials modulo that of CRC-32, with the coefficient of x^0 in the highest bit."""
+    product = 0
+    while a:
+        if a & 1 << 31:
+            product ^= b
+        a = a << 1 & 0xFFFFFFFF
+        b = b >> 1 ^ (0xEDB88320 if b & 1 else 0)
+    return product
+
+
+@functools.cache
+def _shift(num_bytes: int) -> int:
+    """x^(8 num_bytes), by which a CRC-32 is multiplied as so many bytes follow."""
+    power, square = 1 << 31, 1 << 23
+    while num_bytes:
+        if num_bytes & 1:
+            power = _times(power, square)
+        square = _times(square, square)
+        num_bytes >>= 1
+    return power

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import os
 import sys
@@ -39,7 +40,9 @@ def pick_device(name: str = "auto") -> torch.device:
     if name.split(":")[0] not in available:
         raise ValueError(f"--device {name}: not available here; use one of auto, {', '.join(available)}")
     if name == "cuda":
-        name = "cuda:0" if _slurm_hides_other_gpus() else f"cuda:{env_int('LOCAL_RANK', 0)}"
+        from edm2kit.torch_utils.launchers import slurm_hides_other_gpus
+
+        name = "cuda:0" if slurm_hides_other_gpus() else f"cuda:{env_int('LOCAL_RANK', 0)}"
     if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
         raise ValueError(
             f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s); start one process per GPU "
@@ -56,12 +59,6 @@ def env_int(name: str, default: int) -> int:
     return int(text)
 
 
-def _slurm_hides_other_gpus() -> bool:
-    """Whether Slurm shows each process a GPU of its own (srun --gpus-per-task=1), which is number 0 to all of them."""
-    per_task = os.environ.get("SLURM_GPUS_PER_TASK") or "gres/gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
-    return bool(per_task) and torch.cuda.device_count() == 1
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that a device or the host has no memory left."""
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
@@ -73,6 +70,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 DEFAULT_TIMEOUT_SEC = 1800.0
 _had_group = False
+_lost_output: OSError | None = None
 _tf32_wanted = False
 _timeout_sec: float | None = None  # as the user asked
 _num_meetings = 0  # how often this rank has come to a point where all ranks meet
@@ -142,14 +140,36 @@ def had_group() -> bool:
     return _had_group
 
 
+def output_error(probe: bool = False) -> OSError | None:
+    """Why something is missing in standard output; None if nothing is. An unbuffered one is tried if `probe` is set."""
+    try:
+        if probe and sys.stdout.write_through:  # type: ignore[attr-defined]
+            sys.stdout.write("\n")
+        sys.stdout.flush()
+    except OSError as error:
+        return error
+    except (ValueError, AttributeError):  # closed by this process, or None
+        pass
+    return _lost_output
+
+
 def exit_process(code: int) -> None:
     """End this process with `code`; if it was part of a process group, at once, after flushing its output.
 
-    Gloo's threads outlive the group. If one of them still frees a tensor while the interpreter shuts down, the process
+    If the disk of standard output is full, says so and makes 0 a 1: somebody may take the output for complete. Gloo's
+    threads outlive the group. If one of them still frees a tensor while the interpreter shuts down, the process
     aborts (exit code -6 in about one of 30 runs on a busy machine, torch 2.13).
     """
-    for stream in (sys.stdout, sys.stderr):
-        _say("", stream)
+    error = output_error()
+    if error is not None:
+        _discard(sys.stdout)
+        if error.errno != errno.EPIPE:  # a reader that has gone does not miss anything
+            _say(f"Error: standard output cannot be written ({error.strerror})\n", sys.stderr)
+            code = code or 1
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):
+        _discard(sys.stderr)
     if had_group():
         os._exit(code)
     sys.exit(code)
@@ -201,7 +221,8 @@ def _launched() -> contextlib.AbstractContextManager[None]:
 
 def _in_group(picked: torch.device, limit_sec: float) -> Iterator[torch.device]:
     global _had_group
-    from edm2kit.torch_utils.heartbeat import watching  # a single process has nobody to watch
+    # a single process has nobody to watch
+    from edm2kit.torch_utils.heartbeat import is_of_group, reason_of_loss, watching
     from edm2kit.torch_utils.meeting import check_host_name, group_arguments
 
     check_host_name()
@@ -221,29 +242,10 @@ def _in_group(picked: torch.device, limit_sec: float) -> Iterator[torch.device]:
                 raise ReportedElsewhere(str(error)) from error
             raise
         except RuntimeError as error:
-            if not _is_of_group(error):
+            if not is_of_group(error):
                 raise
-            raise ValueError(_lost(str(error), late_ranks(), limit_sec)) from error
+            raise ValueError(reason_of_loss(str(error), late_ranks(), limit_sec)) from error
     torch.distributed.destroy_process_group()
-
-
-def _is_of_group(error: RuntimeError) -> bool:
-    """Whether an error says that other ranks cannot be reached; gloo has no class of its own."""
-    return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
-
-
-def _lost(reason: str, late: list[str], limit_sec: float) -> str:
-    first_line = reason.splitlines()[0].partition(". This is typically")[0]
-    if "EADDRINUSE" in reason:
-        return f"port {os.environ.get('MASTER_PORT')} is in use on this machine; set MASTER_PORT to a free one"
-    if "timed out" in first_line.lower() or "timeout" in first_line.lower():
-        who = "; ".join(late) or "all of them report that they are alive"
-        return (
-            f"waited {limit_sec:.0f} s for the other ranks and gave up: {who}. Run the same command to resume; "
-            "--timeout sets the time to wait"
-        )
-    who = f": {'; '.join(late)}" if late else ""
-    return f"another rank has ended{who}. Its own message says why, unless the system killed it ({first_line})"
 
 
 class ReportedElsewhere(ValueError):
@@ -288,17 +290,23 @@ def warn0(message: str) -> None:
 
 def _say(text: str, stream: TextIO) -> None:
     """Write and flush. If nobody reads the stream any more, or its disk is full, the text is lost and work goes on."""
+    global _lost_output
     try:
         stream.write(text)
         stream.flush()
     except BrokenPipeError:
-        # the rest of the buffer must go somewhere, or Python fails again at exit
-        with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
-    except (OSError, ValueError, AttributeError):  # a full disk, a closed stream, or None under pythonw
-        pass
+        _discard(stream)
+    except (OSError, ValueError, AttributeError) as error:  # a full disk, a closed stream, or None under pythonw
+        if isinstance(error, OSError) and stream is sys.stdout:
+            _lost_output = error
+
+
+def _discard(stream: TextIO) -> None:
+    """Send the rest of the buffer, and all that follows, nowhere: Python would fail again at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _meet() -> bool:

@@ -16,6 +16,7 @@ import subprocess
 import time
 import types
 import typing
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -165,6 +166,11 @@ def sampled_sha256(path: Path) -> str:
             file.seek(max(size - _PIECE_BYTES, 0) * k // _PIECES)
             digest.update(file.read(_PIECE_BYTES))
     return digest.hexdigest()
+
+
+def crc32_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """The CRC-32 of the bytes of each tensor (on the CPU), by name, as 8 hexadecimal digits."""
+    return {name: f"{zlib.crc32(one.reshape(-1).view(torch.uint8).numpy()):08x}" for name, one in tensors.items()}
 
 
 def free_bytes(folder: Path) -> int:
@@ -352,20 +358,6 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, str]:
         "hardware": hardware(device),
         **gpu,
     }
-
-
-def check_name(name: str, where: object) -> None:
-    """Raise ValueError unless `name`, which comes from the file `where`, stays below the folder it is appended to.
-
-    Absolute names, drives, "..", and characters that no file name needs are refused; parts are separated by "/".
-    """
-    parts = name.split("/")
-    inside = all(part not in ("", ".", "..") for part in parts) and ":" not in parts[0][1:2]
-    if not inside or "\0" in name or (os.name == "nt" and re.search(r'[\\:*?"<>|]', name)):
-        raise ValueError(
-            f"{where}: contains the name {name!r:.200}, which is not a path below a folder; nothing is written. Make "
-            "the archive again with relative names"
-        )
 
 
 _MAX_INT = 1 << 62

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
+import torch.distributed
+
 BEAT_SEC = 5.0
 LATE_SEC = 60.0
 _STORE_WAIT_SEC = 20
@@ -158,6 +160,26 @@ def ask(question: Callable[[], Any], otherwise: Any) -> Any:
     return answers[0] if answers else otherwise
 
 
+def is_of_group(error: RuntimeError) -> bool:
+    """Whether an error says that other ranks cannot be reached; gloo has no class of its own."""
+    return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
+
+
+def reason_of_loss(reason: str, late: list[str], limit_sec: float) -> str:
+    """Why a process gives up after an error of its group, for a message; `late` are the ranks that it waited for."""
+    first_line = reason.splitlines()[0].partition(". This is typically")[0]
+    if "EADDRINUSE" in reason:
+        return f"port {os.environ.get('MASTER_PORT')} is in use on this machine; set MASTER_PORT to a free one"
+    if "timed out" in first_line.lower() or "timeout" in first_line.lower():
+        who = "; ".join(late) or "all of them report that they are alive"
+        return (
+            f"waited {limit_sec:.0f} s for the other ranks and gave up: {who}. Run the same command to resume; "
+            "--timeout sets the time to wait"
+        )
+    who = f": {'; '.join(late)}" if late else ""
+    return f"another rank has ended{who}. Its own message says why, unless the system killed it ({first_line})"
+
+
 @contextlib.contextmanager
 def watching(
     rank: int, world_size: int, steps: Callable[[], int], say: Callable[[str], None]
@@ -172,8 +194,6 @@ def watching(
     silence = f"{host}, port {port}, where the ranks find each other, does not answer"
 
     def run() -> None:
-        import torch.distributed
-
         failures = 0
         while True:
             try:

@@ -5,6 +5,8 @@ import os
 import re
 from collections.abc import Iterator
 
+import torch
+
 from edm2kit.torch_utils import dist
 
 _ALONE = "to run each process on its own, set WORLD_SIZE=1"
@@ -98,6 +100,12 @@ def _of_slurm() -> dict[str, str]:
         "MASTER_ADDR": first_host(hosts) if nodes > 1 else "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+
+
+def slurm_hides_other_gpus() -> bool:
+    """Whether Slurm shows each process a GPU of its own (srun --gpus-per-task=1), which is number 0 to all of them."""
+    per_task = os.environ.get("SLURM_GPUS_PER_TASK") or "gres/gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
+    return bool(per_task) and torch.cuda.device_count() == 1
 
 
 def tasks_per_node(text: str) -> list[int]:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import sys
 import time
@@ -18,8 +19,7 @@ import torch
 from torch import nn
 
 from edm2kit.data.batches import STOP_SIGNALS, GlobalOrder, micro_batch_sizes, training_batches
-from edm2kit.data.dataset import Source, latent_trouble, open_source, read_encoder_record, spread_evenly
-from edm2kit.data.labels import LABELS_FILE
+from edm2kit.data.dataset import Source, enlarged_fraction, open_source, read_encoder_record, reading_notices
 from edm2kit.models.encoders import ENCODERS, Encoder, make_encoder
 from edm2kit.models.networks import NETWORKS
 from edm2kit.models.preconditioning import PRECISIONS, slow_precision
@@ -308,34 +308,6 @@ def resolve(
     return Run(config, dataset, encoder, header, notices, identity, sizes, run_dir, processes, heldout)
 
 
-def reading_notices(dataset: Source) -> list[str]:
-    """Advice on reading all images, and on reading them faster, if there is any."""
-    trouble = latent_trouble(dataset.read(spread_evenly(len(dataset), 64)))
-    notices = [f"{dataset.path}: {trouble}"] if trouble else []
-    if dataset.left_out:
-        total = len(dataset.left_out) + len(dataset)
-        notices.append(
-            f"{len(dataset.left_out)} of {total} images of {dataset.path} are left out, such as {dataset.left_out[0]}: "
-            "training does not read their type. `python scripts/dataset_tool.py convert` does"
-        )
-    if dataset.needs_decoding:
-        notices.append(
-            f"the images of {dataset.path} are decoded one by one, in --workers processes. `python scripts/"
-            f"dataset_tool.py convert --source {dataset.path} --dest FASTER.zip` stores them uncompressed: some twenty "
-            "times faster to read. If images keep their names (00000/img00000000.png), a run resumes with either"
-        )
-    return notices
-
-
-def enlarged_fraction(dataset: Source) -> float:
-    """The fraction of the images that `dataset_tool.py convert` had to enlarge, from its sample; 0 if unknown."""
-    try:
-        found = json.loads(dataset.read_extra(LABELS_FILE) or b"{}").get("enlarged", 0.0)
-    except (ValueError, AttributeError):
-        return 0.0
-    return found if isinstance(found, int | float) and 0 <= found <= 1 else 0.0
-
-
 def _fitting_encoder(config: TrainConfig, dataset: Source) -> Encoder:
     """The encoder for the data; raises ValueError if the configuration names one that does not fit."""
     fitting = "rgb" if dataset.item_dtype == np.uint8 else "vae"
@@ -417,7 +389,7 @@ def _refuse_checkpoints_of_others(run: Run) -> None:
 
 
 class StopRequest:
-    """A callable that returns True after a signal, or once `max_sec` seconds have passed.
+    """A callable that returns True after a signal, once `max_sec` seconds have passed, or after torchrun has ended.
 
     Signals are SIGTERM, SIGUSR1, SIGHUP (a terminal that closes; not under nohup) and a first Ctrl-C; a second one
     interrupts at once. Before the first call there is nothing to save, so that signals other than Ctrl-C end the
@@ -427,9 +399,14 @@ class StopRequest:
     def __init__(self, max_sec: float | None = None) -> None:
         self._deadline_sec = None if max_sec is None else time.monotonic() + max_sec
         self._asked = self._started = False
+        self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __call__(self) -> bool:
         self._started = True
+        if not self._asked and self._torchrun not in (None, os.getppid()):
+            # killed alone (out of memory, kill -9): nobody would end these processes, or know of them
+            dist.warn0(f"torchrun (process {self._torchrun}) has ended; saving and stopping")
+            self._asked = True
         return self._asked or (self._deadline_sec is not None and time.monotonic() > self._deadline_sec)
 
     def __enter__(self) -> "StopRequest":

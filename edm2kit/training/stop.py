@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edm2kit.snapshots.file_format import read_header, snapshot_name
+from edm2kit.snapshots.file_format import read_header, read_tensors, snapshot_name
 from edm2kit.torch_utils import dist
 from edm2kit.training.checkpoint import list_checkpoints
 
@@ -62,8 +62,8 @@ def leave_last_good_network(trainer: "Trainer", run_dir: Path) -> None:
 def write_missing_snapshots(trainer: "Trainer", run_dir: Path) -> None:
     """Write the last snapshots of a run that is complete, if they were removed or damaged since."""
     names = [snapshot_name(trainer.nimg, std) for std in trainer.ema.stds]
-    if None in dist.on_rank0(lambda: [_nimg_of(run_dir / name) for name in names]):
-        dist.warn0(f"{run_dir} lacks the snapshots at {trainer.nimg} images; writing them again")
+    if not all(dist.on_rank0(lambda: [_is_intact(run_dir / name) for name in names])):
+        dist.warn0(f"{run_dir} lacks the snapshots at {trainer.nimg} images, or they are damaged; writing them again")
         trainer.save_snapshots(run_dir)
 
 
@@ -81,3 +81,14 @@ def _nimg_of(snapshot: Path) -> int | None:
         return read_header(snapshot).nimg
     except ValueError:
         return None
+
+
+def _is_intact(snapshot: Path) -> bool:
+    """Whether there is a snapshot, and its weights match their checksums if it has any."""
+    try:
+        read_header(snapshot)
+        for _ in read_tensors(snapshot):
+            pass
+    except ValueError:
+        return False
+    return True

@@ -190,6 +190,10 @@ def test_damaged_inputs_are_named(walk, folder, tmp_path):
     assert (code, output.count("\n"), f"{name} is not a complete snapshot" in output) == (1, 1, True)
     (folder / name).write_bytes(whole[:-4] + b"\x00\x00\xc0\x7f")  # not a number
     code, output = run(*common)
+    assert (code, f"{name} is damaged: the weights " in output) == (1, True)
+    unchecked = whole.replace(b"edm2_weights_crc32", b"edm2_weights_other")  # as earlier versions wrote it
+    (folder / name).write_bytes(unchecked[:-4] + b"\x00\x00\xc0\x7f")
+    code, output = run(*common)
     assert (code, f"Error: {name}: " in output) == (1, True)
     assert list((tmp_path / "out").iterdir()) == []
 

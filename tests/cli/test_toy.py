@@ -15,7 +15,7 @@ from edm2kit.experiments.toy import evaluation, page, report
 from edm2kit.experiments.toy.measures import MEASURES
 from edm2kit.experiments.toy.methods import TOY_METHODS, Nets
 from edm2kit.experiments.toy.model import ToyNet
-from edm2kit.experiments.toy.training import RECIPES, network_path, save_network
+from edm2kit.experiments.toy.training import RECIPES, load_network, network_path, save_network
 from tests.support.browser import dump, needs_browser, with_script
 from tests.support.fakes import Gaussian
 
@@ -205,8 +205,13 @@ def test_missing_or_too_few_inputs_are_reported_in_one_line(tmp_path, arguments,
 
 
 def test_a_damaged_network_is_reported_before_another_is_trained(outdir):
+    path = network_path(outdir, "both", 1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"both-seed1.safetensors is damaged: its weights do not match"):
+        load_network(outdir, "both", 1)
     network_path(outdir, "main", 0).unlink()
-    network_path(outdir, "both", 1).write_bytes(b"")
+    path.write_bytes(b"")
     assert "both-seed1.safetensors is not a complete network file" in told_in_one_line(
         run("train", "--outdir", outdir, "--seeds", "0-1")
     )

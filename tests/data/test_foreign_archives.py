@@ -11,15 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edm2kit.data.archive import open_archive
+from edm2kit.data.archive import check_name, open_archive
 from edm2kit.data.check import check, look_at
 from edm2kit.data.convert import find_labels, plan
-from edm2kit.data.dataset import ImageDataset, open_source
+from edm2kit.data.dataset import ImageDataset, open_source, reading_notices
 from edm2kit.data.image_files import IMAGE_EXTENSIONS, encode_png, open_header
 from edm2kit.data.labels import read_labels
 from edm2kit.data.output import PartialDataset
-from edm2kit.torch_utils.files import check_name
-from edm2kit.training.run import reading_notices
 
 
 def png(value=7, size=8, mode="RGB"):

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks.plain_io import PlainDataset
-from edm2kit.data.dataset import ImageDataset
+from edm2kit.data.dataset import ImageDataset, reading_notices
 from edm2kit.data.image_files import encode_png, find_layout
-from edm2kit.training.run import reading_notices
 from tests.support.dataset_tool import convert, run
 from tests.support.pictures import encoded, npy, picture, some_files, with_labels, write_folder, write_zip
 

@@ -129,7 +129,7 @@ FAMILIES = {
             Variant("two ranks, sharded", _job("train", f"{_TRAIN} plain.yaml --shard true", 2)),
             Variant("two ranks under an agent", _job("train", f"{_TRAIN} readers.yaml", 2, agent=True), readers=True),
         ),
-        unchecked=(".jsonl", ".safetensors"),
+        unchecked=(".jsonl",),
         lasting=(".safetensors", ".png", ".jsonl"),
     ),
     "generate": Family(

@@ -43,7 +43,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("optuna.storages._rdb.storage", "sqlalchemy.dialects.sqlite.pysqlite", "alembic.command"),
     ),
 }
-_SUBREAPER = 36  # prctl: orphans below this process become its children
+_DEATH_SIGNAL, _SUBREAPER = 1, 36  # prctl: what a child gets when its parent dies; orphans become children
 _LOOK_SEC = 0.01
 
 
@@ -196,21 +196,34 @@ def _with_agent(request: dict[str, Any], number: int, job: dict[str, Any]) -> in
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    agent = os.getpid()
+    os.register_at_fork(after_in_child=lambda: _become_rank() if os.getppid() == agent else None)
     config = LaunchConfig(
-        1, 1, job["ranks"], run_id=f"faults-{os.getpid()}", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        1, 1, job["ranks"], run_id=f"faults-{agent}", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         max_restarts=0, start_method="fork", monitor_interval=0.1,
     )  # fmt: skip
     try:
-        elastic_launch(config, _rank_of_agent)(request, number, job)
-    except ChildFailedError:  # torchrun prints a table of exit codes here
+        elastic_launch(config, _rank_of_agent)(request, number, job, agent)
+    except ChildFailedError as error:  # torchrun prints a table of exit codes here
+        print(f"Error: {type(error).__name__}", file=sys.stderr)
         return 1
     return 0
 
 
-def _rank_of_agent(request: dict[str, Any], number: int, job: dict[str, Any]) -> None:
+def _become_rank() -> None:
+    """Leave behind what torchrun's processes, which are not forks, do not have of their agent: handlers and sockets."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)  # not the agent's own handlers
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                os.dup2(nothing, int(name))
+
+
+def _rank_of_agent(request: dict[str, Any], number: int, job: dict[str, Any], agent: int) -> None:
+    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, 0, 0, 0, 0)  # torchrun's processes outlive it
     own, leave = os.getpid(), os._exit
 
     def leave_group(code: int) -> None:
@@ -226,6 +239,14 @@ def _rank_of_agent(request: dict[str, Any], number: int, job: dict[str, Any]) ->
     os._exit = leave
     if code:
         os._exit(code)
+
+    def leave_with_agent() -> None:
+        while os.getppid() == agent:
+            time.sleep(_LOOK_SEC)
+        os._exit(0)
+
+    # torch waits for the agent to read what this function returns, for ever if it has died
+    threading.Thread(target=leave_with_agent, daemon=True).start()
 
 
 class _LeftError(BaseException):

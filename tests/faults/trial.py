@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from edm2kit.snapshots.loading import load_snapshot
 from tests.faults.breaking import Fault
 from tests.faults.families import Family, Variant, is_furniture, leftovers, results, written
 from tests.faults.processes import Ending, Job, Server
@@ -288,4 +289,13 @@ def _read_arrays(path: Path) -> None:
             file[name]
 
 
-_READERS: dict[str, Callable[[Path], None]] = {".png": _read_picture, ".zip": _read_zip, ".npz": _read_arrays}
+def _read_snapshot(path: Path) -> None:
+    load_snapshot(path)
+
+
+_READERS: dict[str, Callable[[Path], None]] = {
+    ".png": _read_picture,
+    ".zip": _read_zip,
+    ".npz": _read_arrays,
+    ".safetensors": _read_snapshot,
+}

@@ -1,11 +1,14 @@
 """Snapshots: written, read back, corrupted, refused."""
 
 import dataclasses
+import itertools
 import json
 import pickle
+import random
 import stat
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from edm2kit.models import full_architecture
-from edm2kit.snapshots.file_format import Header, SnapshotWriter, read_header, save_snapshot, snapshot_name
-from edm2kit.snapshots.loading import is_published_pickle, load_snapshot
+from edm2kit.snapshots.file_format import (
+    Header,
+    SnapshotWriter,
+    read_header,
+    read_tensors,
+    save_snapshot,
+    snapshot_name,
+    tensor_layout,
+)
+from edm2kit.snapshots.loading import TensorInFile, WeightReader, Weights, is_published_pickle, load_snapshot
 from tests.support import DATA, golden
 
 
@@ -213,3 +224,78 @@ def test_a_snapshot_of_any_header_length_is_not_taken_for_a_pickle(net, header, 
     for protocol in (2, 3, 4, 5):
         (tmp_path / "pickle").write_bytes(pickle.dumps({"ema": None}, protocol))
         assert is_published_pickle(tmp_path / "pickle")
+
+
+def weights_and_header(path):
+    snapshot = load_snapshot(path)
+    return snapshot.header, {name: tensor.clone() for name, tensor in snapshot.net.state_dict().items()}
+
+
+def test_no_flipped_bit_changes_a_network(net, header, tmp_path):
+    save_snapshot(tmp_path / "s", net.state_dict(), header)
+    data, (expected_header, expected) = (tmp_path / "s").read_bytes(), weights_and_header(tmp_path / "s")
+    preamble, rng = 8 + int.from_bytes(data[:8], "little"), random.Random(0)
+    bits = [rng.randrange(8 * preamble) for _ in range(60)]
+    bits += [rng.randrange(8 * preamble, 8 * len(data)) for _ in range(40)]
+    refusals = {}
+    for bit in bits:
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "s").write_bytes(changed)
+        try:
+            found_header, found = weights_and_header(tmp_path / "s")
+        except ValueError as error:
+            refusals[bit] = str(error)
+        else:  # in the name of a checksum, or a space at the end
+            assert found_header == expected_header
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert not [text for text in refusals.values() if "\n" in text]
+    assert [
+        bit for bit in bits if bit // 8 >= preamble and "s is damaged: the weights unet." not in refusals[bit]
+    ] == []
+
+
+def test_checksums_are_those_of_the_bytes_and_files_without_them_load(net, header, tmp_path):
+    save_snapshot(tmp_path / "s", net.state_dict(), header)
+    stored = load_file(tmp_path / "s")
+    with safe_open(tmp_path / "s", framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["edm2_weights_crc32"]) == {
+        name: f"{zlib.crc32(tensor.numpy().tobytes()):08x}" for name, tensor in stored.items()
+    }
+    # another program that keeps the metadata may store the tensors in another order
+    save_file(dict(reversed(stored.items())), tmp_path / "again", metadata)
+    assert load_snapshot(tmp_path / "again").header == header
+    save_file(stored, tmp_path / "without", {"edm2_snapshot": metadata["edm2_snapshot"]})
+    assert load_snapshot(tmp_path / "without").header == header
+    assert [name for name, _ in read_tensors(tmp_path / "without")]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"a": 1}', '{"unet.out_conv.weight": "00000000"}', "[" * 100_000])
+def test_checksums_that_cannot_be_read_are_reported(net, header, tmp_path, text):
+    save_file(net.state_dict(), tmp_path / "s", {"edm2_snapshot": header.to_json(), "edm2_weights_crc32": text})
+    for read in (load_snapshot, lambda path: list(read_tensors(path))):
+        with pytest.raises(ValueError, match="s is damaged: its checksums cannot be read") as error:
+            read(tmp_path / "s")
+        assert "\n" not in str(error.value)
+
+
+def test_parts_in_any_order_are_compared_once_all_are_read(header, tmp_path):
+    values = torch.randn(5000)
+    save_snapshot(tmp_path / "s", {"a": values}, header)
+    parts = list(itertools.pairwise([0, 1, 17, 4000, 4096, 5000]))
+    random.Random(0).shuffle(parts)
+    tensors = {"a": TensorInFile(*tensor_layout(tmp_path / "s")["a"])}
+    with WeightReader(Weights("s", header, tensors, tmp_path / "s")) as reader:
+        for start, stop in [*parts, (10, 20), (0, 5000)]:
+            assert torch.equal(reader.read("a", start, stop), values[start:stop])
+    data = bytearray((tmp_path / "s").read_bytes())
+    data[-9] ^= 4
+    (tmp_path / "s").write_bytes(data)
+    with WeightReader(Weights("s", header, tensors, tmp_path / "s")) as reader:
+        for start, stop in parts[:-1]:
+            reader.read("a", start, stop)
+        with pytest.raises(ValueError, match="s is damaged: the weights a do not match their checksum"):
+            reader.read("a", *parts[-1])
+        with pytest.raises(ValueError, match="s is damaged: the weights a"):
+            reader.read("a", 0, 5000)

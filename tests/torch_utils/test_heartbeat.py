@@ -204,14 +204,16 @@ def test_errors_of_the_group_say_who_is_missing():
         "[/pytorch/third_party/gloo/gloo/transport/tcp/buffer.cc:81] Timed out waiting 1000ms for recv"
     )
     closed = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
-    assert dist._is_of_group(silent)
-    assert dist._is_of_group(closed)
-    assert not dist._is_of_group(RuntimeError("shapes do not match"))
-    assert dist._lost(str(silent), stopped, 90).startswith(
+    assert heartbeat.is_of_group(silent)
+    assert heartbeat.is_of_group(closed)
+    assert not heartbeat.is_of_group(RuntimeError("shapes do not match"))
+    assert heartbeat.reason_of_loss(str(silent), stopped, 90).startswith(
         "waited 90 s for the other ranks and gave up: rank 3 (process 7 on a) has not reported for 61 s. Run the same"
     )
-    assert "all of them report that they are alive" in dist._lost(str(silent), [], 90)
-    assert dist._lost(str(closed), stopped, 90).startswith("another rank has ended: rank 3 (process 7 on a)")
+    assert "all of them report that they are alive" in heartbeat.reason_of_loss(str(silent), [], 90)
+    assert heartbeat.reason_of_loss(str(closed), stopped, 90).startswith(
+        "another rank has ended: rank 3 (process 7 on a)"
+    )
 
 
 def test_a_rank_that_gives_up_early_names_those_that_missed_three_reports():

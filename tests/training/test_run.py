@@ -30,6 +30,17 @@ def test_stop_is_asked_by_signal_or_by_time_and_handlers_come_back():
     assert not StopRequest(max_sec=3600)()
 
 
+def test_processes_of_torchrun_do_not_outlive_it(monkeypatch, capsys):
+    parents = [7, 7, 1]
+    monkeypatch.setattr(os, "getppid", lambda: parents.pop(0))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    stop = StopRequest()
+    assert [stop(), stop(), stop()] == [False, True, True]
+    assert capsys.readouterr().err == "Warning: torchrun (process 7) has ended; saving and stopping\n"
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert not StopRequest()()  # a shell may well end before
+
+
 @pytest.fixture
 def hangup():
     """SIGHUP as it is without nohup, which may have started these tests."""

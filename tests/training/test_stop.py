@@ -172,10 +172,12 @@ def test_a_complete_run_whose_last_snapshots_are_gone_writes_them_again(images, 
     expected = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
     first, second = sorted(tmp_path.glob("*.safetensors"))[-2:]
     first.unlink()
-    second.write_bytes(b"damaged")
-    assert train_until(tmp_path, images)
-    assert "writing them again" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")} == expected
+    flipped = bytes([expected[second.name][-1] ^ 1])  # a bit of the weights
+    for damaged in (b"damaged", expected[second.name][:-1] + flipped):
+        second.write_bytes(damaged)
+        assert train_until(tmp_path, images)
+        assert "writing them again" in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")} == expected
     assert train_until(tmp_path, images)
     assert "writing them again" not in capsys.readouterr().err
 

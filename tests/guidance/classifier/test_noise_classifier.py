@@ -54,6 +54,9 @@ def test_other_files_are_refused_with_a_reason(net, tmp_path):
         load_classifier(path)
     with pytest.raises(ValueError, match="not a complete classifier"):
         load_classifier(tmp_path / "missing")
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="is damaged: its weights do not match their checksums"):
+        load_classifier(path)
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="but not a classifier"):
         load_classifier(path)
