@@ -142,12 +142,13 @@ def had_group() -> bool:
 
 def output_error(probe: bool = False) -> OSError | None:
     """Why something is missing in standard output; None if nothing is. An unbuffered one is tried if `probe` is set."""
+    global _lost_output
     try:
         if probe and sys.stdout.write_through:  # type: ignore[attr-defined]
             sys.stdout.write("\n")
         sys.stdout.flush()
     except OSError as error:
-        return error
+        _lost_output = error
     except (ValueError, AttributeError):  # closed by this process, or None
         pass
     return _lost_output
@@ -303,10 +304,8 @@ def _say(text: str, stream: TextIO) -> None:
 
 def _discard(stream: TextIO) -> None:
     """Send the rest of the buffer, and all that follows, nowhere: Python would fail again at exit."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+    with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _meet() -> bool:

@@ -11,12 +11,11 @@ from tests.support.tiny import environment
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
 
-# one process for all commands, as importing them takes seconds
+# one process for all commands, whose forks need not import anything again
 SCRIPT = """
 import importlib, json, os, sys, tempfile
 
-def run(module, words, kind):
-    print(end="", flush=True)
+def run(module, function, words, kind):
     with tempfile.TemporaryFile() as errors:
         pid = os.fork()
         if pid == 0:
@@ -26,8 +25,8 @@ def run(module, words, kind):
                 target = os.open("/dev/full", os.O_WRONLY)
             os.dup2(target, 1)
             os.dup2(errors.fileno(), 2)
-            sys.argv = [module.split(".")[-1], *words]
-            leave(importlib.import_module(module).main)
+            sys.argv = ["command", *words]
+            leave(getattr(importlib.import_module(module), function))
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         errors.seek(0)
         return code, errors.read().decode()
@@ -47,36 +46,49 @@ def leave(command):
 jobs = json.loads(sys.argv[1])
 for module, *_ in jobs:
     importlib.import_module(module)
-found = [run(*job) for job in jobs]
+found = [run(*job, kind) for job in jobs for kind in ("full", "closed")]
 print(json.dumps(found))
 """
 FULL = "Error: standard output cannot be written (No space left on device)\n"
 
 
-def outcomes(jobs: list[tuple[str, list[str], str]]) -> list[tuple[int, str]]:
-    """Exit codes and standard error of commands whose standard output is "full" or "closed"."""
+def check(jobs: list[tuple[str, str, list[str]]], **variables: str) -> None:
+    """Run functions of modules with the words of a command line, their standard output full, then closed."""
+    settings = {**environment(), **variables}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(jobs)], cwd=ROOT, env=environment(), capture_output=True, text=True
+        [sys.executable, "-c", SCRIPT, json.dumps(jobs)], cwd=ROOT, env=settings, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    return [tuple(one) for one in json.loads(done.stdout)]
+    expected = [(*job[:3], *outcome) for job in jobs for outcome in ((1, FULL), (1, ""))]
+    names = [job[:3] for job in jobs for _ in ("full", "closed")]
+    found = [(*name, *outcome) for name, outcome in zip(names, json.loads(done.stdout), strict=True)]
+    assert found == expected
 
 
-def test_every_command_says_so_in_one_line():
-    modules = sorted(house.commands(ROOT))
-    words = [(module, ["--help"]) for module in modules]
-    words += [("edm2kit.cli.metrics", ["list"]), ("edm2kit.cli.dataset", ["check", "--help"])]
-    words += [("edm2kit.cli.flops", ["edm2-img64-s"])]
-    found = outcomes([(module, list(said), kind) for module, said in words for kind in ("full", "closed")])
-    named = [(*job, *outcome) for job, outcome in zip([one for one in words for _ in "ab"], found, strict=True)]
-    assert [one for one in named[::2] if one[2:] != (1, FULL)] == []
-    assert [one for one in named[1::2] if one[2:] != (1, "")] == []
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_help_of_every_command(unbuffered):
+    names = [module.rpartition(".")[2] for module in sorted(house.commands(ROOT))]
+    check([("edm2kit.cli.console", name, ["--help"]) for name in names], PYTHONUNBUFFERED=unbuffered)
 
 
-@pytest.mark.parametrize(("kind", "said"), [("full", FULL), ("closed", "")])
-def test_help_without_torch(kind, said):
-    code = "import os, sys\nfrom edm2kit.cli import help_pages\nsys.argv = ['train.py', '--help']\n"
-    code += "read, write = os.pipe()\nos.close(read)\n"
-    code += f"os.dup2(os.open('/dev/full', 1) if {kind == 'full'} else write, 1)\nhelp_pages.answer('train')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (1, said)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_commands_print(unbuffered):
+    words = {"metrics": [["list"], ["--help"]], "flops": [["edm2-img64-s"]], "dataset": [["check", "--help"]]}
+    jobs = [(f"edm2kit.cli.{name}", "main", line) for name, lines in words.items() for line in lines]
+    check(jobs, PYTHONUNBUFFERED=unbuffered)
+
+
+def test_lines_that_a_full_disk_lost_are_not_forgotten():
+    code = "import sys\nfrom edm2kit.torch_utils import dist\n"
+    code += "dist.print0('lost')\ndist.exit_process(75 * len(sys.argv[1:]))"
+    for words, expected in (([], 1), (["stopped"], 75)):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-c", code, *words],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+                env=environment(),
+            )
+        assert (done.returncode, done.stderr) == (expected, FULL)
