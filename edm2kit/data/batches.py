@@ -22,10 +22,10 @@ from edm2kit.data.dataset import Source
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.rng import derive_seed
 
-# what asks a training run to save and stop; some systems lack some of them
-STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
-)
+# what asks a training run to save and stop; some systems lack some of them. Grid Engine announces the end of a job by
+# SIGUSR2; SIGXCPU says that a soft limit of processor time has passed
+_STOP_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU")
+STOP_SIGNALS = tuple(getattr(signal, name) for name in _STOP_NAMES if hasattr(signal, name))
 
 
 _WATCH_SEC = 5.0  # between two looks at a wait

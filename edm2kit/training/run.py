@@ -391,9 +391,10 @@ def _refuse_checkpoints_of_others(run: Run) -> None:
 class StopRequest:
     """A callable that returns True after a signal, once `max_sec` seconds have passed, or after torchrun has ended.
 
-    Signals are SIGTERM, SIGUSR1, SIGHUP (a terminal that closes; not under nohup) and a first Ctrl-C; a second one
-    interrupts at once. Before the first call there is nothing to save, so that signals other than Ctrl-C end the
-    process. Use it as a context manager, which restores the former signal handlers.
+    Signals are SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU (a soft limit of processor time), SIGHUP (a terminal that closes; not
+    under nohup) and a first Ctrl-C; a second one interrupts at once. Before the first call there is nothing to save, so
+    that signals other than Ctrl-C end the process. Use it as a context manager, which restores the former signal
+    handlers.
     """
 
     def __init__(self, max_sec: float | None = None) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from edm2kit.data.batches import STOP_SIGNALS
 from edm2kit.training.config import config_from_dict
 from edm2kit.training.run import StopRequest, prepare_run
 from tests.support.tiny import TINY, make_dataset
@@ -50,7 +51,7 @@ def hangup():
 
 
 @pytest.mark.usefixtures("hangup")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("number", [s for s in STOP_SIGNALS if s != signal.SIGINT])
 def test_every_signal_that_announces_the_end_asks_to_stop(number):
     with StopRequest() as stop:
         assert not stop()
@@ -59,7 +60,7 @@ def test_every_signal_that_announces_the_end_asks_to_stop(number):
 
 
 @pytest.mark.usefixtures("hangup")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("number", [s for s in STOP_SIGNALS if s != signal.SIGINT])
 def test_during_set_up_a_signal_ends_the_process(number):
     with pytest.raises(SystemExit) as ended, StopRequest():
         os.kill(os.getpid(), number)
