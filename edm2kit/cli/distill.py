@@ -81,7 +81,8 @@ def main(request: Request, outdir: str, max_time: float | None, device: str, **o
     python generate.py --net runs/distilled/network-snapshot-0008388-0.050.safetensors --outdir out
     """
     check_request(request)
-    with dist.session(device) as picked, StopRequest(max_time) as stop:
+    stop = StopRequest(max_time)
+    with dist.session(device) as picked, stop:
         request = with_files(request)
         generation = prepare(request, picked, labels_from_data=True)
         teacher, sigmas = generation.engine.denoiser, request.sampler.sigmas(picked)

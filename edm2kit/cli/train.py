@@ -151,7 +151,8 @@ def main(
     if not dry_run and (throughput or measure or gpus or gpu_memory):
         raise ValueError("--throughput, --measure, --gpus and --gpu-memory are for planning: add -n")
     config = compose_config(preset, config_file, options)
-    with dist.session(device) as picked, StopRequest(max_time) as stop:
+    stop = StopRequest(max_time)
+    with dist.session(device) as picked, stop:
         run = prepare_run(config, outdir, processes=gpus, device=picked)
         run.describe(picked, None if gpu_memory is None else round(gpu_memory * 1e9))
         if dry_run:

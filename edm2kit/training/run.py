@@ -394,7 +394,7 @@ class StopRequest:
     Signals are SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU (a soft limit of processor time), SIGHUP (a terminal that closes; not
     under nohup) and a first Ctrl-C; a second one interrupts at once. Before the first call there is nothing to save, so
     that signals other than Ctrl-C end the process. Use it as a context manager, which restores the former signal
-    handlers.
+    handlers. Make it before the processes meet: torchrun may end meanwhile.
     """
 
     def __init__(self, max_sec: float | None = None) -> None:
