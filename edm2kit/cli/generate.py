@@ -14,7 +14,7 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,7 +35,7 @@ from edm2kit.cli.npz import check_npz, pack, record_of, remove_parts
 from edm2kit.data.labels import RECORD
 from edm2kit.guidance.records import settings_differences
 from edm2kit.models.encoders import to_image
-from edm2kit.sampling.engine import ImageBatch
+from edm2kit.sampling.engine import ImageBatch, complete_batches
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import (
     atomic_write,
@@ -151,8 +151,11 @@ class ImageFolder:
             record["runs"].append(dict(run))
             write_json(self.path / RECORD, record)
 
-    def save(self, batches: Iterable[ImageBatch]) -> None:
-        """Write every image of `batches`, each batch while the next is generated. Raises OSError if that fails."""
+    def save(self, batches: Iterable[ImageBatch], wanted: Container[int]) -> None:
+        """Write the images of the seeds in `wanted`, each batch while the next is generated.
+
+        Raises OSError if that fails.
+        """
         with ThreadPoolExecutor(max_workers=4) as pool:
             writing: list[Future[None]] = []
             for batch in batches:
@@ -160,7 +163,8 @@ class ImageFolder:
                     job.result()
                 pixels = batch.images.cpu().numpy()
                 classes = [None] * len(batch.seeds) if batch.classes is None else batch.classes.tolist()
-                writing = [pool.submit(self._write, *image) for image in zip(batch.seeds, classes, pixels, strict=True)]
+                images = zip(batch.seeds, classes, pixels, strict=True)
+                writing = [pool.submit(self._write, *image) for image in images if image[0] in wanted]
             for job in writing:
                 job.result()
 
@@ -252,9 +256,9 @@ def main(
 ) -> None:
     """Generate one image per seed, optionally guided by a second network.
 
-    Noise and label of image k depend on seed k alone. --batch and the number of processes change at most the last bits
-    of rounding: single pixels by one grey level. With --batch 1 on CPUs of one kind, they change nothing. Complete
-    images of the same settings are kept: repeat the command to resume.
+    Noise and label of image k depend on seed k alone. --batch and the number of processes change rounding only: single
+    pixels by one grey level in fp32, more of them in fp16 and bf16. With --batch 1 on CPUs of one kind, they change
+    nothing. Complete images of the same settings are kept: repeat the command to resume.
 
     \b
     python generate.py --preset cifar10-autoguidance --seeds 0-63 --grid sheet.png
@@ -371,8 +375,9 @@ def _generate(
             run |= {"num_classes": generation.engine.label_dim, "label_names": None if names is None else list(names)}
         dist.on_rank0(folder.note_run, run)
         # closing ends the progress bar before an error is printed, so that the error is the last line
-        with contextlib.closing(generation.batches(missing, batch_size)) as batches:
-            folder.save(batches)
+        todo = complete_batches(sorted(seeds), missing, batch_size, generation.engine.device)
+        with contextlib.closing(generation.batches(todo, batch_size)) as batches:
+            folder.save(batches, frozenset(missing))
     dist.barrier()
 
 

@@ -42,7 +42,8 @@ class Engine:
     """Generates images with a denoiser, image k from seed k alone.
 
     Noise and label are the same to the last bit in any batch and on any rank. Networks round differently in batches of
-    other sizes, which changes single pixels by one grey level; images generated one at a time are the same on a CPU.
+    other sizes, which changes single pixels by one grey level in float32, and more of them in half precision; images
+    generated one at a time are the same on a CPU.
 
     `sampler` is (denoiser, noise, condition, randn_like) -> x0, such as `edm2kit.sampling.solvers.Sampler`. `decode`
     turns float32 latents [N,C,H,W] into uint8 images. `shape` is the shape of one latent, (C, H, W).
@@ -148,3 +149,18 @@ class Engine:
 def share_of_rank(seeds: Sequence[int]) -> Sequence[int]:
     """The part of `seeds` that this rank generates: every world_size-th one, possibly none."""
     return seeds[dist.rank() :: dist.world_size()]
+
+
+def complete_batches(
+    seeds: Sequence[int], missing: Sequence[int], batch_size: int, device: torch.device
+) -> Sequence[int]:
+    """What to generate so that the `missing` ones of `seeds` become what they are when all are generated.
+
+    Networks round differently in other batches. Where bits repeat, these are the seeds of all batches, on all ranks,
+    that have a missing one; elsewhere the missing ones alone.
+    """
+    if not dist.repeats_bits(device):
+        return missing
+    size, wanted = batch_size * dist.world_size(), frozenset(missing)
+    unfinished = {k // size for k, seed in enumerate(seeds) if seed in wanted}
+    return [seed for k, seed in enumerate(seeds) if k // size in unfinished]

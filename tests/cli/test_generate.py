@@ -180,6 +180,33 @@ def test_an_interrupted_run_continues(nets, tmp_path, monkeypatch):
     assert "already holds these images" in run(*arguments, net=nets / "main")[1]
 
 
+@pytest.mark.parametrize(("repeats", "batches"), [(True, [(0, 1, 2), (3, 4, 5)]), (False, [(1, 5)])])
+def test_batches_are_repeated_as_they_were_where_that_gives_the_same_bits(
+    nets, tmp_path, monkeypatch, repeats, batches
+):
+    arguments = ("--seeds", "8,0-7", "--batch", "3", "--precision", "bf16", "--outdir", tmp_path)
+    assert run(*arguments, net=nets / "main")[0] == 0
+    before = contents(tmp_path)
+    for seed in (1, 5):
+        (tmp_path / f"{seed:06d}.png").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
+    made, draw = [], Engine.generate
+
+    def noted(self, seeds):
+        made.append(tuple(seeds))
+        return draw(self, seeds)
+
+    monkeypatch.setattr(Engine, "generate", noted)
+    monkeypatch.setattr(generate.dist, "repeats_bits", lambda device: repeats)
+    assert run(*arguments, net=nets / "main")[0] == 0
+    assert made == batches
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # not written again
+    after = contents(tmp_path)
+    assert after.keys() == before.keys()
+    if repeats:
+        assert {name for name in before if after[name] != before[name]} == {"generation.json"}
+
+
 @pytest.mark.parametrize("last", ["write_json", "remove_parts"])
 def test_a_process_killed_while_it_packs_an_npz_is_followed_by_one_that_completes_it(nets, tmp_path, monkeypatch, last):
     arguments = ("--seeds", "0-2", "--npz", tmp_path / "three.npz")
