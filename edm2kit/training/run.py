@@ -404,7 +404,7 @@ class StopRequest:
 
     def __call__(self) -> bool:
         self._started = True
-        if not self._asked and self._torchrun not in (None, os.getppid()):
+        if self._torchrun is not None and not self._asked and os.getppid() != self._torchrun:
             # killed alone (out of memory, kill -9): nobody would end these processes, or know of them
             dist.warn0(f"torchrun (process {self._torchrun}) has ended; saving and stopping")
             self._asked = True
