@@ -1,5 +1,6 @@
 """Cheaper guidance: differences D - D_neg of earlier evaluations are used again, or guidance stops for good."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 
 from edm2kit.conditions import ConditionLike
+from edm2kit.denoiser import levels_of
 from edm2kit.guidance.combine import Combination, Evaluation
 from edm2kit.torch_utils.rng import StackedGenerator
 
@@ -15,7 +17,8 @@ from edm2kit.torch_utils.rng import StackedGenerator
 class Reuse:
     """When the negatives are evaluated; by default at every evaluation.
 
-    - `every`: only in every k-th guided step; in between, the last difference D - D_neg is added to the new D.
+    - `every`: only in every k-th guided step; in between, the last difference D - D_neg is added to the new D. If
+      restart sampling goes back to a higher noise level than that of the last difference, it is evaluated there.
       Compress guidance (arXiv 2408.11194), published for k from 2 to 5, on EDM2-XXL among others.
     - `stop`: guidance of an image stops once the cosine between D and D_neg exceeds this number, for all
       negatives, from the next step on. At high noise levels, where both are near the mean of all images, the cosine
@@ -72,6 +75,7 @@ class RunMemory:
         self.D: torch.Tensor | None = None  # of the main network at the last evaluation
         self.differences: tuple[torch.Tensor, ...] = ()
         self.evaluated_in = 0  # the step of these differences
+        self.evaluated_at = math.inf  # the noise level at which that step began
         self.below: torch.Tensor | None = None  # bool [N], the images whose cosine has been up to `stop`
         self.passed: torch.Tensor | None = None  # bool [N], those whose cosine has risen above it since
 
@@ -91,6 +95,7 @@ class Reusing(Combination):
     reuse: Reuse = NO_REUSE
     memory: RunMemory | None = field(default=None, repr=False)
     step: int = 0
+    level: float = 0.0  # the noise level at which the step begins
     stopped: torch.Tensor | None = None  # bool [N], constant within a step
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, condition: ConditionLike = None) -> torch.Tensor:
@@ -111,7 +116,7 @@ class Reusing(Combination):
             D = memory.D = self.pos(at.x, at.sigma, at.condition)
             return D, [D - difference for difference in memory.differences]
         D, results = super()._evaluate(sources, at)
-        memory.D, memory.evaluated_in = D, self.step
+        memory.D, memory.evaluated_in, memory.evaluated_at = D, self.step, self.level
         memory.differences = tuple(D - result for result in results)
         if self.reuse.stop is not None:
             above = torch.stack([_cosine(D, result) for result in results]).amin(dim=0) > self.reuse.stop
@@ -126,7 +131,7 @@ class Reusing(Combination):
             return False
         if memory.evaluated_in == self.step:
             return self.reuse.once
-        return self.step - memory.evaluated_in < self.reuse.every
+        return self.step - memory.evaluated_in < self.reuse.every and self.level <= memory.evaluated_at
 
     def for_images(self, rng: StackedGenerator) -> "Reusing":
         return replace(super().for_images(rng), memory=RunMemory(), step=0, stopped=None)
@@ -135,7 +140,7 @@ class Reusing(Combination):
         memory = self._known()
         memory.steps += 1
         followed: Any = super().for_step(i, sigmas)
-        return replace(followed, step=memory.steps, stopped=memory.passed)
+        return replace(followed, step=memory.steps, level=levels_of(sigmas)[i], stopped=memory.passed)
 
     def _known(self) -> RunMemory:
         if self.memory is None:

@@ -96,13 +96,22 @@ def test_repeated_steps_count_as_steps():
     assert run(Reuse(every=1, once=True), solver)[2] == [levels[i] for i in visits]
 
 
-def test_restarts_reuse_as_other_steps_do():
+@pytest.mark.parametrize(
+    ("every", "evaluated"),
+    [
+        (1, [80, 47.8, 27.4, 15.0, 7.75, 3.74, 1.65, 2.0, 1.17, 2.0, 1.17, 0.658, 0.227, 0.0653, 0.0145, 0.002]),
+        (2, [80, 27.4, 7.75, 1.65, 2.0, 2.0, 0.658, 0.0653, 0.002]),  # at 2.0 that of 1.65 would do, but for its level
+        (4, [80, 7.75, 1.17, 2.0, 0.0653]),  # the first restart uses that of 7.75
+    ],
+)
+def test_a_difference_does_not_serve_a_restart_at_a_higher_noise_level(every, evaluated):
     def solver(denoiser, noise, sigmas):
         settings = Restart(((3, 2, 0.5, 2.0),))
         return restart(denoiser, noise, sigmas, None, torch.zeros_like, settings=settings)
 
-    _, main, neg = run(Reuse(every=2, once=True), solver)
-    assert (main, len(neg)) == (23 + 2 * 4, (12 + 2 * 2) // 2)
+    _, main, neg = run(Reuse(every=every, once=True), solver)
+    assert main == 23 + 2 * 4
+    assert neg == pytest.approx(evaluated, rel=5e-3)
 
 
 def test_a_second_run_starts_afresh():
