@@ -99,9 +99,9 @@ def test_repeated_steps_count_as_steps():
 @pytest.mark.parametrize(
     ("every", "evaluated"),
     [
-        (1, [80, 47.8, 27.4, 15.0, 7.75, 3.74, 1.65, 2.0, 1.17, 2.0, 1.17, 0.658, 0.227, 0.0653, 0.0145, 0.002]),
-        (2, [80, 27.4, 7.75, 1.65, 2.0, 2.0, 0.658, 0.0653, 0.002]),  # at 2.0 that of 1.65 would do, but for its level
-        (4, [80, 7.75, 1.17, 2.0, 0.0653]),  # the first restart uses that of 7.75
+        (1, [80, 47.8, 27.4, 15.0, 7.75, 3.74, 1.65, 2.0, 1.17, 2.0, 1.17, 0.658, 0.227, 0.065, 0.0141, 0.002]),
+        (2, [80, 27.4, 7.75, 1.65, 2.0, 2.0, 0.658, 0.065, 0.002]),  # at 2.0 that of 1.65 would do, but for its level
+        (4, [80, 7.75, 1.17, 2.0, 0.065]),  # the first restart uses that of 7.75
     ],
 )
 def test_a_difference_does_not_serve_a_restart_at_a_higher_noise_level(every, evaluated):
