@@ -28,11 +28,21 @@ from tests.faults.trial import Ready, Verdict, attempt, get_ready, plan
 @click.option("--faults", metavar="N", type=cli.AtLeast(int, 1), default=200, help="Faults per family")
 @click.option("--only", metavar="K", type=cli.AtLeast(int, 0), help="Only the fault of this number, and print it")
 @click.option("--again", is_flag=True, help="Only the faults of the record that broke a promise, once that is mended")
+@click.option(
+    "--more", is_flag=True, help="Only the faults that the record lacks, up to --faults; they are added to it"
+)
 @click.option("--seed", metavar="N", type=int, default=0, help="Seed of the faults")
 @click.option("--max-sec", metavar="SEC", type=cli.AtLeast(float, 1), default=36000.0, help="Time per family, at most")
 @harness.out_option
 def main(
-    names: tuple[str, ...], faults: int, only: int | None, again: bool, seed: int, max_sec: float, out: Path
+    names: tuple[str, ...],
+    faults: int,
+    only: int | None,
+    again: bool,
+    more: bool,
+    seed: int,
+    max_sec: float,
+    out: Path,
 ) -> None:
     """Break commands in every way and run them again; writes faults.json.
 
@@ -42,17 +52,27 @@ def main(
     path = out / "faults.json"
     record = json.loads(path.read_text()) if path.exists() else {"job": "faults", "families": {}}
     for name in names or FAMILIES:
-        before = record["families"].get(name, {"problems": []})
-        wanted = {one["number"] for one in before["problems"]} if again else {only} if only is not None else None
-        if again and not wanted:
+        before = record["families"].get(name, {"faults": 0, "kinds": {}, "problems": [], "elapsed_sec": 0.0})
+        wanted: set[int] | None = None
+        if only is not None:
+            wanted = {only}
+        elif again:
+            wanted = {one["number"] for one in before["problems"]}
+        elif more:
+            wanted = set(range(before["faults"], faults))
+        if wanted is not None and not wanted:
             continue
-        found = run(FAMILIES[name], faults, wanted, before.get("seed", seed) if again else seed, max_sec)
+        found = run(FAMILIES[name], faults, wanted, before.get("seed", seed) if again or more else seed, max_sec)
         click.echo(
             f"{name}: {found['faults']} faults in {found['elapsed_sec']:.0f} s, {len(found['problems'])} problems"
         )
         if only is not None:
             continue
-        record["families"][name] = corrected(before, found) if again else found
+        if again:
+            found = corrected(before, found)
+        elif more:
+            found = added(before, found)
+        record["families"][name] = found
         record |= {"command": harness.command(), "provenance": provenance(), "cpu": harness.cpu()}
         harness.save(record, out)
     if any(found["problems"] for found in record["families"].values()):
@@ -74,7 +94,22 @@ def corrected(before: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(family: Family, faults: int, only: set[int | None] | None, seed: int, max_sec: float) -> dict[str, Any]:
+def added(before: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """The record of a family with further trials."""
+    kinds = {kind: Counter(before["kinds"].get(kind, {})) for kind in sorted({*before["kinds"], *more["kinds"]})}
+    for kind, counts in more["kinds"].items():
+        kinds[kind].update(counts)
+    return {
+        **before,
+        "faults": before["faults"] + more["faults"],
+        "kinds": {kind: dict(counts) for kind, counts in kinds.items()},
+        "problems": before["problems"] + more["problems"],
+        "seed": more["seed"],
+        "elapsed_sec": round(before["elapsed_sec"] + more["elapsed_sec"], 1),
+    }
+
+
+def run(family: Family, faults: int, only: set[int] | None, seed: int, max_sec: float) -> dict[str, Any]:
     """Try a family's faults; counts by kind and outcome, and everything that broke a promise."""
     verdicts: list[tuple[int, Verdict]] = []
     began = time.monotonic()

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.faults.__main__ import summary
+from tests.faults.__main__ import added, summary
 from tests.faults.breaking import Fault
 from tests.faults.families import FAMILIES, leftovers, results
 from tests.faults.processes import Ending, Server
@@ -111,5 +111,9 @@ def test_a_broken_promise_is_counted_as_one():
     found = summary([(0, good), (1, bad)])
     assert found["kinds"] == {"kill": {"equal": 1, "broken": 1}}
     assert [one["number"] for one in found["problems"]] == [1]
+    before = {"faults": 5, "kinds": {"kill": {"equal": 4}, "clock": {"equal": 1}}, "problems": [], "elapsed_sec": 2.0}
+    both = added(before, found | {"seed": 0, "elapsed_sec": 1.5})
+    assert (both["faults"], both["elapsed_sec"], both["problems"]) == (7, 3.5, found["problems"])
+    assert both["kinds"] == {"clock": {"equal": 1}, "kill": {"equal": 5, "broken": 1}}
     assert not Ending((0, 1), "", 1.0, False, 0).succeeded
     assert Ending((0, -9), "", 1.0, False, 0).killed
