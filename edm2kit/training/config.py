@@ -25,6 +25,7 @@ PRESET_FOLDER = Path(__file__).parents[1] / "configs" / "train"
 _COUNT_UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 # more is a slip of the keyboard: it would fail much later, for want of memory, processes or 64 bits
 _LARGEST = {"batch_size": 1 << 24, "workers": 1024, **dict.fromkeys(("duration_nimg", "rampup_nimg"), 1 << 50)}
+_MAX_LN_SIGMA, _MAX_SIGMA_DATA = 40, 1e9  # their squares, and quotients of those, are float32 numbers
 _MAX_YAML_BYTES, _MAX_YAML_VALUES = 1 << 17, 10_000
 AUTO = "auto"
 _SIZES = ("xxs", "xs", "s", "m", "l", "xl", "xxl")
@@ -149,6 +150,16 @@ class TrainConfig:
         for name, largest in _LARGEST.items():
             if getattr(self, name) > largest:
                 raise ValueError(f"{option_of(name)} must be at most {largest}; got {getattr(self, name)}")
+        if abs(self.P_mean) + 6 * self.P_std > _MAX_LN_SIGMA:
+            raise ValueError(
+                f"--P_mean {self.P_mean:g} and --P_std {self.P_std:g} give noise levels whose squares float32 cannot "
+                f"hold; |P_mean| + 6 P_std must be at most {_MAX_LN_SIGMA}"
+            )
+        if not 1 / _MAX_SIGMA_DATA <= self.sigma_data <= _MAX_SIGMA_DATA:
+            raise ValueError(
+                f"sigma_data must be from {1 / _MAX_SIGMA_DATA:g} to {_MAX_SIGMA_DATA:g}; got {self.sigma_data:g}. It "
+                "is the standard deviation of the data, 0.5 for pixels and latents as this program scales them"
+            )
         if not all(0 <= beta < 1 for beta in self.adam_betas) or self.adam_eps < 0:
             raise ValueError(
                 "adam_betas must be from 0 to below 1, and adam_eps not negative; "

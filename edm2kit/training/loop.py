@@ -213,9 +213,12 @@ class Trainer:
             return False
         return at_end or self.nimg // every_nimg > (self.nimg - self.config.batch_size) // every_nimg
 
-    def check_gradients(self) -> None:
-        """Raise DivergenceError on every rank after too many steps in a row whose gradients were mostly not finite."""
-        if self.device.type != "cpu" and self.num_steps % _LOOK_EVERY_STEPS:
+    def check_gradients(self, at_end: bool = False) -> None:
+        """Raise DivergenceError on every rank after too many steps in a row whose gradients were mostly not finite.
+
+        At the end of a run that is shorter than that, raise it if all of its steps were so.
+        """
+        if self.device.type != "cpu" and self.num_steps % _LOOK_EVERY_STEPS and not at_end:
             return
         total = sum(parameter.numel() for parameter in self.net.parameters() if parameter.requires_grad)
         for count, norm in self._recent_steps:
@@ -223,7 +226,9 @@ class Trainer:
                 raise DivergenceError("the gradients are too large for Adam to square", self.nimg, [])
             self._lost_steps = self._lost_steps + 1 if 2 * float(count) >= total else 0
         self._recent_steps.clear()
-        if not 0 < self.config.max_lost_steps <= self._lost_steps:
+        limit = self.config.max_lost_steps
+        is_all = at_end and 0 < self.nimg == self._lost_steps * self.config.batch_size
+        if limit == 0 or not (self._lost_steps >= limit or is_all):
             return
         reason = f"in {self._lost_steps} steps in a row, most gradients were not finite"
         raise DivergenceError(reason, self.nimg, bad_losses(self._last_losses))
@@ -379,8 +384,8 @@ def training_loop(
         while trainer.nimg < config.duration_nimg:
             trainer.step(iter(step_batches), rounds)
             trainer.elapsed_sec = time.monotonic() - started
-            trainer.check_gradients()
             done = trainer.nimg >= config.duration_nimg
+            trainer.check_gradients(at_end=done)
             # read ahead: if an image cannot be read on any rank, all are between two steps and can save
             step_batches, error = next_step(micro_batches, rounds, not done)
             stopping = dist.any_rank(should_stop() or error is not None)

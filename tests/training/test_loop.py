@@ -188,6 +188,14 @@ def test_a_run_whose_gradients_are_never_finite_stops_with_a_diagnosis(tmp_path)
     assert not list_checkpoints(tmp_path / "run")
 
 
+def test_a_run_too_short_for_that_fails_if_all_of_its_steps_were_lost(tmp_path):
+    data = latents(tmp_path / "data", lambda k, values: values.fill(math.nan))
+    done = tiny_run(tmp_path, data, "--cond", "false", duration_nimg=64)
+    assert done.exit_code == 1
+    assert "in 4 steps in a row, most gradients were not finite" in done.output
+    assert not list((tmp_path / "run").glob("network-snapshot-*"))
+
+
 def test_one_absurd_image_does_not_freeze_adam(tmp_path):
     def spoil(k, values):
         if k == 3:
