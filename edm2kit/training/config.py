@@ -349,6 +349,16 @@ def preset_path(name: str) -> Path:
     return PRESET_FOLDER / f"{name}.yaml"
 
 
+def most_epochs(num_images: int, regularised: bool) -> int:
+    """How often training may see each of `num_images` images, as published runs did, before it is likely to memorise.
+
+    `regularised` is training with both dropout and augmentation.
+    """
+    if regularised:
+        return 12_000  # EDM on AFHQv2: 200 million images of 15,803 (Karras et al. 2022, Table 7)
+    return 2_000 if num_images >= 1_000_000 else 1_000  # EDM2 on ImageNet: 1,676 (Karras et al. 2023, Table 6)
+
+
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
     """The configuration as plain lists, dicts and numbers, as YAML and JSON hold them."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -20,7 +20,7 @@ from edm2kit.models.networks import NETWORKS
 from edm2kit.models.preconditioning import PRECISIONS, Preconditioner
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write
-from edm2kit.training.config import TrainConfig
+from edm2kit.training.config import TrainConfig, most_epochs
 from edm2kit.training.loss import EDM2Loss
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 STATS_NAME, HELDOUT_NAME = "stats.jsonl", "heldout.jsonl"
 STOPPED_NAME = "stopped.txt"  # is there as long as a run has stopped to be resumed
 _GB = 1e9
-_MANY_EPOCHS = 1000
 _MAX_PENDING = 8192  # values on the device, each at least half a KB there
 
 
@@ -407,19 +406,20 @@ def _nbytes(storages: dict[int, torch.UntypedStorage], but: Iterable[int] = ()) 
 
 def schedule_warnings(config: TrainConfig, num_images: int) -> list[str]:
     """What looks like a mistake in the schedule of a run on `num_images` images, and shows only at its end."""
-    duration, found = config.duration_nimg, []
-    epochs = duration / num_images
-    if epochs > _MANY_EPOCHS:
+    duration, every, found = config.duration_nimg, config.snapshot_every_nimg, []
+    regularised = bool(config.augment and config.network.get("dropout"))
+    epochs, most = duration / num_images, most_epochs(num_images, regularised)
+    if epochs > most:
+        remedy = "" if regularised or config.encoder["kind"] == "vae" else ", or both --dropout and --augment"
         found.append(
             f"{epochs:,.0f} epochs of {num_images:,} images: the network will memorise them. Use --duration "
-            f"{_MANY_EPOCHS * num_images} or less, more images, or --dropout and --augment"
+            f"{most * num_images} or less, or more images{remedy}"
         )
     if config.rampup_nimg >= duration:
         found.append(
             f"the learning rate never reaches --lr: its --rampup takes {config.rampup_nimg:,} of {duration:,} images; "
             f"use --rampup {duration // 32} for example"
         )
-    every = config.snapshot_every_nimg
     if every == 0:
         found.append("there will be no snapshots, which --snapshot 0 says")
     elif every >= duration:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from edm2kit.training.config import TrainConfig, config_from_dict
+from edm2kit.training.config import TrainConfig, config_from_dict, most_epochs
 
 WIDTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 320)  # channels of the first level, narrowest first
 NUM_SNAPSHOTS = 16  # at so many times, so that any EMA length can be rebuilt afterwards
@@ -120,8 +120,11 @@ def duration_nimg(facts: Facts, budget_sec: float, speed: Speed) -> int:
     """Training images of the main network: what fits the budget beside the guide, and is of use for the data set."""
     share = guide_share(round(speed.main * budget_sec))
     fitting = budget_sec * _TRAINING_SHARE / (1 / speed.main + share / speed.guide)
-    useful = 200_000_000 if facts.num_images < _MEDIUM else 2 << 30
-    return round(min(fitting, useful))
+    is_small = facts.num_images < _MEDIUM
+    useful = 200_000_000 if is_small else 2 << 30
+    # a little less, since the schedule rounds
+    remembered = 0.9 * most_epochs(facts.num_images, regularised=is_small and not facts.latents) * facts.num_images
+    return round(min(fitting, useful, remembered))
 
 
 def settings(facts: Facts, speed: Speed, nimg: int, *, guide: bool, more: Mapping[str, Any]) -> list[Setting]:

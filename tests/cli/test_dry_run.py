@@ -1,5 +1,6 @@
 """train.py -n: what a run will need, on machines that are not here, and what looks like a mistake."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,7 +8,7 @@ from click.testing import CliRunner
 
 from edm2kit.cli import train
 from edm2kit.training import run as training_run
-from edm2kit.training.config import TrainConfig
+from edm2kit.training.config import TrainConfig, config_from_dict, preset_path, read_yaml
 from edm2kit.training.log import schedule_warnings
 from tests.support import tiny
 
@@ -93,6 +94,18 @@ def test_the_limits_are_exact():
     config = TrainConfig(duration_nimg=3_000_000, rampup_nimg=2_999_999, snapshot_every_nimg=2_999_999)
     assert schedule_warnings(config, 3000) == []
     assert len(schedule_warnings(config, 2999)) == 1
+    with_both = dataclasses.replace(config, augment=0.12, network={"dropout": 0.13})
+    assert schedule_warnings(with_both, 250) == []
+    (warning,) = schedule_warnings(with_both, 249)
+    assert warning.endswith("Use --duration 2988000 or less, or more images")
+    (warning,) = schedule_warnings(dataclasses.replace(with_both, network={}), 2999)
+    assert warning.endswith("Use --duration 2999000 or less, or more images, or both --dropout and --augment")
+
+
+@pytest.mark.parametrize("preset", ["edm2-img512-s", "edm2-img64-xs"])
+def test_the_published_recipes_look_like_no_mistake_on_imagenet(preset):
+    config = config_from_dict(read_yaml(preset_path(preset)), preset)
+    assert schedule_warnings(config, 1_281_167) == []
 
 
 def test_enlarged_sources_are_mentioned(plan, data):

@@ -1,6 +1,7 @@
 """Settings for a data set of one's own: every size of data, budget and machine gives a configuration that trains."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -8,6 +9,7 @@ import yaml
 from edm2kit.models.networks import build_network, full_architecture
 from edm2kit.training import recipe
 from edm2kit.training.config import config_from_dict
+from edm2kit.training.log import schedule_warnings
 from edm2kit.training.recipe import Facts, Speed, choose, duration_nimg, settings, to_config, to_yaml
 
 PHOTOS = Facts(3000, 32, False, 3, 1000.0)
@@ -38,7 +40,20 @@ def test_both_networks_together_take_the_budget():
     speed = Speed(32, 250.0, 900.0)
     nimg = duration_nimg(PHOTOS, 1000, speed)
     assert nimg / 250 + nimg * 3 / 16 / 900 == pytest.approx(900, rel=0.001)
-    assert duration_nimg(PHOTOS, 1e9, speed) == 200_000_000
+    assert duration_nimg(replace(PHOTOS, num_images=50_000), 1e9, speed) == 200_000_000
+    assert duration_nimg(PHOTOS, 1e9, speed) == 0.9 * 12_000 * 3000
+
+
+@pytest.mark.parametrize("num_images", [1, 50, 3000, 199_999, 200_000, 1_281_167])
+@pytest.mark.parametrize("latents", [False, True])
+@pytest.mark.parametrize("budget_sec", [1e3, 1e5, 1e12])
+def test_a_plan_is_never_what_the_dry_run_and_the_doctor_warn_of(num_images, latents, budget_sec):
+    facts, speed = Facts(num_images, 64, latents, 0, 0), Speed(128, 1000.0, 4000.0)
+    nimg = duration_nimg(facts, budget_sec, speed)
+    for guide in (False, True):
+        config = to_config(settings(facts, speed, nimg, guide=guide, more={}), data="x")
+        if nimg >= 4096:
+            assert schedule_warnings(config, num_images) == []
 
 
 @pytest.mark.parametrize(
