@@ -1,16 +1,20 @@
 """Magnitude-preserving building blocks (Karras et al. 2023, "Analyzing and Improving the Training Dynamics")."""
 
 import math
-from collections.abc import Sequence
+import platform
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 SILU_GAIN = 1 / 0.596  # Eq. 81: the RMS of silu(N(0,1))
 _LARGE_PIXELS = 64 * 64
+_PACKED_PIXELS = 64 * 64  # of a batch: with more, reordering the weight takes little of a convolution's time
+_PACKED_WEIGHTS = 1 << 22  # of a layer, because a reordered weight is a second copy
 
 
 def normalize(
@@ -188,8 +192,24 @@ def normalize_weights_(net: nn.Module) -> None:
             module.weight.copy_(normalize(module.weight))
 
 
+def _dtypes_of_onednn() -> tuple[torch.dtype, ...]:
+    """What oneDNN's convolutions compute in on this machine; nothing on processors on which this was not measured."""
+    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
+        return ()
+    return (torch.float32, *([torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []))
+
+
+_ONEDNN = _dtypes_of_onednn()
+
+
 class FrozenConv(nn.Module):
-    """An `MPConv` that holds its effective weight, gain included, and no parameter."""
+    """An `MPConv` that holds its effective weight, gain included, and no parameter.
+
+    On a CPU, `conv2d` computes a single small image without oneDNN, which is faster, and lets oneDNN reorder the weight
+    in each call, which takes up to half of the time if the image is small. Here oneDNN computes all images, and the
+    reordered weight of the latest shape is kept. Results do not depend on who has reordered it: in compiled code, the
+    call does.
+    """
 
     effective: torch.Tensor
 
@@ -197,9 +217,40 @@ class FrozenConv(nn.Module):
         super().__init__()
         # not persistent: it must not be saved as a weight, nor normalised again
         self.register_buffer("effective", weight, persistent=False)
+        self._packed: tuple[torch.Size, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
-        return convolve(x, self.effective)
+        if not self._is_for_onednn(x):
+            return convolve(x, self.effective)
+        padding, ones = [self.effective.shape[-1] // 2] * 2, [1, 1]
+        weight = self.effective
+        if not torch.compiler.is_compiling() and self._is_worth_packing(x):
+            packed = self._packed
+            if packed is None or packed[0] != x.shape:
+                reorder = torch.ops.mkldnn._reorder_convolution_weight
+                packed = self._packed = (x.shape, reorder(weight, padding, ones, ones, 1, list(x.shape)))
+            weight = packed[1]
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, None, padding, ones, ones, 1, "none", [], "")
+
+    def _is_for_onednn(self, x: torch.Tensor) -> bool:
+        if x.device.type != "cpu" or self.effective.ndim != 4 or x.numel() == 0:
+            return False
+        if x.dtype not in _ONEDNN or x.dtype != self.effective.dtype:
+            return False
+        if x.requires_grad and torch.is_grad_enabled():
+            return False
+        # a mode that counts operations or memory, say, does not know oneDNN's
+        return torch.compiler.is_compiling() or _get_current_dispatch_mode() is None
+
+    def _is_worth_packing(self, x: torch.Tensor) -> bool:
+        return x.shape[0] * x.shape[2:].numel() <= _PACKED_PIXELS and self.effective.numel() <= _PACKED_WEIGHTS
+
+    def _apply(self, function: Callable[..., torch.Tensor], recurse: bool = True) -> "FrozenConv":
+        self._packed = None  # of the weight as it was
+        return super()._apply(function, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}  # copies reorder for themselves
 
 
 class Columns(nn.Module):

@@ -1,14 +1,17 @@
 """Frozen networks answer as before: compared with golden values, the plain path, and under every edit of a call."""
 
+import copy
+
 import pytest
 import torch
 import torch._dynamo.utils
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain import PlainNetwork
 from edm2kit.guidance.losses.gradient import slope
 from edm2kit.guidance.losses.restoration import InpaintingOperator, Measurement
 from edm2kit.guidance.network_call import NetworkCall, in_one_call
-from edm2kit.models import compile_, freeze_
+from edm2kit.models import compile_, freeze_, layers
 from edm2kit.models.edm2 import Precond
 from edm2kit.sampling.solvers import edm_sampler
 from tests.support import golden
@@ -180,3 +183,86 @@ def test_compiled_calls_answer_the_same_and_edited_ones_are_not_compiled():
     leaf = x.clone().requires_grad_()
     assert torch.autograd.grad(net(leaf, 1.0, labels).sum(), leaf)[0].abs().max() > 0.1
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted
+
+
+WITH_ONEDNN = pytest.mark.skipif(not layers._ONEDNN, reason="this torch or this processor has no oneDNN")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def images_for(layer, count, size):
+    rows = torch.randn(count, layer.effective.shape[1], size, size, generator=torch.Generator().manual_seed(count))
+    return rows.to(layer.effective.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def frozen_convolution(kernel, dtype=torch.float32):
+    weight = torch.randn(24, 16, kernel, kernel, generator=torch.Generator().manual_seed(1)) / 10
+    return layers.FrozenConv(weight.to(dtype).contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_frozen_convolutions_compute_the_same_as_others_for_each_shape_in_turn(kernel, dtype):
+    layer = frozen_convolution(kernel, dtype)
+    shapes = [(2, 8), (3, 16), (1, 8), (5, 32), (2, 8)]
+    found = [layer(images_for(layer, *shape)) for shape in shapes]
+    for shape, answer in zip(shapes, found, strict=True):
+        expected = layers.convolve(images_for(layer, *shape), layer.effective)
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(answer, expected, atol=tolerance, rtol=tolerance)
+    assert torch.equal(found[0], found[-1])
+
+
+@WITH_ONEDNN
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_kept_weights_change_no_bit(kernel, dtype, monkeypatch):
+    if dtype not in layers._ONEDNN:
+        pytest.skip("this processor has no instructions for bfloat16")
+    layer = frozen_convolution(kernel, dtype)
+    for shape in [(1, 8), (2, 8), (3, 16)]:
+        x = images_for(layer, *shape)
+        kept = layer(x)
+        assert layer._packed[0] == x.shape
+        with monkeypatch.context() as patch:
+            patch.setattr(layers, "_PACKED_PIXELS", 0)
+            assert torch.equal(layer(x), kept)
+        if dtype == torch.bfloat16:  # and none to what torch computes by itself
+            assert torch.equal(layers.convolve(x, layer.effective), kept)
+
+
+@WITH_ONEDNN
+def test_weights_are_kept_reordered_for_small_batches_and_layers_only(monkeypatch):
+    layer = frozen_convolution(3)
+    layer(images_for(layer, 5, 32))  # the convolution itself takes the time
+    assert layer._packed is None
+    layer(images_for(layer, 2, 8))
+    assert layer._packed is not None
+    assert layer.to(torch.float64)(images_for(layer, 2, 8)).dtype == torch.float64
+    assert layer._packed is None  # of the weight in another precision
+    monkeypatch.setattr(layers, "_PACKED_WEIGHTS", 24 * 16 * 9 - 1)
+    other = frozen_convolution(3)
+    other(images_for(other, 2, 8))
+    assert other._packed is None
+
+
+def test_gradients_copies_and_counts_of_a_layer_that_keeps_its_reordered_weight():
+    layer = frozen_convolution(3)
+    x = images_for(layer, 2, 8)
+    expected = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    leaf = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(layer(leaf).square().sum(), leaf)
+    (plain,) = torch.autograd.grad(layers.convolve(leaf, layer.effective).square().sum(), leaf)
+    assert torch.equal(found, plain)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * 2 * 24 * 16 * 9 * 64
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_compiled_network_answers_to_the_last_bit_as_an_eager_one(count):
+    _, net, x, labels = pair()
+    x, labels = x[:1].repeat(count, 1, 1, 1), labels[:1].repeat(count, 1)
+    with torch.no_grad():
+        eager = net(x, 1.0, labels)
+        assert torch.equal(compile_(net, backend="eager")(x, 1.0, labels), eager)
