@@ -16,7 +16,7 @@ from edm2kit.models.preconditioning import slow_precision
 
 # job -> architecture, batch size, goals
 JOBS = {
-    "inference_small": (networks.SMALL, 16, {"frozen": 1.7, "frozen, bf16": 6.5}),
+    "inference_small": (networks.SMALL, 16, {"frozen": 1.7, "frozen, bf16": 6.5, "frozen, bf16, compiled": 3.2}),
     "inference_xs64": (networks.XS64, 4, {"frozen": 1.3, "frozen, bf16": 7.0}),
     "inference_small_one_image": (networks.SMALL, 1, {"frozen": 2.3, "frozen, bf16": 4.2}),
 }
@@ -50,11 +50,16 @@ def make_job(name: str, half: bool, compiled: bool) -> Comparison:
         nets["frozen, bf16"] = freeze_(rough)
     if compiled:
         nets["frozen and compiled"] = compile_(freeze_(copy.deepcopy(live)))
+        if slow is None:
+            rough = copy.deepcopy(live)
+            rough.compute_dtype = _HALF
+            nets["frozen, bf16, compiled"] = compile_(freeze_(rough))
     exact = plain(x, batch.sigma, batch.labels)
     return Comparison(
         name,
         {way: (lambda net=net: net(x, batch.sigma, batch.labels)) for way, net in nets.items()},
         work=Work(evaluation_cost(architecture).multiply_adds * size, "multiply-adds", "matmul_fp32"),
+        ceilings={way: "matmul_bf16" for way in nets if "bf16" in way},
         goals=goals,
         errors={way: relative_error(net(x, batch.sigma, batch.labels), exact) for way, net in nets.items()},
         error_kind="of D, relative norm",

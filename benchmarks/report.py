@@ -8,6 +8,7 @@ import click
 
 from benchmarks import harness
 from benchmarks.plots import growth_plot
+from benchmarks.precision_report import precision_text
 from benchmarks.reliability_report import reliability_text, security_text
 from benchmarks.scaling_report import imagenet_text, scaling_text
 from benchmarks.tables import comparison_table
@@ -83,6 +84,11 @@ def performance_text(records: Records) -> str:
         parts.append(half)
     if "end_to_end" in records:
         parts += ["### What people wait for", waits_text(records["end_to_end"])]
+    if "precision" in records:
+        parts += [
+            "### Half precision from start to end",
+            precision_text(records["precision"], machines_text([records["precision"]])),
+        ]
     if "memory" in records:
         parts += ["### Memory of training", memory_text(records["memory"])]
     if "growth" in records:
@@ -129,7 +135,9 @@ def waits_text(record: Record) -> str:
     """The times of complete commands, with their goals."""
     rows = []
     for row in record["rows"]:
-        goal = f"{row['goal']:g} {row['unit']}: {'reached' if row['is_reached'] else '**missed**'}"
+        goal = ""
+        if row["goal"] is not None and not row["name"].endswith(", for comparison"):
+            goal = f"{row['goal']:g} {row['unit']}: {'reached' if row['is_reached'] else '**missed**'}"
         rows.append((row["name"], f"{row['value']:.3g} {row['unit']}", goal, row["note"]))
     return f"{machines_text([record])}\n\n{markdown_table(('what', 'measured', 'goal', ''), rows)}"
 
@@ -216,7 +224,8 @@ def _has_record(name: str, records: Records) -> bool:
 def benchmarks() -> list[str]:
     """Names of the benchmarks: the modules of this folder that can be run, other than this one."""
     files = sorted(Path(__file__).parent.glob("*.py"))
-    return [file.stem for file in files if "__main__" in file.read_text(encoding="utf-8") and file.stem != "report"]
+    starts = 'if __name__ == "__main__":'
+    return [file.stem for file in files if starts in file.read_text(encoding="utf-8") and file.stem != "report"]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ if [[ ${1:-} == --quick ]]; then
 fi
 for file in benchmarks/*.py; do
     name="$(basename "$file" .py)"
-    if ! grep -q __main__ "$file" || [[ $name == report || $name == gpu ]]; then continue; fi
+    if ! grep -q '^if __name__ == "__main__":' "$file" || [[ $name == report || $name == gpu ]]; then continue; fi
     if [[ $# -gt 0 && " $* " != *" $name "* ]]; then continue; fi
     echo "== $name"
     options=()

@@ -17,6 +17,7 @@ from edm2kit.guidance.own_network.pag import METHOD as PAG
 from edm2kit.guidance.registry import Choice, Parts, guide
 from edm2kit.models.cost import evaluation_cost
 from edm2kit.models.edm2 import Precond, freeze_
+from edm2kit.models.preconditioning import slow_precision
 from edm2kit.sampling.solvers import edm_sampler
 
 _STEPS, _BATCH, _WEIGHT = 32, 8, 1.7
@@ -42,20 +43,34 @@ def main(runs: int, only: tuple[str, ...], out: Path) -> None:
 def pair_job(net: Precond, guide_net: Precond) -> Comparison:
     """The main network guided by a narrower one, in all steps."""
     plain = [PlainNetwork(a, n.state_dict()) for a, n in ((networks.SMALL, net), (networks.GUIDE, guide_net))]
-    frozen = Guided(*(freeze_(copy.deepcopy(n)) for n in (net, guide_net)), _WEIGHT)
     noise, _, labels = networks.random_batch(networks.SMALL, _BATCH)
-    ways = {"plain": partial(guided_heun, *plain, _WEIGHT), "frozen": partial(edm_sampler, frozen)}
+    ways = {"plain": partial(guided_heun, *plain, _WEIGHT)}
+    slow = slow_precision(torch.bfloat16)
+    for way, dtype in {"frozen": torch.float32, **({} if slow else {"frozen, bf16": torch.bfloat16})}.items():
+        ways[way] = partial(edm_sampler, Guided(*(_frozen(n, dtype) for n in (net, guide_net)), _WEIGHT))
     work = sum(evaluation_cost(a).multiply_adds for a in (networks.SMALL, networks.GUIDE)) * _BATCH * _EVALUATIONS
     images = {way: run(noise, labels, num_steps=_STEPS) for way, run in ways.items()}
     return Comparison(
         "sampling_guided_pair",
         {way: partial(run, noise, labels, num_steps=_STEPS) for way, run in ways.items()},
         work=Work(work, "multiply-adds", "matmul_fp32"),
+        ceilings={"frozen, bf16": "matmul_bf16"},
         goals={"frozen": 1.8},
         errors={way: relative_error(found, images["plain"]) for way, found in images.items()},
         error_kind="of the finished images, relative norm, at the same noise",
-        notes={"images": _BATCH, "steps": _STEPS, "weight": _WEIGHT},
+        notes={
+            "images": _BATCH,
+            "steps": _STEPS,
+            "weight": _WEIGHT,
+            "skipped": {} if slow is None else {"frozen, bf16": slow},
+        },
     )
+
+
+def _frozen(net: Precond, dtype: torch.dtype) -> Precond:
+    copied = copy.deepcopy(net)
+    copied.compute_dtype = dtype
+    return freeze_(copied)
 
 
 def batched_job(net: Precond) -> Comparison:

@@ -36,12 +36,17 @@ def goal_text(row: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     goal = f"{row['goal']:g}"
     if row["ratio"] >= row["goal"]:
         return f"{goal}: reached"
+    missed = f"{goal}: **missed** by {1 - row['ratio'] / row['goal']:.0%}"
     plain = next(iter(record["contenders"].values()))
     needed = row["goal"] * plain.get("share_of_ceiling", 0)
+    if "per_sec" in row and "share_of_ceiling" in row:  # in another precision, the ceiling is another one
+        needed = row["goal"] * plain["per_sec"] * row["share_of_ceiling"] / row["per_sec"]
     is_arithmetic = (record.get("work") or {}).get("unit") == "multiply-adds"
-    if is_arithmetic and needed > 1:
-        return f"{goal}: **missed**, would be {needed:.0%} of the ceiling"
-    return f"{goal}: **missed**"
+    # what a way exceeds is no limit
+    is_limit = all(way.get("share_of_ceiling", 0) <= 1 for way in record["contenders"].values())
+    if is_arithmetic and is_limit and needed > 1:
+        return f"{missed}, would be {needed:.0%} of the ceiling"
+    return missed
 
 
 def duration_text(seconds: float) -> str:

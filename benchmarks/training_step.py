@@ -1,6 +1,7 @@
 """One training step with Adam and both averages: plain, and by the training loop."""
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -14,6 +15,7 @@ from edm2kit.data.batches import MicroBatch
 from edm2kit.ema.power_function import std_to_exp
 from edm2kit.models.cost import evaluation_cost
 from edm2kit.models.encoders import make_encoder
+from edm2kit.models.preconditioning import slow_precision
 from edm2kit.snapshots.file_format import Header
 from edm2kit.training.config import TrainConfig
 from edm2kit.training.loop import Trainer
@@ -42,27 +44,39 @@ def make_job(name: str) -> Comparison:
     architecture, size = JOBS[name]
     state = networks.random_network(architecture).state_dict()
     config = TrainConfig(batch_size=size, ref_lr=_LR, ref_batches=0, rampup_nimg=0)
-    trainer = Trainer(config, Header(architecture, {"kind": "rgb"}, 0, None), make_encoder({"kind": "rgb"}), CPU)
-    trainer.net.load_state_dict(state)
+    slow = slow_precision(torch.bfloat16)
+    precisions = {"training loop": "fp32"} if slow else {"training loop": "fp32", "training loop, bf16": "bf16"}
+    trainers = {}
+    for way, precision in precisions.items():
+        header = Header(architecture, {"kind": "rgb"}, 0, None)
+        trainers[way] = Trainer(replace(config, precision=precision), header, make_encoder({"kind": "rgb"}), CPU)
+        trainers[way].net.load_state_dict(state)
+    trainer = trainers["training loop"]
     plain = PlainTraining(architecture, state, tuple(std_to_exp(config.ema_stds)), config.P_mean, config.P_std)
     labels = networks.random_batch(architecture, size).labels
     raw = torch.randint(256, [size, 3, *2 * [architecture["img_resolution"]]]).to(torch.uint8)
     images = raw.float() / 127.5 - 1
     batch = MicroBatch(raw, labels, torch.arange(size))
-    errors = compare(plain, trainer, images, labels)
+    errors = {way: compare(plain, one, images, labels) for way, one in trainers.items()}
     averages = harness.interleave({"both": lambda: trainer.ema.update(size, size)})["both"]
     return Comparison(
         name,
         {
             "plain": lambda: plain.step(images, labels, _LR),
-            "training loop": lambda: trainer.step(iter([batch]), rounds=1),
+            **{way: (lambda one=one: one.step(iter([batch]), rounds=1)) for way, one in trainers.items()},
         },
         # the backward pass is twice the forward pass
         work=Work(3 * size * evaluation_cost(architecture).multiply_adds, "multiply-adds", "matmul_fp32"),
-        goals={"training loop": 1.3},
-        errors={"training loop": errors["gradient"]},
+        ceilings={"training loop, bf16": "matmul_bf16"},
+        goals={"training loop": 1.3, "training loop, bf16": 2.2},
+        errors={way: found["gradient"] for way, found in errors.items()},
         error_kind="of the gradient at the same weights and noise, relative norm",
-        notes={"batch": size, "error_of_loss": errors["loss"], "averages_sec": statistics.median(averages)},
+        notes={
+            "batch": size,
+            "error_of_loss": errors["training loop"]["loss"],
+            "averages_sec": statistics.median(averages),
+            "skipped": {} if slow is None else {"training loop, bf16": slow},
+        },
     )
 
 

@@ -4,11 +4,25 @@ import pytest
 
 from benchmarks import end_to_end, harness, report
 from benchmarks.end_to_end import Row
+from tests.support import ROOT, house
+
+PROVENANCE = {"commit": "0" * 40, "python": "3.11", "torch": "2.13", "numpy": "2", "hardware": "a CPU"}
 
 
 def test_a_goal_is_reached_from_its_own_side():
     assert Row("seconds", 0.9, "s", 1.0).is_reached
     assert not Row("pace", 0.9, "images/s", 1.0, more_is_better=True).is_reached
+
+
+def test_what_others_are_compared_with_has_no_goal():
+    rows = [vars(Row("`import torch`, for comparison", 1.2, "s", None)) | {"is_reached": True}]
+    text = report.waits_text({"rows": rows, "provenance": PROVENANCE})
+    assert "| `import torch`, for comparison | 1.2 s |  |  |" in text
+
+
+def test_every_console_command_is_timed():
+    files = {ROOT / file for file in end_to_end.COMMANDS}
+    assert {house.command_of_file(file) for file in files} == house.commands(ROOT)
 
 
 def test_a_command_that_fails_is_no_measurement():
@@ -25,8 +39,7 @@ def test_pictures_are_converted_by_the_real_command(tmp_path):
 
 def test_the_page_shows_each_row_with_its_goal_and_the_machine():
     rows = [vars(Row("a", 2.0, "s", 1.0)) | {"is_reached": False}, vars(Row("b", 1.0, "s", 1.0)) | {"is_reached": True}]
-    provenance = {"commit": "0" * 40, "python": "3.11", "torch": "2.13", "numpy": "2", "hardware": "a CPU"}
-    record = {"job": "end_to_end", "rows": rows, "command": "", "provenance": provenance, "cpu": "EPYC (avx2)"}
+    record = {"job": "end_to_end", "rows": rows, "command": "", "provenance": PROVENANCE, "cpu": "EPYC (avx2)"}
     text = report.performance_text({"end_to_end": record})
     assert "| a | 2 s | 1 s: **missed** |  |" in text
     assert "| b | 1 s | 1 s: reached |  |" in text

@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import harness
 from benchmarks.harness import Comparison, Work
@@ -85,11 +86,33 @@ def test_a_record_names_a_command_that_a_person_can_paste(monkeypatch):
 
 def test_ceilings_are_positive_and_measured_once(monkeypatch):
     runs = []
-    monkeypatch.setitem(harness.CEILINGS, "tiny", lambda device: (lambda: runs.append(1), 8))
+    monkeypatch.setitem(harness.CEILINGS, "tiny", lambda device: [(lambda: runs.append(1), 8)])
     monkeypatch.setattr(harness, "_measured", {})
     assert harness.ceiling("tiny") > 0
     harness.ceiling("tiny")
     assert len(runs) == 9
+
+
+def test_the_fastest_way_is_the_ceiling(clock, monkeypatch):
+    ways = [(lambda: clock(4.0), 8), (lambda: clock(1.0), 8), (lambda: clock(2.0), 8)]
+    monkeypatch.setitem(harness.CEILINGS, "tiny", lambda device: ways)
+    monkeypatch.setattr(harness, "_measured", {})
+    assert harness.ceiling("tiny") == 8
+
+
+def test_both_kinds_of_products_do_the_work_that_they_are_credited_with():
+    for run, amount in harness.CEILINGS["matmul_fp32"](torch.device("cpu")):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        assert counter.get_total_flops() == 2 * amount
+
+
+def test_a_way_in_another_precision_has_a_ceiling_of_its_own(clock, monkeypatch):
+    monkeypatch.setattr(harness, "ceiling", lambda name, device: {"slow": 100.0, "fast": 200.0}[name])
+    ways = {"plain": lambda: clock(2.0), "half": lambda: clock(1.0)}
+    job = Comparison("work", ways, work=Work(50, "multiply-adds", "slow"), ceilings={"half": "fast"})
+    rows = harness.measure(job, runs=1, warmup=0)["contenders"]
+    assert [row["share_of_ceiling"] for row in rows.values()] == [0.25, 0.25]
 
 
 def test_the_relative_error_is_a_norm():

@@ -38,9 +38,25 @@ def test_ways_to_train_agree(monkeypatch):
     monkeypatch.setattr(training_step, "JOBS", {"tiny": (TINY, 4)})
     job = training_step.make_job("tiny")
     assert job.errors["training loop"] < 1e-5
+    assert all(1e-4 < error < 0.05 for way, error in job.errors.items() if way != "training loop")
     assert job.notes["error_of_loss"] < 1e-5
     for step in job.contenders.values():
         step()
+
+
+def test_slow_half_precision_is_left_out_of_training_and_sampling(monkeypatch):
+    for module in (training_step, sampling):
+        monkeypatch.setattr(module, "slow_precision", lambda dtype: "it cannot")
+    monkeypatch.setattr(training_step, "JOBS", {"tiny": (TINY, 4)})
+    for name in ("SMALL", "GUIDE"):
+        monkeypatch.setattr(networks, name, TINY)
+    monkeypatch.setattr(sampling, "_STEPS", 2)
+    nets = [networks.random_network(TINY, seed).eval() for seed in (0, 1)]
+    with torch.no_grad():
+        sampled = sampling.pair_job(*nets)
+    for job in (training_step.make_job("tiny"), sampled):
+        assert [way for way in job.contenders if "bf16" in way] == []
+        assert list(job.notes["skipped"].values()) == ["it cannot"]
 
 
 def test_guided_images_agree(monkeypatch):
@@ -51,5 +67,6 @@ def test_guided_images_agree(monkeypatch):
         nets = [networks.random_network(TINY, seed).eval() for seed in (0, 1)]
         job = sampling.pair_job(*nets)
         assert 0 < job.errors["frozen"] < 1e-4
+        assert all(1e-4 < job.errors[way] < 0.1 for way in job.errors if way not in ("plain", "frozen"))
         batched = sampling.batched_job(freeze_(nets[0]))
     assert batched.errors["one call"] < 1e-5

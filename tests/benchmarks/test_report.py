@@ -40,18 +40,34 @@ def test_goals_stand_beside_results():
     text = comparison_table([comparison("reached", 3.5), comparison("unmet", 4.5), comparison("free")])
     rows = {row.split(" | ")[0]: row for row in text.splitlines() if "| fast |" in row}
     assert "| **4.00** (3.50 to 4.50) | 3.5: reached | 1.0e-06 | 40% |" in rows["| reached"]
-    assert "4.5: **missed**" in rows["| unmet"]
+    assert "4.5: **missed** by 11%" in rows["| unmet"]
     assert "| **4.00** (3.50 to 4.50) |  | 1.0e-06" in rows["| free"]
 
 
 def test_a_goal_beyond_what_the_machine_computes_is_reported():
     record = comparison("unmet", 4.5) | {"work": {"unit": "multiply-adds"}}
     record["contenders"]["plain"]["share_of_ceiling"] = 0.25
-    assert "4.5: **missed**, would be 112% of the ceiling" in comparison_table([record])
+    assert "4.5: **missed** by 11%, would be 112% of the ceiling" in comparison_table([record])
     record["contenders"]["plain"]["share_of_ceiling"] = 0.2
-    assert "4.5: **missed** |" in comparison_table([record])
+    assert "4.5: **missed** by 11% |" in comparison_table([record])
     record["contenders"]["plain"]["share_of_ceiling"], record["work"]["unit"] = 0.5, "bytes"  # a cache may beat a copy
-    assert "4.5: **missed** |" in comparison_table([record])
+    assert "4.5: **missed** by 11% |" in comparison_table([record])
+
+
+def test_what_a_way_exceeds_is_not_called_a_ceiling():
+    record = comparison("unmet", 4.5) | {"work": {"unit": "multiply-adds"}}
+    record["contenders"]["plain"]["share_of_ceiling"] = 1.25
+    assert "4.5: **missed** by 11% |" in comparison_table([record])
+
+
+def test_a_goal_in_another_precision_is_compared_with_the_ceiling_of_that_precision():
+    record = comparison("unmet", 4.5) | {"work": {"unit": "multiply-adds"}}
+    plain, fast = record["contenders"].values()
+    plain |= {"share_of_ceiling": 0.5, "per_sec": 50.0}  # the ceiling is 100 for float32, and 500 for the other
+    fast |= {"share_of_ceiling": 0.4, "per_sec": 200.0}
+    assert "4.5: **missed** by 11% |" in comparison_table([record])
+    fast["share_of_ceiling"] = 1.0
+    assert "would be 112% of the ceiling" in comparison_table([record])
 
 
 def test_what_was_not_measured_is_named_with_its_command():

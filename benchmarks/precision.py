@@ -1,0 +1,143 @@
+"""Images in half precision against float32: the CIFAR-10 networks of the package, the same seeds, from start to end.
+
+A faster way is as good as float32 if it changes images less than other seeds do, and changes no distance that compares
+sets of images. Both are measured with sets of equal size, because a Frechet distance depends on the number of images.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from benchmarks import harness
+from edm2kit.cli import click_types as cli
+from edm2kit.cli.generation import prepare
+from edm2kit.cli.generation_options import parse_request
+from edm2kit.metrics.detectors.registry import Detector, load_detector
+from edm2kit.metrics.moments import Moments, statistics_of
+from edm2kit.metrics.reference import Reference, load_reference
+from edm2kit.metrics.scoring import REPLICATES, Measurement, Scorer, image_features
+from edm2kit.models.compilation import can_compile
+from edm2kit.models.preconditioning import PRECISIONS, slow_precision
+from edm2kit.torch_utils.files import provenance
+
+PRESETS = ("cifar10", "cifar10-autoguidance")
+DETECTOR = "fd_lite0"
+FLOAT32, OTHER_SEEDS = "fp32", "fp32, other seeds"
+# way -> --precision and --compile
+WAYS = {
+    "bf16": ("bf16", "off"),
+    "fp16": ("fp16", "off"),
+    "bf16, compiled": ("bf16", "on"),
+}
+_BATCH = 50
+
+
+@click.command(cls=cli.Command)
+@click.option("--num", metavar="N", type=click.IntRange(2), default=500, show_default=True, help="Images of each set")
+@click.option("--only", type=click.Choice(PRESETS), multiple=True, help="Only this preset; may be repeated")
+@click.option("--compiled", is_flag=True, help="Also compile the networks; takes minutes")
+@click.option("--half", is_flag=True, help="Also use precisions for which the CPU has no instructions")
+@click.option("--ref", type=click.Path(exists=True, dir_okay=False), help=f"Reference statistics of {DETECTOR}")
+@harness.out_option
+def main(num: int, only: tuple[str, ...], compiled: bool, half: bool, ref: str | None, out: Path) -> None:
+    """Compare images in half precision with float32 and with other seeds; writes precision.json."""
+    reference = None if ref is None else load_reference(ref)
+    ways, skipped = ways_here(compiled, half)
+    presets: dict[str, Any] = {}
+    record = {
+        "job": "precision",
+        "kind": "precision",
+        "detector": DETECTOR,
+        "num": num,
+        "presets": presets,
+        "reference": None if reference is None else {"file": Path(str(ref)).name, "num_images": reference.num_images},
+        "notes": {"skipped": skipped},
+        "command": harness.command(),
+        "provenance": provenance(),
+        "cpu": harness.cpu(),
+    }
+    for preset in only or PRESETS:
+        presets[preset] = measure(preset, ways, num, reference)
+        for way, row in presets[preset].items():
+            click.echo(f"{preset}, {way}: {row}")
+        harness.save(record, out)
+
+
+def ways_here(compiled: bool, half: bool) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
+    """The ways of WAYS to measure on this machine, and why the others are skipped."""
+    ways, skipped = {}, {}
+    for way, (precision, compiling) in WAYS.items():
+        slow = None if half else slow_precision(PRECISIONS[precision])
+        if slow is not None:
+            skipped[f"images in {way}"] = slow
+        elif compiling == "on" and not (compiled and can_compile()):
+            skipped[f"images in {way}"] = "not asked for (--compiled), or this CPU has no compiler"
+        else:
+            ways[way] = (precision, compiling)
+    return ways, skipped
+
+
+def measure(
+    preset: str, ways: Mapping[str, tuple[str, str]], num: int, reference: Reference | None
+) -> dict[str, dict[str, Any]]:
+    """The rows of one preset by way: seeds 0 to num - 1 in float32 and faster ways, and `num` other seeds."""
+    sets = {FLOAT32: images(preset, "fp32", "off", range(num))}
+    sets[OTHER_SEEDS] = images(preset, "fp32", "off", range(num, 2 * num))
+    for way, (precision, compiling) in ways.items():
+        sets[way] = images(preset, precision, compiling, range(num))
+    return compare(sets, load_detector(DETECTOR), reference)
+
+
+@torch.no_grad()
+def images(preset: str, precision: str, compiling: str, seeds: range) -> torch.Tensor:
+    """The images of a preset of the package, uint8 [N, 3, H, W]."""
+    request = parse_request(["--preset", preset, "--precision", precision, "--compile", compiling])
+    generation = prepare(request, torch.device("cpu"))
+    return torch.cat([batch.images for batch in generation.batches(seeds, _BATCH)])
+
+
+def compare(
+    sets: Mapping[str, torch.Tensor], detector: Detector, reference: Reference | None
+) -> dict[str, dict[str, Any]]:
+    """What each set is like beside FLOAT32, image by image and as a set, beside OTHER_SEEDS, and beside real images.
+
+    - `pixels`: mean absolute difference from the float32 image of the same position, in grey levels.
+    - `from_fp32`: Frechet distance from the float32 set; for a faster way, that of the same seeds.
+    - `from_others`: distance from the set of other seeds, which no way shares seeds with.
+    - `from_real`: value and 95% interval of the distance from `reference`, if there is one.
+    """
+    device = torch.device("cpu")
+    features = {name: image_features(pixels, [detector], device)[detector.name] for name, pixels in sets.items()}
+
+    def distance(name: str, to: Reference, replicates: int = 0) -> Measurement:
+        scorer = Scorer(to, [detector], device, replicates=replicates)
+        return scorer.measure_features({detector.name: features[name]}, warn_if_few=False)
+
+    known = {}
+    for name in (FLOAT32, OTHER_SEEDS):
+        moments = Moments(detector.num_features)
+        moments.add(features[name])
+        known[name] = Reference(*statistics_of([detector], [moments]), {})
+    rows: dict[str, dict[str, Any]] = {}
+    for name, pixels in sets.items():
+        row: dict[str, Any] = {"pixels": pixel_difference(pixels, sets[FLOAT32])}
+        for key, other in (("from_fp32", FLOAT32), ("from_others", OTHER_SEEDS)):
+            row[key] = None if name == other else distance(name, known[other]).values[detector.name]
+        if reference is not None:
+            measured = distance(name, reference, REPLICATES)
+            low, high = measured.intervals[detector.name]
+            row["from_real"] = [measured.values[detector.name], low, high]
+        rows[name] = row
+    return rows
+
+
+def pixel_difference(images: torch.Tensor, others: torch.Tensor) -> float:
+    """The mean absolute difference of two uint8 tensors of the same shape, in grey levels."""
+    return (images.short() - others.short()).abs().double().mean().item()
+
+
+if __name__ == "__main__":
+    main()
