@@ -374,8 +374,10 @@ def _generate(
             names = generation.engine.class_names
             run |= {"num_classes": generation.engine.label_dim, "label_names": None if names is None else list(names)}
         dist.on_rank0(folder.note_run, run)
-        # closing ends the progress bar before an error is printed, so that the error is the last line
         todo = complete_batches(sorted(seeds), missing, batch_size, generation.engine.device)
+        if others := len(todo) - len(missing):
+            dist.print0(f"Generating {others} of them again without writing them: rounding depends on the batch")
+        # closing ends the progress bar before an error is printed, so that the error is the last line
         with contextlib.closing(generation.batches(todo, batch_size)) as batches:
             folder.save(batches, frozenset(missing))
     dist.barrier()

@@ -137,7 +137,7 @@ def test_a_rank_without_work_waits_for_the_others(nets, tmp_path):
     assert sorted(contents(tmp_path)) == ["three.npz", "three.npz.json"]
 
 
-def test_a_second_run_generates_only_missing_images(nets, tmp_path, monkeypatch):
+def test_a_second_run_writes_only_missing_images(nets, tmp_path, monkeypatch):
     arguments = ("--seeds", "0-5", "--outdir", tmp_path)
     assert run(*arguments, net=nets / "main")[0] == 0
     first = contents(tmp_path)
@@ -153,8 +153,10 @@ def test_a_second_run_generates_only_missing_images(nets, tmp_path, monkeypatch)
     (tmp_path / "000004.png").unlink()
     (tmp_path / "000000.png").write_bytes(first["000001.png"])  # the image of another seed
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "000005.png", "JPEG")
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "000001.png", tmp_path / "000003.png")}
     assert run(*arguments, net=nets / "main")[0] == 0
-    assert drawn == [[0, 2, 4, 5]]
+    assert drawn == [[0, 1, 2, 3, 4, 5]]  # in the batch in which they were
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
     again = contents(tmp_path)
     assert {name: again[name] for name in first if name.endswith("png")} == {
         name: data for name, data in first.items() if name.endswith("png")
@@ -198,7 +200,9 @@ def test_batches_are_repeated_as_they_were_where_that_gives_the_same_bits(
 
     monkeypatch.setattr(Engine, "generate", noted)
     monkeypatch.setattr(generate.dist, "repeats_bits", lambda device: repeats)
-    assert run(*arguments, net=nets / "main")[0] == 0
+    code, output = run(*arguments, net=nets / "main")
+    assert code == 0
+    assert ("Generating 4 of them again without writing them" in output) == repeats
     assert made == batches
     assert {path: path.stat().st_mtime_ns for path in kept} == kept  # not written again
     after = contents(tmp_path)
