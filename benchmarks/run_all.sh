@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every benchmark that needs no GPU, one after the other, then the documents. Nothing else should run at the same time.
 #   bash benchmarks/run_all.sh              bash benchmarks/run_all.sh memory growth
-#   bash benchmarks/run_all.sh --quick      every speed on a CPU in about 20 minutes: three rounds each; without what
+#   bash benchmarks/run_all.sh --quick      every speed on a CPU in 10 to 20 minutes: three rounds each; without what
 #                                           measures no speed (fuzz), memory, or many sizes and ranks (growth, scaling)
 # If a benchmark fails, the others still run; it is listed at the end, and the exit code is 1. Needs an environment with
 # this project's packages (scripts/test.sh makes one). For a GPU there is benchmarks/gpu.sh.

@@ -1,6 +1,7 @@
 """Frozen networks answer as before: compared with golden values, the plain path, and under every edit of a call."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -219,8 +220,8 @@ def test_kept_weights_change_no_bit(kernel, dtype, monkeypatch):
     if dtype not in layers._ONEDNN:
         pytest.skip("this processor has no instructions for bfloat16")
     layer = frozen_convolution(kernel, dtype)
-    for shape in [(1, 8), (2, 8), (3, 16)]:
-        x = images_for(layer, *shape)
+    for shape, layout in itertools.product([(1, 8), (2, 8), (3, 16)], [torch.channels_last, torch.contiguous_format]):
+        x = images_for(layer, *shape).contiguous(memory_format=layout)
         kept = layer(x)
         assert layer._packed[0] == x.shape
         with monkeypatch.context() as patch:
