@@ -28,6 +28,10 @@ COMMANDS = (
     "scripts/count_flops.py", "scripts/toy_example.py", "scripts/compare_guidance.py", "scripts/tune.py",
     "scripts/report.py",
 )  # fmt: skip
+MODULES = (
+    "generate", "train", "metrics", "phema", "dataset", "reproduce", "distill", "classifier", "convert", "flops", "toy",
+    "compare", "tune", "report",
+)  # fmt: skip
 NETWORK = "edm2-img64-xs"  # pixels: its images need no VAE
 _SCORED = 50_000
 
@@ -82,6 +86,11 @@ def measure(folder: Path, pictures: int, demo: bool = False) -> Iterator[Row]:
         times = [seconds(command, "--help") for _ in range(3)]
         yield Row(f"`{command} --help`", min(times), "s", 1.0, note="least of 3; not held up by `import torch`")
     yield Row("`import torch`, for comparison", min(_seconds_of(["-c", "import torch"]) for _ in range(3)), "s", None)
+    for name in MODULES:
+        times = [_seconds_of(["-c", f"import edm2kit.cli.{name}"]) for _ in range(3)]
+        yield Row(
+            f"import of edm2kit.cli.{name}", min(times), "s", 2.0, note="least of 3; `import torch` is most of it"
+        )
     yield first_image(folder)
     yield conversion(folder, pictures)
     yield scoring()

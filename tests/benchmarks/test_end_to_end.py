@@ -23,6 +23,7 @@ def test_what_others_are_compared_with_has_no_goal():
 def test_every_console_command_is_timed():
     files = {ROOT / file for file in end_to_end.COMMANDS}
     assert {house.command_of_file(file) for file in files} == house.commands(ROOT)
+    assert {f"edm2kit.cli.{name}" for name in end_to_end.MODULES} == house.commands(ROOT)
 
 
 def test_a_command_that_fails_is_no_measurement():
