@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import errno
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -223,7 +222,7 @@ def _launched() -> contextlib.AbstractContextManager[None]:
 def _in_group(picked: torch.device, limit_sec: float) -> Iterator[torch.device]:
     global _had_group
     # a single process has nobody to watch
-    from edm2kit.torch_utils.heartbeat import is_of_group, reason_of_loss, watching
+    from edm2kit.torch_utils.heartbeat import is_first_to_report, is_of_group, reason_of_loss, watching
     from edm2kit.torch_utils.meeting import check_host_name, group_arguments
 
     check_host_name()
@@ -239,7 +238,7 @@ def _in_group(picked: torch.device, limit_sec: float) -> Iterator[torch.device]:
             _had_group = True
             yield picked
         except (ValueError, OSError) as error:
-            if _had_group and not _is_first_to_report(str(error)):
+            if _had_group and not is_first_to_report(str(error)):
                 raise ReportedElsewhere(str(error)) from error
             raise
         except RuntimeError as error:
@@ -253,20 +252,8 @@ class ReportedElsewhere(ValueError):
     """An error with the same message as that of another rank, which reports it."""
 
 
-def _is_first_to_report(text: str) -> bool:
-    """Whether no other rank has met the same message; True if the other ranks can no longer be asked."""
-    from edm2kit.torch_utils.heartbeat import ask
-
-    key = f"error/{hashlib.sha256(text.encode()).hexdigest()}"
-    # fails if the node with the store has ended, or if this torch lacks the function
-    return ask(lambda: torch.distributed.distributed_c10d._get_default_store().add(key, 1), 1) == 1
-
-
 def printable(text: str) -> str:
-    """`text` with escapes instead of characters that control a terminal or cannot be printed.
-
-    Names and notes in files may contain anything.
-    """
+    """`text` with escapes for characters that control a terminal or cannot be printed, as names in files may."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
@@ -306,6 +293,19 @@ def _discard(stream: TextIO) -> None:
     """Send the rest of the buffer, and all that follows, nowhere: Python would fail again at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
+
+
+class _Unfailing:
+    """A stream in which text may be lost, but no write fails, for the progress bars of work that goes on."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        _say(text, self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _meet() -> bool:
@@ -436,6 +436,7 @@ def progress_bar(
     """
     on_terminal = sys.stderr.isatty()
     return tqdm(
+        file=_Unfailing(sys.stderr),
         total=total,
         initial=initial,
         unit=unit,

@@ -1,6 +1,7 @@
 """Which process the others wait for: each rank reports that it is alive, and a missing one is named in a minute."""
 
 import contextlib
+import hashlib
 import os
 import socket
 import threading
@@ -158,6 +159,13 @@ def ask(question: Callable[[], Any], otherwise: Any) -> Any:
     thread.start()
     thread.join(_ANSWER_SEC)
     return answers[0] if answers else otherwise
+
+
+def is_first_to_report(text: str) -> bool:
+    """Whether no other rank has met the same message; True if the other ranks can no longer be asked."""
+    key = f"error/{hashlib.sha256(text.encode()).hexdigest()}"
+    # fails if the node with the store has ended, or if this torch lacks the function
+    return ask(lambda: torch.distributed.distributed_c10d._get_default_store().add(key, 1), 1) == 1
 
 
 def is_of_group(error: RuntimeError) -> bool:

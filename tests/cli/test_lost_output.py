@@ -1,11 +1,14 @@
 """Output that nobody can read: a full disk behind it, or a pipe whose reader has gone, costs one line at most."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
+from edm2kit.torch_utils import dist
 from tests.support import ROOT, house
 from tests.support.tiny import environment
 
@@ -92,3 +95,21 @@ def test_lines_that_a_full_disk_lost_are_not_forgotten():
                 env=environment(),
             )
         assert (done.returncode, done.stderr) == (expected, FULL)
+
+
+@pytest.mark.parametrize("kind", ["full", "closed"])
+def test_a_progress_bar_that_nobody_sees_does_not_end_the_work(kind, monkeypatch):
+    read, target = os.pipe()
+    os.close(read)
+    if kind == "full":
+        os.close(target)
+        target = os.open("/dev/full", os.O_WRONLY)
+    stream = os.fdopen(target, "w")
+    monkeypatch.setattr(sys, "stderr", stream)
+    with dist.progress_bar(3) as bar:
+        for _ in range(3):
+            bar.update()
+            bar.refresh()
+    assert bar.n == 3
+    with contextlib.suppress(OSError):
+        stream.close()
