@@ -115,7 +115,7 @@ def main(
         encoder = make_encoder({"kind": "rgb" if pixels else "vae"})
         train_(net.to(where), dataset, encoder, training, workers, where)
         for sigma, share in accuracies(net.eval(), dataset, encoder, training.seed, where):
-            print(f"sigma {sigma:<5g} {share:6.1%} of training images correct")
+            dist.print0(f"sigma {sigma:<5g} {share:6.1%} of training images correct")
         header = ClassifierHeader(architecture, training.duration_nimg, dataset.label_names, asdict(training))
         save_classifier(dest, net, header)
 
@@ -162,7 +162,8 @@ def train_(
     if bar is not None:
         bar.close()
     mean = total * training.batch_size / seen
-    print(f"{seen} images: loss {mean:.3f}, {right / seen:.1%} correct, over all noise levels and all of the training")
+    known = f"{right / seen:.1%} correct, over all noise levels and all of the training"
+    dist.print0(f"{seen} images: loss {mean:.3f}, {known}")
 
 
 @torch.no_grad()

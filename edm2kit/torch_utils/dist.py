@@ -221,7 +221,6 @@ def _launched() -> contextlib.AbstractContextManager[None]:
 
 def _in_group(picked: torch.device, limit_sec: float) -> Iterator[torch.device]:
     global _had_group
-    # a single process has nobody to watch
     from edm2kit.torch_utils.heartbeat import is_first_to_report, is_of_group, reason_of_loss, watching
     from edm2kit.torch_utils.meeting import check_host_name, group_arguments
 
@@ -301,8 +300,10 @@ class _Unfailing:
     def __init__(self, stream: TextIO):
         self._stream = stream
 
-    def write(self, text: str) -> None:
+    def write(self, text: str = "") -> None:
         _say(text, self._stream)
+
+    flush = write
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
