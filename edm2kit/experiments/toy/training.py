@@ -1,21 +1,20 @@
 """Training the toy's networks by exact score matching, and their files."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from edm2kit.ema.power_function import PowerFunctionEMA
 from edm2kit.experiments.toy.mixture import Mixture
 from edm2kit.experiments.toy.model import ToyNet
 from edm2kit.experiments.toy.tree import components
 from edm2kit.models.layers import normalize_weights_
-from edm2kit.torch_utils.files import atomic_write, code_commit, crc32_of
+from edm2kit.torch_utils.files import atomic_write, code_commit
 from edm2kit.torch_utils.rng import derive_seed
+from edm2kit.torch_utils.safetensors_files import matches_checksums, safetensors_bytes
 from edm2kit.training.learning_rate import learning_rate
 
 BATCH_SIZE = 4096
@@ -23,7 +22,6 @@ P_MEAN, P_STD = -2.3, 1.5
 REF_LR, REF_BATCHES = 0.01, 512
 EMA_STD = 0.010
 _MAX_GAIN = -1e-3  # at 0 no weight would have a gradient
-_CRC_KEY = "edm2_weights_crc32"
 _TRAIN_AGAIN = "Delete it to train it again, or use another --outdir"
 
 
@@ -109,9 +107,8 @@ def network_path(outdir: Path, role: str, seed: int) -> Path:
 def save_network(path: Path, net: ToyNet, recipe: Recipe, seed: int) -> None:
     """Write the weights, with recipe, seed and commit in the file's metadata."""
     notes = {key: str(value) for key, value in {**asdict(recipe), "seed": seed, "commit": code_commit()}.items()}
-    state = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
     with atomic_write(path) as file:
-        file.write(save(state, {**notes, _CRC_KEY: json.dumps(crc32_of(state), sort_keys=True)}))
+        file.write(safetensors_bytes(net.state_dict(), notes))
 
 
 def load_network(outdir: Path, role: str, seed: int) -> ToyNet:
@@ -144,6 +141,6 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
             notes, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a complete network file ({error}). {_TRAIN_AGAIN}") from error
-    if notes.get(_CRC_KEY) not in (None, json.dumps(crc32_of(state), sort_keys=True)):
+    if not matches_checksums(state, notes):
         raise ValueError(f"{path} is damaged: its weights do not match their checksums. {_TRAIN_AGAIN}")
     return notes, state

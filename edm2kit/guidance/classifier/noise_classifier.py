@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
-from edm2kit.torch_utils.files import atomic_write, check_fields, check_type, code_commit, crc32_of
+from edm2kit.torch_utils.files import atomic_write, check_fields, check_type, code_commit
+from edm2kit.torch_utils.safetensors_files import matches_checksums, safetensors_bytes
 
 FORMAT_VERSION = 1
-_HEADER_KEY, _CRC_KEY = "edm2_classifier", "edm2_weights_crc32"
+_HEADER_KEY = "edm2_classifier"
 _GROUPS = 8
 _MAX_LEVELS = 16
 _MAX_WIDTH = 4096
@@ -109,8 +109,7 @@ class LoadedClassifier:
 def save_classifier(path: str | Path, net: NoiseClassifier, header: ClassifierHeader) -> None:
     """Write weights and header to one safetensors file, atomically."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
-    metadata = {_HEADER_KEY: json.dumps(dataclasses.asdict(header)), _CRC_KEY: json.dumps(crc32_of(state))}
-    data = save(state, metadata=metadata)
+    data = safetensors_bytes(state, {_HEADER_KEY: json.dumps(dataclasses.asdict(header))})
     with atomic_write(path) as file:
         file.write(data)
 
@@ -123,14 +122,14 @@ def load_classifier(path: str | Path) -> LoadedClassifier:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a complete classifier file ({error})") from error
-    text, checksums = metadata.get(_HEADER_KEY), metadata.get(_CRC_KEY)
+    text = metadata.get(_HEADER_KEY)
     if text is None:
         raise ValueError(
             f"{path} is a safetensors file, but not a classifier; make one with scripts/train_classifier.py"
         )
+    if not matches_checksums(state, metadata):
+        raise ValueError(f"{path} is damaged: its weights do not match their checksums; copy or write it again")
     try:
-        if checksums is not None and json.loads(checksums) != crc32_of(state):
-            raise ValueError(f"{path} is damaged: its weights do not match their checksums; copy or write it again")
         values = json.loads(text)
         version = values["format_version"]
         if version > FORMAT_VERSION:
