@@ -1,4 +1,4 @@
-"""Small safetensors files: the same bytes each time, readable by the library, with checksums that notice a flipped bit."""
+"""Small safetensors files: the same bytes each time, readable by the library; a flipped bit is noticed."""
 
 import pytest
 import torch
