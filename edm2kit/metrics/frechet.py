@@ -6,9 +6,10 @@ import numpy as np
 import scipy.linalg
 import torch
 from numpy.typing import ArrayLike
-from scipy.linalg import lapack
+from scipy.linalg import blas, lapack
 
 from edm2kit.metrics.moments import FeatureStatistics, add_outer_, gram_matrix
+from edm2kit.metrics.pairs import products
 
 # The fast path is used if its expected rounding error is below this fraction of tr S1 + tr S2, ...
 _FAST_PATH_ERROR = 1e-9
@@ -18,7 +19,8 @@ _MARGIN = 10
 # ... and if every eigenvalue is at least this many times the rounding error of the largest; the estimate fails below.
 _MIN_EIGENVALUE_IN_ERRORS = 500
 _TILE = 256
-_INFLUENCE_ROWS = 4096
+_INFLUENCE_ROWS = 2048
+_MAX_STRETCH = 1e4
 
 
 def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
@@ -50,10 +52,9 @@ def growing_distances(rows: torch.Tensor, sizes: Sequence[int], reference: Featu
     the eigenvalues of L^T S L are those of the covariance of the rows times L.
     """
     lower, failed = lapack.dpotrf(reference.covariance.T, lower=1)
-    rows = rows.double()
-    shift = rows.mean(dim=0)
-    rows = rows - shift
-    transformed = rows @ torch.from_numpy(lower).to(rows.device)
+    shift = rows.mean(dim=0, dtype=torch.float64)
+    rows = rows.double() - shift
+    transformed = _times_lower(rows, lower)
     outer = torch.zeros(len(shift), len(shift), dtype=torch.float64, device=rows.device)
     total, squares = torch.zeros_like(shift), torch.zeros_like(shift)
     distances, start = [], 0
@@ -79,6 +80,13 @@ def growing_distances(rows: torch.Tensor, sizes: Sequence[int], reference: Featu
     return distances
 
 
+def _times_lower(rows: torch.Tensor, lower: np.ndarray) -> torch.Tensor:
+    """`rows` [N, F] times a lower triangular matrix; on a CPU for half of the cost of a product."""
+    if rows.device.type != "cpu":
+        return rows @ torch.from_numpy(lower).to(rows.device)
+    return torch.from_numpy(blas.dtrmm(1.0, lower, rows.numpy().T, lower=1, trans_a=1).T)
+
+
 def frechet_influence(
     features: torch.Tensor, statistics: FeatureStatistics, reference: FeatureStatistics
 ) -> torch.Tensor:
@@ -92,12 +100,16 @@ def frechet_influence(
     values, vectors = scipy.linalg.eigh(root.T @ statistics.covariance @ root, check_finite=False, driver="evd")
     kept = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0)
     # T = B (B^T S B)^(-1/2) B^T = C C^T, with the reference's covariance B B^T
-    factor = torch.from_numpy(root @ (vectors[:, kept] * values[kept] ** -0.25))
+    factor = torch.from_numpy(root @ (vectors[:, kept] * values[kept] ** -0.25)).T.contiguous()
+    # float32 is enough for an interval, unless T stretches some direction very much
+    if len(factor) == 0 or float(factor.square().sum(dim=1).max()) < _MAX_STRETCH:
+        factor = factor.float()
     shift = torch.from_numpy(2 * (statistics.mean - reference.mean))
     effects = []
     for rows in features.split(_INFLUENCE_ROWS):
         d = rows.cpu().double() - torch.from_numpy(statistics.mean)
-        effects.append(d @ shift + d.square().sum(dim=1) - (d @ factor).square().sum(dim=1))
+        transported = products(d.to(factor.dtype), factor).square_().sum(dim=1, dtype=torch.float64)
+        effects.append(d @ shift + d.square().sum(dim=1) - transported)
     effect = torch.cat(effects)
     return effect - effect.mean()
 

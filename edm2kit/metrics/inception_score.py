@@ -2,6 +2,7 @@
 
 import torch
 
+from edm2kit.metrics.pairs import product_dtype, products
 from edm2kit.metrics.score import Sample, Score
 
 SPLIT_SIZE = 5000
@@ -26,16 +27,19 @@ def _score(sample: Sample, with_bias: bool) -> Score:
     if sample.head is None:
         raise ValueError("an Inception Score needs a detector with a classifier, such as fid or fd_lite0")
     weight, bias = sample.head.weight.to(sample.generated.device), sample.head.bias.to(sample.generated.device)
+    dtype = product_dtype(weight.device)
     values, effects = [], []
     for rows in sample.generated.split(SPLIT_SIZE):
-        logits = rows.double() @ weight.double().T
+        # rounding errors of float32 are random, and average out over the images of a split
+        logits = products(rows.to(dtype), weight.to(dtype)).double()
         if with_bias:
-            logits = logits + bias.double()
+            logits += bias.double()
         log_probabilities = logits.log_softmax(dim=1)
         probabilities = log_probabilities.exp()
+        mean = probabilities.mean(dim=0)
         # a class that no image shows adds nothing, and not 0 times infinity
-        of_mean = torch.special.xlogy(probabilities, probabilities.mean(dim=0))
-        divergence = (probabilities * log_probabilities - of_mean).sum(dim=1)
+        log_mean = torch.where(mean > 0, mean, 1.0).log()
+        divergence = log_probabilities.mul_(probabilities).sum(dim=1) - probabilities @ log_mean
         value = divergence.mean().exp()
         values.append(value)
         effects.append(value * (divergence - divergence.mean()))

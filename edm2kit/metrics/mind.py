@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from edm2kit.metrics.pairs import products
 from edm2kit.metrics.score import Sample, Score
 
 DIRECTIONS = 1000
@@ -23,8 +24,8 @@ def mind(sample: Sample) -> Score:
     total, squares = 0.0, []
     influence = torch.zeros(size, dtype=torch.float64, device=x.device)
     for block in directions.split(_BLOCK_DIRECTIONS, dim=1):
-        projected, order = _sorted((x @ block).T)
-        difference = projected.double() - _sorted_values((y @ block).T)
+        projected, order = _sorted(products(block.T, x))
+        difference = projected.double() - _sorted_values(products(block.T, y))
         squares.append(difference.square().mean(dim=1))
         # The derivative of the transport potential is 2 (x - y) at each sorted point.
         steps = projected.double().diff(dim=1).mul_(difference[:, 1:] + difference[:, :-1])
@@ -40,14 +41,14 @@ def _sorted(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Every row in order, and where its values were; on a CPU by numpy, which takes a fifth of the time."""
     if rows.device.type != "cpu":
         return rows.sort(dim=1)
-    order = torch.from_numpy(np.argsort(rows.contiguous().numpy(), axis=1))
+    order = torch.from_numpy(np.argsort(rows.numpy(), axis=1))
     return rows.gather(1, order), order
 
 
 def _sorted_values(rows: torch.Tensor) -> torch.Tensor:
     if rows.device.type != "cpu":
         return rows.sort(dim=1).values
-    return torch.from_numpy(np.sort(rows.contiguous().numpy(), axis=1))
+    return torch.from_numpy(np.sort(rows.numpy(), axis=1))
 
 
 def _pick(rows: torch.Tensor, size: int, rng: np.random.Generator) -> torch.Tensor:

@@ -1,29 +1,26 @@
-"""Nearest neighbours among features, in bounded memory: one pass over all pairs serves every metric that needs them.
+"""Nearest neighbours among features, in bounded memory.
 
-On a CPU, distances are computed in float32, which takes half the time of float64, as lower bounds: less the largest
-possible rounding error. Wherever a bound leaves open which of two numbers is larger, the distance is computed in
-float64 from the difference of the two rows. All results are therefore those of float64.
+On a CPU, distances are computed in float32, which takes a quarter of the time of float64, as lower bounds: less the
+largest possible rounding error. Wherever a bound leaves open which of two numbers is larger, the distance is computed
+in float64 from the difference of the two rows. All results are therefore those of float64.
 """
 
-import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
+from edm2kit.metrics import pairs
+from edm2kit.metrics.pairs import PairVisitor, Rows, scaled_rows, visit_pairs
 from edm2kit.torch_utils import dist
 
 MANIFOLD_NEIGHBOURS = 3  # Kynkaanniemi et al. 2019 (arXiv 1904.06991)
 COVERAGE_NEIGHBOURS = 5  # Naeem et al. 2020 (arXiv 2002.09797)
 _ROUNDING = 1e-12  # of the squared length: what is left of the distance between copies
-_TILE_ROWS = 2048  # distances are computed in square tiles
-_SHOWN_TILES = 8
 _PAIRS = 1 << 20  # of a tile, compared with radii at once
-_EXACT_ELEMENTS = 1 << 18  # features of pairs in float64 at once: small enough for the cache
-_SPARE = 3  # candidates beyond those asked for: their bounds nearly always prove that no other row is nearer
+SPARE = 3  # candidates beyond those asked for: their bounds nearly always prove that no other row is nearer
 _TINY = 1e-37  # about the least float32
 _SPARE_OF_TIES = 64  # for the rows for which they do not
+_GROUP = 16  # columns of a tile of which only the least is sorted at first
 
 
 @dataclass(frozen=True)
@@ -55,45 +52,100 @@ def neighbourhood(
     M: 1.1 GiB for 50,000 images each of 2048 features. Raises ValueError for other shapes, too few images, and features
     that are not finite.
     """
-    most = max(manifold_neighbours, coverage_neighbours)
-    for features in (real, generated):
-        if features.ndim != 2 or features.shape[1] != real.shape[1]:
-            raise ValueError(
-                f"features have shapes {list(real.shape)} and {list(generated.shape)}; expected [N, F], [M, F]"
-            )
-        if len(features) <= most:
-            raise ValueError(f"{len(features)} images have no {most} nearest neighbours each; expected more images")
-        if not features.isfinite().all():
-            raise ValueError("the detector returned features that are not finite (NaN or infinity)")
-    ours, theirs = _scaled(generated, real)
-    _, among_real = _nearest_others(theirs, most)
-    real_manifold = among_real[:, manifold_neighbours - 1]
-    real_coverage = among_real[:, coverage_neighbours - 1]
-    generated_manifold = _nearest_others(ours, manifold_neighbours)[1][:, -1]
-    _warn_of_copies(generated_manifold, ours.lengths.mean() / ours.scale**2)
+    counts = BallCounts(real, generated, manifold_neighbours, coverage_neighbours)
+    visit_pairs(*scaled_rows(generated, real), [counts])
+    return counts.found()
 
-    is_precise = torch.zeros(len(generated), dtype=torch.bool, device=generated.device)
-    num_balls = torch.zeros(len(generated), dtype=torch.int64, device=generated.device)
-    is_recalled, is_covered = (torch.zeros(len(real), dtype=torch.bool, device=real.device) for _ in range(2))
-    reach_of_real = theirs.upper_bounds(torch.maximum(real_manifold, real_coverage))
-    reach_of_generated = ours.upper_bounds(generated_manifold)
 
-    def count_balls(rows: slice, columns: slice, bounds: torch.Tensor) -> None:
-        near = (bounds <= reach_of_real[columns]).logical_or_(bounds <= reach_of_generated[rows, None])
-        for pairs in near.nonzero().split(_PAIRS):
-            row, column = pairs[:, 0] + rows.start, pairs[:, 1] + columns.start
-            radii = torch.stack([real_manifold[column], real_coverage[column], generated_manifold[row]])
-            squared = _settled(ours, theirs, row, column, bounds[pairs[:, 0], pairs[:, 1]], radii)
-            in_manifold, in_coverage, in_generated = squared <= radii
-            is_precise[row[in_manifold]] = True
-            is_covered[column[in_coverage]] = True
-            is_recalled[column[in_generated]] = True
-            num_balls.add_(torch.bincount(row[in_coverage], minlength=len(num_balls)))
+class BallCounts(PairVisitor):
+    """Finds the balls of all images, and counts what is inside them. Arguments and errors as for `neighbourhood`."""
 
-    nearest, squared_distance = _nearest(ours, theirs, 1, count_balls)
-    return Neighbourhood(
-        is_precise, is_recalled, num_balls, is_covered, nearest[:, 0], squared_distance[:, 0], among_real[:, 0]
-    )
+    needs_within = True
+
+    def __init__(
+        self,
+        real: torch.Tensor,
+        generated: torch.Tensor,
+        manifold_neighbours: int = MANIFOLD_NEIGHBOURS,
+        coverage_neighbours: int = COVERAGE_NEIGHBOURS,
+    ) -> None:
+        self._manifold, self._coverage = manifold_neighbours, coverage_neighbours
+        most = max(manifold_neighbours, coverage_neighbours)
+        for features in (real, generated):
+            if features.ndim != 2 or features.shape[1] != real.shape[1]:
+                raise ValueError(
+                    f"features have shapes {list(real.shape)} and {list(generated.shape)}; expected [N, F], [M, F]"
+                )
+            if len(features) <= most:
+                raise ValueError(f"{len(features)} images have no {most} nearest neighbours each; expected more images")
+            if not features.isfinite().all():
+                raise ValueError("the detector returned features that are not finite (NaN or infinity)")
+        m, n, device = len(generated), len(real), real.device
+        self._is_precise = torch.zeros(m, dtype=torch.bool, device=device)
+        self._num_balls = torch.zeros(m, dtype=torch.int64, device=device)
+        self._is_recalled, self._is_covered = (torch.zeros(n, dtype=torch.bool, device=device) for _ in range(2))
+
+    def start(self, generated: Rows, real: Rows) -> None:
+        self._ours, self._theirs = generated, real
+        self._near_real = Candidates(real, real, max(self._manifold, self._coverage))
+        self._near_generated = Candidates(generated, generated, self._manifold)
+        self._real_near_generated: Candidates | None = None
+
+    def within_real(self, rows: slice, columns: slice, products: torch.Tensor) -> None:
+        _add_both(self._near_real, rows, columns, products)
+
+    def within_generated(self, rows: slice, columns: slice, products: torch.Tensor) -> None:
+        _add_both(self._near_generated, rows, columns, products)
+
+    def _find_radii(self) -> None:
+        _, among_real = self._near_real.proven()
+        del self._near_real
+        self._real_squared_distance = among_real[:, 0].clone()
+        self._real_manifold = among_real[:, self._manifold - 1].clone()
+        self._real_coverage = among_real[:, self._coverage - 1].clone()
+        self._generated_manifold = self._near_generated.proven()[1][:, -1].clone()
+        del self._near_generated
+        _warn_of_copies(self._generated_manifold, self._ours.lengths.mean() / self._ours.scale**2)
+        self._reach_of_real = _upper_bounds(self._theirs, torch.maximum(self._real_manifold, self._real_coverage))
+        self._reach_of_generated = _upper_bounds(self._ours, self._generated_manifold)
+
+    def across(self, rows: slice, columns: slice, products: torch.Tensor) -> None:
+        if self._real_near_generated is None:
+            self._find_radii()
+            self._real_near_generated = Candidates(self._ours, self._theirs, 1)
+        bounds = lower_bounds(self._ours, self._theirs, rows, columns, products)
+        self._real_near_generated.add(rows, bounds, columns.start)
+        near = bounds <= self._reach_of_real[columns]
+        near.logical_or_(bounds <= self._reach_of_generated[rows, None])
+        # not more than _PAIRS at once, if all are near
+        height = max(_PAIRS // near.shape[1], 1)
+        for start, part in enumerate(near.split(height)):
+            row, column = part.nonzero().unbind(dim=1)
+            row = row + start * height
+            self._count(row + rows.start, column + columns.start, bounds[row, column])
+
+    def _count(self, row: torch.Tensor, column: torch.Tensor, bounds: torch.Tensor) -> None:
+        """Enter pairs of generated and real images, given their lower bounds."""
+        radii = torch.stack([self._real_manifold[column], self._real_coverage[column], self._generated_manifold[row]])
+        in_manifold, in_coverage, in_generated = _settled(self._ours, self._theirs, row, column, bounds, radii) <= radii
+        self._is_precise[row[in_manifold]] = True
+        self._is_covered[column[in_coverage]] = True
+        self._is_recalled[column[in_generated]] = True
+        self._num_balls.add_(torch.bincount(row[in_coverage], minlength=len(self._num_balls)))
+
+    def found(self) -> Neighbourhood:
+        """The result, after all pairs."""
+        assert self._real_near_generated is not None
+        nearest, squared_distance = self._real_near_generated.proven()
+        return Neighbourhood(
+            self._is_precise,
+            self._is_recalled,
+            self._num_balls,
+            self._is_covered,
+            nearest[:, 0],
+            squared_distance[:, 0],
+            self._real_squared_distance,
+        )
 
 
 def _warn_of_copies(squared_radii: torch.Tensor, squared_length: torch.Tensor) -> None:
@@ -107,162 +159,179 @@ def _warn_of_copies(squared_radii: torch.Tensor, squared_length: torch.Tensor) -
 
 def nearest_distances(points: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """The squared distance of each of `points` [N, F] to the nearest of `others` [M, F], float64 [N]."""
-    return _nearest(*_scaled(points, others), 1)[1][:, 0]
+    return _nearest(points, others, 1)[1][:, 0]
 
 
 def nearest_indices(points: torch.Tensor, others: torch.Tensor, neighbours: int) -> torch.Tensor:
     """The numbers of the nearest `neighbours` of `others` [M, F] to each of `points` [N, F]: int64 [N, neighbours]."""
-    return _nearest(*_scaled(points, others), neighbours)[0]
+    return _nearest(points, others, neighbours)[0]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows in the precision in which all pairs are computed, and what is known of their errors."""
-
-    given: torch.Tensor  # [N, F]
-    centre: torch.Tensor  # float64 [F]
-    scale: float  # a power of two: no square overflows
-    scaled: torch.Tensor  # float32 or float64 [N, F]: (given - centre) * scale
-    lengths: torch.Tensor  # float64 [N]: squared, of `scaled`
-    error: float  # of a squared distance, as a fraction of the sum of both lengths
-
-    def tiles(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Which rows, the rows themselves, and their squared lengths less their share of the error."""
-        for start in range(0, len(self.given), _TILE_ROWS):
-            tile = slice(start, min(start + _TILE_ROWS, len(self.given)))
-            yield tile, self.scaled[tile], (self.lengths[tile] * (1 - self.error)).to(self.scaled.dtype)
-
-    def upper_bounds(self, squared_radii: torch.Tensor) -> torch.Tensor:
-        """Squared radii in the scale and precision of `scaled`, rounded up."""
-        dtype = self.scaled.dtype
-        rounded_up = squared_radii * (self.scale**2 * (1 + 2 * torch.finfo(dtype).eps)) + _TINY
-        return rounded_up.to(dtype)
-
-    def in_float64(self, rows: torch.Tensor | slice) -> torch.Tensor:
-        return (self.given[rows].double() - self.centre).mul_(self.scale)
+def _nearest(points: torch.Tensor, others: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    search = _Search(count)
+    visit_pairs(*scaled_rows(points, others), [search])
+    return search.candidates.proven()
 
 
-def _scaled(points: torch.Tensor, others: torch.Tensor) -> tuple[_Rows, _Rows]:
-    """Both about the mean of `others`: distances are computed from products, in which a large mean would cancel."""
-    # TF32 and bfloat16, which may stand for float32 by a setting, have larger errors
-    is_float32 = points.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
-    dtype = torch.float32 if is_float32 else torch.float64
-    # The sum of F products is off by F half units at most; 16 are for the rounding of rows, lengths and their sums.
-    error = 1.01 * (points.shape[1] + 16) * torch.finfo(dtype).eps / 2
-    centre = others.mean(dim=0, dtype=torch.float64)
-    chunk = max(_EXACT_ELEMENTS // points.shape[1], 1)
-    sets = (points, others)
-    lengths = []
-    for rows in sets:
-        lengths.append(torch.cat([(part.double() - centre).square_().sum(dim=1) for part in rows.split(chunk)]))
-    _, exponent = math.frexp(math.sqrt(max(float(squared.max()) for squared in lengths)))
-    scale = 2.0**-exponent
-    results = []
-    for rows, squared in zip(sets, lengths, strict=True):
-        scaled = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-        results.append(_Rows(rows, centre, scale, scaled, squared * scale**2, error))
-        for start in range(0, len(rows), chunk):
-            part = slice(start, start + chunk)
-            scaled[part] = results[-1].in_float64(part)
-    return results[0], results[1]
+class _Search(PairVisitor):
+    """Finds the nearest `count` of the second set to each of the first."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def start(self, generated: Rows, real: Rows) -> None:
+        self.candidates = Candidates(generated, real, self._count)
+
+    def across(self, rows: slice, columns: slice, products: torch.Tensor) -> None:
+        ours, theirs = self.candidates.ours, self.candidates.theirs
+        self.candidates.add(rows, lower_bounds(ours, theirs, rows, columns, products), columns.start)
 
 
-def _lower_bounds(
-    rows: torch.Tensor, lengths: torch.Tensor, others: torch.Tensor, other_lengths: torch.Tensor
-) -> torch.Tensor:
-    """Of the squared distances of two tiles: no true one is smaller."""
-    return torch.addmm(other_lengths, rows, others.T, alpha=-2).add_(lengths[:, None]).clamp_(min=0)
+def lower_bounds(ours: Rows, theirs: Rows, rows: slice, columns: slice, products: torch.Tensor) -> torch.Tensor:
+    """Of the squared distances of a tile, in the scale of its rows: no true one is smaller."""
+    own, other = ((x.lengths[part] * (1 - x.error)).to(products.dtype) for x, part in ((ours, rows), (theirs, columns)))
+    return torch.add(other, products, alpha=-2).add_(own[:, None])
+
+
+def _upper_bounds(rows: Rows, squared_radii: torch.Tensor) -> torch.Tensor:
+    """Squared radii in the scale and precision of `rows`, rounded up."""
+    dtype = rows.scaled.dtype
+    rounded_up = squared_radii * (rows.scale**2 * (1 + 2 * torch.finfo(dtype).eps)) + _TINY
+    return rounded_up.to(dtype)
+
+
+def _add_both(candidates: "Candidates", rows: slice, columns: slice, products: torch.Tensor) -> None:
+    """Enter a tile of pairs within a set, which has rows and columns as neighbours of each other."""
+    bounds = lower_bounds(candidates.ours, candidates.theirs, rows, columns, products)
+    if rows == columns:
+        bounds.fill_diagonal_(torch.inf)
+    else:
+        candidates.add(columns, bounds.T, rows.start)
+    candidates.add(rows, bounds, columns.start)
 
 
 @dataclass
-class _Candidates:
-    """The least bounds of each row so far, sorted, and the numbers of the rows that they belong to: [N, kept] each."""
+class Least:
+    """The least numbers of each row so far, sorted, and where they were: [N, kept] each."""
 
-    bounds: torch.Tensor
+    values: torch.Tensor
     numbers: torch.Tensor
 
     @classmethod
-    def none(cls, rows: torch.Tensor, kept: int) -> "_Candidates":
-        bounds = torch.full([len(rows), kept], torch.inf, dtype=rows.dtype, device=rows.device)
-        return cls(bounds, torch.zeros(bounds.shape, dtype=torch.int64, device=rows.device))
+    def none(cls, count: int, kept: int, like: torch.Tensor) -> "Least":
+        values = torch.full([count, kept], torch.inf, dtype=like.dtype, device=like.device)
+        return cls(values, torch.zeros(values.shape, dtype=torch.int64, device=like.device))
 
-    def add(self, bounds: torch.Tensor, start: int) -> None:
-        """Take the least of those of a tile, whose first column has the number `start`."""
-        kept = self.bounds.shape[1]
-        least, columns = bounds.topk(min(kept, bounds.shape[1]), dim=1, largest=False)
-        numbers = torch.cat([self.numbers, columns + start], dim=1)
-        self.bounds, order = torch.cat([self.bounds, least], dim=1).topk(kept, dim=1, largest=False)
-        self.numbers = numbers.gather(1, order)
+    def add(self, rows: slice, values: torch.Tensor, start: int) -> None:
+        """Take the least of a tile [rows, columns], whose first column has the number `start`."""
+        kept = self.values.shape[1]
+        least, columns = _least(values, min(kept, values.shape[1]))
+        numbers = torch.cat([self.numbers[rows], columns + start], dim=1)
+        self.values[rows], order = torch.cat([self.values[rows], least], dim=1).topk(kept, dim=1, largest=False)
+        self.numbers[rows] = numbers.gather(1, order)
 
 
-def _nearest(
-    ours: _Rows, theirs: _Rows, count: int, visit: Callable[[slice, slice, torch.Tensor], None] | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers, int64 [N, count], and squared distances, float64, of the nearest of `theirs` to each of `ours`, sorted.
+def _least(values: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least `kept` numbers of each row, sorted, and their columns.
 
-    `visit` gets the rows and columns of every tile, and its lower bounds of scaled squared distances.
+    They are in the groups of columns with the least minima: only those are searched, which takes an eighth of the time.
     """
-    kept = min(count + _SPARE, len(theirs.given))
-    found = []
-    with _progress(ours) as bar:
-        for rows, own, lengths in ours.tiles():
-            candidates = _Candidates.none(own, kept)
-            for columns, other, other_lengths in theirs.tiles():
-                bounds = _lower_bounds(own, lengths, other, other_lengths)
-                candidates.add(bounds, columns.start)
-                if visit is not None:
-                    visit(rows, columns, bounds)
-            found.append(candidates)
-            bar.update()
-    return _proven(ours, theirs, found, count)
+    groups = values.shape[1] // _GROUP
+    if groups < 2 * kept:
+        return values.topk(kept, dim=1, largest=False)
+    # group g has the columns g, g + groups, g + 2 groups, ...; columns beyond the last group are always searched
+    minima = values[:, : groups * _GROUP].unflatten(1, (_GROUP, groups)).amin(dim=1)
+    chosen = minima.topk(kept, dim=1, largest=False).indices
+    steps = groups * torch.arange(_GROUP, device=values.device)
+    beyond = torch.arange(groups * _GROUP, values.shape[1], device=values.device)
+    columns = torch.cat([(chosen[:, :, None] + steps).flatten(1), beyond.expand(len(values), -1)], dim=1)
+    least, order = values.gather(1, columns).topk(kept, dim=1, largest=False)
+    return least, columns.gather(1, order)
 
 
-def _nearest_others(points: _Rows, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same among the points themselves, without the point: distances are symmetric, half of the tiles suffice."""
-    kept = min(count + _SPARE, len(points.given) - 1)
-    tiles = list(points.tiles())
-    found = [_Candidates.none(rows, kept) for _, rows, _ in tiles]
-    with _progress(points) as bar:
-        for a, (rows, own, lengths) in enumerate(tiles):
-            for b, (columns, other, other_lengths) in enumerate(tiles[a:], start=a):
-                bounds = _lower_bounds(own, lengths, other, other_lengths)
-                if a == b:
-                    bounds.fill_diagonal_(torch.inf)
-                else:
-                    found[b].add(bounds.T.contiguous(), rows.start)
-                found[a].add(bounds, columns.start)
-            bar.update()
-    return _proven(points, points, found, count)
+class Candidates:
+    """The rows of `theirs` that may be among the nearest `count` to each of `ours`, by lower bounds of their distances.
+
+    `ours` and `theirs` may be one set; then no row is its own neighbour.
+    """
+
+    def __init__(self, ours: Rows, theirs: Rows, count: int) -> None:
+        self.ours, self.theirs, self._count = ours, theirs, count
+        self._num_others = len(theirs) - (ours is theirs)
+        self._least = Least.none(len(ours), min(count + SPARE, self._num_others), ours.scaled)
+
+    def add(self, rows: slice, bounds: torch.Tensor, start: int) -> None:
+        """Enter the bounds of a tile [rows, columns], in the scale of `ours`; its first column has number `start`."""
+        self._least.add(rows, bounds, start)
+
+    def proven(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers, int64 [N, count], and squared distances, float64, of the nearest rows, sorted.
+
+        They are the nearest in float64 of the candidates if no other row can be nearer, else of all rows.
+        """
+        found = []
+        for rows in self.ours.tiles():
+            numbers = self._least.numbers[rows]
+            least = self._least.values[rows].double() / self.ours.scale**2
+            lengths = self.ours.lengths[rows, None] + self.theirs.lengths[numbers]
+            most = least + 2 * self.ours.error / self.ours.scale**2 * lengths
+            found.append(proven(self.ours, self.theirs, rows, numbers, least, most, self._count))
+        numbers, squared = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return numbers, squared
 
 
-def _progress(rows: _Rows) -> tqdm:
-    tiles = math.ceil(len(rows.given) / _TILE_ROWS)
-    return dist.progress_bar(tiles, "tile", what="neighbours", hidden=tiles <= _SHOWN_TILES)
+def proven(
+    ours: Rows,
+    theirs: Rows,
+    rows: slice,
+    numbers: torch.Tensor,
+    least: torch.Tensor,
+    most: torch.Tensor,
+    count: int,
+    is_sorted: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest `count` to some rows as from `Candidates.proven`, if those of `numbers` [n, kept] are the candidates.
+
+    `least` and `most` [n, kept], float64, are bounds of their squared distances, `least` sorted; whatever is not a
+    candidate of a row is at least as far as its last candidate may be. Without `is_sorted`, rows whose bounds say
+    enough come in the order of their numbers and with distances of 0.
+    """
+    # so many are at most that far: whatever is farther for sure need not be computed
+    is_near = least <= most.topk(count, dim=1, largest=False).values[:, -1:]
+    numbers, order = numbers.sort(dim=1)
+    is_near = is_near.gather(1, order)
+    squared = torch.full(least.shape, torch.inf, dtype=torch.float64, device=least.device)
+    if not is_sorted:
+        is_settled = is_near & (is_near.sum(dim=1, keepdim=True) == count)
+        squared[is_settled] = 0.0
+        is_near &= ~is_settled
+    row, place = is_near.nonzero().unbind(dim=1)
+    squared[row, place] = _squared_distances(ours, theirs, row + rows.start, numbers[row, place])
+    squared, order = squared.sort(dim=1, stable=True)
+    numbers, squared = numbers.gather(1, order)[:, :count], squared[:, :count]
+    others = len(theirs) - (ours is theirs)
+    if least.shape[1] < others:
+        for open_rows in (squared[:, -1] > least[:, -1]).nonzero()[:, 0].split(pairs.TILE_ROWS):
+            nearest = _exact_candidates(ours, theirs, open_rows + rows.start, min(count + _SPARE_OF_TIES, others))
+            found, found_squared = _sorted(ours, theirs, open_rows + rows.start, nearest)
+            numbers[open_rows], squared[open_rows] = found[:, :count], found_squared[:, :count]
+    return numbers, squared
 
 
-def _proven(ours: _Rows, theirs: _Rows, found: list[_Candidates], count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest in float64 of candidates, where no other row can be nearer; elsewhere of all rows."""
-    bounds, numbers = (torch.cat(parts) for parts in zip(*((one.bounds, one.numbers) for one in found), strict=True))
-    numbers, squared = _sorted(ours, theirs, torch.arange(len(numbers), device=numbers.device), numbers)
-    others = len(theirs.given) - (ours is theirs)
-    if numbers.shape[1] < others:
-        # whatever is not a candidate has a bound of at least the last candidate's
-        is_open = squared[:, count - 1] * ours.scale**2 > bounds[:, -1].double()
-        for rows in is_open.nonzero()[:, 0].split(_TILE_ROWS):
-            again = _Candidates.none(ours.in_float64(rows), min(count + _SPARE_OF_TIES, others))
-            own = ours.in_float64(rows)
-            for columns, _, _ in theirs.tiles():
-                other = theirs.in_float64(columns)
-                close = _lower_bounds(own, own.square().sum(dim=1), other, other.square().sum(dim=1))
-                if ours is theirs:
-                    close[rows[:, None] == torch.arange(columns.start, columns.stop, device=rows.device)] = torch.inf
-                again.add(close, columns.start)
-            kept_numbers, kept_squared = _sorted(ours, theirs, rows, again.numbers)
-            numbers[rows], squared[rows] = kept_numbers[:, : numbers.shape[1]], kept_squared[:, : numbers.shape[1]]
-    return numbers[:, :count], squared[:, :count]
+def _exact_candidates(ours: Rows, theirs: Rows, rows: torch.Tensor, kept: int) -> torch.Tensor:
+    """The numbers [n, kept] of the nearest to some rows of `ours`, by products in float64."""
+    own = (ours.exact(rows) - ours.centre).mul_(ours.scale)
+    least = Least.none(len(rows), kept, own)
+    for columns in theirs.tiles():
+        other = (theirs.exact(columns) - theirs.centre).mul_(theirs.scale)
+        squared = torch.addmm(other.square().sum(dim=1), own, other.T, alpha=-2).add_(own.square().sum(dim=1)[:, None])
+        if ours is theirs:
+            squared[rows[:, None] == torch.arange(columns.start, columns.stop, device=rows.device)] = torch.inf
+        least.add(slice(None), squared, columns.start)
+    return least.numbers
 
 
-def _sorted(ours: _Rows, theirs: _Rows, rows: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _sorted(ours: Rows, theirs: Rows, rows: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Candidates of `rows` sorted by distance, of equal distances the lowest number first; and these distances."""
     numbers = numbers.sort(dim=1).values
     squared = _squared_distances(ours, theirs, rows.repeat_interleave(numbers.shape[1]), numbers.flatten())
@@ -270,18 +339,18 @@ def _sorted(ours: _Rows, theirs: _Rows, rows: torch.Tensor, numbers: torch.Tenso
     return numbers.gather(1, order), squared
 
 
-def _squared_distances(ours: _Rows, theirs: _Rows, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def _squared_distances(ours: Rows, theirs: Rows, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """In float64, from the differences: the same bits whichever of two rows comes first."""
-    chunk = max(_EXACT_ELEMENTS // ours.given.shape[1], 1)
+    chunk = max(pairs.EXACT_ELEMENTS // ours.given.shape[1], 1)
     squared = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
     for target, row, column in zip(squared.split(chunk), rows.split(chunk), columns.split(chunk), strict=True):
-        difference = ours.given[row].double().sub_(theirs.given[column])
+        difference = ours.exact(row).sub_(theirs.exact(column))
         torch.sum(difference.square_(), dim=1, out=target)
     return squared
 
 
 def _settled(
-    ours: _Rows, theirs: _Rows, rows: torch.Tensor, columns: torch.Tensor, bounds: torch.Tensor, radii: torch.Tensor
+    ours: Rows, theirs: Rows, rows: torch.Tensor, columns: torch.Tensor, bounds: torch.Tensor, radii: torch.Tensor
 ) -> torch.Tensor:
     """Squared distances of pairs [n] that compare with each of their radii [K, n] as the true ones do."""
     least = bounds.double() / ours.scale**2

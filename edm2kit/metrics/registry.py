@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from edm2kit.metrics.detectors.registry import DETECTORS, check_names
 from edm2kit.metrics.frechet_variants import fd_infinity
 from edm2kit.metrics.inception_score import classifier_score, inception_score
-from edm2kit.metrics.kernel_distance import cmmd, kid
-from edm2kit.metrics.label_agreement import knn_agreement
+from edm2kit.metrics.kernel_distance import cmmd, kernel_sums, kid
+from edm2kit.metrics.label_agreement import cosine_neighbours, knn_agreement
 from edm2kit.metrics.memorization import authpct, ct_score
 from edm2kit.metrics.mind import mind
+from edm2kit.metrics.pairs import PairVisitor
 from edm2kit.metrics.precision_recall import coverage, density, precision, recall
-from edm2kit.metrics.score import Sample, Score
+from edm2kit.metrics.score import Sample, Score, ball_counts
 from edm2kit.metrics.vendi import vendi
 
 ALL = "all"
@@ -27,7 +28,8 @@ class Metric:
     """How to compute a metric, and what its value means.
 
     `needs` are fields of `Sample` besides the generated features; `detectors` those it is defined for, all if empty.
-    `better` says which values are good. "all" leaves those out that are not `in_all`.
+    `better` says which values are good. "all" leaves those out that are not `in_all`. `pairs` makes what the metric
+    asks `Sample.visited` for, so that metrics that compare all pairs of images share one pass over them.
     """
 
     compute: Callable[[Sample], Score]
@@ -36,26 +38,40 @@ class Metric:
     needs: tuple[str, ...] = ()
     detectors: tuple[str, ...] = ()
     in_all: bool = True
+    pairs: Callable[[Sample], PairVisitor] | None = None
 
 
 _LITE = ("fd_lite0", "fd_lite1", "fd_lite2")
 
 METRICS: dict[str, Metric] = {
-    "precision": Metric(precision, "share of generated images inside real neighbourhoods (k = 3)", "higher", ("real",)),
-    "recall": Metric(recall, "share of real images inside generated neighbourhoods (k = 3)", "higher", ("real",)),
-    "density": Metric(density, "real neighbourhoods around a generated image, divided by k = 5", "near 1", ("real",)),
-    "coverage": Metric(coverage, "share of real neighbourhoods (k = 5) with a generated image", "higher", ("real",)),
-    "kid": Metric(kid, "kernel distance from real images, cubic kernel (KDD on DINOv2)", "lower", ("real",)),
+    "precision": Metric(
+        precision, "share of generated images inside real neighbourhoods (k = 3)", "higher", ("real",),
+        pairs=ball_counts,
+    ),
+    "recall": Metric(
+        recall, "share of real images inside generated neighbourhoods (k = 3)", "higher", ("real",), pairs=ball_counts
+    ),
+    "density": Metric(
+        density, "real neighbourhoods around a generated image, divided by k = 5", "near 1", ("real",),
+        pairs=ball_counts,
+    ),
+    "coverage": Metric(
+        coverage, "share of real neighbourhoods (k = 5) with a generated image", "higher", ("real",), pairs=ball_counts
+    ),
+    "kid": Metric(
+        kid, "kernel distance from real images, cubic kernel (KDD on DINOv2)", "lower", ("real",), pairs=kernel_sums
+    ),
     "mmd": Metric(cmmd, "the kernel distance of CMMD, which uses CLIP", "lower", ("real",), in_all=False),
     "mind": Metric(mind, "sliced Wasserstein distance of generated from real images", "lower", ("real",)),
     "fd_infinity": Metric(fd_infinity, "Frechet distance extrapolated to endless images", "lower", ("reference",)),
     "knn_agreement": Metric(
         knn_agreement, "share of generated images of the class that 10 real neighbours vote for", "higher",
-        ("real", "real_labels"),
+        ("real", "real_labels"), pairs=cosine_neighbours,
     ),
     "vendi": Metric(vendi, "effective number of different generated images", "near that of real images"),
     "authpct": Metric(
-        authpct, "percentage of generated images that are not near-copies of real ones", "near 50 or above", ("real",)
+        authpct, "percentage of generated images that are not near-copies of real ones", "near 50 or above", ("real",),
+        pairs=ball_counts,
     ),
     "ct": Metric(
         ct_score, "below 0: generated images are nearer to real training images than held-out ones", "near 0",
@@ -82,6 +98,12 @@ def check_metrics(names: Sequence[str]) -> None:
                 raise ValueError(f"metric {name!r} is unknown; {_hint(metric, METRICS)}")
         elif detector not in DETECTORS:
             raise ValueError(f"metric {name!r} is unknown; {_hint(name, [*DETECTORS, *METRICS, FDR, ALL])}")
+
+
+def pair_visitors(metrics: Sequence[str]) -> tuple[Callable[[Sample], PairVisitor], ...]:
+    """What `metrics` ask `Sample.visited` for, each once."""
+    makers = [METRICS[name].pairs for name in metrics]
+    return tuple(dict.fromkeys(make for make in makers if make is not None))
 
 
 def _hint(name: str, known: Collection[str]) -> str:

@@ -228,7 +228,8 @@ class Scorer:
                     scores[name] = Score(values[name], frechet_influence(rows, own, reference.of(detector.name)))
             if metrics[detector.name]:
                 influence = scores[detector.name].influence
-                sample = self._sample(detector, rows, own, influence, labels if len(labels) == count else None)
+                known = labels if len(labels) == count else None
+                sample = self._sample(detector, rows, own, influence, known, metrics[detector.name])
             for metric in metrics[detector.name]:
                 name = f"{detector.name}.{metric}"
                 try:
@@ -264,6 +265,7 @@ class Scorer:
         statistics: FeatureStatistics,
         influence: torch.Tensor | None,
         labels: torch.Tensor | None,
+        metrics: Sequence[str],
     ) -> Sample:
         # mps has no float64
         device = torch.device("cpu") if self.device.type == "mps" else self.device
@@ -278,6 +280,7 @@ class Scorer:
             influence=influence,
             labels=labels,
             real_labels=self.real_labels,
+            pair_visitors=registry.pair_visitors(metrics),
         )
 
     def _check(self, count: int, statistics: Mapping[str, FeatureStatistics], warn_if_few: bool = True) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from edm2kit.metrics import neighbours
+from edm2kit.metrics import neighbours, pairs
 from edm2kit.metrics.neighbours import nearest_distances, nearest_indices, neighbourhood
 from tests.support.memory import PeakBytes
 
@@ -21,9 +21,9 @@ def rows(count, seed):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(neighbours, "_TILE_ROWS", TILE)
+    monkeypatch.setattr(pairs, "TILE_ROWS", TILE)
     monkeypatch.setattr(neighbours, "_PAIRS", PAIRS)
-    monkeypatch.setattr(neighbours, "_EXACT_ELEMENTS", EXACT)
+    monkeypatch.setattr(pairs, "EXACT_ELEMENTS", EXACT)
 
 
 def squared_distances(points, others):
@@ -66,7 +66,7 @@ def test_memory_is_that_of_the_features_and_a_few_tiles(small_tiles):
 
 
 def test_tiles_are_as_small_as_the_docstring_says():
-    assert (8 * 4 * neighbours._TILE_ROWS**2 + 100 * neighbours._PAIRS) <= 256 << 20
+    assert (8 * 4 * pairs.TILE_ROWS**2 + 100 * neighbours._PAIRS) <= 256 << 20
     assert "256 MiB" in neighbourhood.__doc__
 
 
@@ -130,7 +130,7 @@ def test_float32_that_is_not_exact_is_not_used():
     torch.set_float32_matmul_precision("medium")
     try:
         assert_as_from_all_distances(rows(90, 1), rows(80, 2))
-        ours, _ = neighbours._scaled(rows(90, 1), rows(80, 2))
+        ours, _ = pairs.scaled_rows(rows(90, 1), rows(80, 2))
     finally:
         torch.set_float32_matmul_precision(former)
     assert ours.scaled.dtype == torch.float64

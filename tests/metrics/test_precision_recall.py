@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from edm2kit.metrics import neighbours
+from edm2kit.metrics import pairs
 from edm2kit.metrics.precision_recall import neighbour_scores
 
 
@@ -72,7 +72,7 @@ def test_they_are_what_all_pairs_say_whatever_the_blocks_and_however_far_from_ze
     }
     assert all(0 < value < 1.5 for value in expected.values())
     assert neighbour_scores(real, fake) == pytest.approx(expected)
-    monkeypatch.setattr(neighbours, "_TILE_ROWS", 16)
+    monkeypatch.setattr(pairs, "TILE_ROWS", 16)
     assert neighbour_scores(real, fake) == pytest.approx(expected)
 
 
