@@ -35,9 +35,9 @@ from edm2kit.cli.image_source import (
     selection,
     warn_of_another_crop,
 )
-from edm2kit.cli.metrics_reports import explain_command, list_command
+from edm2kit.cli.metrics_reports import evaluations, explain_command, list_command
 from edm2kit.data.labels import Labels
-from edm2kit.metrics.card import by_class, cautions, intervals, markdown, run_line, summary, table
+from edm2kit.metrics.card import by_class, cautions, intervals, label_balance, markdown, run_line, summary, table
 from edm2kit.metrics.detectors.registry import DETECTORS, load_detectors
 from edm2kit.metrics.per_class import class_table
 from edm2kit.metrics.reference import (
@@ -265,7 +265,9 @@ def gen(request: Request, num: int, seeds: tuple[int, ...], device: str, **scori
             )
             for start in seeds
         }
-        _score(options, scorer, runs, {"settings": generation.settings, "num_images": num, "seeds": list(seeds)}, names)
+        work = evaluations(generation.engine.sampler, request.guidance.method)
+        origin = {"settings": generation.settings, **work, "num_images": num, "seeds": list(seeds)}
+        _score(options, scorer, runs, origin, names)
 
 
 def _make_scorer(options: ScoreOptions, device: torch.device, real_labels: Labels | None) -> Scorer:
@@ -334,13 +336,8 @@ def _score(
     if len(runs) > 1:
         dist.print0(table({name: one.values for name, one in measured.items()}))
     references = [
-        {
-            "path": path,
-            "sha256": sha256_of(fetch(path)),
-            "num_images": reference.num_images,
-            "source": reference.source,
-        }
-        for path, reference in zip(options.ref, [scorer.reference, *scorer.more.values()], strict=True)
+        {"path": path, "sha256": sha256_of(fetch(path)), "num_images": one.num_images, "source": one.source}
+        for path, one in zip(options.ref, [scorer.reference, *scorer.more.values()], strict=True)
     ]
     record = {
         "command": shlex.join(sys.argv),
@@ -350,6 +347,7 @@ def _score(
         "results": summary({name: one.values for name, one in measured.items()}),
         "intervals": intervals(measured),
         **({"by_class": by_class(measured, class_names)} if options.per_class else {}),
+        **label_balance(measured),
         "cautions": {detector.name: detector.caution for detector in scorer.detectors if detector.caution},
         "detectors": {detector.name: detector.fingerprint for detector in scorer.detectors},
         "reference": references[0],

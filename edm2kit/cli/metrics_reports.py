@@ -1,13 +1,16 @@
-"""The parts of edm2kit-metrics that compute nothing: the list of metrics, and what differs between two score cards."""
+"""The parts of edm2kit-metrics that score nothing: the list of metrics, what score cards say, and how they differ."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from edm2kit.cli import click_types as cli
+from edm2kit.guidance.registry import all_methods
 from edm2kit.metrics.card import explain, read_card, scores_side_by_side
 from edm2kit.metrics.detectors.registry import DETECTORS
 from edm2kit.metrics.registry import METRICS
+from edm2kit.sampling.solvers import Sampler
 
 _card = click.Path(path_type=Path, exists=True, dir_okay=False)
 
@@ -41,3 +44,10 @@ def explain_command(first: Path, second: Path) -> None:
     for line in scores_side_by_side(*records):
         click.echo(line)
     click.echo("\n".join(explain(*records)) or "Nothing that decides a score differs.")
+
+
+def evaluations(sampler: Any, method: str) -> dict[str, Any]:
+    """What a card says about the work behind an image: calls of the denoiser, and the networks that each evaluates."""
+    if not isinstance(sampler, Sampler):  # a model of diffusers with its own scheduler
+        return {}
+    return {"evaluations": {"per_image": sampler.evaluations(), "each": all_methods()[method].evaluations}}

@@ -83,6 +83,18 @@ def by_class(measured: Mapping[str, Measurement], names: Sequence[str] | None) -
     return found
 
 
+def label_balance(measured: Mapping[str, Measurement]) -> dict[str, dict[str, int]]:
+    """The entry "labels": how many classes the images have, and how many images the rarest and the most frequent ones.
+
+    Of several runs, the least and the largest numbers. Empty if classes are unknown.
+    """
+    counts = [one.class_counts for one in measured.values() if one.class_counts]
+    if not counts:
+        return {}
+    fewest, most = (end(end(one.values()) for one in counts) for end in (min, max))
+    return {"labels": {"classes": max(map(len, counts)), "fewest_images": fewest, "most_images": most}}
+
+
 def markdown(record: Mapping[str, Any]) -> str:
     """The card of a record as Markdown: a table of values, then everything that decides them."""
     lines = ["# Score card", "", "| metric | value | 95 % interval | remark |", "|---|---|---|---|"]
@@ -151,7 +163,7 @@ EFFECTS: tuple[Effect, ...] = (
         "Parmar et al. 2022, arXiv 2104.11222; Stein et al. 2023, arXiv 2306.04675",
     ),
     Effect(
-        ("settings.classes", "settings.labels_sha256"),
+        ("settings.classes", "settings.labels_sha256", "labels"),
         "equal numbers of each class give a lower FID than random labels (by about 0.1 to 0.2 on ImageNet)",
         "the evaluation of RAE, arXiv 2510.11690, compares both",
     ),
@@ -161,7 +173,7 @@ EFFECTS: tuple[Effect, ...] = (
         "Karras et al. 2024, arXiv 2406.02507; Kynkaanniemi et al. 2024, arXiv 2404.07724",
     ),
     Effect(
-        ("settings.sampler",),
+        ("settings.sampler", "evaluations"),
         "fewer steps or a lower order usually raise FID; churn helps some networks and harms others",
         "Karras et al. 2022, arXiv 2206.00364",
     ),

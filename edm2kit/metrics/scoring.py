@@ -109,13 +109,15 @@ class Measurement:
 
     An interval says how much the value would vary with other generated images of the same number (for recall and
     coverage: other real images). It does not contain the bias of a small number of images. `by_class` are the distances
-    within each class by detector, if they were asked for.
+    within each class by detector, if they were asked for; `class_counts` the numbers of images of each class, {} if
+    the classes are unknown.
     """
 
     values: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]]
     num_images: int
     by_class: Mapping[str, Mapping[int, ClassDistance]] = field(default_factory=dict)
+    class_counts: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ class Scorer:
         if not images.keep:
             count, statistics = images.statistics()
             self._check(count, statistics)
-            return Measurement(self._distances(statistics), {}, count)
+            return Measurement(self._distances(statistics), {}, count, class_counts=_class_counts(images.labels()))
         return dist.on_rank0(self._measure_kept, images.features(), images.labels(), metrics)
 
     def _measure_kept(
@@ -242,7 +244,8 @@ class Scorer:
             scores[registry.FDR] = fdr(scores)
         intervals = poisson_intervals(scores, self.replicates) if self.replicates > 0 else {}
         by_class = self._by_class(features, labels) if self.per_class else {}
-        return Measurement({name: score.value for name, score in scores.items()}, intervals, count, by_class)
+        values = {name: score.value for name, score in scores.items()}
+        return Measurement(values, intervals, count, by_class, _class_counts(labels))
 
     def _by_class(
         self, features: Mapping[str, torch.Tensor], labels: torch.Tensor
@@ -337,6 +340,11 @@ class Evaluator:
         measured = self.scorer._finish(self._pass, self._metrics)
         self.reset()
         return dict(measured.values)
+
+
+def _class_counts(labels: torch.Tensor) -> dict[int, int]:
+    classes, counts = labels.unique(return_counts=True)
+    return dict(zip(classes.tolist(), counts.tolist(), strict=True))
 
 
 def poisson_intervals(scores: Mapping[str, Score], replicates: int, seed: int = 0) -> dict[str, tuple[float, float]]:

@@ -336,6 +336,21 @@ class Sampler:
         sigmas = self.sigmas(noise.device)
         return SOLVERS[self.solver](denoiser, noise, sigmas, condition, randn_like, self.churn, *own)
 
+    def evaluations(self) -> int:
+        """How often a denoiser is called for one image; a guided one may evaluate several networks in each call.
+
+        Raises ValueError as `sigmas` does.
+        """
+        calls = 0
+
+        def counting(x: torch.Tensor, sigma: torch.Tensor, condition: Any = None, /) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            return torch.zeros_like(x)
+
+        self(counting, torch.zeros(1, 1, 1, 1))
+        return calls
+
 
 PUBLISHED = Sampler()
 

@@ -110,6 +110,9 @@ def test_guided_images_score_the_same_in_memory_and_from_files(place, tmp_path):
         assert value(written) == pytest.approx(value(record), rel=1e-6)
     assert record["settings"]["guidance"]["weight"] == 2
     assert len(record["settings"]["gnet"]["sha256"]) == 64
+    assert record["evaluations"] == {"per_image": 3, "each": "1 main + 1 guide"}  # two steps of Heun
+    assert record["labels"]["classes"] == 4
+    assert 1 <= record["labels"]["fewest_images"] <= NUM / 4 <= record["labels"]["most_images"] < NUM
     unguided = score("gen", place, "--net", place / "main", "--steps", 2, "--seed", "5")
     assert value(unguided) != value(record)
 

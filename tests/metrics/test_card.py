@@ -4,7 +4,17 @@ import json
 
 import pytest
 
-from edm2kit.metrics.card import EFFECTS, explain, markdown, read_card, run_line, scores_side_by_side, summary, table
+from edm2kit.metrics.card import (
+    EFFECTS,
+    explain,
+    label_balance,
+    markdown,
+    read_card,
+    run_line,
+    scores_side_by_side,
+    summary,
+    table,
+)
 from edm2kit.metrics.scoring import Measurement
 
 RUNS = {"seeds 0-9": {"fid": 2.0, "fd_dinov2": 50.25}, "seeds 10-19": {"fid": 3.0, "fd_dinov2": 40.0}}
@@ -44,6 +54,20 @@ def test_table_lines_up():
 def test_a_line_shows_intervals_where_known():
     found = Measurement({"fid": 2.0, "fid.kid": 0.5}, {"fid": (1.9, 2.125)}, 10)
     assert run_line(found) == "fid 2 [1.9, 2.125], fid.kid 0.5"
+
+
+def test_the_balance_of_labels_is_counted():
+    runs = {
+        "a": Measurement({}, {}, 5, class_counts={0: 1, 2: 4}),
+        "b": Measurement({}, {}, 5, class_counts={0: 2, 1: 1, 2: 2}),
+    }
+    assert label_balance(runs) == {"labels": {"classes": 3, "fewest_images": 1, "most_images": 4}}
+    assert label_balance({"a": Measurement({}, {}, 5)}) == {}
+    balanced, other = ({"classes": 3, "fewest_images": count, "most_images": 4} for count in (4, 1))
+    assert explain(card(labels=balanced), card(labels=other)) == [
+        "labels.fewest_images: 4 -> 1",
+        *explain(card(), card(settings={**card()["settings"], "classes": [0]}))[1:],
+    ]
 
 
 def test_equal_cards_differ_in_nothing():
