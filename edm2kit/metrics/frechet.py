@@ -8,8 +8,7 @@ import torch
 from numpy.typing import ArrayLike
 from scipy.linalg import blas, lapack
 
-from edm2kit.metrics.moments import FeatureStatistics, add_outer_, gram_matrix
-from edm2kit.metrics.pairs import products
+from edm2kit.metrics.moments import FeatureStatistics, add_outer_, gram_matrix, row_products
 
 # The fast path is used if its expected rounding error is below this fraction of tr S1 + tr S2, ...
 _FAST_PATH_ERROR = 1e-9
@@ -108,7 +107,7 @@ def frechet_influence(
     effects = []
     for rows in features.split(_INFLUENCE_ROWS):
         d = rows.cpu().double() - torch.from_numpy(statistics.mean)
-        transported = products(d.to(factor.dtype), factor).square_().sum(dim=1, dtype=torch.float64)
+        transported = row_products(d.to(factor.dtype), factor).square_().sum(dim=1, dtype=torch.float64)
         effects.append(d @ shift + d.square().sum(dim=1) - transported)
     effect = torch.cat(effects)
     return effect - effect.mean()

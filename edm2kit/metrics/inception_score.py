@@ -2,7 +2,7 @@
 
 import torch
 
-from edm2kit.metrics.pairs import product_dtype, products
+from edm2kit.metrics.moments import product_dtype, row_products
 from edm2kit.metrics.score import Sample, Score
 
 SPLIT_SIZE = 5000
@@ -31,7 +31,7 @@ def _score(sample: Sample, with_bias: bool) -> Score:
     values, effects = [], []
     for rows in sample.generated.split(SPLIT_SIZE):
         # rounding errors of float32 are random, and average out over the images of a split
-        logits = products(rows.to(dtype), weight.to(dtype)).double()
+        logits = row_products(rows.to(dtype), weight.to(dtype)).double()
         if with_bias:
             logits += bias.double()
         log_probabilities = logits.log_softmax(dim=1)

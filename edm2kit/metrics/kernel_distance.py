@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from edm2kit.metrics import pairs
+from edm2kit.metrics.moments import row_products
 from edm2kit.metrics.pairs import PairVisitor, Rows, scaled_rows, visit_pairs
 from edm2kit.metrics.score import Sample, Score
 
@@ -132,19 +132,19 @@ class KernelSums(PairVisitor):
             kernel.fill_diagonal_(0)  # an image with itself
         else:
             self.to_own[columns] += kernel.T @ self._generated[rows]
-        self.to_own[rows] += pairs.products(kernel, self._generated[columns].T)
+        self.to_own[rows] += row_products(kernel, self._generated[columns].T)
 
     def within_real(self, rows: slice, columns: slice, products: torch.Tensor) -> None:
         kernel = self._kernel(products, self._of_real[rows], self._of_real[columns])
         if rows == columns:
             kernel.fill_diagonal_(0)
-        sums = pairs.products(kernel, self._real[columns].T).double().mul_(self._real[rows]).sum(dim=0)
+        sums = row_products(kernel, self._real[columns].T).double().mul_(self._real[rows]).sum(dim=0)
         # of tiles that mirror each other, one came
         self.real_to_own += sums if rows == columns else 2 * sums
 
     def across(self, rows: slice, columns: slice, products: torch.Tensor) -> None:
         kernel = self._kernel(products, self._of_generated[rows], self._of_real[columns])
-        self.to_real[rows] += pairs.products(kernel, self._real[columns].T)
+        self.to_real[rows] += row_products(kernel, self._real[columns].T)
 
 
 def cmmd(sample: Sample) -> Score:

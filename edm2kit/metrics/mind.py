@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from edm2kit.metrics.pairs import products
+from edm2kit.metrics.moments import row_products
 from edm2kit.metrics.score import Sample, Score
 
 DIRECTIONS = 1000
@@ -24,8 +24,8 @@ def mind(sample: Sample) -> Score:
     total, squares = 0.0, []
     influence = torch.zeros(size, dtype=torch.float64, device=x.device)
     for block in directions.split(_BLOCK_DIRECTIONS, dim=1):
-        projected, order = _sorted(products(block.T, x))
-        difference = projected.double() - _sorted_values(products(block.T, y))
+        projected, order = _sorted(row_products(block.T, x))
+        difference = projected.double() - _sorted_values(row_products(block.T, y))
         squares.append(difference.square().mean(dim=1))
         # The derivative of the transport potential is 2 (x - y) at each sorted point.
         steps = projected.double().diff(dim=1).mul_(difference[:, 1:] + difference[:, :-1])

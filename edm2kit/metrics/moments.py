@@ -111,6 +111,23 @@ def gram_matrix(rows: torch.Tensor) -> torch.Tensor:
     return total.triu() + total.triu(1).T
 
 
+def product_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which products of many features are computed if errors as those of float32 do."""
+    # TF32 and bfloat16, which may stand for float32 by a setting, have larger errors
+    is_float32 = device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+    return torch.float32 if is_float32 else torch.float64
+
+
+def row_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x y^T of rows x [N, F] and y [M, F]: [N, M].
+
+    On a CPU, float32 goes to oneDNN, which is twice as fast on AMD processors with AVX-512 as what `@` uses.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), y.contiguous(), None, "none", [], "")
+    return x @ y.T
+
+
 def sum_over_ranks_(moments: Sequence[Moments]) -> None:
     """Replace each of `moments` with the moments of all ranks' rows, in one all-reduce; a rank may have no rows."""
     for one in moments:

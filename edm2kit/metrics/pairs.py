@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from edm2kit.metrics.moments import product_dtype, row_products
 from edm2kit.torch_utils import dist
 
 TILE_ROWS = 2048  # products are computed in square tiles
@@ -90,7 +91,7 @@ def visit_pairs(generated: Rows, real: Rows, visitors: Sequence[PairVisitor]) ->
                 for columns in theirs.tiles():
                     if ours is theirs and columns.start < rows.start:
                         continue
-                    tile = products(ours.scaled[rows], theirs.scaled[columns])
+                    tile = row_products(ours.scaled[rows], theirs.scaled[columns])
                     for visit in visits:
                         visit(rows, columns, tile)
                     del tile  # before the next one is made
@@ -100,23 +101,6 @@ def visit_pairs(generated: Rows, real: Rows, visitors: Sequence[PairVisitor]) ->
             show(real, real, [visitor.within_real for visitor in within])
             show(generated, generated, [visitor.within_generated for visitor in within])
         show(generated, real, [visitor.across for visitor in visitors])
-
-
-def product_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which products of many features are computed if errors as those of float32 do."""
-    # TF32 and bfloat16, which may stand for float32 by a setting, have larger errors
-    is_float32 = device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
-    return torch.float32 if is_float32 else torch.float64
-
-
-def products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x y^T of rows x [N, F] and y [M, F]: [N, M].
-
-    On a CPU, float32 goes to oneDNN, which is twice as fast on AMD processors with AVX-512 as what `@` uses.
-    """
-    if x.device.type == "cpu" and x.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), y.contiguous(), None, "none", [], "")
-    return x @ y.T
 
 
 def scaled_rows(points: torch.Tensor, others: torch.Tensor) -> tuple[Rows, Rows]:

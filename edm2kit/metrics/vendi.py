@@ -2,8 +2,7 @@
 
 import torch
 
-from edm2kit.metrics.moments import gram_matrix
-from edm2kit.metrics.pairs import products
+from edm2kit.metrics.moments import gram_matrix, row_products
 from edm2kit.metrics.score import Sample, Score
 
 
@@ -21,7 +20,7 @@ def vendi(sample: Sample) -> Score:
     entropy = -torch.special.xlogy(values, values).sum()
     value = entropy.exp()
     # float32 is enough for an interval
-    projected = products(x.float(), vectors.float().T).square_()
+    projected = row_products(x.float(), vectors.float().T).square_()
     logs = torch.where(values > 1e-14, values, torch.ones_like(values)).log()
     effect = -value * (projected @ (logs + 1).float()).double()
     return Score(float(value), (effect - effect.mean()).cpu())

@@ -8,8 +8,8 @@ from edm2kit.metrics import kernel_distance, neighbours, pairs
 from edm2kit.metrics.kernel_distance import kid
 from edm2kit.metrics.label_agreement import CosineNeighbours
 from edm2kit.metrics.memorization import _mann_whitney_u
-from edm2kit.metrics.moments import FeatureStatistics
-from edm2kit.metrics.pairs import PairVisitor, products, scaled_rows, visit_pairs
+from edm2kit.metrics.moments import FeatureStatistics, row_products
+from edm2kit.metrics.pairs import PairVisitor, scaled_rows, visit_pairs
 from edm2kit.metrics.registry import METRICS, pair_visitors
 from edm2kit.metrics.score import Sample
 
@@ -70,9 +70,11 @@ def test_every_pair_comes_once(monkeypatch, tile):
 def test_products_are_those_of_float32_or_better(count):
     x, y = rows(count, 1, 200), rows(300, 2, 200)
     bound = 200 * torch.finfo(torch.float32).eps / 2 * x.double().norm(dim=1)[:, None] * y.double().norm(dim=1)
-    assert ((products(x, y).double() - x.double() @ y.double().T).abs() <= bound).all()
+    assert ((row_products(x, y).double() - x.double() @ y.double().T).abs() <= bound).all()
     # parts of larger tensors, too
-    assert torch.equal(products(x[:, :100], y[:, :100]), products(x[:, :100].contiguous(), y[:, :100].contiguous()))
+    assert torch.equal(
+        row_products(x[:, :100], y[:, :100]), row_products(x[:, :100].contiguous(), y[:, :100].contiguous())
+    )
 
 
 def test_metrics_share_one_pass_and_have_the_same_bits_alone(monkeypatch):
