@@ -76,13 +76,14 @@ class CosineNeighbours(PairVisitor):
 
     def found(self) -> torch.Tensor:
         """The numbers of the nearest real images, int64 [N, count], in no certain order, after all pairs."""
+        ours, theirs = self._units
         found = []
-        for rows in self._units[0].tiles():
+        for rows in ours.tiles():
             numbers = self._least.numbers[rows]
             slack = (self._slack[0][rows, None] + self._slack[1][numbers]) * self._weights[numbers]
             largest = -self._least.values[rows].double()
             # of unit rows, |x - y|^2 = 2 - 2 x y
             least, most = (2 - 2 * x / self._norms[0][rows, None] for x in (largest, largest - 2 * slack))
             least, most = least.where(slack.isfinite(), -torch.inf), most.where(slack.isfinite(), torch.inf)
-            found.append(proven(*self._units, rows, numbers, least, most, self._count, is_sorted=False)[0])
+            found.append(proven(ours, theirs, rows, numbers, least, most, self._count, is_sorted=False)[0])
         return torch.cat(found)
