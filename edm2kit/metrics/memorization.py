@@ -4,7 +4,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
-from edm2kit.metrics.moments import gram_matrix
+from edm2kit.metrics.moments import GRAM_ROWS, gram_matrix
 from edm2kit.metrics.neighbours import nearest_distances
 from edm2kit.metrics.score import Sample, Score
 
@@ -39,14 +39,17 @@ def ct_score(sample: Sample) -> Score:
 
     if sample.heldout is None:
         raise ValueError("ct needs held-out real images that the network was not trained on; give --heldout")
-    sets = [rows.double().cpu() for rows in (sample.real_features, sample.heldout, sample.generated)]
-    centre = sets[0].mean(dim=0)
+    sets = [rows.cpu() for rows in (sample.real_features, sample.heldout, sample.generated)]
+    centre = sets[0].mean(dim=0, dtype=torch.float64)
     # eigenvectors of the covariance, only those that are used: a tenth of the time of singular vectors of all rows
     features = len(centre)
     kept = [max(features - _COMPONENTS, 0), features - 1]
-    _, vectors = scipy.linalg.eigh(gram_matrix(sets[0] - centre).numpy(), subset_by_index=kept)
+    scatter = gram_matrix(sets[0], lambda part: part.double() - centre)
+    _, vectors = scipy.linalg.eigh(scatter.numpy(), subset_by_index=kept)
     directions = torch.from_numpy(vectors[:, ::-1].copy())
-    train, heldout, generated = ((rows - centre) @ directions for rows in sets)
+    train, heldout, generated = (
+        torch.cat([(part.double() - centre) @ directions for part in rows.split(GRAM_ROWS)]) for rows in sets
+    )
     centroids, train_cells = kmeans2(train.numpy(), _CELLS, seed=sample.seed, minit="++")
     heldout_cells, generated_cells = (
         torch.cdist(rows, torch.from_numpy(centroids)).argmin(dim=1).numpy() for rows in (heldout, generated)

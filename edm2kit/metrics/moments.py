@@ -1,6 +1,6 @@
 """Features of images: kept, or reduced to mean and covariance in float64, batch by batch and over all ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ from edm2kit.metrics.detectors.registry import Detector, detect
 from edm2kit.torch_utils import dist
 
 _BUFFER_ROWS = 1024  # large matrix products are several times faster than one per batch
+GRAM_ROWS = 4096
 _BLOCK_COLUMNS = 256  # the sum of outer products is symmetric: only blocks on and above the diagonal are computed
 
 
@@ -104,18 +105,30 @@ def add_outer_(total: torch.Tensor, rows: torch.Tensor) -> None:
         total[block, start:].addmm_(rows[:, block].T, rows[:, start:])
 
 
-def gram_matrix(rows: torch.Tensor) -> torch.Tensor:
-    """X^T X of `rows` X [N, F]: [F, F], for little more than half the cost of the product."""
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=rows.device)
-    add_outer_(total, rows)
+def gram_matrix(rows: torch.Tensor, prepare: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+    """X^T X of `rows` X [N, F], float64: [F, F], for little more than half the cost of the product.
+
+    With `prepare`, X is what it makes of the rows, some at a time, so that X never takes memory for all of them.
+    """
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    for part in rows.split(GRAM_ROWS):
+        add_outer_(total, part if prepare is None else prepare(part))
     return total.triu() + total.triu(1).T
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which products of many features are computed if errors as those of float32 do."""
-    # TF32 and bfloat16, which may stand for float32 by a setting, have larger errors
-    is_float32 = device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+    """The dtype in which many products are computed if their errors must be those of float32 at most."""
+    # by settings, TF32 or bfloat16 may stand for float32
+    is_float32 = device.type == "cpu" and torch.get_float32_matmul_precision() == "highest" and _has_float32_errors()
     return torch.float32 if is_float32 else torch.float64
+
+
+def _has_float32_errors() -> bool:
+    """Whether float32 products are as exact as they should be, whatever settings and environment variables say."""
+    x = torch.linspace(1, 2, 64 * 64).view(64, 64)
+    exact = x.double() @ x.double().T
+    bound = 64 * torch.finfo(torch.float32).eps / 2 * exact
+    return bool(((row_products(x, x).double() - exact).abs() <= bound).all())
 
 
 def row_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -123,7 +136,9 @@ def row_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
     On a CPU, float32 goes to oneDNN, which is twice as fast on AMD processors with AVX-512 as what `@` uses.
     """
-    if x.device.type == "cpu" and x.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    is_float32 = x.device.type == "cpu" and x.dtype == torch.float32
+    # not part of PyTorch's documented functions; without it, only the time differs
+    if is_float32 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), y.contiguous(), None, "none", [], "")
     return x @ y.T
 

@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from edm2kit.metrics import neighbours, pairs
+from edm2kit.metrics import memorization, moments, neighbours, pairs
+from edm2kit.metrics import vendi as vendi_module
+from edm2kit.metrics.memorization import ct_score
+from edm2kit.metrics.moments import FeatureStatistics
 from edm2kit.metrics.neighbours import nearest_distances, nearest_indices, neighbourhood
+from edm2kit.metrics.score import Sample
+from edm2kit.metrics.vendi import vendi
 from tests.support.memory import PeakBytes
 
 N, M, FEATURES = 800, 780, 40
@@ -85,6 +90,21 @@ def test_memory_of_nearest_images_is_bounded_too(small_tiles):
         with PeakBytes() as memory:
             search()
         assert memory.peak <= 4 * FEATURES * (N + M) + TILE_BYTES + 600 * M
+
+
+@pytest.mark.parametrize(("metric", "copies"), [(vendi, 1), (ct_score, 2)])
+def test_no_metric_copies_all_features_in_float64(monkeypatch, metric, copies):
+    for module in (moments, vendi_module, memorization):
+        monkeypatch.setattr(module, "GRAM_ROWS", 256)
+    count, features = 4000, 300
+    generated, real, heldout = (
+        torch.from_numpy(np.random.default_rng(seed).normal(size=(count, features)).astype(np.float32))
+        for seed in range(3)
+    )
+    statistics = FeatureStatistics(np.zeros(features), np.eye(features), None)
+    with PeakBytes() as memory:
+        metric(Sample(generated, statistics, real=real, heldout=heldout))
+    assert memory.peak < copies * 8 * count * features  # ct keeps 64 of 300 components of three sets
 
 
 def test_tiles_do_not_change_a_bit(small_tiles, monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from edm2kit.metrics import kernel_distance, neighbours, pairs
+from edm2kit.metrics import kernel_distance, moments, neighbours, pairs
 from edm2kit.metrics.kernel_distance import kid
 from edm2kit.metrics.label_agreement import CosineNeighbours
 from edm2kit.metrics.memorization import _mann_whitney_u
@@ -75,6 +75,19 @@ def test_products_are_those_of_float32_or_better(count):
     assert torch.equal(
         row_products(x[:, :100], y[:, :100]), row_products(x[:, :100].contiguous(), y[:, :100].contiguous())
     )
+
+
+def test_float32_with_the_errors_of_bfloat16_is_not_used(monkeypatch):
+    assert moments.product_dtype(torch.device("cpu")) == torch.float32
+    monkeypatch.setattr(moments, "row_products", lambda x, y: (x.bfloat16() @ y.bfloat16().T).float())
+    assert moments.product_dtype(torch.device("cpu")) == torch.float64
+
+
+def test_without_onednn_products_are_the_same_but_for_rounding(monkeypatch):
+    x, y = rows(30, 1), rows(20, 2)
+    fast = row_products(x, y)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    torch.testing.assert_close(row_products(x, y), fast)
 
 
 def test_metrics_share_one_pass_and_have_the_same_bits_alone(monkeypatch):
