@@ -50,8 +50,12 @@ def heading(text: str) -> str:
 
 
 def paragraph(text: str) -> str:
-    """A paragraph of plain text."""
-    return f"<p>{escape(text)}</p>"
+    """A paragraph of plain text; what stands between backticks is a command or a name."""
+    return f"<p>{_inline(text)}</p>"
+
+
+def _inline(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def command(text: str) -> str:
@@ -60,12 +64,12 @@ def command(text: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "") -> str:
-    """A table; `align` has a letter per column, l (left, the default) or r (right)."""
+    """A table of plain text and `commands`; `align` has a letter per column, l (left, the default) or r (right)."""
     kinds = ["" if letter == "l" else ' class="right"' for letter in align or "l" * len(head)]
     top = "".join(f'<th scope="col"{kind}>{escape(cell)}</th>' for kind, cell in zip(kinds, head, strict=True))
     lines = []
     for row in rows:
-        cells = "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
+        cells = "".join(f"<td{kind}>{_inline(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
         lines.append(f"<tr>{cells}</tr>")
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 

@@ -55,6 +55,12 @@ def page(tmp_path_factory):
     return path
 
 
+def test_text_between_backticks_is_code_and_nothing_else_becomes_markup():
+    assert paragraph("run `a --b <c>` & `d`") == "<p>run <code>a --b &lt;c&gt;</code> &amp; <code>d</code></p>"
+    assert paragraph("one ` alone") == "<p>one ` alone</p>"
+    assert "<td><code>x</code></td>" in table(["a"], [["`x`"]])
+
+
 def test_a_page_is_complete_in_one_file(page):
     text = page.read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)=["'](?!data:)|@import|url\(|https?://(?!www\.w3\.org/2000/svg)""", text)
