@@ -52,7 +52,7 @@ def test_exit_codes_and_the_summary(run):
     assert "64,000 of 64,000 images\n" in found.output
     assert "EMA length: this evaluates networks; add --ema" in found.output
     assert "copies of training images: this generates images; add --copies 1000" in found.output
-    assert "sigma below 0.186: " in found.output
+    assert re.search(r"sigma below 0\.186: -?\d\.\d{3} \u00b1 0\.\d{3}, filter -?\d\.\d{3}", found.output)
     assert before == {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
     lines = [json.loads(line) for line in (run / "stats.jsonl").open()]
     healthy.write_lines(run / "stats.jsonl", [{**line, "nonfinite_gradients": 9} for line in lines])

@@ -92,7 +92,7 @@ def check_copies(
     real = features(training, numbers, "features of training images")
     found = nearest_images(real, image_features(images, detectors, device)[detector])
     seen = f"AuthPct {found.share:.1%} \u00b1 {found.error:.1%} of {count} generated images, by {detector} features, "
-    seen += f"against {len(numbers):,} training images (near 50% if nothing is copied)"
+    seen += f"against {len(numbers):,} training images (near 50% if nothing is copied, 100% if they look like none)"
     if len(numbers) < len(training):
         seen += f", which are not all {len(training):,}: copies of others are not found"
     copied = found.share + 3 * found.error < _NEAR_HALF

@@ -63,7 +63,7 @@ def check_noise_levels(run: RunFolder, moments: DataMoments | None, why_no_data:
         mean = float(recent.mean())
         error = float(recent.std(ddof=1)) / len(recent) ** 0.5
         expected = filter_loss_between(moments, low, high, config.P_mean, config.P_std, config.sigma_data)
-        told.append(f"{_level(low, high)}: {mean:.3f}, filter {expected:.3f}")
+        told.append(f"{_level(low, high)}: {mean:.3f} \u00b1 {error:.3f}, filter {expected:.3f}")
         if not mean <= expected + _MARGIN + 3 * error:
             above.append((low, high, mean, expected))
     if not told:
