@@ -206,6 +206,7 @@ FAMILIES = {
         _for_tuning,
         (Variant("search", _job("tune", _TUNE)),),
         unchecked=(".db", ".svg", ".html", ".md", ".yaml", ".json"),
+        lasting=(".npz",),  # features, which a search needs only to continue
         is_shared=True,
     ),
 }

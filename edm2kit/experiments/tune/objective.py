@@ -17,6 +17,7 @@ from edm2kit.experiments.tune.sources import NetworkCache
 from edm2kit.experiments.tune.space import Candidate, Space
 from edm2kit.metrics.registry import ALL, FDR, METRICS
 from edm2kit.metrics.scoring import Measurement, Scorer, features_and_classes
+from edm2kit.torch_utils.arrays import BROKEN
 from edm2kit.torch_utils.files import atomic_write
 
 FIRST_SEED = 1_000_000  # far from the seeds of any report
@@ -136,6 +137,6 @@ class Objective:
 def _read(path: Path, detectors: Sequence[str]) -> dict[str, np.ndarray]:
     """Kept features, {} if there are none or if they are damaged."""
     found: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError), np.load(path) as file:
+    with contextlib.suppress(*BROKEN), np.load(path) as file:
         found = {name: file[name] for name in (*detectors, "classes")}
     return found

@@ -11,7 +11,7 @@ import torch
 
 from edm2kit.experiments.tune.budget import Budget, duration, parse_budget
 from edm2kit.experiments.tune.halving import Evaluation, best_of, next_step, rungs_for
-from edm2kit.experiments.tune.objective import direction
+from edm2kit.experiments.tune.objective import _read, direction
 from edm2kit.experiments.tune.proposals import propose
 from edm2kit.experiments.tune.search import Plan, forecast, images_left, run_search
 from edm2kit.experiments.tune.space import BASELINE, Space
@@ -272,3 +272,14 @@ def test_metrics_have_a_direction_or_are_refused():
             direction(name)
     with pytest.raises(ValueError, match="a single metric"):
         direction("all")
+
+
+def test_kept_features_with_a_flipped_bit_are_made_again(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, fd_random=np.arange(100.0), classes=np.arange(4))
+    assert _read(path, ["fd_random"]).keys() == {"fd_random", "classes"}
+    data = path.read_bytes()
+    path.write_bytes(data[:300] + bytes([data[300] ^ 1]) + data[301:])
+    assert _read(path, ["fd_random"]) == {}
+    path.write_bytes(data[:300])
+    assert _read(path, ["fd_random"]) == {}
