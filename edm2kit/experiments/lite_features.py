@@ -128,8 +128,8 @@ def measure_cost(name: str, images: Images, num: int = _COST_IMAGES) -> dict[str
     own, reference = _statistics(generated), _statistics(real)
     classes = torch.arange(num) % 10
     alone = Scorer(Reference(num, {name: reference}), [detector], torch.device("cpu"))
-    sets = {"real": {name: real}, "heldout": {name: heldout}}
-    complete = replace(alone, **sets, real_labels=classes, names=(ALL,), replicates=REPLICATES)
+    complete = replace(alone, real={name: real}, heldout={name: heldout})
+    complete = replace(complete, real_labels=classes, names=(ALL,), replicates=REPLICATES)
 
     found: list[torch.Tensor] = []
     features = _timed(lambda: found.append(image_features(images, [detector], alone.device)[name]))
