@@ -188,16 +188,14 @@ def _with_interval(point: Mapping[str, Any], metric: str) -> str:
 def _settings(record: Mapping[str, Any]) -> str:
     lines = []
     for name, search in record["searches"].items():
-        value = f"{search['value']:.1f}"
+        value = f"{search['value']:.1f} ({_metric_of(search)} of {search['num_images']:,})"
         lines.append([METHODS[name].title, setting_text(record["best"][name]), value, f"{search['candidates']:,}"])
-    count = next(iter(record["searches"].values()), {"num_images": 0})["num_images"]
-    columns = ["method", "best settings", f"{_searched_by(record)} of {count:,} images in the search", "candidates"]
-    return markdown_table(columns, lines, "llrr")
+    return markdown_table(["method", "best settings", "in the search", "candidates"], lines, "llrr")
 
 
-def _searched_by(record: Mapping[str, Any]) -> str:
-    """The metric that the searches made small, without its detector's name."""
-    return next(iter(record["searches"].values()), {"metric": ""})["metric"].rpartition(".")[2]
+def _metric_of(search: Mapping[str, Any]) -> str:
+    """The metric that a search made small, without its detector's name."""
+    return search["metric"].rpartition(".")[2]
 
 
 def setting_text(options: Mapping[str, Any]) -> str:
@@ -215,16 +213,23 @@ def setting_text(options: Mapping[str, Any]) -> str:
 
 
 def guide_table(record: Mapping[str, Any]) -> str:
-    """Which guide: the best value that the searches of autoguidance saw with each guide at each training time."""
+    """Which guide: the best value that the searches saw with each guide at each training time.
+
+    Only searches by the same metric and number of images are compared.
+    """
+    searches = [record["searches"][name] for name in _DEGRADED if name in record["searches"]]
+    if not searches:
+        return "Not searched yet."
+    few, metric = searches[0]["rungs"][0], searches[0]["metric"]
     best: dict[str, list[float]] = {}
-    few = 0
-    for name in _DEGRADED:
-        for trial in record["searches"].get(name, {"trials": []})["trials"]:
-            few = record["searches"][name]["rungs"][0]
+    for search in searches:
+        if (search["rungs"][0], search["metric"]) != (few, metric):
+            continue
+        for trial in search["trials"]:
             if trial["guide"] is not None and trial["num_images"] == few and trial["value"] is not None:
                 best.setdefault(trial["guide"].rpartition(", EMA")[0], []).append(trial["value"])
     lines = [[guide, f"{min(values):.1f}", str(len(values))] for guide, values in sorted(best.items(), key=_by_best)]
-    return markdown_table(["guide", f"best {_searched_by(record)} of {few:,} images", "candidates"], lines, "lrr")
+    return markdown_table(["guide", f"best {_metric_of(searches[0])} of {few:,} images", "candidates"], lines, "lrr")
 
 
 def _by_best(item: tuple[str, list[float]]) -> float:
@@ -235,11 +240,15 @@ def _by_best(item: tuple[str, list[float]]) -> float:
 
 
 def weight_figure(record: Mapping[str, Any]) -> str | None:
-    """The metric of the searches against the guidance weight, all else at its best value, as SVG; None without any."""
-    curves = []
+    """The metric of the searches against the guidance weight, all else at its best value, as SVG; None without any.
+
+    Only methods that were searched by the same metric and number of images as the first one are in it.
+    """
+    curves, shown = [], ""
     for name, search in record["searches"].items():
-        points = search["weight_curve"]["points"]
-        if points:
+        points, metric = search["weight_curve"]["points"], f"{_metric_of(search)} of {search['rungs'][0]:,} images"
+        if points and metric == (shown or metric):
+            shown = metric
             weights, values = [point["weight"] for point in points], [point["value"] for point in points]
             curves.append(Curve(METHODS[name].title, weights, values))
     if not curves:
@@ -249,7 +258,7 @@ def weight_figure(record: Mapping[str, Any]) -> str | None:
         few = record["searches"]["none"]["rungs"][0]
         values = [one["value"] for one in record["searches"]["none"]["trials"] if one["num_images"] == few]
         alone = [(min(values), METHODS["none"].title)]
-    return line_chart(curves, "guidance weight", _searched_by(record), references=alone)
+    return line_chart(curves, "guidance weight", shown, references=alone)
 
 
 def _images(settings: Path, count: int, **others: float) -> list[Image.Image]:
@@ -272,10 +281,12 @@ def _first_picture(out: Path, record: Mapping[str, Any]) -> Image.Image:
 
 
 def best_guided(record: Mapping[str, Any]) -> str:
-    """The autoguided method with the lower value in its search. Raises ValueError if none was searched."""
+    """The autoguided method with the lower value, among searches by one metric. Raises ValueError without any."""
     names = [name for name in _AUTOGUIDED if name in record["searches"]]
     if not names:
         raise ValueError("autoguidance was not searched yet; run the step tune")
+    metric = record["searches"][names[0]]["metric"]
+    names = [name for name in names if record["searches"][name]["metric"] == metric]
     return min(names, key=lambda name: record["searches"][name]["value"])
 
 

@@ -55,7 +55,7 @@ _EVERYWHERE, _WITHIN = ("--interval", "none"), ("--interval", "search")
 _DEGRADED = ("early", "small")
 METHODS: dict[str, Method] = {
     "none": Method("no guidance", ("--method", "none", *_EVERYWHERE), budget=5, sampler=UNGUIDED_SAMPLER),
-    "cfg": Method("classifier-free guidance", ("--method", "cfg", *_WITHIN)),
+    "cfg": Method("classifier-free guidance", ("--method", "cfg", *_WITHIN), budget=8),
     "cfg-separate": Method(
         "classifier-free guidance, separate network", ("--method", "cfg", *_WITHIN), ("uncond",), budget=6
     ),

@@ -250,7 +250,7 @@ def test_the_tables_show_the_scores_of_the_best_settings_only(record):
     assert "30 images each" in parts["cifar10"]
     assert "| 29 held-out photos | 19.0" in parts["cifar10"]
     assert "|  | 0-8 | 20.0 |" in parts["scores"]
-    assert "| no guidance | EMA 0.1 | 80.0 | 3 |" in parts["settings"]
+    assert "| no guidance | EMA 0.1 | 80.0 (fd_lite0 of 30) | 3 |" in parts["settings"]
     rows = ["| small at 2,048 images | 48.0 | 1 |", "| early at 2,048 images | 52.0 | 2 |"]
     assert parts["guides"].splitlines()[2:] == rows
     assert record["runs"]["main"] == {"config": {"data": "train.zip"}, "last_status": {"nimg": 4096}}
