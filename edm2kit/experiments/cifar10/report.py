@@ -44,6 +44,7 @@ _COLUMNS = {
 _TITLES = {"real": "held-out photos", **{name: method.title for name, method in METHODS.items()}}
 _AUTOGUIDED = ("autoguidance", "autoguidance-interval")
 _DEGRADED = (*_AUTOGUIDED, "sims")  # searches that lead away from a worse network
+BOX_MB = 10  # of all networks in the package
 _WEIGHTS = (1.0, 1.5, 2.0, 3.0)  # of the sheet, from top to bottom
 
 
@@ -311,7 +312,7 @@ def write_box(out: Path, record: Mapping[str, Any], report: Callable[[str], None
     for preset, name in {**presets, "cifar10-cfg": "cfg"}.items():
         source = settings_file(out, name)
         options = dict(yaml.safe_load(source.read_text(encoding="utf-8"))["options"])
-        if name == "cfg":  # its own best EMA length would be one network more in the package
+        if name == "cfg" and not _has_room(files, source.parent / options["net"]):
             options["net"] = _net_of(out, "none")
         for role in ROLES:
             if role in options:
@@ -328,6 +329,12 @@ def write_box(out: Path, record: Mapping[str, Any], report: Callable[[str], None
         with atomic_write((BOX / name).with_suffix(".md"), "w") as file:
             file.write(card(BOX / name, box_scores(presets, record)))
     report(f"Wrote {', '.join(sorted(files.values()))}, their cards and presets to {BOX}")
+
+
+def _has_room(files: Mapping[str, str], path: Path) -> bool:
+    """Whether the networks of the package stay below BOX_MB with one more."""
+    known = sum((BOX / name).stat().st_size for name in files.values())
+    return sha256_of(path) in files or known + path.stat().st_size <= BOX_MB * 10**6
 
 
 def _net_of(out: Path, name: str) -> str:

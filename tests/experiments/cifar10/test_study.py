@@ -288,6 +288,20 @@ def test_the_box_gets_the_networks_of_the_best_settings_and_nothing_else(ended, 
     assert read_header(box / f"{networks[1]}.safetensors").training_config["data"] == "train.zip"
 
 
+@pytest.mark.parametrize(("limit", "own"), [(10, True), (0, False)])
+def test_guidance_by_class_has_its_own_network_in_the_box_if_there_is_room(ended, record, monkeypatch, limit, own):
+    net = search_folder(ended, "cfg") / "main.safetensors"
+    tensors = {name: tensor + 1 for name, tensor in load_file(net).items()}
+    save_snapshot(net, tensors, read_header(net))
+    box = ended / "box"
+    monkeypatch.setattr(report, "BOX", box)
+    monkeypatch.setattr(report, "BOX_MB", limit)
+    report.write_box(ended, record, lambda text: None)
+    nets = [parse_request(["--preset", str(box / f"{name}.yaml")]).net for name in ("cifar10", "cifar10-cfg")]
+    assert (nets[0] != nets[1]) == own
+    assert len(list(box.glob("cifar10-main*.safetensors"))) == 1 + own
+
+
 def test_features_that_are_known_score_as_their_images_do():
     images = torch.from_numpy(np.random.RandomState(0).randint(0, 256, [40, 3, 8, 8], np.uint8))
     scorer = make_scorer(measure_reference(images[:20], ["fd_random"]), torch.device("cpu"))
