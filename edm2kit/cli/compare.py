@@ -172,7 +172,8 @@ def main() -> None:
 def run(outdir: Path, fresh: str | None, device: str, **given: Any) -> None:
     """Tune and report row by row, with the images that --rows-file says; then write the table and the picture.
 
-    Each score is kept as soon as it is measured: if it is stopped, the same command resumes it.
+    Each score is kept as soon as it is measured: if it is stopped, the same command resumes it. Rows that the networks
+    cannot generate, for example those that change attention where there is none, are skipped with the reason.
     """
     comparison, rows, networks = _take_rows(given)
     with dist.session(device) as picked:
@@ -180,6 +181,9 @@ def run(outdir: Path, fresh: str | None, device: str, **given: Any) -> None:
         reporting = _scoring(picked, comparison.metric, comparison.report.images, **given)
         if fresh is not None:
             _report_real(outdir, fresh, reporting, comparison.report.seeds)
+        rows = [row for row in rows if _can_generate(row, networks, picked)]
+        if not rows:
+            raise ValueError("no row is left: the networks can generate none of them")
         for row in rows:
             _tune(outdir, row, networks, tuning, comparison.tune.seeds)
             weight = _best_weight(row, outdir, comparison.tune.seeds, comparison.metric)
@@ -306,6 +310,16 @@ def sheet(outdir: Path, images: int, dest: Path | None, device: str, **given: An
     record = json.loads(record_path.read_text(encoding="utf-8")) if record_path.exists() else None
     if write_page(lines, record, page_path):
         click.echo(f"Wrote {page_path}")
+
+
+def _can_generate(row: ComparisonRow, networks: Mapping[str, str], device: torch.device) -> bool:
+    """Whether the row's method fits its networks; prints the reason if it does not."""
+    try:
+        prepare(row.request(row.weights[0] if row.weights else None, networks), device)
+    except ValueError as error:
+        dist.print0(f"{row.name} is skipped: {error}")
+        return False
+    return True
 
 
 def _tune(

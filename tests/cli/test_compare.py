@@ -250,6 +250,17 @@ def test_one_command_tunes_and_reports_and_goes_on_where_it_stopped(place, measu
     assert {request.guidance.method for request in drawn} == {"icg"}
 
 
+def test_one_command_skips_rows_that_the_networks_cannot_generate(place, tmp_path):
+    rows = tmp_path / "rows.yaml"
+    odd = "  odd: {title: odd, options: --guidance-method slg --slg-blocks nowhere, weights: [2]}\n"
+    rows.write_text(ROWS + odd)
+    told = run(place, "run", tmp_path, "--rows-file", rows, "--rows", "unguided,odd")
+    assert "odd is skipped: " in told
+    assert "nowhere" in told
+    assert [row["name"] for row in json.loads((tmp_path / "comparison.json").read_text())["rows"]] == ["unguided"]
+    assert "no row is left" in run(place, "run", tmp_path, "--rows-file", rows, "--rows", "odd", code=1)
+
+
 # ---- trade-offs
 
 
