@@ -143,7 +143,7 @@ def output_error(probe: bool = False) -> OSError | None:
     """Why something is missing in standard output; None if nothing is. An unbuffered one is tried if `probe` is set."""
     global _lost_output
     try:
-        if probe and sys.stdout.write_through:  # type: ignore[attr-defined]
+        if probe and getattr(sys.stdout, "write_through", False):
             sys.stdout.write("\n")
         sys.stdout.flush()
     except OSError as error:

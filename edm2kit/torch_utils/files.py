@@ -170,7 +170,11 @@ def sampled_sha256(path: Path) -> str:
 
 def crc32_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """The CRC-32 of the bytes of each tensor (on the CPU), by name, as 8 hexadecimal digits."""
-    return {name: f"{zlib.crc32(one.reshape(-1).view(torch.uint8).numpy()):08x}" for name, one in tensors.items()}
+    found = {}
+    for name, tensor in tensors.items():
+        content = tensor.reshape(-1).view(torch.uint8).numpy()
+        found[name] = f"{zlib.crc32(content):08x}"  # type: ignore[arg-type]
+    return found
 
 
 def free_bytes(folder: Path) -> int:
