@@ -15,7 +15,7 @@ from edm2kit.cli.generation_options import parse_request
 from edm2kit.cli.presets import BOX
 from edm2kit.conditions import ALL_CLASSES
 from edm2kit.experiments.cifar10.networks import ROLES, describe, is_searched, search_folder, settings_file, words
-from edm2kit.experiments.cifar10.settings import BATCH, METHODS, RUNS, SCORE_SEEDS, SHEET_SEEDS
+from edm2kit.experiments.cifar10.settings import BATCH, INFINITY, METHODS, RUNS, SCORE_SEEDS, SHEET_SEEDS
 from edm2kit.experiments.compare_guidance.sheet import Strip, draw_sheet
 from edm2kit.experiments.demo.report import picture
 from edm2kit.experiments.documents import checkout, markdown_table
@@ -160,9 +160,10 @@ def _short_table(record: Mapping[str, Any]) -> str:
         num, title = together["key"]["num"], _TITLES[name]
         if num != count:  # there are only so many held-out photos
             title = f"{num:,} {title}"
-        values = [_with_interval(together, metric) for metric in ("fd_lite0", "fd_lite2")]
+        values = [_with_interval(together, metric) for metric in ("fd_lite0", *INFINITY)]
         lines.append([title, *values, f"{together['results']['fd_lite0.coverage']:.2f}"])
-    return markdown_table([f"{count:,} images each", "fd_lite0", "fd_lite2", "coverage"], lines, "lrrr")
+    columns = [f"{count:,} images each", "fd_lite0", "extrapolated", "fd_lite2, extrapolated", "coverage"]
+    return markdown_table(columns, lines, "lrrrr")
 
 
 def _table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
