@@ -38,7 +38,8 @@ def _record(path: Path) -> dict:
 
 def _guidance_parts() -> Parts:
     record = _record(comparison.FOLDER / comparison.RECORD_NAME)
-    return {"methods": guidance.table_markdown(), **comparison.document_parts(record)}
+    distilled = {"distillation": comparison.cost_table(_record(comparison.FOLDER / comparison.DISTILLATION_NAME))}
+    return {"methods": guidance.table_markdown(), **distilled, **comparison.document_parts(record)}
 
 
 def _solver_parts() -> Parts:

@@ -230,7 +230,8 @@ class Trainer:
         is_all = at_end and 0 < self.nimg == self._lost_steps * self.config.batch_size
         if limit == 0 or not (self._lost_steps >= limit or is_all):
             return
-        reason = f"in {self._lost_steps} steps in a row, most gradients were not finite"
+        steps = "1 step" if self._lost_steps == 1 else f"{self._lost_steps} steps in a row"
+        reason = f"in {steps}, most gradients were not finite"
         raise DivergenceError(reason, self.nimg, bad_losses(self._last_losses))
 
     def save_snapshots(self, run_dir: Path) -> None:

@@ -27,7 +27,7 @@ def filled(path, seeds=(0, 1, 2), subdirs=False, settings=SETTINGS, channels=3):
     folder = ImageFolder(path, subdirs, settings)
     folder.claim(seeds, overwrite=False)
     folder.note_run({"seeds": seed_ranges(seeds)})
-    folder.save([batch(seeds, channels)])
+    folder.save([batch(seeds, channels)], seeds)
     return folder
 
 
@@ -45,7 +45,7 @@ def test_images_and_classes_read_back_as_they_were(tmp_path, channels):
 
 def test_images_of_no_class_have_none(tmp_path):
     folder = ImageFolder(tmp_path, False, SETTINGS)
-    folder.save([batch([3], classes=False)])
+    folder.save([batch([3], classes=False)], [3])
     assert next(folder.read([3]))[1] is None
 
 
@@ -121,7 +121,7 @@ def test_a_damaged_record_is_refused(tmp_path, text):
 def test_an_image_that_cannot_be_written_stops_the_run(tmp_path):
     (tmp_path / "000000").write_text("in the way of a folder")
     with pytest.raises(OSError, match="000000"):
-        ImageFolder(tmp_path, True, SETTINGS).save([batch([0]), batch([1])])
+        ImageFolder(tmp_path, True, SETTINGS).save([batch([0]), batch([1])], [0, 1])
 
 
 @pytest.mark.parametrize("seeds", [[5], [0, 1, 2], [9, 3, 4, 5, 11, 10], list(range(100, 50, -1))])

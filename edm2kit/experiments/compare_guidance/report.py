@@ -13,6 +13,7 @@ SHARES = ("precision", "recall", "coverage")
 FOLDER = Path("experiments", "compare_guidance")  # in the checkout: the published record and picture
 DOCUMENT = Path("docs", "guidance.md")
 RECORD_NAME, PICTURE_NAME = "comparison.json", "pareto.png"
+DISTILLATION_NAME = "distillation.json"  # an earlier comparison, with the student of scripts/distill.py
 REAL = ComparisonRow("real", "other real pictures", "")
 Record = Mapping[str, Any]
 
