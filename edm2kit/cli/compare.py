@@ -296,6 +296,8 @@ def sheet(outdir: Path, images: int, dest: Path | None, device: str, **given: An
     with dist.session(device) as picked:
         lines = []
         for row in rows:
+            if not _can_generate(row, networks, picked):
+                continue
             strips = []
             for weight in row.weights or (None,):
                 generation = prepare(row.request(weight, networks, "--balanced"), picked)
