@@ -42,7 +42,7 @@ def goal_text(row: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     if "per_sec" in row and "share_of_ceiling" in row:  # in another precision, the ceiling is another one
         needed = row["goal"] * plain["per_sec"] * row["share_of_ceiling"] / row["per_sec"]
     is_arithmetic = (record.get("work") or {}).get("unit") == "multiply-adds"
-    # what a way exceeds is no limit
+    # a rate that was exceeded is not a limit
     is_limit = all(way.get("share_of_ceiling", 0) <= 1 for way in record["contenders"].values())
     if is_arithmetic and is_limit and needed > 1:
         return f"{missed}, would be {needed:.0%} of the ceiling"
