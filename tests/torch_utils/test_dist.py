@@ -249,5 +249,5 @@ def test_memory_that_tensors_free_is_kept_on_a_cpu_unless_the_user_has_settings(
     found = subprocess.run(
         [sys.executable, "-c", FAULTS], env={**surroundings, **variables}, capture_output=True, text=True, check=True
     )
-    pages = 5 * 8 * (20 << 20) // 4096
-    assert (int(found.stdout) < pages // 20) == keeps
+    # 204,800 pages of 4 KiB are filled; without the setting, glibc gives back and fetches thousands of them
+    assert (int(found.stdout) < 200) == keeps
