@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.utils.flop_counter import FlopCounterMode
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from edm2kit.cli.generation import Generation
 from edm2kit.snapshots.file_format import read_header
@@ -16,11 +18,34 @@ from edm2kit.training.log import STATS_NAME
 from edm2kit.training.run import RECORD_NAME
 
 
+class _Counter(TorchDispatchMode):
+    """Counts the operations of everything that runs inside, gradients included.
+
+    PyTorch's own FlopCounterMode also sorts them by module, and fails where `torch.autograd.grad` is called.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        count = flop_registry.get(func._overloadpacket)
+        if count is None and func is not torch.ops.prim.device.default:
+            with self:
+                parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
+        result = func(*args, **(kwargs or {}))
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
 def count_multiply_adds(generation: Generation, batch: int) -> float:
     """Multiply-adds per image of a batch of `batch` images, of all networks and all steps together."""
-    with FlopCounterMode(display=False) as counter:
+    with _Counter() as counter:
         generation.engine.generate(range(batch))
-    return counter.get_total_flops() / 2 / batch
+    return counter.total / 2 / batch
 
 
 def measure_costs(generations: Mapping[str, Generation], batch: int, rounds: int) -> dict[str, Any]:
