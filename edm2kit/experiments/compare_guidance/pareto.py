@@ -10,7 +10,8 @@ from edm2kit.torch_utils.files import atomic_write
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MARKERS = "osv^D<>Ph*"
+_MARKERS = "osv^D<>Ph*X"  # one more than there are colours, so that pairs repeat late
+_SHOWN = 1.4  # distances up to so many times the best one: beyond, images are destroyed
 
 
 def draw_trade_offs(record: Record, path: Path) -> None:
@@ -29,10 +30,23 @@ def draw_trade_offs(record: Record, path: Path) -> None:
         figure.savefig(file, format="png", dpi=100)
 
 
+def comparable_rows(record: Record) -> tuple[int, list[Any]]:
+    """The number of images that weights were tuned on, and the rows whose values at every weight are of as many.
+
+    Rows without weights to tune have values of the reported images only. If these were more, their distance is lower
+    for that reason alone, so that the rows are left out.
+    """
+    rows = [row for row in record["rows"] if row["name"] != REAL.name]
+    counts = {row["name"]: row["tuned_on"] or record["num_images"] for row in rows}
+    number = next((row["tuned_on"] for row in rows if row["tuned_on"]), record["num_images"])
+    return number, [row for row in rows if counts[row["name"]] == number]
+
+
 def _draw_coverage(panel: "Axes", record: Record) -> None:
     metric = metric_of(record)
+    number, rows = comparable_rows(record)
     everything: list[tuple[float, float, str]] = []
-    for k, row in enumerate(row for row in record["rows"] if row["name"] != REAL.name):
+    for k, row in enumerate(rows):
         points = []
         for weight, results in _by_weight(row["tuning"] or row["points"]):
             coverage, distance = (_mean(results, name) for name in (f"{metric}.coverage", metric))
@@ -47,11 +61,16 @@ def _draw_coverage(panel: "Axes", record: Record) -> None:
             "alpha": 0.7,
         }
         panel.plot([x for x, _ in points], [y for _, y in points], label=row["title"], **style)
+    best = min(distance for _, distance, _ in everything)
+    near = [coverage for coverage, distance, _ in everything if distance <= _SHOWN * best]
+    margin = 0.1 * (max(near) - min(near)) or 0.1
+    panel.set_xlim(min(near) - margin, max(near) + margin)
+    panel.set_ylim(best - 0.1 * (_SHOWN - 1) * best, _SHOWN * best)
     _join(panel, everything, front([(-x, y) for x, y, _ in everything]))
     panel.set_xlabel("coverage of real images")
     panel.set_ylabel(f"distance ({metric})")
-    panel.set_title(f"at every weight, {record['rows'][-1]['tuned_on'] or record['num_images']} images each")
-    panel.legend(fontsize=6, ncols=2)
+    panel.set_title(f"at every weight, {number} images each (distances up to {_SHOWN:g} times the best)")
+    panel.legend(fontsize=6, ncols=2, loc="upper left")
 
 
 def _draw_cost(panel: "Axes", record: Record) -> None:
@@ -67,7 +86,7 @@ def _draw_cost(panel: "Axes", record: Record) -> None:
 def _join(panel: "Axes", points: Sequence[tuple[float, float, str]], best: Sequence[int]) -> None:
     """A line through the points on the front, with their names."""
     panel.plot([points[k][0] for k in best], [points[k][1] for k in best], "k--", lw=1)
-    for k in best:
+    for line, k in enumerate(best):
         x, y, name = points[k]
         place, _ = panel.transAxes.inverted().transform(panel.transData.transform((x, y)))
         on_the_right = place > 0.5  # then its name is on the left, so that it does not leave the panel
@@ -75,7 +94,7 @@ def _join(panel: "Axes", points: Sequence[tuple[float, float, str]], best: Seque
             name,
             (x, y),
             fontsize=6.5,
-            xytext=(-3 if on_the_right else 3, -8),
+            xytext=(-3 if on_the_right else 3, -8 - 7 * (line % 3)),  # so that names do not cover each other
             textcoords="offset points",
             ha="right" if on_the_right else "left",
         )
