@@ -171,8 +171,8 @@ def as_recorded(settings: Mapping[str, Any], run_dir: Path) -> Mapping[str, Any]
         return settings
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))["data_identity"].get("teacher")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); use another --outdir") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return settings  # damaged, which `prepare_run` reports
     return settings if settings_differences(recorded, settings) else recorded
 
 

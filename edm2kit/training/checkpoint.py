@@ -163,16 +163,22 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def usable_checkpoint(run_dir: Path) -> Path | None:
+def usable_checkpoint(run_dir: Path, run_id: str | None = None) -> Path | None:
     """The newest checkpoint that is not damaged; None if the folder has no checkpoints at all.
 
-    Damaged ones that are newer are renamed to NAME.damaged, with a warning. Raises ValueError if all are damaged; then
-    it renames none.
+    Damaged ones that are newer are renamed to NAME.damaged, with a warning. Raises ValueError if all are damaged, and
+    if the newest one belongs to another run than `run_id`; then it renames none.
     """
     damaged: list[tuple[Path, str]] = []
     for path in reversed(list_checkpoints(run_dir)):
         reason = damage(path)
         if reason is None:
+            found = read_run_id(path)
+            if None not in (found, run_id) and found != run_id:
+                raise ValueError(
+                    f"{path} belongs to another run ({found}), not to the one in this folder ({run_id}): it would "
+                    "continue with weights of other settings or images. Move it away, or use another --outdir"
+                )
             for newer, what in damaged:
                 newer.rename(newer.with_name(f"{newer.name}.damaged"))
                 dist.warn0(f"checkpoint {newer} is damaged ({what}); renamed it to {newer.name}.damaged")

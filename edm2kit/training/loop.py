@@ -81,6 +81,8 @@ class Trainer:
         self.nimg, self.elapsed_sec = 0, 0.0
         self.stops: list[int] = []  # images at which a stopped run left snapshots that its schedule does not have
         self.num_steps = 0
+        self.is_whole = True  # weights, moments and averages are all at `nimg`
+        self._is_normalized = False  # whether the next step finds its weights normalised, as a failed one left them
         self._recent_steps: list[tuple[torch.Tensor | float, torch.Tensor]] = []  # non-finite gradients, and the norm
         self._lost_steps = 0  # steps in a row without usable gradients
         self._last_losses: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
@@ -97,7 +99,9 @@ class Trainer:
         """One optimizer step over this rank's share of the next global batch, in `rounds` micro-batches."""
         self.num_steps += 1
         self._last_losses.clear()
-        self.kind.normalize_weights_(self.net)
+        if not self._is_normalized:
+            self.kind.normalize_weights_(self.net)
+            self._is_normalized = True
         self._clear_gradients()
         for k in range(rounds):
             # ranks exchange gradients in the last backward pass of the step only
@@ -110,9 +114,11 @@ class Trainer:
             group["lr"] = lr
         self._sanitize_gradients()
         self.stats.add("lr", lr)
+        self.is_whole = False
         self.optimizer.step()
         self.nimg += self.config.batch_size
         self.ema.update(self.nimg, self.config.batch_size)
+        self.is_whole, self._is_normalized = True, False
 
     def _clear_gradients(self) -> None:
         if self._flat_gradient is None:
@@ -216,7 +222,7 @@ class Trainer:
     def check_gradients(self, at_end: bool = False) -> None:
         """Raise DivergenceError on every rank after too many steps in a row whose gradients were mostly not finite.
 
-        At the end of a run that is shorter than that, raise it if all of its steps were so.
+        At the end, raise it if all steps of this process were so, however few.
         """
         if self.device.type != "cpu" and self.num_steps % _LOOK_EVERY_STEPS and not at_end:
             return
@@ -227,7 +233,7 @@ class Trainer:
             self._lost_steps = self._lost_steps + 1 if 2 * float(count) >= total else 0
         self._recent_steps.clear()
         limit = self.config.max_lost_steps
-        is_all = at_end and 0 < self.nimg == self._lost_steps * self.config.batch_size
+        is_all = at_end and 0 < self.num_steps == self._lost_steps
         if limit == 0 or not (self._lost_steps >= limit or is_all):
             return
         steps = "1 step" if self._lost_steps == 1 else f"{self._lost_steps} steps in a row"
@@ -254,16 +260,19 @@ class Trainer:
         progress = {"nimg": self.nimg, "elapsed_sec": self.elapsed_sec, "run_id": self.header.run_id}
         if self.stops:
             progress["stops"] = list(self.stops)
+        if self._is_normalized:
+            progress["is_normalized"] = True
         state = checkpoint_state(self.net, self.optimizer, self.ema, progress)
         dist.on_rank0(save_checkpoint, run_dir, state)
         dist.on_rank0(prune_checkpoints, run_dir, self.config.keep_checkpoints)
 
     def resume(self, run_dir: Path) -> None:
         """Continue from the newest checkpoint that is not damaged, if there is one."""
-        if path := dist.on_rank0(usable_checkpoint, run_dir):
+        if path := dist.on_rank0(usable_checkpoint, run_dir, self.header.run_id):
             progress = load_checkpoint(path, self.net, self.optimizer, self.ema, self.device)
             self.nimg, self.elapsed_sec = progress["nimg"], progress["elapsed_sec"]
             self.stops = list(progress.get("stops", []))
+            self.is_whole, self._is_normalized = True, progress.get("is_normalized", False)
         elif dist.rank() == 0 and next(run_dir.glob("network-snapshot-*.safetensors"), None) is not None:
             dist.warn0(
                 f"{run_dir} has snapshots, but no checkpoint: training starts again at image 0 and replaces them"
@@ -383,7 +392,8 @@ def training_loop(
         step_batches, error = next_step(micro_batches, rounds, trainer.nimg < config.duration_nimg)
         dist.raise_together(error)
         while trainer.nimg < config.duration_nimg:
-            trainer.step(iter(step_batches), rounds)
+            with _saved_on_error(trainer, run_dir):
+                trainer.step(iter(step_batches), rounds)
             trainer.elapsed_sec = time.monotonic() - started
             done = trainer.nimg >= config.duration_nimg
             trainer.check_gradients(at_end=done)
@@ -424,13 +434,16 @@ def training_loop(
 
 @contextlib.contextmanager
 def _saved_on_error(trainer: Trainer, run_dir: Path) -> Iterator[None]:
-    """If the block fails on every rank, save a checkpoint before its error goes on."""
+    """If the block fails on every rank, save a checkpoint before its error goes on, unless the state is not sound."""
     try:
         yield
     except Exception as error:
-        if trainer.config.checkpoint_every_nimg and (dist.world_size() == 1 or dist.is_shared(error)):
+        together = dist.world_size() == 1 or dist.is_shared(error)
+        if together and trainer.is_whole and trainer.nimg and trainer.config.checkpoint_every_nimg:
             try:
+                check_finite(trainer.net, trainer.optimizer, trainer.ema, trainer.nimg)
                 trainer.save_checkpoint(run_dir)
-            except (ValueError, OSError) as second:
+                dist.print0(f"State saved at {trainer.nimg} images. Run the same command to resume.")
+            except Exception as second:  # such as that of a GPU that has failed; the first error says more
                 dist.warn0(f"no checkpoint could be saved either: {second}")
         raise

@@ -235,8 +235,8 @@ def prepare_run(
     """
     run = resolve(config, open_source(config.data, use_labels=config.cond), Path(run_dir), teacher, processes)
     recorded = _check_run_dir(run)
-    if recorded is not None and "content" not in recorded["data_identity"]:
-        # a run from before contents were recorded keeps its name, which its snapshots share
+    if recorded is not None:
+        # one that an earlier version began, which recorded less, keeps its name, which its snapshots share
         run = dataclasses.replace(run, header=dataclasses.replace(run.header, run_id=recorded["run_id"]))
     if config.batch_gpu == AUTO:
         share, architecture = sum(run.micro_batches), dict(run.header.architecture)
@@ -349,7 +349,10 @@ def _with_augmentation(config: TrainConfig) -> Mapping[str, Any]:
 
 
 def _check_run_dir(run: Run) -> dict[str, Any] | None:
-    """The record of the run in the run folder, if there is one; ValueError, with the differences, for another run."""
+    """The record of the run in the run folder, if there is one; ValueError, with the differences, for another run.
+
+    A damaged record is not needed if the checkpoint says that the run is the same: its run_id covers all of it.
+    """
     run_dir, config_path, record_path = run.run_dir, run.run_dir / CONFIG_NAME, run.run_dir / RECORD_NAME
     if not config_path.exists():
         _refuse_checkpoints_of_others(run)
@@ -360,10 +363,18 @@ def _check_run_dir(run: Run) -> dict[str, Any] | None:
         if not isinstance(identity, dict) or not isinstance(record["run_id"], str):
             raise ValueError("data_identity is not a mapping, or run_id is not text")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if _is_that_of_checkpoints(run):
+            dist.warn0(f"{record_path} is damaged or missing ({error}); writing it again")
+            return None
         raise ValueError(f"{record_path} is damaged or missing ({error}); use another --outdir") from error
     if changed := differences(identity.get("teacher"), run.data_identity.get("teacher"), "teacher"):
         raise ValueError(f"{run_dir} holds a run with another teacher ({'; '.join(changed[:4])}); use another --outdir")
-    refuse_changes(read_yaml(config_path), run.config, run_dir)
+    try:
+        refuse_changes(read_yaml(config_path), run.config, run_dir)
+    except ValueError as error:
+        if not _is_that_of_checkpoints(run):
+            raise
+        dist.warn0(f"{config_path} is damaged ({error}); writing it again")
     keys = [key for key in identity if identity[key] != run.data_identity.get(key)]
     if record.get("label_names") not in (None, list(run.header.label_names or ())):
         keys.append("label_names")
@@ -375,15 +386,22 @@ def _check_run_dir(run: Run) -> dict[str, Any] | None:
     return record
 
 
+def _run_id_of_checkpoints(run_dir: Path) -> str | None:
+    """The run that the newest checkpoint belongs to; None if there is none that says so."""
+    found = (read_run_id(path) for path in reversed(list_checkpoints(run_dir)))
+    return next((run_id for run_id in found if run_id is not None), None)
+
+
+def _is_that_of_checkpoints(run: Run) -> bool:
+    return _run_id_of_checkpoints(run.run_dir) == run.header.run_id
+
+
 def _refuse_checkpoints_of_others(run: Run) -> None:
     """Raise ValueError if the folder lacks its configuration, but has a checkpoint of a run with another run_id."""
-    paths = list_checkpoints(run.run_dir)
-    if not paths:
-        return
-    found = read_run_id(paths[-1])
+    found = _run_id_of_checkpoints(run.run_dir)
     if found not in (None, run.header.run_id):
         raise ValueError(
-            f"{paths[-1]} belongs to another run ({found}) than these settings and images make "
+            f"{list_checkpoints(run.run_dir)[-1]} belongs to another run ({found}) than these settings and images make "
             f"({run.header.run_id}), and {CONFIG_NAME} is missing. Restore that file, or use another --outdir"
         )
 

@@ -1,6 +1,7 @@
 """Distillation from the command line: a guided pair becomes one network like any other."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -160,7 +161,12 @@ def test_another_teacher_cannot_resume_the_run(place, whole):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"data_identity": 5}', '{"data_identity": null}', "[" * 10000])
-def test_a_damaged_record_is_named(tmp_path, text):
+def test_a_damaged_record_is_left_to_the_check_of_the_run_which_names_it(tmp_path, place, text):
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ValueError, match=r"run\.json is damaged .*use another --outdir"):
-        distill.as_recorded({}, tmp_path)
+    assert distill.as_recorded({"weight": 2}, tmp_path) == {"weight": 2}
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    common = ["--net", place / "main.safetensors", "--data", place / "data", "--outdir", tmp_path, "--device", "cpu"]
+    words = [*common, "--guidance-method", "pag", "--guidance", 2]
+    done = CliRunner().invoke(distill.main, [str(word) for word in words])
+    assert done.exit_code == 1
+    assert re.search(r"run\.json is damaged .*use another --outdir", done.output)

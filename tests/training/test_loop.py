@@ -15,7 +15,7 @@ from edm2kit.models.encoders import make_encoder
 from edm2kit.models.networks import NETWORKS
 from edm2kit.snapshots.file_format import Header
 from edm2kit.training import checkpoint, loop
-from edm2kit.training.checkpoint import damage, list_checkpoints
+from edm2kit.training.checkpoint import damage, list_checkpoints, named_tensors
 from edm2kit.training.config import TrainConfig, config_from_dict, preset_path, read_yaml
 from edm2kit.training.loop import Trainer, drop_labels
 from tests.support import tiny
@@ -194,6 +194,65 @@ def test_a_run_too_short_for_that_fails_if_all_of_its_steps_were_lost(tmp_path):
     assert done.exit_code == 1
     assert "in 4 steps in a row, most gradients were not finite" in done.output
     assert not list((tmp_path / "run").glob("network-snapshot-*"))
+
+
+def test_a_resumed_run_fails_if_all_of_its_last_steps_were_lost(tmp_path, monkeypatch):
+    data = latents(tmp_path / "data", lambda k, values: None)
+    assert tiny_run(tmp_path, data, "--cond", "false", duration_nimg=32).exit_code == 0
+    accumulate = loop.Trainer._accumulate
+
+    def spoiled(trainer, batch):
+        accumulate(trainer, batch._replace(raw=batch.raw * math.nan))
+
+    monkeypatch.setattr(loop.Trainer, "_accumulate", spoiled)
+    done = tiny_run(tmp_path, data, "--cond", "false", duration_nimg=64)
+    assert done.exit_code == 1
+    assert "in 2 steps in a row, most gradients were not finite" in done.output
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["training-state-0000000032.pt"]
+
+
+@pytest.mark.parametrize("part", ["_accumulate", "_sanitize_gradients"])
+def test_an_error_within_a_step_leaves_a_checkpoint_from_which_the_run_continues_bit_for_bit(
+    images, tmp_path, monkeypatch, part
+):
+    (tmp_path / "whole").mkdir()
+    assert tiny_run(tmp_path / "whole", images, duration_nimg=64).exit_code == 0
+    work, calls = getattr(loop.Trainer, part), []
+
+    def fail(trainer, *arguments):
+        calls.append(part)
+        if len(calls) == 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        work(trainer, *arguments)
+
+    monkeypatch.setattr(loop.Trainer, part, fail)
+    done = tiny_run(tmp_path, images, duration_nimg=64)
+    assert done.exit_code == 1
+    assert "State saved at 32 images. Run the same command to resume." in done.output
+    assert tiny_run(tmp_path, images, duration_nimg=64).exit_code == 0
+    states = [torch.load(path / "run" / "training-state-0000000064.pt") for path in (tmp_path, tmp_path / "whole")]
+    for part in ("net", "optimizer", "ema"):
+        theirs = dict(named_tensors(states[1][part]))
+        for name, tensor in named_tensors(states[0][part]):
+            assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("part", ["step", "update"])
+def test_a_state_that_is_half_way_through_a_step_is_not_saved(images, tmp_path, monkeypatch, part):
+    owner = {"step": torch.optim.Adam, "update": loop.PowerFunctionEMA}[part]
+    work, calls = getattr(owner, part), []
+
+    def fail(*arguments, **settings):
+        calls.append(part)
+        if len(calls) == 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return work(*arguments, **settings)
+
+    monkeypatch.setattr(owner, part, fail)
+    done = tiny_run(tmp_path, images, duration_nimg=64)
+    assert done.exit_code == 1
+    assert "State saved" not in done.output
+    assert not list_checkpoints(tmp_path / "run")
 
 
 def test_one_absurd_image_does_not_freeze_adam(tmp_path):

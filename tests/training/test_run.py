@@ -3,16 +3,21 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
+from edm2kit.cli import train
 from edm2kit.data.batches import STOP_SIGNALS
+from edm2kit.training.checkpoint import list_checkpoints
 from edm2kit.training.config import config_from_dict
 from edm2kit.training.run import StopRequest, prepare_run
-from tests.support.tiny import TINY, make_dataset
+from tests.support.tiny import TINY, make_dataset, write_config
 
 
 def test_stop_is_asked_by_signal_or_by_time_and_handlers_come_back():
@@ -118,6 +123,61 @@ def test_a_checkpoint_of_another_run_is_refused_without_its_configuration(tmp_pa
                 prepare_run(config, tmp_path / "run")
         else:
             prepare_run(config, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run of 32 images, and the words that resume it."""
+    place = tmp_path_factory.mktemp("begun")
+    words = ["--config", write_config(place / "tiny.yaml"), "--data", make_dataset(place / "data", num_images=8)]
+    words += ["--device", "cpu", "--samples", 0]
+    assert trained([*words, "--duration", 32, "--outdir", place / "run"]).exit_code == 0
+    return place / "run", words
+
+
+def trained(words):
+    return CliRunner().invoke(train.main, [str(word) for word in words])
+
+
+def test_a_checkpoint_of_another_run_is_not_continued(begun, tmp_path):
+    run_dir, words = begun
+    shutil.copytree(run_dir, tmp_path / "run")
+    assert trained([*words, "--seed", 5, "--duration", 64, "--outdir", tmp_path / "other"]).exit_code == 0
+    newer = tmp_path / "other" / "training-state-0000000064.pt"
+    shutil.copy(newer, tmp_path / "run")
+    done = trained([*words, "--duration", 96, "--outdir", tmp_path / "run"])
+    assert done.exit_code == 1
+    assert re.search(r"training-state-0000000064\.pt belongs to another run \(\w+\), not to the one", done.output)
+    (tmp_path / "run" / newer.name).unlink()
+    assert trained([*words, "--duration", 96, "--outdir", tmp_path / "run"]).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.yaml"])
+@pytest.mark.parametrize("content", [b"\xf2", b'{"data_identity": 1', None])
+def test_a_damaged_record_does_not_keep_the_run_from_resuming(begun, tmp_path, name, content):
+    run_dir, words = begun
+    shutil.copytree(run_dir, tmp_path / "run")
+    record = tmp_path / "run" / name
+    known = record.read_bytes()
+    record.unlink()
+    if content is not None:
+        record.write_bytes(content)
+    done = trained([*words, "--duration", 48, "--outdir", tmp_path / "run"])
+    assert done.exit_code == 0, done.output
+    assert "Resuming at 32 images" in done.output
+    assert (name == "config.yaml" and content is None) or f"{name} is damaged" in done.output
+    assert record.read_bytes()[:20] == known[:20]
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.yaml"])
+def test_without_a_checkpoint_of_the_run_a_damaged_record_is_named(begun, tmp_path, name):
+    run_dir, words = begun
+    shutil.copytree(run_dir, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(b"\xf2")
+    done = trained([*words, "--seed", 1, "--duration", 48, "--outdir", tmp_path / "run"])
+    assert done.exit_code == 1
+    assert name in done.output
+    assert list_checkpoints(tmp_path / "run") == [tmp_path / "run" / "training-state-0000000032.pt"]
 
 
 @pytest.mark.parametrize("kind", [["rgb"], {"a": 1}, 5, None, "jpeg"])
