@@ -5,13 +5,16 @@ million images, in every process.
 """
 
 import contextlib
+import errno
 import itertools
 import os
 import re
+import stat
 import struct
 import zlib
 from array import array
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -20,6 +23,7 @@ _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _CENTRAL = struct.Struct("<4s4x2H4x3L3H8xL")
 _LOCAL_BYTES = 30
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows has none, and no pipes in folders
 _STORED, _DEFLATED = 0, 8
 _IN_EXTRA = 0xFFFFFFFF
 _MAX_FILE_BYTES = 1 << 30  # of one file, uncompressed
@@ -40,6 +44,8 @@ def open_archive(
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; expected a folder or a .zip of images")
+    if not path.is_dir() and not path.is_file():
+        raise ValueError(f"{path}: is a device or pipe; expected a folder or a .zip of images")
     archive = FolderArchive(path, extensions) if path.is_dir() else ZipArchive(path, extensions)
     if not archive.names and any(name.lower().endswith(or_else) for name in archive.ignored):
         return open_archive(path, or_else)
@@ -70,6 +76,28 @@ def check_name(name: str, where: object) -> None:
         )
 
 
+def _open_regular(path: str | Path) -> IO[bytes]:
+    """Open a file for reading; raises OSError for a pipe, which would wait for a writer, and for a device without end.
+
+    A folder from elsewhere may hold them, or links to them.
+    """
+    # nonblocking: to open a pipe would wait, too
+    file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | _NONBLOCK))  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(errno.EINVAL, "it is a device or pipe, not a file", str(path))
+
+
+def read_regular(path: str | Path) -> bytes:
+    """The bytes of a file; raises OSError if it cannot be read, has more than 1 GiB, or is a device or pipe."""
+    with _open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _MAX_FILE_BYTES:
+            raise OSError(errno.EFBIG, f"it has {size} bytes, more than one image or label file can have", str(path))
+        return file.read()
+
+
 class FolderArchive:
     """The images in a folder and its subfolders.
 
@@ -90,7 +118,7 @@ class FolderArchive:
     def read(self, index: int) -> bytes:
         """The bytes of file `index`; raises ValueError, naming the file, if it cannot be read."""
         try:
-            return Path(self.path, self.names[index]).read_bytes()
+            return read_regular(self.path / self.names[index])
         except OSError as error:
             raise ValueError(f"{self.where(index)}: cannot be read: {error.strerror}") from error
 
@@ -101,7 +129,7 @@ class FolderArchive:
         """
         checksum = 0
         try:
-            with open(self.path / self.names[index], "rb", buffering=0) as file:
+            with _open_regular(self.path / self.names[index]) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size <= _SMALL_BYTES:
                     return size, zlib.crc32(file.read())
@@ -115,7 +143,7 @@ class FolderArchive:
     def read_extra(self, name: str) -> bytes | None:
         """The bytes of another file, such as dataset.json, or None if there is none."""
         path = self.path / name
-        return path.read_bytes() if path.is_file() else None
+        return read_regular(path) if path.is_file() else None
 
     def read_stored(self, indices: np.ndarray, num_bytes: int, split: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Read files `indices` [n] of `num_bytes` bytes, each divided into two parts after `split` bytes.

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from edm2kit.data.archive import read_regular
 from edm2kit.data.dataset import Source, spread_evenly
 from edm2kit.data.image_files import check_item
 from edm2kit.data.labels import labels_identity, labels_of_array, pick_labels
@@ -98,7 +99,7 @@ class ArrayDataset(Source):
     def read_extra(self, name: str) -> bytes | None:
         """The bytes of another file beside the arrays, such as encoder.json, or None if there is none."""
         folder = self.path if self.path.is_dir() else self.path.parent
-        return (folder / name).read_bytes() if (folder / name).is_file() else None
+        return read_regular(folder / name) if (folder / name).is_file() else None
 
 
 def is_array_dataset(path: Path) -> bool:
@@ -121,6 +122,8 @@ def _array_files(path: Path) -> list[Path]:
 
 
 def _load(file: Path) -> np.ndarray:
+    if not file.is_file():
+        raise ValueError(f"{file}: is a folder, device or pipe; expected a .npy file")
     try:
         return np.load(file, mmap_mode="r", allow_pickle=False)
     except BROKEN as error:

@@ -4,11 +4,16 @@ https://www.cs.toronto.edu/~kriz/cifar.html describes the layout: `data` holds a
 and blue planes of 32x32 pixels.
 """
 
+import bz2
+import functools
+import gzip
+import io
+import lzma
 import re
 import tarfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -20,9 +25,11 @@ from edm2kit.torch_utils.pickles.reader import load_arrays
 _SUFFIXES = (".tar.gz", ".tgz", ".tar")
 _SPLITS = {"train": r"data_batch_\d+|train", "test": r"test_batch|test"}
 _META = "batches.meta|meta"
-_MAX_MEMBER_BYTES = 1 << 28  # the training pickle of CIFAR-100 has 155 MB
+_MAX_BYTES = 1 << 28  # of an archive, unpacked: both have 186 MB
+_PACKED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 _SIDE = 32
-_BROKEN_TAR = (tarfile.TarError, zlib.error, EOFError, OSError)
+_BROKEN_TAR = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError)
+_MAX_CLASS = 1 << 20
 
 
 def is_cifar_archive(path: str | Path) -> bool:
@@ -87,16 +94,38 @@ class CifarArchive:
         return labels_of_array(self._classes, str(self.path), self._class_names)
 
 
+class _Limited(io.RawIOBase):
+    """Reads a file up to a limit: a few kilobytes may unpack to terabytes. Raises ValueError beyond it."""
+
+    def __init__(self, file: IO[bytes], path: Path):
+        self.file, self.path, self.left = file, path, _MAX_BYTES
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise ValueError(
+                f"{self.path}: unpacks to more than {_MAX_BYTES} bytes, so that it is not a CIFAR archive; unpack "
+                "other archives first"
+            )
+        return data
+
+
 def _read_members(path: Path, pattern: str) -> dict[str, bytes]:
     """The regular files of the archive whose last name matches, by that name."""
     found: dict[str, bytes] = {}
+    total = 0
     try:
-        with tarfile.open(path, "r:*") as archive:
+        with open(path, "rb") as start:
+            open_packed = _PACKED.get(start.read(2), functools.partial(open, mode="rb"))
+        # as a stream, in pieces: tarfile would skip files, and read names, of any size
+        with open_packed(path) as unpacked, tarfile.open(fileobj=_Limited(unpacked, path), mode="r|") as archive:
             for member in archive:
                 name = member.name.rpartition("/")[2]
                 if not member.isfile() or not re.fullmatch(pattern, name):
                     continue
-                if member.size > _MAX_MEMBER_BYTES or name in found:
+                total += member.size  # a sparse file has fewer bytes in the archive
+                if total > _MAX_BYTES or name in found:
                     raise ValueError(f"{path}: {name} appears twice or claims {member.size} bytes; download it again")
                 file = archive.extractfile(member)
                 assert file is not None  # for a regular file
@@ -114,7 +143,8 @@ def _read_batch(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
     fits = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 2
     if not fits or pixels.shape[1] != 3 * _SIDE**2 or not len(pixels):
         raise ValueError(f"{where}: its data are not rows of {3 * _SIDE**2} bytes")
-    if not isinstance(labels, list) or len(labels) != len(pixels) or any(type(label) is not int for label in labels):
+    are_classes = isinstance(labels, list) and all(type(label) is int and abs(label) < _MAX_CLASS for label in labels)
+    if not are_classes or len(labels) != len(pixels):
         raise ValueError(f"{where}: does not have a class for each of its {len(pixels)} images")
     return pixels.reshape(-1, 3, _SIDE, _SIDE), np.array(labels, np.int64)
 

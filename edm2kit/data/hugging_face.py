@@ -7,6 +7,7 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
+from edm2kit.data.archive import read_regular
 from edm2kit.data.dataset import CONVERT_HINT, Source, spread_evenly
 from edm2kit.data.image_files import check_item, decode_array
 from edm2kit.data.labels import Labels, labels_identity, labels_of_array, pick_labels
@@ -63,7 +64,7 @@ class SavedTable:
         if image["bytes"] is not None:
             return image["bytes"]
         try:
-            return Path(image["path"]).read_bytes()
+            return read_regular(image["path"])
         except OSError as error:
             raise ValueError(f"{self.where(index)}: {image['path']} cannot be read: {error.strerror}") from error
 

@@ -1,5 +1,6 @@
 """Image and array files: bytes <-> images and arrays, and the layout of files that can be read without decoding."""
 
+import bisect
 import contextlib
 import functools
 import io
@@ -39,6 +40,9 @@ OTHER_TYPES = (
 _MAX_PIXELS = 1 << 27  # of one image: 134 megapixels
 # a small file with very many pixels is made to fill the memory; uniform areas compress to 1/1000
 _SMALL_PIXELS, _PIXELS_PER_BYTE = 1 << 24, 100
+# a JPEG of many scans takes as long as that many images: files of cameras have up to 12, and a video behind the image
+# may hold the bytes of a scan by chance, once in 65536
+_SCAN, _MANY_SCANS, _BYTES_PER_SCAN = b"\xff\xda", 100, 4096
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {
@@ -177,6 +181,8 @@ def open_header(data: bytes, where: str) -> Image.Image:
         raise ValueError(f"{where}: is not an image, or is cut short within its header") from error
     except _BROKEN_IMAGE as error:
         raise ValueError(f"{where}: the image is damaged or cut short: {error}") from error
+    if image.format in ("JPEG", "MPO") and data.count(_SCAN) > _MANY_SCANS + len(data) // _BYTES_PER_SCAN:
+        raise ValueError(f"{where}: the image has {data.count(_SCAN)} scans, which would take very long; save it again")
     width, height = image.size
     if width * height > min(_MAX_PIXELS, _PIXELS_PER_BYTE * len(data) + _SMALL_PIXELS):
         raise ValueError(
@@ -259,11 +265,11 @@ def labelled_sheet(
 
 def _cut(text: str, width: int, font: Any) -> str:
     """The text, or its start and an ellipsis if it is wider than `width` pixels."""
-    if font.getlength(text) <= width:
+    if len(text) <= width and font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "\u2026") > width:
-        text = text[:-1]
-    return text + "\u2026"
+    start = text[:width]  # no letter is narrower than a pixel
+    count = bisect.bisect_right(range(len(start) + 1), width, key=lambda n: font.getlength(start[:n] + "\u2026")) - 1
+    return start[: max(count, 0)] + "\u2026"
 
 
 def _wrapped(text: str, width: int, font: Any) -> list[str]:

@@ -25,6 +25,10 @@ RECORD = "generation.json"  # written beside generated images: how they were mad
 LABELS_FILE = "dataset.json"
 _OTHER_KEYS_OF_NAMES = ("class_names", "classes", "names", "categories", "label_name", "labels_names")
 _MAX_CLASSES = 1 << 20
+# a network has weights for each class, and each image a number: a label that is an identification number would cost
+# gigabytes
+_MANY_CLASSES, _CLASSES_PER_IMAGE = 1 << 16, 4
+_JSON_VALUES, _JSON_VALUES_PER_IMAGE = 1 << 20, 1 << 14  # in a file about images: labels are at most vectors
 _MANY_FILES = 5000  # to open one by one takes seconds
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
@@ -110,7 +114,7 @@ def labels_of_array(values: np.ndarray, where: str, class_names: tuple[str, ...]
                 f"{where}: classes run from {values.min()} to {values.max()}; number the classes from 0 and label "
                 "every image, or none"
             )
-        return Labels(values.astype(np.int64), class_names)
+        return _with_usual_numbers(Labels(values.astype(np.int64), class_names), where)
     if values.ndim == 2 and values.shape[1] > 0 and np.issubdtype(values.dtype, np.floating):
         with np.errstate(over="ignore"):  # reported below
             vectors = values.astype(np.float32)
@@ -159,12 +163,23 @@ def read_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
         count = content.get("num_classes", 0)
         if count and not (type(count) is int and last < count <= _MAX_CLASSES):
             raise ValueError(f'{where}: "num_classes" is {short_json(count)}, but the labels go up to {last}')
-        return Labels(classes, num_classes=count)
+        return _with_usual_numbers(Labels(classes, num_classes=count), where)
     if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
         raise ValueError(f'{where}: "label_names" is not a list of names')
     if len(class_names) <= last:
         raise ValueError(f'{where}: "label_names" names {len(class_names)} classes, but the labels go up to {last}')
     return Labels(classes, tuple(class_names))
+
+
+def _with_usual_numbers(labels: Labels, where: str) -> Labels:
+    """`labels`; ValueError, starting with `where`, if they have far more classes than images and no names."""
+    count, images = labels.space.dimension, len(labels.values)
+    if count > max(_MANY_CLASSES, _CLASSES_PER_IMAGE * images) and labels.class_names is None:
+        raise ValueError(
+            f"{where}: has {images} images and classes up to {count - 1}; a network has weights for each class: number "
+            "the classes that there are from 0"
+        )
+    return labels
 
 
 def read_labels_file(archive: FolderArchive | ZipArchive) -> dict[str, Any] | None:
@@ -178,7 +193,7 @@ def read_labels_file(archive: FolderArchive | ZipArchive) -> dict[str, Any] | No
     folder, data = found
     where = f"{archive.path}/{folder}{LABELS_FILE}"
     try:
-        content = json.loads(data)
+        content = _json_about(data, len(archive.names))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -186,6 +201,16 @@ def read_labels_file(archive: FolderArchive | ZipArchive) -> dict[str, Any] | No
             f'{where}: contains a JSON {type(content).__name__}; expected {{"labels": [[name, label], ...]}}'
         )
     return content
+
+
+def _json_about(data: bytes, num_images: int) -> Any:
+    """The content of a JSON file about so many images; ValueError for one of more values than they can have.
+
+    A zip of kilobytes may hold a file that takes gigabytes as objects.
+    """
+    if data.count(b",") > _JSON_VALUES + _JSON_VALUES_PER_IMAGE * num_images:
+        raise ValueError(f"it has {data.count(b',')} values, more than {num_images} images can have")
+    return json.loads(data)
 
 
 def find_extra(archive: FolderArchive | ZipArchive, name: str) -> tuple[str, bytes] | None:
@@ -286,14 +311,14 @@ def noted_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
     names, count = _noted_classes(archive)
     if max(classes) >= count:
         names, count = None, 0  # of another network
-    return Labels(np.array(classes, np.int64), names, count)
+    return _with_usual_numbers(Labels(np.array(classes, np.int64), names, count), str(archive.path))
 
 
 def _noted_classes(archive: FolderArchive | ZipArchive) -> tuple[tuple[str, ...] | None, int]:
     """The names and the number of classes that generate.py recorded beside its images; None and 0 if it did not."""
     found = find_extra(archive, RECORD)
     try:
-        runs = None if found is None else json.loads(found[1]).get("runs")
+        runs = None if found is None else _json_about(found[1], len(archive.names)).get("runs")
         run = runs[-1] if runs else {}  # none before the first run has ended
         names, count = run.get("label_names"), run.get("num_classes", 0)
         if names is not None and not (len(names) == count and all(isinstance(name, str) for name in names)):

@@ -11,6 +11,8 @@ from PIL import Image
 
 from edm2kit.torch_utils.files import sha256_of
 
+_MAX_PIXELS = 1 << 24  # of one picture
+
 
 def number(low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
     """A reader of numbers in [low, high]; "inf" is one of them if `low` is finite and `high` is not."""
@@ -72,10 +74,12 @@ def existing_file(text: str) -> File:
 def read_picture(path: Path, grey: bool = False) -> torch.Tensor:
     """The pixels of an image file in [-1, 1]: float32 [3, H, W], or [1, H, W] if `grey`.
 
-    Raises ValueError if the file is not an image or is damaged.
+    Raises ValueError if the file is not an image, is damaged, or has more than 16 Mi pixels.
     """
     try:
         with Image.open(path) as image:
+            if math.prod(image.size) > _MAX_PIXELS:
+                raise ValueError(f"it has {image.width}x{image.height} pixels; make it as large as generated images")
             pixels = np.array(image.convert("L" if grey else "RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not an image, or a damaged one ({error})") from error

@@ -26,7 +26,7 @@ _COUNT_UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 # more is a slip of the keyboard: it would fail much later, for want of memory, processes or 64 bits
 _LARGEST = {"batch_size": 1 << 24, "workers": 1024, **dict.fromkeys(("duration_nimg", "rampup_nimg"), 1 << 50)}
 _MAX_LN_SIGMA, _MAX_SIGMA_DATA = 40, 1e9  # their squares, and quotients of those, are float32 numbers
-_MAX_YAML_BYTES, _MAX_YAML_VALUES = 1 << 17, 10_000
+_MAX_YAML_BYTES, _MAX_YAML_VALUES, _MAX_MERGED = 1 << 17, 10_000, 16
 AUTO = "auto"
 _SIZES = ("xxs", "xs", "s", "m", "l", "xl", "xxl")
 
@@ -276,6 +276,14 @@ class _Loader(yaml.SafeLoader):
             if count > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r:.60} is given twice")
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        merged = [value for key, value in node.value if key.tag == "tag:yaml.org,2002:merge"]
+        if any(isinstance(value, yaml.SequenceNode) and len(value.value) > _MAX_MERGED for value in merged):
+            raise yaml.constructor.ConstructorError(None, None, f"'<<' merges more than {_MAX_MERGED} mappings")
+        super().flatten_mapping(node)
+        if merged and len(node.value) > _MAX_YAML_VALUES:  # twice as many with each level of '<<: [*a, *a]'
+            raise yaml.constructor.ConstructorError(None, None, f"'<<' merges more than {_MAX_YAML_VALUES} values")
 
     def construct_plain_int(self, node: yaml.ScalarNode) -> int:
         text = self.construct_scalar(node)

@@ -105,7 +105,8 @@ class Run:
             dist.warn0(warning)
         self.print_notices()
         for name, value in self.header.training_config.items():
-            dist.print0(f"  {name:22s}{value}")
+            text = str(value)
+            dist.print0(f"  {name:22s}{text if len(text) <= 400 else text[:397] + '...'}")
         if config.precision != "fp32" and (slow := slow_precision(PRECISIONS[config.precision], device)):
             dist.warn0(f"--precision {config.precision}: {slow}")
 

@@ -125,3 +125,23 @@ def test_a_file_that_vanishes_is_named(tmp_path):
     (tmp_path / "d" / "a.png").unlink()
     with pytest.raises(ValueError, match=r"d/a\.png: cannot be read: No such file"):
         archive.read(0)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a device", "huge"])
+def test_what_is_not_a_file_of_a_possible_size_is_named_and_neither_waited_for_nor_read(tmp_path, kind):
+    folder = write_folder(tmp_path / "d", {"b.png": b"1"})
+    if kind == "pipe":
+        os.mkfifo(folder / "a.png")
+    elif kind == "huge":
+        with open(folder / "a.png", "wb") as file:
+            file.truncate(1 << 40)
+    else:
+        (folder / "a.png").symlink_to("/dev/zero")
+    archive = open_archive(folder, (".png",))
+    reason = "1099511627776 bytes, more than" if kind == "huge" else "a device or pipe, not a file"
+    with pytest.raises(ValueError, match=f"a.png: cannot be read: it (is|has) {reason}"):
+        archive.read(0)
+    assert (archive.checksum(0) == (-1, 0)) == (kind != "huge")
+    assert archive.read(1) == b"1"
+    with pytest.raises(ValueError, match="a.png: is a device or pipe" if kind == "pipe" else "."):
+        open_archive(folder / "a.png", (".png",))

@@ -1,5 +1,6 @@
 """CIFAR's archive is read as published, in the layout of Python 2's pickles, and nothing in it is executed."""
 
+import gzip
 import io
 import struct
 import tarfile
@@ -7,6 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 
+from edm2kit.data import cifar
 from edm2kit.data.archive import open_archive
 from edm2kit.data.cifar import CifarArchive, is_cifar_archive
 from edm2kit.data.convert import convert
@@ -163,3 +165,54 @@ def test_strings_of_python_2_stay_refused_in_snapshots():
     assert load_arrays(data, "x") == "a"
     with pytest.raises(UnsafePickleError, match="SHORT_BINSTRING"):
         load_pickle(io.BytesIO(data))
+
+
+class Zeros:
+    """So many bytes, which compress to almost nothing."""
+
+    def __init__(self, count):
+        self.left = count
+
+    def read(self, size):
+        size = min(size, self.left)
+        self.left -= size
+        return bytes(size)
+
+
+@pytest.mark.parametrize(
+    ("mode", "members"),
+    [
+        ("gz", [("x/data_batch_1", 1 << 20), ("x/data_batch_2", 1 << 20)]),
+        ("bz2", [("x/video.mp4", 3 << 20)]),
+        ("xz", [("x/video.mp4", 3 << 20)]),
+        ("", [("x/video.mp4", 3 << 20)]),
+    ],
+)
+def test_an_archive_that_unpacks_to_more_than_cifars_is_read_no_further(tmp_path, monkeypatch, mode, members):
+    monkeypatch.setattr(cifar, "_MAX_BYTES", 3 << 19)  # 268 MB in earnest
+    path = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(path, f"w:{mode}") as archive:
+        for name, size in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = size
+            archive.addfile(entry, Zeros(size))
+    with pytest.raises(ValueError, match=r"unpacks to more than 1572864 bytes|appears twice or claims 1048576 bytes"):
+        CifarArchive(path)
+
+
+def test_a_name_of_gigabytes_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar, "_MAX_BYTES", 1 << 20)
+    entry = tarfile.TarInfo("././@LongLink")
+    entry.type, entry.size = tarfile.GNUTYPE_LONGNAME, 1 << 40
+    with gzip.open(tmp_path / "a.tgz", "wb") as file:
+        file.write(entry.tobuf(tarfile.GNU_FORMAT) + b"a" * (2 << 20))
+    with pytest.raises(ValueError, match="unpacks to more than 1048576 bytes"):
+        CifarArchive(tmp_path / "a.tgz")
+
+
+def test_a_class_beyond_64_bits_is_refused(tmp_path):
+    huge = b"\x8a\x0a" + (1 << 70).to_bytes(10, "little")  # LONG1
+    data = python2_pickle({"labels": b"](" + huge + b"e", "data": array(np.zeros([1, 3072], np.uint8))})
+    path = write_tar(tmp_path / "cifar.tar.gz", {"x/data_batch_1": data})
+    with pytest.raises(ValueError, match="does not have a class for each of its 1 images"):
+        CifarArchive(path)

@@ -127,3 +127,15 @@ def test_a_long_header_that_is_not_one_gives_a_short_message():
     with pytest.raises(ValueError, match=r"^a\.npy: the \.npy file is damaged or cut short: ") as error:
         decode_array(data, "a.npy")
     assert len(str(error.value)) < 400
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_and_a_video_behind_it_is_not():
+    file = io.BytesIO()
+    picture(0, (64, 64)).save(file, "jpeg", progressive=True)
+    data = file.getvalue()
+    last_scan = data[data.rindex(b"\xff\xda") : -2]
+    with pytest.raises(ValueError, match=r"x: the image has \d+ scans, which would take very long"):
+        open_image(data[:-2] + last_scan * 2000 + data[-2:], "x")
+    video = np.random.default_rng(0).integers(0, 256, 4 << 20, np.uint8).tobytes()  # as phones append it
+    assert video.count(b"\xff\xda") > 30
+    assert open_image(data + video, "x").size == (64, 64)

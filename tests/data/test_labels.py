@@ -2,15 +2,25 @@
 
 import io
 import json
+import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
 from edm2kit.data.archive import open_archive
-from edm2kit.data.labels import ConditionSpace, folder_labels, noted_labels, read_label_vectors, read_labels
+from edm2kit.data.dataset import open_source
+from edm2kit.data.labels import (
+    ConditionSpace,
+    _noted_classes,
+    folder_labels,
+    labels_of_array,
+    noted_labels,
+    read_label_vectors,
+    read_labels,
+)
 from tests.support.hostile_arrays import HOSTILE
-from tests.support.pictures import with_labels, write_folder
+from tests.support.pictures import some_files, with_labels, write_folder, write_zip
 
 FILES = {"a.png": b"1", "b/c.png": b"2", "b/d.png": b"3"}
 
@@ -164,3 +174,23 @@ def test_a_hostile_file_of_vectors_is_refused(tmp_path, case):
     (tmp_path / "x.npy").write_bytes(HOSTILE[case][0])
     with pytest.raises(ValueError, match=r"x\.npy: is neither a \.npy array nor a JSON list"):
         read_label_vectors(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize(("last", "more"), [(99_999, {}), (3, {"num_classes": 100_000})])
+def test_far_more_classes_than_images_are_a_mistake(tmp_path, last, more):
+    mistake = r"has 4 images and classes up to 99999; a network has weights for each class: number"
+    with pytest.raises(ValueError, match=mistake):
+        open_source(write_folder(tmp_path / "d", with_labels(some_files(4), [0, 1, 2, last], **more)))
+    with pytest.raises(ValueError, match=mistake):
+        labels_of_array(np.array([0, 1, 2, 99_999]), "x")
+    assert labels_of_array(np.array([0, 21_840]), "x").space.dimension == 21_841  # a few images of ImageNet-21k
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "generation.json"])
+def test_a_small_zip_does_not_become_gigabytes_of_labels(tmp_path, name):
+    content = b'{"labels": null, "runs": [' + b"[]," * 1_200_000 + b"[]]}"
+    path = write_zip(tmp_path / "d.zip", {**some_files(4), name: content}, zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 10_000
+    archive = open_archive(path, (".png",))
+    with pytest.raises(ValueError, match=r"it has 1200001 values, more than 4 images can have"):
+        read_labels(archive) if name == "dataset.json" else _noted_classes(archive)

@@ -50,3 +50,11 @@ def test_a_long_title_takes_more_lines_and_is_complete():
     assert lines >= font.getlength(long) / one.width
     rows = sorted({int(y) // 16 for y, _ in dark_boxes(several)})
     assert rows == list(range(lines))
+
+
+def test_a_caption_of_any_length_is_cut_at_once_to_the_same_width():
+    def sheet(caption):
+        return np.asarray(labelled_sheet([picture(0, (64, 64))], 1, captions=[caption]))
+
+    np.testing.assert_array_equal(sheet("ab" * 40), sheet("ab" * 500_000))
+    assert not np.array_equal(sheet("ab" * 40), sheet("ab"))

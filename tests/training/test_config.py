@@ -116,3 +116,16 @@ def test_presets_are_listed_in_order_of_size():
 def test_a_home_folder_in_the_file_is_found(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert config_from_dict({"data": "~/set.zip"}, "test").data == "/home/me/set.zip"
+
+
+def test_merged_mappings_do_not_double_without_end(tmp_path):
+    levels = [f"a{k}: &a{k} {{<<: [*a{k - 1}, *a{k - 1}]}}" for k in range(1, 30)]
+    path = tmp_path / "a.yaml"
+    path.write_text("\n".join(["a0: &a0 {k: v}", *levels]))
+    with pytest.raises(ValueError, match=r"a\.yaml is not valid YAML: '<<' merges more than 10000 values"):
+        read_yaml(path)
+    path.write_text("a: &a {k: v}\nb:\n  <<: [" + ", ".join(["*a"] * 17) + "]")
+    with pytest.raises(ValueError, match="'<<' merges more than 16 mappings"):
+        read_yaml(path)
+    path.write_text("a: &a {k: v}\nb: {<<: *a, l: w}\nc: {<<: [*a, {m: 1}]}")
+    assert read_yaml(path) == {"a": {"k": "v"}, "b": {"k": "v", "l": "w"}, "c": {"k": "v", "m": 1}}

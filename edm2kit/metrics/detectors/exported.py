@@ -112,9 +112,10 @@ def _declared(path: Path, entry: str | None) -> Preprocessing:
             "edm2kit.metrics.export_detector"
         )
     try:
-        # JSON is YAML
-        content = yaml.safe_load(beside.read_text(encoding="utf-8") if entry is None else entry)
-        return Preprocessing.from_mapping(content)
+        text = beside.read_text(encoding="utf-8") if entry is None else entry
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # a few lines may stand for gigabytes
+            raise ValueError("it repeats a part by its name (*name); write the values out")
+        return Preprocessing.from_mapping(yaml.safe_load(text))  # JSON is YAML
     except (ValueError, yaml.YAMLError) as error:
         where = beside if entry is None else f"{ENTRY} in {path}"
         raise ValueError(f"{where}: {str(error).splitlines()[0]}") from error

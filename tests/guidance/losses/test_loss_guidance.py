@@ -214,3 +214,10 @@ def test_with_a_vae_the_colour_of_the_decoded_picture_follows(tmp_path):
         engine = prepare(Request(net, guidance=choice, sampler=Sampler(8)), torch.device("cpu")).engine
         means[colour] = engine.generate([0, 1]).images.float().mean()
     assert means["0,0,0"] < means["255,255,255"] - 3  # a random decoder: dark anyhow
+
+
+def test_a_picture_of_gigabytes_is_refused_by_its_header(tmp_path):
+    Image.new("1", (8192, 4096)).save(tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size < 10_000
+    with pytest.raises(ValueError, match=r"a\.png: .*8192x4096 pixels; make it as large as generated images"):
+        read_picture(tmp_path / "a.png")

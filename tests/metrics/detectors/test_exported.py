@@ -117,6 +117,10 @@ def test_missing_and_wrong_preprocessing_is_refused(tmp_path):
         exported_detector(path)
     with pytest.raises(ValueError, match=r"a\.yaml: size is 'x'"):
         exported_detector(declare(path, size="x"))
+    # a few lines of a thousand repetitions each stand for gigabytes
+    path.with_suffix(".yaml").write_text("a: &a [1, 1]\nb: &b [*a, *a]\nsize: [*b, *b]\n")
+    with pytest.raises(ValueError, match=r"a\.yaml: it repeats a part by its name \(\*name\); write the values out"):
+        exported_detector(path)
     inside = save(tmp_path / "b.pt2", Network().eval(), entry=json.dumps({"size": 16}))
     with pytest.raises(ValueError, match=r"preprocessing\.json in .*b\.pt2: the preprocessing has size"):
         exported_detector(inside)
