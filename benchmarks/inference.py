@@ -16,9 +16,9 @@ from edm2kit.models.preconditioning import slow_precision
 
 # job -> architecture, batch size, goals
 JOBS = {
-    "inference_small": (networks.SMALL, 16, {"frozen": 1.7, "frozen, bf16": 6.5, "frozen, bf16, compiled": 3.2}),
+    "inference_small": (networks.SMALL, 16, {"frozen": 1.6, "frozen, bf16": 6.5, "frozen, bf16, compiled": 3.2}),
     "inference_xs64": (networks.XS64, 4, {"frozen": 1.3, "frozen, bf16": 7.0}),
-    "inference_small_one_image": (networks.SMALL, 1, {"frozen": 2.3, "frozen, bf16": 4.2}),
+    "inference_small_one_image": (networks.SMALL, 1, {"frozen": 2.0, "frozen, bf16": 4.2}),
 }
 _HALF = torch.bfloat16
 
