@@ -15,13 +15,12 @@ import numpy as np
 import torch
 
 from edm2kit.snapshots.file_format import STORED_DTYPES, network_on_meta, stored_dtype
-from edm2kit.snapshots.loading import WeightReader, Weights
+from edm2kit.snapshots.loading import WeightReader, Weights, one_thread_each
 
 _SCRATCH_BYTES = 1 << 24  # per scratch, so that memory does not grow with the network
 _INPUTS_AT_ONCE = 48  # so that it does not grow with the number of inputs either
 _BLOCK = 4096  # values of all inputs that are converted, then multiplied while they are in the cache
 _PADDING = 16  # rows a power of two apart would compete for the same cache lines
-_MAX_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def weighted_sums(
     matrix = torch.from_numpy(coefficients[:, used]).float()
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(WeightReader(inputs[i])) for i in used]
-        threads = min(stack.enter_context(_one_thread_each()), _MAX_THREADS)
+        threads = stack.enter_context(one_thread_each())
         pool = stack.enter_context(ThreadPoolExecutor(threads))
         tensors = network_tensors(inputs[used[0]])
         arrays = [name for name, tensor in tensors.items() if tensor.averaged and tensor.shape]  # not scalar gains
@@ -117,17 +116,6 @@ class _Scratch:
             else:
                 found[row] = reader.read(stretch.name, stretch.start, stretch.stop)
         return found
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[int]:
-    # stretches in parallel are faster than parallel loops in each: waking all cores takes longer than a 0.1 ms loop
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _stretch_length(num_outputs: int, itemsize: int) -> int:

@@ -55,16 +55,16 @@ def growing_distances(rows: torch.Tensor, sizes: Sequence[int], reference: Featu
     rows = rows.double() - shift
     transformed = _times_lower(rows, lower)
     outer = torch.zeros(len(shift), len(shift), dtype=torch.float64, device=rows.device)
-    total, squares = torch.zeros_like(shift), torch.zeros_like(shift)
+    total, total_transformed, squares = (torch.zeros_like(shift) for _ in range(3))
     distances, start = [], 0
     for size in sizes:
         part = slice(start, size)
         start = size
         add_outer_(outer, transformed[part])
         total += rows[part].sum(dim=0)
+        total_transformed += transformed[part].sum(dim=0)
         squares += rows[part].square().sum(dim=0)
-        sum_transformed = transformed[:size].sum(dim=0)
-        product = torch.addr(outer, sum_transformed, sum_transformed, alpha=-1 / size).div_(size - 1)
+        product = torch.addr(outer, total_transformed, total_transformed, alpha=-1 / size).div_(size - 1)
         difference = (total / size + shift).cpu().numpy() - reference.mean
         traces = float((squares - total.square() / size).sum()) / (size - 1) + float(np.trace(reference.covariance))
         # the upper triangle is the lower one of the transpose
