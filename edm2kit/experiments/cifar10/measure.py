@@ -22,6 +22,7 @@ from edm2kit.experiments.cifar10.settings import (
     GUIDES,
     HALVINGS,
     INFINITY,
+    LARGE_METRICS,
     METHODS,
     METRICS,
     PART,
@@ -107,17 +108,24 @@ def search_words(out: Path, name: str, num: int) -> list[str]:
 
 
 def score(
-    out: Path, num: int, names: Sequence[str], first_seeds: Sequence[int], report: Callable[[str], None]
+    out: Path,
+    num: int,
+    names: Sequence[str],
+    first_seeds: Sequence[int],
+    report: Callable[[str], None],
+    large: bool = False,
 ) -> list[dict[str, Any]]:
     """Score the best settings of each method, and "real", on `num` images from each of the first seeds.
 
     For "real" they are held-out images instead, as many as there are. There is a point for each range of seeds, and one
-    with the images of all ranges together. Features are kept in OUT/features, and points in OUT/scores.json.
+    with the images of all ranges together. Features are kept in OUT/features, and points in OUT/scores.json. With
+    `large`, only the distances LARGE_METRICS of the first detector are measured, so that images can be many.
     """
     path = out / "scores.json"
     points: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    real, reference = real_features(out), load_reference(reference_file(out))
-    detectors = load_detectors(DETECTORS, _CPU)
+    used = DETECTORS[:1] if large else DETECTORS
+    real, reference = real_features(out, used), load_reference(reference_file(out))
+    detectors = load_detectors(used, _CPU)
     heldout = len(open_images(out / "heldout.zip")) // len(first_seeds)
     for name in names:
         file = None if name == "real" else settings_file(out, name)
@@ -126,17 +134,19 @@ def score(
         parts = []
         for k, first in enumerate(first_seeds):
             if file is None:
-                parts.append(_heldout_features(out, k * size, size))
+                parts.append(_heldout_features(out, k * size, size, used))
             else:
-                parts.append(_generated_features(out, file, first, num))
+                parts.append(_generated_features(out, file, first, num, used))
         ranges = [(f"{first}-{first + size - 1}", part) for first, part in zip(first_seeds, parts, strict=True)]
-        together = {name: torch.cat([part[name] for part in parts]) for name in DETECTORS}
+        together = {name: torch.cat([part[name] for part in parts]) for name in used}
         for title, features in [*ranges, ("all", together)]:
-            count = len(features[DETECTORS[0]])
+            count = len(features[used[0]])
             key = {"method": name, "images": title, "num": count, "setting": setting, "reference": reference.num_images}
+            if large:
+                key["detectors"] = list(used)
             if any(point["key"] == key for point in points):
                 continue
-            metrics = (*METRICS, *INFINITY) if title == "all" else METRICS
+            metrics = LARGE_METRICS if large else (*METRICS, *(INFINITY if title == "all" else ()))
             compared = _compared(real, count)
             scorer = Scorer(reference, detectors, _CPU, compared, names=metrics, replicates=REPLICATES)
             measured = scorer.measure_features(features)
@@ -154,31 +164,33 @@ def score(
     return points
 
 
-def _generated_features(out: Path, settings: Path, first: int, num: int) -> dict[str, torch.Tensor]:
+def _generated_features(
+    out: Path, settings: Path, first: int, num: int, used: Sequence[str]
+) -> dict[str, torch.Tensor]:
     """The features of the images of seeds first, ..., first + num - 1, generated in parts that are kept."""
     identity = json.dumps(describe(out, settings), sort_keys=True)
     name = hashlib.sha256(identity.encode()).hexdigest()[:12]
     parts = []
     for start in range(first, first + num, PART):
         seeds = range(start, min(start + PART, first + num))
-        paths = {d: out / "features" / name / f"{seeds.start}-{seeds.stop - 1}-{d}.npy" for d in DETECTORS}
+        paths = {d: out / "features" / name / f"{seeds.start}-{seeds.stop - 1}-{d}.npy" for d in used}
         if not all(path.exists() for path in paths.values()):
             generation = prepare(parse_request(words(settings)), _CPU)
             batches = (batch.images for batch in generation.batches(seeds, BATCH))
-            found = image_features(batches, load_detectors(DETECTORS, _CPU), _CPU)
+            found = image_features(batches, load_detectors(used, _CPU), _CPU)
             for detector, path in paths.items():
                 _save_array(path, found[detector])
         parts.append({d: torch.from_numpy(np.load(path)) for d, path in paths.items()})
-    return {d: torch.cat([part[d] for part in parts]) for d in DETECTORS}
+    return {d: torch.cat([part[d] for part in parts]) for d in used}
 
 
-def _heldout_features(out: Path, start: int, num: int) -> dict[str, torch.Tensor]:
+def _heldout_features(out: Path, start: int, num: int, used: Sequence[str]) -> dict[str, torch.Tensor]:
     """The features of held-out images start, ..., start + num - 1 of a fixed random order."""
     images = open_images(out / "heldout.zip")
-    paths = {d: out / "features" / "heldout" / f"{start}-{start + num - 1}-{d}.npy" for d in DETECTORS}
+    paths = {d: out / "features" / "heldout" / f"{start}-{start + num - 1}-{d}.npy" for d in used}
     if not all(path.exists() for path in paths.values()):
         picked = np.random.default_rng(0).permutation(len(images))[start : start + num]
-        found = image_features(image_batches(images, picked, 32, 1), load_detectors(DETECTORS, _CPU), _CPU)
+        found = image_features(image_batches(images, picked, 32, 1), load_detectors(used, _CPU), _CPU)
         for detector, path in paths.items():
             _save_array(path, found[detector])
     return {d: torch.from_numpy(np.load(path)) for d, path in paths.items()}

@@ -120,8 +120,11 @@ def _search_record(folder: Path) -> dict[str, Any]:
 
 
 def current_points(record: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """The points of each row: those of the best settings and the largest reference, with the most images."""
-    points = record["points"]
+    """The points of each row: those of the best settings and the largest reference, with the most images.
+
+    Those of many images, of which only a few metrics were measured, are left out.
+    """
+    points = [point for point in record["points"] if "detectors" not in point["key"]]
     references = [point["key"].get("reference", 0) for point in points]
     points = [one for one, images in zip(points, references, strict=True) if images == max(references)]
     rows: dict[str, list[Mapping[str, Any]]] = {}
@@ -143,6 +146,7 @@ def document_parts(record: Mapping[str, Any]) -> dict[str, str]:
     """The generated parts of the study's page."""
     return {
         "scores": _table(current_points(record)),
+        "large": large_table(record),
         "settings": _settings(record),
         "guides": guide_table(record),
     }
@@ -174,6 +178,26 @@ def _table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             images = f"{point['key']['num']:,}" if point["key"]["images"] == "all" else point["key"]["images"]
             lines.append([title, images, *(_with_interval(point, metric) for metric in _COLUMNS)])
     return markdown_table(["method", "images", *_COLUMNS.values()], lines, "ll" + "r" * len(_COLUMNS))
+
+
+def large_table(record: Mapping[str, Any]) -> str:
+    """The scores of many images, as published FIDs have them, beside what they fall to from no guidance."""
+    found = {}
+    for point in record["points"]:
+        key = point["key"]
+        if "detectors" in key and key["images"] == "all" and key["setting"] == record["best"].get(key["method"]):
+            found[key["method"]] = point
+    if "none" not in found:
+        return "Not measured yet."
+    lines = []
+    for name in (name for name in METHODS if name in found):
+        values = []
+        for metric in ("fd_lite0", "fd_lite0.fd_infinity", "fd_lite0.kid"):
+            change = found[name]["results"][metric] / found["none"]["results"][metric] - 1
+            values += [_with_interval(found[name], metric), "" if name == "none" else f"{change:+.1%}"]
+        lines.append([METHODS[name].title, f"{found[name]['key']['num']:,}", *values])
+    head = ["method", "images", "fd_lite0", "", "fd_infinity", "", "kid", ""]
+    return markdown_table(head, lines, "lrrrrrrr")
 
 
 def _with_interval(point: Mapping[str, Any], metric: str) -> str:

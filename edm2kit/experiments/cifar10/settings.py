@@ -21,6 +21,8 @@ DETECTORS = ("fd_lite0", "fd_lite2")  # the first is tuned on, the second confir
 TUNED_ON = "fd_lite0.fd_infinity"  # a distance from few images would favour images that are much alike
 METRICS = (*DETECTORS, "fd_lite0.kid", "fd_lite0.precision", "fd_lite0.recall", "fd_lite0.coverage")
 INFINITY = ("fd_lite0.fd_infinity", "fd_lite2.fd_infinity")  # of the images of all ranges together: it needs many
+# of many images; metrics of neighbours would want as many real images as generated ones
+LARGE_METRICS = ("fd_lite0", "fd_lite0.kid", "fd_lite0.fd_infinity")
 SCORE_SEEDS = (0, 100_000, 200_000)  # far from those of edm2kit-tune, which start at 1,000,000
 SHEET_SEEDS = range(900_000, 900_040)
 BATCH = 64

@@ -179,9 +179,11 @@ def tune_command(out: Path, methods: str, num: int) -> None:
 @_out
 @_names
 @click.option("--num", type=cli.AtLeast(int, 2), default=1000, show_default=True, help="Images per range of seeds")
-def score_command(out: Path, methods: str, num: int) -> None:
+@click.option("--large", is_flag=True, help="Only the metrics of fd_lite0; for a table of many images")
+def score_command(out: Path, methods: str, num: int, large: bool) -> None:
     """Score the best settings, and held-out images, on three ranges of fresh seeds."""
-    score(out, num, ["real", *_chosen(methods)], SCORE_SEEDS, _print)
+    names = _chosen(methods)
+    score(out, num, names if large else ["real", *names], SCORE_SEEDS, _print, large)
 
 
 @main.command()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from edm2kit.cli.presets import write_preset_file
 from edm2kit.data.dataset import open_source
 from edm2kit.experiments.cifar10 import measure, report, study
 from edm2kit.experiments.cifar10.networks import describe, is_searched, search_folder, settings_file, words
-from edm2kit.experiments.cifar10.settings import METHODS, METRICS
+from edm2kit.experiments.cifar10.settings import DETECTORS, INFINITY, LARGE_METRICS, METHODS, METRICS
 from edm2kit.experiments.demo import pictures
-from edm2kit.metrics.reference import load_reference
+from edm2kit.metrics.detectors.registry import DETECTORS as KNOWN_DETECTORS
+from edm2kit.metrics.moments import FeatureStatistics, Moments
+from edm2kit.metrics.reference import Reference, load_reference
 from edm2kit.metrics.scoring import image_features, make_scorer, measure_reference
 from edm2kit.snapshots.file_format import read_header, save_snapshot, snapshot_name
 from edm2kit.training.config import TrainConfig, config_from_dict, preset_path, read_yaml
@@ -258,6 +261,53 @@ def test_the_tables_show_the_scores_of_the_best_settings_only(record):
     assert parts["guides"].splitlines()[2:] == rows
     assert record["runs"]["main"] == {"config": {"data": "train.zip"}, "last_status": {"nimg": 4096}}
     assert "/home" not in json.dumps(record)
+
+
+def test_many_images_have_a_table_of_their_own_with_the_change_from_no_guidance(record, ended):
+    assert report.large_table(record) == "Not measured yet."
+    for name, value in (("none", 50.0), ("autoguidance-interval", 20.0)):
+        made = point(name, "all", 900, value, record["best"][name])
+        made["key"]["detectors"] = ["fd_lite0"]
+        made["results"] = {"fd_lite0": value, "fd_lite0.kid": value / 100, "fd_lite0.fd_infinity": value - 10}
+        made["intervals"] = {}
+        record["points"].append(made)
+    lines = report.large_table(record).splitlines()
+    assert lines[2] == "| no guidance | 900 | 50.0 |  | 40.0 |  | 0.5 |  |"
+    assert lines[3] == "| autoguidance in an interval | 900 | 20.0 | -60.0% | 10.0 | -75.0% | 0.2 | -60.0% |"
+    assert "900" not in report.document_parts(record)["scores"]
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_scores_of_many_images_are_those_of_the_first_detector_alone(ended, monkeypatch, large):
+    def features(seed, num):
+        return torch.randn(num, 4, generator=torch.Generator().manual_seed(seed))
+
+    def statistics(rows):
+        moments = Moments(4)
+        moments.add(rows)
+        return moments.mean_and_covariance()[1:]
+
+    monkeypatch.setattr(measure, "open_images", lambda path: range(40))
+    monkeypatch.setattr(measure, "real_features", lambda out, used: {name: features(99, 40) for name in used})
+    monkeypatch.setattr(measure, "reference_file", lambda out: None)
+    known = {
+        name: FeatureStatistics(*statistics(features(99, 40)), KNOWN_DETECTORS[name].fingerprint) for name in DETECTORS
+    }
+    reference = Reference(40, known)
+    monkeypatch.setattr(measure, "load_reference", lambda path: reference)
+    fakes = {name: SimpleNamespace(name=name, fingerprint=None, net=None, num_features=4) for name in DETECTORS}
+    monkeypatch.setattr(measure, "load_detectors", lambda names, device: [fakes[name] for name in names])
+    monkeypatch.setattr(
+        measure,
+        "_generated_features",
+        lambda out, file, first, num, used: {name: features(first, num) for name in used},
+    )
+    points = measure.score(ended, 20, ["none"], [0, 1000], lambda text: None, large=large)
+    assert [point["key"]["images"] for point in points] == ["0-19", "1000-1019", "all"]
+    assert points[-1]["key"].get("detectors") == (["fd_lite0"] if large else None)
+    assert set(points[-1]["results"]) == set(LARGE_METRICS if large else (*METRICS, *INFINITY))
+    again = measure.score(ended, 20, ["none"], [0, 1000], lambda text: None, large=not large)
+    assert len(again) == 6  # neither kind stands for the other
 
 
 def test_the_figure_has_a_curve_of_each_guided_method_and_the_unguided_value(record):
