@@ -19,6 +19,7 @@ from edm2kit.snapshots.loading import is_published_pickle
 from edm2kit.snapshots.published import convert_published
 from edm2kit.torch_utils.cache import fetch
 from edm2kit.torch_utils.dist import progress_bar
+from edm2kit.torch_utils.files import remove_partial_files
 
 
 @click.command(cls=cli.Command)
@@ -91,6 +92,7 @@ def convert(path: Path, target: Path, overwrite: bool) -> bool:
         origin = read_header(target).training_config.get("published_file")
         if origin != path.name:
             raise ValueError(f"{target} exists and does not come from {path.name}; use --overwrite to replace it")
+        remove_partial_files(target.parent)  # of killed processes
         return False
     convert_published(path, target)
     return True

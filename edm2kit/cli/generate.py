@@ -315,6 +315,8 @@ def main(
             return
         folder = ImageFolder(path, subdirs, generation.settings)
         if npz is not None and dist.on_rank0(_is_complete, npz, folder, seeds, overwrite):
+            for place in (npz.parent, path):  # what killed processes left there
+                dist.on_rank0(remove_partial_files, place)
             dist.print0(f"{npz} already holds these images")
             return
         with folder.held(alone=overwrite or outdir is None):

@@ -21,6 +21,7 @@ from edm2kit.snapshots.file_format import Header, read_header, snapshot_name
 from edm2kit.snapshots.loading import Weights, open_sources
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.dist import progress_bar
+from edm2kit.torch_utils.files import remove_partial_files
 
 _POOR_FIT = 0.1  # from about here on, the width of the rebuilt profile is off by more than a twentieth
 _COARSE = 0.05
@@ -159,6 +160,7 @@ def main(batch: int, dry_run: bool, **options: Any) -> None:
         plan = dist.on_rank0(make_plan, settings)
         _report(plan)
         if not dry_run:
+            remove_partial_files(settings.outdir)  # of killed processes, also if nothing is left to write
             _write(plan, batch)
             dist.print0(f"Wrote {len(plan.todo)} snapshots to {settings.outdir}")
 

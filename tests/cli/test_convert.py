@@ -63,6 +63,10 @@ def test_a_folder_continues_where_it_stopped(folder, tmp_path):
     again = run("--source", folder, "--dest", out, "--workers", 3)
     assert f"Converted 1 snapshots to {out}; 2 already existed" in again.output
     assert (out / names[0]).stat().st_mtime_ns == first
+    left = out / f".{names[0]}.0123456789ab.tmp"  # by a killed process
+    left.write_bytes(b"half of it")
+    assert f"Converted 0 snapshots to {out}; 3 already existed" in run("--source", folder, "--dest", out).output
+    assert not left.exists()
     assert "Converted 3" in run("--source", folder, "--dest", out, "--overwrite").output
     assert (out / names[0]).stat().st_mtime_ns != first
 

@@ -179,7 +179,11 @@ def test_an_interrupted_run_continues(nets, tmp_path, monkeypatch):
     code, output = run(*arguments, net=nets / "main")
     assert code == 0
     assert "Skipping 4 of 6 images that already exist" in output
+    left = [tmp_path / f".{name}.0123456789ab.tmp" for name in ("six.npz", "another.npz")]  # by killed processes
+    for path in left:
+        path.write_bytes(b"half of it")
     assert "already holds these images" in run(*arguments, net=nets / "main")[1]
+    assert not any(path.exists() for path in left)
 
 
 @pytest.mark.parametrize(("repeats", "batches"), [(True, [(0, 1, 2), (3, 4, 5)]), (False, [(1, 5)])])

@@ -128,6 +128,17 @@ def test_skip_keeps_complete_outputs_of_the_same_inputs(walk, folder, tmp_path):
     assert "Wrote 3" in run(*common[:-1])[1]
 
 
+def test_what_a_killed_process_left_is_removed_even_if_all_outputs_are_complete(folder, tmp_path):
+    common = ("--indir", folder, "--outdir", tmp_path / "out", "--outstd", "0.06", "--skip")
+    assert "Wrote 1" in run(*common)[1]
+    left = tmp_path / "out" / ".phema-0000256-0.060.safetensors.0123456789ab.tmp"
+    left.write_bytes(b"half of it")
+    run(*common, "--dry-run")
+    assert left.exists()
+    assert "Wrote 0" in run(*common)[1]
+    assert not left.exists()
+
+
 def test_results_beside_their_inputs_are_no_inputs(folder):
     for _ in range(2):
         code, output = run("--indir", folder, "--outdir", folder, "--outstd", "0.06")
