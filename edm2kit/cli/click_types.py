@@ -18,6 +18,9 @@ from typing import Any
 import click
 
 from edm2kit.cli import help_pages
+from edm2kit.cli.output_kinds import OUTPUT_KINDS
+from edm2kit.data.image_files import IMAGE_EXTENSIONS
+from edm2kit.data.labels import LABELS_FILE
 from edm2kit.torch_utils import dist
 
 Decorator = Callable[[Any], Any]  # what click.option returns
@@ -114,9 +117,9 @@ def _prepare_standard_streams() -> None:
 
 
 def _at_home(argument: str) -> str:
-    """An argument such as ~/set.zip, --data=~/set.zip or main=~/net with the home folder, as shells write only some."""
-    start, equals, path = argument.rpartition("=")
-    return start + equals + os.path.expanduser(path) if path.startswith("~/") else argument
+    """An argument such as ~/set.zip, --data=~/set.zip or hf:~/set with the home folder, as shells write only some."""
+    found = re.fullmatch(r"((?:.*=)?(?:[a-z_]{2,}:)?)(~/.*)", argument, re.DOTALL)
+    return found[1] + os.path.expanduser(found[2]) if found else argument
 
 
 class Command(_Base):
@@ -286,9 +289,24 @@ class OutputFile(click.Path):
         try:
             check_output(path, self.kind)
             for suffix, kind in self.also.items():
-                if path.suffix == suffix:
+                if path.suffix.lower() == suffix:
                     raise ValueError(f"{path} is the name of the {kind} that is written beside it; use another suffix")
                 check_output(path.with_suffix(suffix), kind)
+        except ValueError as error:
+            self.fail(dist.one_line(str(error)), param, ctx)
+        return path
+
+
+class OutputFolder(click.Path):
+    """A folder to write to; refused at once if it cannot be created or written."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, file_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        try:
+            check_writable(path)
         except ValueError as error:
             self.fail(dist.one_line(str(error)), param, ctx)
         return path
@@ -379,46 +397,6 @@ class IntRanges(click.ParamType):
         return tuple(numbers)
 
 
-def _is_json_record(path: Path) -> bool:
-    """JSON, but neither labels nor what a folder of images or a run is made of."""
-    return path.name not in ("dataset.json", "generation.json", "run.json") and _starts_with(b"{", b"[")(path)
-
-
-def _is_npz_of(*members: str) -> Callable[[Path], bool]:
-    def check(path: Path) -> bool:
-        with zipfile.ZipFile(path) as archive:
-            return bool(set(members) & set(archive.namelist()))
-
-    return check
-
-
-def _starts_with(*magic: bytes, at: int = 0) -> Callable[[Path], bool]:
-    def check(path: Path) -> bool:
-        with open(path, "rb") as file:
-            file.seek(at)
-            return file.read(len(magic[0])) in magic
-
-    return check
-
-
-def _is_reference(path: Path) -> bool:
-    """An .npz, or a .pkl as this program writes it; not any other pickle, which could be a network."""
-    written_here = _starts_with(b"\x80\x03}X\n\0\0\0num_images")
-    return written_here(path) or _is_npz_of("header.npy", "mu.npy")(path)
-
-
-# what an output may replace: a file of its own kind
-OUTPUT_KINDS: dict[str, Callable[[Path], bool]] = {
-    "PNG image": _starts_with(b"\x89PNG"),
-    "JSON record": _is_json_record,
-    "score card": _starts_with(b"# Score card"),
-    "set of reference statistics": _is_reference,
-    "set of generated images": _is_npz_of("images.npy"),
-    "page in HTML": _starts_with(b"<!doctype", b"<!DOCTYPE"),
-    "safetensors file": _starts_with(b"{", at=8),
-}
-
-
 def check_output(path: Path, kind: str) -> None:
     """Raise ValueError if `path` cannot be written, or holds anything but a file of `kind`, a key of OUTPUT_KINDS.
 
@@ -436,6 +414,16 @@ def check_output(path: Path, kind: str) -> None:
         if not fits:
             raise ValueError(f"{path} exists and is not a {kind}; delete it, or choose another name")
     check_writable(path.absolute().parent)
+
+
+def check_without_images(folder: Path) -> None:
+    """Raise ValueError if `folder` holds images or a data set, which what a command adds would become part of."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name == LABELS_FILE or (entry.name.lower().endswith(IMAGE_EXTENSIONS) and entry.name[0] != "."):
+                raise ValueError(
+                    f"{folder} holds other images ({entry.name}); choose a folder of its own for the new ones"
+                )
 
 
 def check_writable(folder: Path) -> None:

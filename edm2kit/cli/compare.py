@@ -5,7 +5,6 @@ from edm2kit.cli import help_pages
 if __name__ == "__main__":
     help_pages.answer("compare")  # before torch is imported
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.generation import prepare
 from edm2kit.cli.image_source import image_batches, open_images
+from edm2kit.cli.output_kinds import sheet_notes
 from edm2kit.experiments.compare_guidance.cost import describe_student, measure_costs
 from edm2kit.experiments.compare_guidance.measure import (
     Scoring,
@@ -36,6 +36,8 @@ from edm2kit.experiments.compare_guidance.report import (
     RECORD_NAME,
     collect,
     document_parts,
+    load_collected,
+    load_costs,
 )
 from edm2kit.experiments.compare_guidance.rows import (
     ROWS_FILE,
@@ -100,7 +102,7 @@ _row_options = cli.section(
     click.option(
         "--outdir",
         metavar="DIR",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=cli.OutputFolder(),
         default="runs/comparison",
         help="Folder of the records",
     ),
@@ -283,7 +285,7 @@ def make_table(outdir: Path, publish: bool, **given: Any) -> None:
     click.option(
         "--dest",
         metavar="PNG",
-        type=cli.OutputFile("PNG image"),
+        type=cli.OutputFile("contact sheet"),
         help="The picture  [default: sheet.png in --outdir]",
     ),
     _device,
@@ -306,10 +308,10 @@ def sheet(outdir: Path, images: int, dest: Path | None, device: str, **given: An
                 strips.append(Strip(title, [to_image(one) for one in pixels]))
             lines.append((row.title, strips))
         with atomic_write(path) as file:
-            draw_sheet(lines).save(file, "PNG", optimize=True)
+            draw_sheet(lines).save(file, "PNG", optimize=True, pnginfo=sheet_notes())
     click.echo(f"Wrote {path}")
     record_path, page_path = outdir / RECORD_NAME, path.with_name(PAGE_NAME)
-    record = json.loads(record_path.read_text(encoding="utf-8")) if record_path.exists() else None
+    record = load_collected(record_path) if record_path.exists() else None
     if write_page(lines, record, page_path):
         click.echo(f"Wrote {page_path}")
 
@@ -353,9 +355,9 @@ def _write_table(
     """Print the table of what was measured, and write record and picture to `outdir`; returns the record."""
     record = collect(rows, {row.name: row.cost(networks) for row in rows}, outdir, comparison.about)
     if (outdir / "cost.json").exists() and "student" in networks:
-        record["costs"] = json.loads((outdir / "cost.json").read_text(encoding="utf-8"))
+        record["costs"] = load_costs(outdir / "cost.json")
         record["student"] = describe_student(Path(networks["student"]))
-    click.echo("\n\n".join(document_parts(record).values()))
+    click.echo(dist.printable("\n\n".join(document_parts(record).values())))
     write_json(outdir / RECORD_NAME, record)
     draw_trade_offs(record, outdir / PICTURE_NAME)
     return record
@@ -363,7 +365,11 @@ def _write_table(
 
 def _take_rows(given: dict[str, Any]) -> tuple[Comparison, list[ComparisonRow], Mapping[str, str]]:
     """Take rows and files out of the options: the comparison, its rows whose files were all given, files by name."""
-    names, networks = given.pop("names"), dict(given.pop("networks"))
+    names, files = given.pop("names"), given.pop("networks")
+    networks = dict(files)
+    for name, path in files:
+        if networks[name] != path:
+            raise ValueError(f"--network names {name} twice: {path} and {networks[name]}. Give one file per name")
     comparison = load_comparison(given.pop("rows_file"))
     kept = []
     for row in rows_named(comparison.rows, names):

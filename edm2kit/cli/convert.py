@@ -18,7 +18,7 @@ from edm2kit.snapshots.file_format import read_header
 from edm2kit.snapshots.loading import is_published_pickle
 from edm2kit.snapshots.published import convert_published
 from edm2kit.torch_utils.cache import fetch
-from edm2kit.torch_utils.dist import progress_bar
+from edm2kit.torch_utils.dist import one_line, progress_bar
 from edm2kit.torch_utils.files import remove_partial_files
 
 
@@ -38,6 +38,8 @@ def main(source: str, dest: Path, workers: int, overwrite: bool) -> None:
     python scripts/convert_snapshot.py --source raw-snapshots/edm2-img512-xs --dest snapshots --workers 4
     """
     jobs = find_pickles(source, dest)
+    for _, target in jobs:
+        cli.check_output(target, "safetensors file")
     failures, skipped = [], 0
     with (
         cli.interrupt_on_sigterm(),
@@ -52,7 +54,7 @@ def main(source: str, dest: Path, workers: int, overwrite: bool) -> None:
                 except (ValueError, OSError) as error:
                     failures.append(str(error))
                     if len(jobs) > 1:
-                        tqdm.write(f"Error: {error}", file=sys.stderr)
+                        tqdm.write(one_line(f"Error: {error}"), file=sys.stderr)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -69,9 +71,9 @@ def find_pickles(source: str, dest: Path) -> Sequence[tuple[Path, Path]]:
     if not path.is_dir():
         if not is_published_pickle(path):
             raise ValueError(f"{source} is not a pickle; only published .pkl snapshots need converting")
-        target = dest if dest.suffix == ".safetensors" else dest / f"{path.stem}.safetensors"
+        target = dest if dest.suffix.lower() == ".safetensors" else dest / f"{path.stem}.safetensors"
         return [(path, target)]
-    if dest.suffix == ".safetensors" or dest.is_file():
+    if dest.suffix.lower() == ".safetensors" or dest.is_file():
         raise ValueError(f"{source} is a folder, so --dest must be a folder too; got {dest}")
     jobs = []
     for file in sorted(path.glob("*.pkl")):

@@ -43,7 +43,7 @@ FOUND = 3  # exit code
     click.option(
         "--sheet",
         metavar="PNG",
-        type=click.Path(path_type=Path, dir_okay=False),
+        type=cli.OutputFile("contact sheet"),
         help="Picture of the generated images that are nearest to training images, with --copies",
     ),
 )
@@ -96,7 +96,7 @@ def doctor(
             checks.append(Check(COPIES, not_looked="this generates images; add --copies 1000"))
     stopped = "; stopped, run its command again to resume" if (run / STOPPED_NAME).exists() else ""
     click.echo(f"{run}: {folder.nimg:,} of {folder.config.duration_nimg:,} images{stopped}\n")
-    click.echo("\n".join(report_lines(checks)))
+    click.echo("\n".join(map(dist.one_line, report_lines(checks))))
     if any(check.findings for check in checks):
         raise click.exceptions.Exit(FOUND)
 

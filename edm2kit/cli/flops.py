@@ -52,10 +52,11 @@ def main(networks: tuple[str, ...], resolution: int, image_channels: int, classe
 
 def find_architecture(network: str, data: Mapping[str, int]) -> tuple[Mapping[str, Any], str]:
     """Architecture and kind of the network of a preset or YAML file with data of shape `data`, or of a snapshot."""
-    if network.endswith((".safetensors", ".pkl")) or "://" in network or Path(network).is_dir():
+    suffix = Path(network).suffix.lower()
+    if suffix in (".safetensors", ".pkl") or "://" in network or Path(network).is_dir():
         header = open_weights(network).header
         return header.architecture, header.network
-    path = network if network.endswith((".yaml", ".yml")) else preset_path(network)
+    path = network if suffix in (".yaml", ".yml") else preset_path(network)
     config = config_from_dict(read_yaml(path), str(path))
     architecture = full_architecture(**data, sigma_data=config.sigma_data, network=config.network)
     return architecture, config.network_kind

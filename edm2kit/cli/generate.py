@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import re
 import shlex
 import sys
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from edm2kit.cli import click_types as cli
-from edm2kit.cli.click_types import check_output, check_writable
+from edm2kit.cli.click_types import check_output, check_without_images, check_writable
 from edm2kit.cli.generation import Generation, Request, prepare, with_files
 from edm2kit.cli.generation_options import SECTIONS, generation_options
 from edm2kit.cli.grids import MAX_IMAGES, grid_title, parse_weights, write_grid
@@ -47,6 +48,7 @@ from edm2kit.torch_utils.files import (
     write_json,
 )
 
+_SEEDS = re.compile(r"\d{1,18}(-\d{1,18})?(,\d{1,18}(-\d{1,18})?)*")
 _folder = click.Path(path_type=Path, file_okay=False)
 _file = click.Path(path_type=Path, dir_okay=False)
 
@@ -201,9 +203,9 @@ def read_record(path: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record["settings"], dict) and all(isinstance(run["seeds"], str) for run in record["runs"]):
+        if isinstance(record["settings"], dict) and all(_SEEDS.fullmatch(run["seeds"]) for run in record["runs"]):
             return record
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise ValueError(f"{path} is damaged; choose another place, or delete it together with its images")
 
@@ -347,10 +349,13 @@ def _check_outputs(folder: Path, outdir: Path | None, npz: Path | None, grid: Pa
         )
     if npz is not None and grid is not None and npz.resolve() == grid.resolve():
         raise ValueError(f"--npz and --grid both name {grid}; give different files")
+    if outdir is not None and npz is None and not (folder / RECORD).exists():
+        check_without_images(folder)
     if npz is not None:
         check_output(npz, "set of generated images")
+        read_record(record_of(npz))  # raises ValueError if there is another file, which would be replaced
     if grid is not None:
-        check_output(grid, "PNG image")
+        check_output(grid, "contact sheet")
         if outdir is not None and grid.resolve().is_relative_to(outdir.resolve()) and grid.stem.isdecimal():
             raise ValueError(f"--grid {grid} has the name of one of the images; choose another name")
 

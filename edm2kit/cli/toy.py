@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from edm2kit.cli.click_types import Group, IntRanges
+from edm2kit.cli.click_types import Group, IntRanges, OutputFolder
 from edm2kit.experiments.documents import checkout
 from edm2kit.experiments.toy import evaluation, figures, page, plot_style, report
 from edm2kit.experiments.toy.methods import load_nets
@@ -22,7 +22,7 @@ from edm2kit.torch_utils.dist import print0, progress_bar
 _outdir = click.option(
     "--outdir",
     metavar="DIR",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=OutputFolder(),
     default="runs/toy",
     help="Folder of networks, figures and record",
 )

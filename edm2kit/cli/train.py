@@ -25,14 +25,15 @@ from torch import nn
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.field_options import options_from
 from edm2kit.cli.presets import summary
+from edm2kit.data.dataset import ImageDataset
 from edm2kit.data.image_files import labelled_sheet
 from edm2kit.models.encoders import to_image
 from edm2kit.sampling.solvers import Sampler
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.files import atomic_write
+from edm2kit.torch_utils.files import atomic_write, short
 from edm2kit.torch_utils.rng import StackedGenerator
 from edm2kit.training.config import TrainConfig, config_from_dict, option_of, preset_names, preset_path, read_yaml
-from edm2kit.training.run import Run, StopRequest, prepare_run
+from edm2kit.training.run import CONFIG_NAME, Run, StopRequest, prepare_run
 from edm2kit.training.stop import stopped_exit_code
 
 SAMPLE_BATCH = 16
@@ -160,6 +161,7 @@ def main(
             return
         if samples:
             check_decoder(run, picked)
+            check_place(run)
         has_stopped = run.train(
             picked,
             on_snapshot=partial(write_samples, run, samples, picked) if samples else None,
@@ -223,14 +225,18 @@ def compose_config(preset: str | None, config_file: str | None, options: Mapping
         if "precision" in given:
             raise ValueError("--fp16 and --precision both set the precision; give one")
         given["precision"] = "fp16" if given.pop("fp16") else "fp32"
+    where = "options" if path is None else str(path)
+    for part in ("encoder", "network"):
+        if values.get(part) is None:
+            values.pop(part, None)
+        elif not isinstance(values[part], Mapping):
+            raise ValueError(f"{where}: {part} must be a mapping; got {short(values[part])}")
     if "vae" in given:
-        encoder = values.get("encoder") or {}
-        values["encoder"] = {**encoder, "kind": "vae", "vae_name": given.pop("vae")}
-    network = dict(values.get("network") or {})
+        values["encoder"] = {**values.get("encoder", {}), "kind": "vae", "vae_name": given.pop("vae")}
+    network = dict(values.get("network", {}))
     for option, argument in (("channels", "model_channels"), ("dropout", "dropout")):
         if option in given:
             network[argument] = given.pop(option)
-    where = "options" if path is None else str(path)
     return config_from_dict({**values, **given, "network": network}, where, options=given)
 
 
@@ -241,6 +247,18 @@ def check_decoder(run: Run, device: torch.device) -> None:
         run.encoder.decode(torch.zeros(1, run.header.architecture["img_channels"], size, size, device=device))
     except ValueError as error:
         raise ValueError(f"sample images cannot be decoded: {error}. To train without them: --samples 0") from error
+
+
+def check_place(run: Run) -> None:
+    """Raise ValueError if the samples of a new run would lie among its training images, and become some of them."""
+    source = getattr(run.dataset, "whole", run.dataset)  # without held-out images
+    if (run.run_dir / CONFIG_NAME).exists() or not isinstance(source, ImageDataset):
+        return
+    if run.run_dir.resolve().is_relative_to(source.path.resolve()):
+        raise ValueError(
+            f"--outdir {run.run_dir} is inside --data {run.config.data}, so the run's samples would be trained on; "
+            "choose a folder outside"
+        )
 
 
 @torch.no_grad()

@@ -4,8 +4,10 @@ The part called `demo` stands between the lines `<!-- demo: begin -->` and `<!--
 `python scripts/write_documents.py` writes every part of every document; with --check it only compares.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from edm2kit.torch_utils.files import atomic_write
 
@@ -24,6 +26,17 @@ def checkout() -> Path:
             "pip install -e . there"
         )
     return root
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError, naming the file, if it holds anything else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not complete JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a JSON {type(found).__name__}; expected an object, {{...}}")
+    return found
 
 
 def fill(text: str, parts: Mapping[str, str]) -> str:

@@ -57,7 +57,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     _clean_once(path.parent.absolute())
     # random, as another thread or another machine on the same file system may write the same path
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    partial = path.with_name(f".{path.name[:50]}.{secrets.token_hex(6)}.tmp")  # names have at most 255 bytes
     try:
         with _open_marked(partial, mode) as file, _kept_from_children(file):
             yield file

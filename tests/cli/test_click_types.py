@@ -243,6 +243,9 @@ def test_wrong_time_limits(text):
         ("~/a", "/home/me/a"),
         ("--data=~/a b", "--data=/home/me/a b"),
         ("main=~/net", "main=/home/me/net"),
+        ("hf:~/photos?split=train", "hf:/home/me/photos?split=train"),
+        ("--net=diffusers:~/model", "--net=diffusers:/home/me/model"),
+        ("a:~/b", "a:~/b"),
         ("a~/b", "a~/b"),
         ("--x=1", "--x=1"),
         ("~nobody-of-that-name/a", "~nobody-of-that-name/a"),
@@ -261,7 +264,7 @@ def test_home_folders_that_the_shell_leaves_alone_are_found(monkeypatch, argumen
 
 
 def test_a_record_replaces_neither_notes_nor_itself(tmp_path):
-    kind = cli.OutputFile("JSON record", also={".md": "score card"})
+    kind = cli.OutputFile("record of scores", also={".md": "score card"})
     assert parsed(kind, str(tmp_path / "a.json")) == tmp_path / "a.json"
     (tmp_path / "a.md").write_text("# Score card\n")
     assert parsed(kind, str(tmp_path / "a.json")) == tmp_path / "a.json"

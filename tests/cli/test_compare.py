@@ -1,6 +1,7 @@
 """Comparing ways to guide: tuned on some seeds, reported on others, and never measured twice."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -11,7 +12,14 @@ from edm2kit.cli import compare as compare_guidance
 from edm2kit.cli import distill
 from edm2kit.cli import metrics as calculate_metrics
 from edm2kit.experiments.compare_guidance import measure
-from edm2kit.experiments.compare_guidance.report import cost_table, front, front_marks, score_table
+from edm2kit.experiments.compare_guidance.report import (
+    cost_table,
+    front,
+    front_marks,
+    load_collected,
+    load_costs,
+    score_table,
+)
 from edm2kit.experiments.compare_guidance.rows import ROWS_FILE, load_comparison
 from tests.support import tiny
 from tests.support.fakes import tiny_snapshot
@@ -220,6 +228,86 @@ def test_a_comparison_may_say_only_what_differs_from_the_default(tmp_path):
     assert (mine.about, default.about) == ("Mine.", "")
     assert (mine.metric, mine.report, list(mine.rows)) == ("fd_random", default.report, list(default.rows))
     assert mine.rows["unguided"].options == "--net {main} --steps 3"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("metric: [fd_random]", "metric must be str; got list"),
+        ("about: 5", "about must be str; got 5"),
+        ("metrics: fid", "unknown key 'metrics'; did you mean 'metric'"),
+        ("tune: {images: yes, seeds: [0]}", "tune.images must be int; got True"),
+        ("tune: {images: 8.5, seeds: [0]}", "tune.images must be int; got 8.5"),
+        ("tune: {images: 2, seeds: [0]}", "tune needs 6 images or more"),
+        ("tune: {images: 8, seeds: '12'}", "tune.seeds must be a list of int; got '12'"),
+        ("tune: {images: 8, seeds: []}", "tune needs 6 images or more, and seeds from 0"),
+        ("tune: {images: 8}", "tune.seeds is missing"),
+        ("tune: [8]", "tune must be a mapping"),
+        ("rows: [a]", "rows must be a mapping"),
+        ("rows: {a: text}", "rows.a must be a mapping"),
+        ("rows: {a: {title: x, options: 5}}", "rows.a.options must be str; got 5"),
+        ("rows: {a: {title: x, options: '', weights: '12'}}", "rows.a.weights must be a list of float; got '12'"),
+        ("rows: {a: {title: x, options: '', weights: [.nan]}}", "rows.a.weights must be a list of float"),
+        ("rows: {a: {title: x, options: '', weight: 2}}", "unknown key 'rows.a.weight'; did you mean 'weights'"),
+        ("rows: {../a: {title: x, options: ''}}", "the name becomes a file name"),
+        ("rows: {no: {title: x, options: ''}}", "rows must be a mapping"),
+        ("rows: {a: {title: x, options: '\"'}}", "rows.a: options are No closing quotation"),
+        ("rows: {a: {title: x, options: '{'}}", "rows.a: options are"),
+        ("rows: {a: {title: x, options: '{}'}}", "rows.a: options have {}, which is not a name in braces"),
+        ("rows: {a: {title: x, options: '{main.x}'}}", "options have {main.x}, which is not a name in braces"),
+        ("rows: {a: {title: x, options: '{main!r}'}}", "options have {main}, which is not a name in braces"),
+    ],
+)
+def test_a_wrong_part_of_a_comparison_is_named(tmp_path, change, reason):
+    (tmp_path / "rows.yaml").write_text(f"extends: default\n{change}\n")
+    with pytest.raises(ValueError, match=re.escape(reason)) as caught:
+        load_comparison(tmp_path / "rows.yaml")
+    assert str(caught.value).startswith(f"{tmp_path / 'rows.yaml'} is not a comparison: ")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("tune/pair.json", "", "Delete it to measure this row again"),
+        ("tune/pair.json", "[" * 100_000, "Delete it to measure this row again"),
+        ("tune/pair.json", '{"asked": {}}', "points must be a list"),
+        ("tune/pair.json", '{"asked": 5, "points": []}', "asked must be a mapping"),
+        ("tune/pair.json", '{"asked": {}, "points": [{"weight": "2"}]}', "points[0].weight must be"),
+        (
+            "tune/pair.json",
+            '{"asked": {}, "points": [{"weight": 2, "first_seed": 0, "results": {"a": "x"}}]}',
+            "results.a",
+        ),
+        ("report/pair.json", '{"asked": {"options": 5}, "points": []}', "was measured with other settings"),
+    ],
+)
+def test_a_damaged_record_is_named(place, measured, tmp_path, file, content, reason):
+    shutil.copytree(measured, tmp_path / "out")
+    (tmp_path / "out" / file).write_text(content)
+    told = run(place, "report", tmp_path / "out", "--rows", "pair", code=1)
+    assert f"{file} " in told
+    assert reason in told
+
+
+def test_a_damaged_record_of_all_rows_is_named(place, measured, tmp_path):
+    for content in ("", "5", '{"rows": []}', '{"num_images": 8, "rows": [{"title": "a"}]}'):
+        (tmp_path / "comparison.json").write_text(content)
+        with pytest.raises(ValueError, match=r"comparison\.json "):
+            load_collected(tmp_path / "comparison.json")
+        (tmp_path / "cost.json").write_text(content)
+        with pytest.raises(ValueError, match=r"cost\.json "):
+            load_costs(tmp_path / "cost.json")
+    assert load_collected(measured / "comparison.json")["num_images"] == NUM
+
+
+def test_two_files_under_one_name_are_refused(place, tmp_path):
+    told = run(place, "tune", tmp_path, "--network", f"main={place / 'guide'}", code=1)
+    assert "--network names main twice" in told
+
+
+def test_a_folder_of_records_that_cannot_be_written_is_refused_before_the_work(place, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    assert "is a file" in run(place, "tune", tmp_path / "file" / "out", code=2)
 
 
 @pytest.mark.parametrize(

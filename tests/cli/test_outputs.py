@@ -1,28 +1,48 @@
 """An output never replaces a file of another kind, and a place that cannot be written is found out before the work."""
 
+import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
-from edm2kit.cli.click_types import OUTPUT_KINDS, IntRanges, Size, check_output, check_writable, parse_duration_sec
+from edm2kit.cli.click_types import IntRanges, Size, check_output, check_writable, parse_duration_sec
 from edm2kit.cli.dataset import main as dataset
+from edm2kit.cli.flops import main as flops
+from edm2kit.cli.generate import main as generate
 from edm2kit.cli.generation import parse_classes
 from edm2kit.cli.metrics import main as metrics
+from edm2kit.cli.output_kinds import OUTPUT_KINDS, sheet_notes
 from edm2kit.cli.phema import FloatSeries
 from edm2kit.cli.train import main as train
 from edm2kit.data.dataset import open_source
 from edm2kit.torch_utils.files import sampled_sha256
+from tests.support.fakes import tiny_snapshot
+
+
+def png_with_notes(notes):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG", pnginfo=notes)
+    return file.getvalue()
+
 
 CONTENT = {
-    "PNG image": b"\x89PNG\r\n\x1a\n",
-    "JSON record": b'{"a": 1}',
-    "page in HTML": b"<!doctype html>",
+    "contact sheet": png_with_notes(sheet_notes()),
+    "record of scores": b'{"results": {}}',
+    "page of this program": b'<!doctype html>\n<html lang="en">\n<link rel="icon" href="data:,">',
     "safetensors file": b"\x02\0\0\0\0\0\0\0{}",
+}
+OTHERS = {
+    "photo": png_with_notes(None),
+    "labels": b'{"images": [], "annotations": []}',
+    "list": b"[1]",
+    "website": b"<!doctype html><title>mine</title>",
 }
 
 
@@ -30,9 +50,12 @@ CONTENT = {
 def test_an_output_replaces_only_its_own_kind(tmp_path, kind):
     np.savez(tmp_path / "ref", mu=np.zeros(1))
     np.savez(tmp_path / "images", images=np.zeros(1))
+    np.savez(tmp_path / "adm", arr_0=np.zeros(1), mu=np.zeros(1), mu_s=np.zeros(1))
     content = {
         **CONTENT,
+        **OTHERS,
         "set of reference statistics": (tmp_path / "ref.npz").read_bytes(),
+        "reference batch for ADM": (tmp_path / "adm.npz").read_bytes(),
         "set of generated images": (tmp_path / "images.npz").read_bytes(),
         "other": b"precious",
     }
@@ -55,7 +78,7 @@ def test_a_place_that_cannot_be_written_is_found_out_before_the_work(tmp_path):
         with pytest.raises(ValueError, match="link is a link to nowhere"):
             check_writable(path)
     with pytest.raises(ValueError, match="is a folder"):
-        check_output(tmp_path, "JSON record")
+        check_output(tmp_path, "record of scores")
     (tmp_path / "closed").mkdir(mode=0o500)
     if os.geteuid():
         with pytest.raises(ValueError, match="not writable"):
@@ -83,7 +106,7 @@ def test_a_device_is_not_an_output(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/null"):
         with pytest.raises(ValueError, match="is a device or pipe"):
-            check_output(Path(path), "JSON record")
+            check_output(Path(path), "record of scores")
 
 
 @pytest.mark.parametrize("arguments", [["--outdir", ""], ["--outdir="], ["--outdir=", "--cond", "false"]])
@@ -196,9 +219,89 @@ def test_absurd_numbers_are_one_line(kind, text):
     assert len(str(error.value)) < 200
 
 
-def test_json_records_are_recognized(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps([1]))
-    check_output(tmp_path / "a.json", "JSON record")
+def test_only_score_cards_are_records_of_scores(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"results": {}, "num_images": 8}))
+    check_output(tmp_path / "a.json", "record of scores")
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is not a record of scores"):
+        check_output(tmp_path / "a.json", "record of scores")
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": []}))
-    with pytest.raises(ValueError, match=r"dataset\.json exists and is not a JSON record"):
-        check_output(tmp_path / "dataset.json", "JSON record")
+    with pytest.raises(ValueError, match=r"dataset\.json exists and is not a record of scores"):
+        check_output(tmp_path / "dataset.json", "record of scores")
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory):
+    return tiny_snapshot(tmp_path_factory.mktemp("net") / "net.safetensors")
+
+
+def generated(net, *arguments, code):
+    words = ["--net", net, "--steps", 1, "--seeds", "0-1", "--device", "cpu", *arguments]
+    done = CliRunner().invoke(generate, [str(word) for word in words])
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def test_a_sheet_replaces_sheets_and_no_photo(net, tmp_path):
+    sheet, photo = tmp_path / "sheet.png", tmp_path / "photo.png"
+    for _ in range(2):
+        generated(net, "--grid", sheet, code=0)
+    photo.write_bytes(png_with_notes(None))
+    before = photo.read_bytes()
+    assert "photo.png exists and is not a contact sheet" in generated(net, "--grid", photo, code=1)
+    assert photo.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["cat.JPG", "dataset.json", "000000.png"])
+def test_images_are_not_added_to_those_of_others(net, tmp_path, name):
+    (tmp_path / name).write_bytes(b"precious")
+    assert f"holds other images ({name})" in generated(net, "--outdir", tmp_path, code=1)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_images_are_added_to_notes_and_to_images_of_the_same_kind(net, tmp_path):
+    (tmp_path / "readme.txt").write_text("notes")
+    generated(net, "--outdir", tmp_path, code=0)
+    generated(net, "--outdir", tmp_path, "--seeds", "5", code=0)
+    assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_a_file_in_the_place_of_a_record_is_kept(net, tmp_path):
+    (tmp_path / "a.npz.json").write_text('{"mine": 1}')
+    assert "a.npz.json is damaged; choose another place" in generated(net, "--npz", tmp_path / "a.npz", code=1)
+    assert (tmp_path / "a.npz.json").read_text() == '{"mine": 1}'
+
+
+def test_names_with_commas_stand_in_a_list_and_other_cases_are_suggested():
+    names = ("a,b", "no", "Cat", "a")
+    assert parse_classes("no,a,b", 4, names) == (1, 0)
+    assert parse_classes("a,b,Cat,a", 4, names) == (0, 2, 3)
+    with pytest.raises(ValueError, match="class 'CAT' is unknown; did you mean 'Cat'"):
+        parse_classes("CAT", 4, names)
+
+
+def test_an_empty_class_is_not_all_classes(net, tmp_path):
+    assert "--class is empty; name a class" in generated(net, "--outdir", tmp_path / "o", "--class", "", code=2)
+
+
+@pytest.mark.parametrize("name", ["network", "encoder"])
+def test_a_part_of_a_configuration_that_is_no_mapping_is_named(tmp_path, name):
+    (tmp_path / "c.yaml").write_text(f"{name}: 5")
+    options = [
+        "--config",
+        str(tmp_path / "c.yaml"),
+        "--data",
+        "absent",
+        "--outdir",
+        str(tmp_path / "run"),
+        "--vae",
+        "x",
+    ]
+    assert f"c.yaml: {name} must be a mapping; got 5" in CliRunner().invoke(train, options).output
+
+
+def test_suffixes_in_capitals_are_suffixes(net, tmp_path):
+    shutil.copy(net, tmp_path / "N.SAFETENSORS")
+    (tmp_path / "C.YAML").write_text("network: {model_channels: 8}")
+    for name in ("N.SAFETENSORS", "C.YAML"):
+        assert "total, with gains" in CliRunner().invoke(flops, [str(tmp_path / name)]).output

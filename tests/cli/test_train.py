@@ -20,7 +20,8 @@ from edm2kit.snapshots.file_format import read_header
 from edm2kit.snapshots.loading import load_snapshot
 from edm2kit.training import run as training_run
 from edm2kit.training.checkpoint import list_checkpoints
-from edm2kit.training.config import TrainConfig
+from edm2kit.training.config import TrainConfig, config_from_dict
+from edm2kit.training.run import prepare_run
 from tests.support import ROOT, tiny
 
 
@@ -351,3 +352,17 @@ def test_the_page_of_settings_is_current():
 
 def test_help_lists_presets_in_order_of_size():
     assert "edm2-img512-{xxs,xs,s,m,l,xl,xxl}" in invoke("--help").output
+
+
+@pytest.mark.parametrize("place", ["data", "data/run", "sub/../data/run", "link", "link/run"])
+def test_a_run_folder_among_the_images_is_refused_before_its_samples_become_images(tmp_path, place):
+    data = tiny.make_dataset(tmp_path / "data", num_images=20)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link").symlink_to("data")
+    config = config_from_dict({**tiny.TINY, "data": str(data)}, "test")
+    with pytest.raises(ValueError, match=r"is inside --data .*; choose a folder outside"):
+        train.check_place(prepare_run(config, tmp_path / place))
+    held_out = config_from_dict({**tiny.TINY, "data": str(data), "holdout": 4}, "test")
+    with pytest.raises(ValueError, match=r"is inside --data .*; choose a folder outside"):
+        train.check_place(prepare_run(held_out, tmp_path / place))
+    train.check_place(prepare_run(config, tmp_path / "data-run"))

@@ -257,3 +257,10 @@ def test_names_that_are_not_utf8_can_be_written(tmp_path):
     with atomic_write(tmp_path / "card.md", "w") as file:
         file.write("caf\udce9 of caf\u00e9")
     assert (tmp_path / "card.md").read_text(encoding="utf-8") == "caf\\udce9 of caf\u00e9"
+
+
+@pytest.mark.parametrize("name", ["n" * 240 + ".npz", "\u00e9" * 120 + ".npz"])
+def test_a_long_name_is_written_as_it_is(tmp_path, name):
+    with atomic_write(tmp_path / name) as file:
+        file.write(b"content")
+    assert [path.name for path in tmp_path.iterdir()] == [name]

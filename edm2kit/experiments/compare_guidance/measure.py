@@ -1,6 +1,5 @@
 """Scores of the rows: one record per row, written point by point, so that nothing is measured twice."""
 
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,15 @@ from edm2kit.cli.generation import prepare
 from edm2kit.cli.image_source import ScoredImages, image_batches
 from edm2kit.experiments.compare_guidance.cost import count_multiply_adds
 from edm2kit.experiments.compare_guidance.rows import ComparisonRow
+from edm2kit.experiments.documents import read_object
 from edm2kit.guidance.records import words_with_current_names
 from edm2kit.metrics.scoring import Scorer
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.files import differences, plain_json, provenance, sha256_of, write_json
+from edm2kit.torch_utils.files import check_type, differences, plain_json, provenance, sha256_of, short, write_json
 
 _COUNTED_IMAGES = 2
 Point = Mapping[str, Any]  # weight, first_seed, results by metric, and what made them
+_POINT: Mapping[str, Any] = {"weight": float | None, "first_seed": int, "results": Mapping[str, Any]}
 
 
 @dataclass(frozen=True)
@@ -124,19 +125,33 @@ def read_record(path: Path, asked: Mapping[str, Any] | None = None) -> dict[str,
     if not path.exists():
         return {"asked": asked, "points": []}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found = record["asked"]
-    except (ValueError, KeyError, TypeError) as error:
+        record = read_object(path)
+        check_type(record.get("asked"), Mapping[str, Any], "asked")
+        check_type(record.get("multiply_adds"), float | None, "multiply_adds")
+        check_points(record.get("points"), "points")
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}). Delete it to measure this row again") from error
+    found = record["asked"]
     if asked is not None and (changed := differences(_with_current_names(found), _with_current_names(asked))):
         raise ValueError(f"{path} was measured with other settings ({'; '.join(changed[:3])}). Use another --outdir")
     return record
 
 
+def check_points(points: Any, name: str) -> None:
+    """Raise ValueError, starting with `name`, unless `points` are as `measure_row` writes them."""
+    check_type(points, list[Mapping[str, Any]], name)
+    for number, point in enumerate(points):
+        for key, hint in _POINT.items():
+            check_type(point.get(key), hint, f"{name}[{number}].{key}")
+        for metric, value in point["results"].items():  # which may be NaN
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise ValueError(f"{name}[{number}].results.{metric} must be float; got {short(value)}")
+
+
 def _with_current_names(asked: Mapping[str, Any]) -> dict[str, Any]:
     """What a record was asked for, with the names that guidance methods have today."""
     words = asked.get("options")
-    return dict(asked) if words is None else {**asked, "options": words_with_current_names(words)}
+    return dict(asked) if not isinstance(words, str) else {**asked, "options": words_with_current_names(words)}
 
 
 def find_point(record: Mapping[str, Any], weight: float | None, first_seed: int) -> Point | None:

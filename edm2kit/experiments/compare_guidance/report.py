@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edm2kit.experiments.compare_guidance.measure import Point, read_record
+from edm2kit.experiments.compare_guidance.measure import Point, check_points, read_record
 from edm2kit.experiments.compare_guidance.rows import ComparisonRow
-from edm2kit.experiments.documents import markdown_table
+from edm2kit.experiments.documents import markdown_table, read_object
+from edm2kit.torch_utils.files import check_type
 
 SHARES = ("precision", "recall", "coverage")
 FOLDER = Path("experiments", "compare_guidance")  # in the checkout: the published record and picture
@@ -50,6 +51,51 @@ def collect(rows: Sequence[ComparisonRow], costs: Mapping[str, str], outdir: Pat
             "compared. Run `report` for all rows with the same options and another --outdir"
         )
     return {"about": about, "num_images": settings[0]["num_images"], "rows": found}
+
+
+def load_collected(path: Path) -> dict[str, Any]:
+    """A record that `collect` made. Raises ValueError, naming the file, if it is something else or damaged."""
+    record = read_object(path)
+    try:
+        check_type(record.get("num_images"), int, "num_images")
+        check_type(record.get("rows"), list[Mapping[str, Any]], "rows")
+        for number, row in enumerate(record["rows"]):
+            where = f"rows[{number}]"
+            check_type(row.get("title"), str, f"{where}.title")
+            check_type(row.get("asked"), Mapping[str, Any], f"{where}.asked")
+            check_type(row["asked"].get("metric"), str, f"{where}.asked.metric")
+            for part in ("points", "tuning"):
+                check_points(row.get(part), f"{where}.{part}")
+                for point in row[part]:
+                    _check_results(point, row["asked"]["metric"], f"{where}.{part}")
+            if not row["points"]:
+                raise ValueError(f"{where}.points is empty")
+        if not record["rows"]:
+            raise ValueError("rows is empty")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Run `table` to write it again") from error
+    return record
+
+
+def _check_results(point: Point, metric: str, where: str) -> None:
+    missing = [name for name in (metric, *(f"{metric}.{share}" for share in SHARES)) if name not in point["results"]]
+    if missing:
+        raise ValueError(f"{where} has no {missing[0]}")
+
+
+def load_costs(path: Path) -> dict[str, Any]:
+    """The record of `cost`. Raises ValueError, naming the file, if it is something else or damaged."""
+    costs = read_object(path)
+    try:
+        for name, hint in (("rows", Mapping[str, Any]), ("hardware", str), ("batch", int)):
+            check_type(costs.get(name), hint, name)
+        for name, row in costs["rows"].items():
+            check_type(row, Mapping[str, Any], f"rows.{name}")
+            for key in ("seconds", "multiply_adds"):
+                check_type(row.get(key), float, f"rows.{name}.{key}")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Run `cost` to write it again") from error
+    return costs
 
 
 def metric_of(record: Record) -> str:
@@ -165,6 +211,7 @@ def cost_table(record: Record) -> str:
             f"{cost['seconds']:.4f}",
         )
         for name, cost in costs["rows"].items()
+        if name in by_name
     ]
     table = markdown_table(("", metric, "multiply-adds per image", "seconds per image"), rows, "lrrr")
     teacher, training = record["student"]["teacher"]["guidance"], record["student"]["training"]

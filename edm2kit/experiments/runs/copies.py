@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from edm2kit.cli.generation import Request, prepare
+from edm2kit.cli.output_kinds import sheet_notes
 from edm2kit.data.dataset import Source, spread_evenly
 from edm2kit.data.image_files import labelled_sheet
 from edm2kit.experiments.runs.findings import COPIES, Check, Finding
@@ -142,4 +143,4 @@ def _write_pairs(
     title = "Generated images, each with the training image nearest to it at its right; 0 is a copy, about 1 is usual"
     picture = labelled_sheet(pictures, 8, title=title, captions=captions)
     with atomic_write(path) as file:
-        picture.save(file, "PNG")
+        picture.save(file, "PNG", pnginfo=sheet_notes())
