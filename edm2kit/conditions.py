@@ -7,6 +7,7 @@ protocol; classifier-free guidance, independent-condition guidance and batching 
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeAlias, cast, overload, runtime_checkable
@@ -219,12 +220,17 @@ def class_named(name: str, label_dim: int, names: Sequence[str] | None) -> int:
     """The index of the class called `name`; raises ValueError, with the closest name, if there is none."""
     if names is None:
         raise ValueError(f"class {name!r}: the snapshot names no classes; use numbers from 0 to {label_dim - 1}")
-    if name in names:
-        if names.count(name) > 1:
-            numbers = ", ".join(str(k) for k, other in enumerate(names) if other == name)
-            raise ValueError(f"several classes are called {name!r}; use the number of one of them: {numbers}")
-        return names.index(name)
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    found = [k for k, other in enumerate(names) if other == name]
+    if not found:  # systems differ in how they store an accent: as part of the letter, or after it
+        composed = unicodedata.normalize("NFC", name)
+        found = [k for k, other in enumerate(names) if unicodedata.normalize("NFC", other) == composed]
+    if len(found) > 1:
+        numbers = ", ".join(map(str, found))
+        raise ValueError(f"several classes are called {name!r}; use the number of one of them: {numbers}")
+    if found:
+        return found[0]
+    nearest = [other for other in names if other.casefold() == name.casefold()]
+    nearest = nearest or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if nearest:
         raise ValueError(f"class {name!r} is unknown; did you mean {nearest[0]!r}?")
     raise ValueError(f"class {name!r} is unknown; available: {', '.join(names[:8])}, ...")
@@ -326,7 +332,7 @@ def parse_classes(
     classes: list[int] = []
     indices: list[int] = []  # the numbers that are not names of classes
     named: list[str] = []  # and those that are
-    for written in text.split(","):
+    for written in _split(text, names or ()):
         part = written if names is not None and written in names else written.strip()
         numbers = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part)
         if numbers is None or (names is not None and part in names):
@@ -348,3 +354,16 @@ def parse_classes(
     if named and indices:
         raise ValueError(f"in {text!r:.60}, {named[0]} is the name of a class, but {indices[0]} is not; use names only")
     return tuple(classes)
+
+
+def _split(text: str, names: Sequence[str]) -> list[str]:
+    """The parts of a list separated by commas, where a class may have commas in its name."""
+    parts = text.split(",")
+    if not any("," in name for name in names):
+        return parts
+    found = []
+    while parts:
+        end = next((end for end in range(len(parts), 1, -1) if ",".join(parts[:end]) in names), 1)
+        found.append(",".join(parts[:end]))
+        parts = parts[end:]
+    return found

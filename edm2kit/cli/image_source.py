@@ -1,5 +1,6 @@
 """Images to score: a folder or zip of any images, a data set, or the .npz written by generate.py."""
 
+import unicodedata
 import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +31,7 @@ from edm2kit.data.labels import (
     noted_labels,
     read_labels,
     read_labels_file,
+    split_folders,
 )
 from edm2kit.metrics.reference import Reference
 from edm2kit.torch_utils import dist
@@ -72,8 +74,13 @@ class ArchiveImages:
                 f"{path}: {len(unread)} images of types that are not read are left out, such as {unread[0]}; convert "
                 "them to PNG"
             )
+        if splits := split_folders(self._archive.names):
+            dist.warn0(
+                f"{path}: the folders {', '.join(splits)} look like splits of one data set; the images of all of them "
+                "are used. Give one of them if that is not meant"
+            )
         for name in self._archive.names:
-            if name.endswith(".npy"):
+            if name.lower().endswith(".npy"):
                 raise ValueError(f"{path}: contains {name}, which is not an image; {_SCORES_NEED_PIXELS}")
 
     def __len__(self) -> int:
@@ -135,7 +142,8 @@ class SourceImages:
 class NpzImages:
     """The array `images`, uint8 [N, H, W, 1 or 3], of an uncompressed .npz, memory-mapped; `arr_0` in those of ADM.
 
-    Raises ValueError if there is no such array.
+    Classes are in `labels` [N]; beside `arr_0`, they may also be in `arr_1`, where the sampling script of ADM puts
+    them. Raises ValueError if there is no such array.
     """
 
     def __init__(self, path: Path):
@@ -143,10 +151,14 @@ class NpzImages:
         try:
             with zipfile.ZipFile(path) as archive:
                 members = archive.namelist()
-            is_adm = "images.npy" not in members and "arr_0.npy" in members
-            self._has_labels = "labels.npy" in members and not is_adm
-            self._has_names = "label_names.npy" in members
-            name = "arr_0" if is_adm else "images"
+            arrays = [member.removesuffix(".npy") for member in members]
+            name = next((one for one in ("images", "arr_0") if one in arrays), None)
+            if name is None:
+                raise ValueError(f"it holds {', '.join(arrays[:4]) or 'nothing'}; expected `images` or `arr_0`")
+            self._labels = next((one for one in ("labels", "arr_1") if one in arrays), None)
+            if name == "images" and self._labels == "arr_1":
+                self._labels = None
+            self._has_names = "label_names" in arrays
             self._images = map_npz_array(path, name)
         except BROKEN as error:
             raise ValueError(f"{path}: contains no array of images, or is damaged: {error}") from error
@@ -161,12 +173,12 @@ class NpzImages:
         return len(self._images)
 
     def labels(self) -> Labels | None:
-        """The array `labels` beside the images, as generate.py writes it, or None."""
-        if not self._has_labels:
+        """The array of classes beside the images, as generate.py or ADM write it, or None."""
+        if self._labels is None:
             return None
-        values = read_npz_array(self._path, "labels")
+        values = read_npz_array(self._path, self._labels)
         if values.shape != (len(self),):
-            raise ValueError(f"{self._path}: `labels` has shape {list(values.shape)}; expected [{len(self)}]")
+            raise ValueError(f"{self._path}: `{self._labels}` has shape {list(values.shape)}; expected [{len(self)}]")
         found = labels_of_array(values, str(self._path))
         if not self._has_names:
             return found
@@ -190,10 +202,21 @@ def open_images(path: str | Path) -> ScoredImages:
 
     Raises ValueError if there are none.
     """
-    if Path(path).suffix.lower() == ".npz" and Path(path).is_file():
+    if Path(path).is_file() and _is_npz(Path(path)):
         return NpzImages(Path(path))
     kind, rest = split_kind(path)
     return ArchiveImages(Path(rest)) if kind == "image_files" else SourceImages(str(path))
+
+
+def _is_npz(path: Path) -> bool:
+    """Whether a file has the suffix .npz or, with another one than .zip, holds what generate.py --npz writes."""
+    if path.suffix.lower() in (".npz", ".zip"):  # the index of a zip of a million images takes seconds
+        return path.suffix.lower() == ".npz"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {"images.npy", "seeds.npy"} <= set(archive.namelist())
+    except BROKEN:
+        return False
 
 
 def warn_of_another_crop(images: ScoredImages, what: str, reference: Reference) -> None:
@@ -242,7 +265,11 @@ def class_numbers(
 
     None if the numbers are the same or not both are named. Raises ValueError if one of the `used` classes is not there.
     """
-    if generated is None or real is None or tuple(generated) == tuple(real):
+    if generated is None or real is None:
+        return None
+    # systems differ in how they store an accent: as part of the letter, or after it
+    generated, real = ([unicodedata.normalize("NFC", name) for name in names] for names in (generated, real))
+    if generated == real:
         return None
     unknown = [generated[number] for number in used if generated[number] not in real]
     if unknown:

@@ -11,6 +11,7 @@ from edm2kit.metrics.card import explain, read_card, scores_side_by_side
 from edm2kit.metrics.detectors.registry import DETECTORS
 from edm2kit.metrics.registry import METRICS
 from edm2kit.sampling.solvers import Sampler
+from edm2kit.torch_utils.dist import one_line
 
 _card = click.Path(path_type=Path, exists=True, dir_okay=False)
 
@@ -41,9 +42,9 @@ def list_command() -> None:
 def explain_command(first: Path, second: Path) -> None:
     """Show what differs between two score cards, and which way that usually moves a score."""
     records = [read_card(first), read_card(second)]
-    for line in scores_side_by_side(*records):
-        click.echo(line)
-    click.echo("\n".join(explain(*records)) or "Nothing that decides a score differs.")
+    differing = explain(*records) or ["Nothing that decides a score differs."]
+    for line in [*scores_side_by_side(*records), *differing]:
+        click.echo(one_line(line))
 
 
 def evaluations(sampler: Any, method: str) -> dict[str, Any]:

@@ -13,10 +13,13 @@ import stat
 import struct
 import zlib
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+
+from edm2kit.data.file_kinds import START_BYTES, kind_of_file, single_image
 
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
@@ -30,6 +33,9 @@ _MAX_FILE_BYTES = 1 << 30  # of one file, uncompressed
 _SUSPICIOUS_BYTES, _MAX_RATIO = 1 << 24, 200  # images and labels of this size never compress so well
 _SMALL_BYTES = 1 << 16
 _PNG_PIXELS, _PNG_TAIL = 37, 16  # bytes before the name of the chunk of pixels, and from its checksum to the end
+# folders that systems and network disks keep beside the files of their users, some of them unreadable
+_SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+_UNICODE_PATH = 0x7075
 _SAMPLE_BYTES = 4096  # that `checksum` reads at the start, in the middle and at the end of a file
 
 
@@ -286,7 +292,8 @@ def _file_names(root: Path) -> list[str]:
     # class folders are often links to elsewhere; `seen` stops a link to a parent folder from looping forever
     for folder, folders, files in os.walk(root, followlinks=True, onerror=_refuse_folder):
         seen.add(os.path.realpath(folder))
-        folders[:] = [f for f in folders if os.path.realpath(os.path.join(folder, f)) not in seen]
+        shown = [name for name in folders if name not in _SYSTEM_FOLDERS and not name.startswith(".")]
+        folders[:] = [name for name in shown if os.path.realpath(os.path.join(folder, name)) not in seen]
         prefix = Path(folder).relative_to(root).as_posix()
         if prefix == ".":
             names.extend(files)
@@ -300,20 +307,29 @@ def _refuse_folder(error: OSError) -> None:
     raise ValueError(f"{error.filename}: the folder cannot be read: {error.strerror}; fix its permissions") from error
 
 
-def _decode_name(name: bytes, flags: int) -> str:
-    """A name in a zip. Most tools write UTF-8, but only some set the flag; tools on Windows may separate by "\\"."""
+def _decode_name(name: bytes, flags: int, extra: bytes) -> str:
+    """A name in a zip. Most tools write UTF-8, but only some set the flag; tools on Windows may separate by "\\".
+
+    Some write their system's code page, or escapes, and UTF-8 in an extra field (APPNOTE 4.6.9).
+    """
     try:
         text = name.decode()
     except UnicodeDecodeError:
         text = name.decode("utf-8", "surrogateescape") if flags & 0x800 else name.decode("cp437")
+    for kind, field in _extra_fields(extra) if extra else ():
+        if kind == _UNICODE_PATH and field[:5] == b"\1" + zlib.crc32(name).to_bytes(4, "little"):
+            with contextlib.suppress(UnicodeDecodeError):
+                text = field[5:].decode()
     return text.removeprefix("./").replace("\\", "/")
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether a file is in a hidden folder or hidden itself; ../x.png is not, and must not be left out silently."""
-    if not name.startswith((".", "__MACOSX/")) and "/." not in name:
+    """Whether a file is hidden or in a hidden folder; ../x.png is not, and must not be left out silently."""
+    if not name.startswith(".") and "/." not in name and not any(folder in name for folder in _SYSTEM_FOLDERS):
         return False
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/")) or name[0] == "_"
+    *folders, _ = parts = name.split("/")
+    hidden = any(part.startswith(".") and part not in (".", "..") for part in parts)
+    return hidden or not set(folders).isdisjoint(_SYSTEM_FOLDERS)
 
 
 def _split_names(all_names: list[str], extensions: tuple[str, ...]) -> tuple[list[int], list[int]]:
@@ -345,12 +361,13 @@ def _read_index(descriptor: int, path: Path) -> tuple[list[str], np.ndarray]:
             )
             name_start = position + _CENTRAL.size
             name_end = name_start + name_bytes
+            extra = directory[name_end : name_end + extra_bytes] if extra_bytes else b""
             if signature != b"PK\x01\x02":
                 raise ValueError
-            names.append(_decode_name(directory[name_start:name_end], flags))
+            names.append(_decode_name(directory[name_start:name_end], flags, extra))
             is_encrypted = is_encrypted or bool(flags & 1)
             if _IN_EXTRA in (packed, size, offset):
-                size, packed, offset = _zip64_fields(directory[name_end : name_end + extra_bytes], size, packed, offset)
+                size, packed, offset = _zip64_fields(extra, size, packed, offset)
             numbers.extend((offset + shift, packed, size, crc, method, name_bytes))
             position = name_end + extra_bytes + comment_bytes
         if position != num_bytes:
@@ -371,8 +388,12 @@ def _find_index(descriptor: int, path: Path) -> tuple[int, int, int, int]:
     tail = os.pread(descriptor, file_bytes - tail_start, tail_start)
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or at + _END.size > len(tail):
+        start = os.pread(descriptor, START_BYTES, 0)
+        kind = single_image(start) or kind_of_file(start)
+        if kind is not None:
+            raise ValueError(f"{path}: is {kind}")
         raise ValueError(f"{path}: not a zip archive, or cut short: no index at its end; copy or write it again")
-    _, _, _, _, count, num_bytes, offset, _ = _END.unpack_from(tail, at)
+    _, _, _, _, count, num_bytes, offset, comment_bytes = _END.unpack_from(tail, at)
     end = tail_start + at
     locator = tail[at - _END64_LOCATOR.size : at] if at >= _END64_LOCATOR.size else b""
     if locator[:4] == b"PK\x06\x07":
@@ -385,17 +406,25 @@ def _find_index(descriptor: int, path: Path) -> tuple[int, int, int, int]:
     shift = end - num_bytes - offset
     if shift < 0:
         raise ValueError(f"{path}: the zip is cut short: {-shift} bytes are missing; copy or write it again")
+    if shift > 0 and at + _END.size + comment_bytes != len(tail):  # the index of a zip within the zip
+        raise ValueError(f"{path}: the zip is cut short: its own index is missing; copy or write it again")
     return end - num_bytes, num_bytes, count, shift
 
 
 def _zip64_fields(extra: bytes, size: int, packed: int, offset: int) -> tuple[int, int, int]:
     """Size, packed size and offset of an entry beyond 4 GiB (zip64 extended information)."""
+    for kind, field in _extra_fields(extra):
+        if kind == 1:
+            wide = list(struct.unpack_from(f"<{len(field) // 8}Q", field))
+            size, packed, offset = (wide.pop(0) if value == _IN_EXTRA else value for value in (size, packed, offset))
+            break
+    return size, packed, offset
+
+
+def _extra_fields(extra: bytes) -> Iterator[tuple[int, bytes]]:
+    """The kind and the content of each extra field of an entry; a cut one ends them."""
     position = 0
     while position + 4 <= len(extra):
         kind, num_bytes = struct.unpack_from("<2H", extra, position)
-        if kind == 1:
-            wide = list(struct.unpack_from(f"<{num_bytes // 8}Q", extra, position + 4))
-            size, packed, offset = (wide.pop(0) if value == _IN_EXTRA else value for value in (size, packed, offset))
-            break
+        yield kind, extra[position + 4 : position + 4 + num_bytes]
         position += 4 + num_bytes
-    return size, packed, offset

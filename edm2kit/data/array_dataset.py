@@ -42,6 +42,16 @@ class ArrayDataset(Source):
             raise ValueError(f"{path}: contains no .npy array; expected one .npy file or a folder of them")
         self._arrays = [_load(file) for file in files]
         for file, array in zip(files, self._arrays, strict=True):
+            if (
+                array.ndim == 4
+                and array.shape[3] in (1, 3)
+                and array.shape[1] not in (1, 3)
+                and array.dtype == np.uint8
+            ):
+                raise ValueError(
+                    f"{file}: is {list(array.shape)}, with channels last; expected [N, C, H, W]: save "
+                    "images.transpose(0, 3, 1, 2)"
+                )
             if array.ndim != 4 or array.dtype not in _DTYPES or not len(array):
                 raise ValueError(
                     f"{file}: is {array.dtype} {list(array.shape)}; expected pixels uint8 [N, C, H, W] or raw latents "
@@ -105,7 +115,7 @@ class ArrayDataset(Source):
 def is_array_dataset(path: Path) -> bool:
     """Whether `path` is a .npy file, or a folder whose first .npy file has four dimensions."""
     if path.is_file():
-        return path.suffix == ".npy"
+        return path.suffix.lower() == ".npy"
     files = _array_files(path)
     if not files:
         return False
@@ -118,7 +128,7 @@ def is_array_dataset(path: Path) -> bool:
 def _array_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    return sorted(file for file in path.glob("*.npy") if file.name != LABELS_ARRAY and file.name[0] != ".")
+    return sorted(file for file in path.glob("*.[nN][pP][yY]") if file.name != LABELS_ARRAY and file.name[0] != ".")
 
 
 def _load(file: Path) -> np.ndarray:

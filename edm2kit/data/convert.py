@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import os
-import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +39,8 @@ from edm2kit.data.labels import (
     noted_labels,
     read_labels,
     read_labels_file,
+    split_folders,
+    splits_among,
 )
 from edm2kit.data.output import PartialDataset, announce_size, is_finished
 from edm2kit.data.workers import run_in_order
@@ -48,8 +50,6 @@ Archive = FolderArchive | ZipArchive | SavedTable | CifarArchive
 _VIDEOS = (".mov", ".mp4", ".m4v", ".avi", ".mkv", ".webm", ".3gp", ".mpg", ".mpeg", ".wmv")
 _MAX_KINDS = 4
 _MAX_SIDE = 8192  # the largest power of two whose square open_image reads
-_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
-_PAIRED_SPLIT = re.compile(r"(train|val|test)[AB]")  # of data sets for translation between two domains
 
 
 @dataclass(frozen=True)
@@ -225,19 +225,13 @@ def find_labels(archive: Archive, label_source: str) -> Labels | None:
     if find_extra(archive, RECORD) is not None:
         return noted_labels(archive)
     labels = folder_labels(archive.names)
-    if labels is not None and all(_is_split(name) for name in labels.class_names or ()):
+    if splits := split_folders(archive.names):
         raise ValueError(
-            f"{archive.path}: its folders {', '.join(labels.class_names or ())} look like splits of one data set, not "
+            f"{archive.path}: its folders {', '.join(splits)} look like splits of one data set, not "
             "like classes. Convert one of them (the folder one level below), or use --labels folders to take them as "
             "classes, or --labels none"
         )
     return labels
-
-
-def _is_split(folder: str) -> bool:
-    """Whether the name of a folder is that of a split: val, Train, test_set, train2017, imagenet-val, trainA."""
-    words = re.split(r"[\W\d_]+", folder.lower())
-    return not _SPLITS.isdisjoint(words) or _PAIRED_SPLIT.fullmatch(folder) is not None
 
 
 def pick_balanced(num_images: int, classes: np.ndarray | None, max_images: int | None) -> np.ndarray:
@@ -374,6 +368,11 @@ def _description(archive: Archive, count: int, labels: Labels | None, channels: 
         if len(labels.class_names) > 5:
             summary += ", ..."
     lines.append(summary)
+    if splits := splits_among(labels.class_names or ()):
+        lines.append(
+            f"Warning: the classes {', '.join(splits)} have the names of splits. Convert the folder one level below if "
+            "they are"
+        )
     empty = labels.space.empty_classes(labels.values)
     if empty:
         names = ", ".join(labels.space.name_class(k) for k in empty[:5])
@@ -399,10 +398,14 @@ def _kinds(names: list[str]) -> str:
 def _empty_folders(archive: FolderArchive, class_names: tuple[str, ...]) -> list[str]:
     """A warning if there are folders beside the class folders that contain no images."""
     parts = archive.names[0].split("/")
-    here = next((k for k, part in enumerate(parts[:-1]) if part in class_names), None)
+    here = next((k for k, part in enumerate(parts[:-1]) if unicodedata.normalize("NFC", part) in class_names), None)
     if here is None:
         return []
-    folders = sorted(folder.name for folder in Path(archive.path, *parts[:here]).iterdir() if folder.is_dir())
+    folders = sorted(
+        unicodedata.normalize("NFC", folder.name)
+        for folder in Path(archive.path, *parts[:here]).iterdir()
+        if folder.is_dir()
+    )
     empty = [name for name in folders if name not in class_names and not name.startswith((".", "__MACOSX"))]
     if not empty:
         return []

@@ -21,7 +21,15 @@ from edm2kit.data.image_files import (
     decode_array,
     find_layout,
 )
-from edm2kit.data.labels import LABELS_FILE, ConditionSpace, find_extra, labels_identity, pick_labels, read_labels
+from edm2kit.data.labels import (
+    LABELS_FILE,
+    ConditionSpace,
+    find_extra,
+    labels_identity,
+    pick_labels,
+    read_labels,
+    split_folders,
+)
 
 FILE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".npy")
 UNREAD_TYPES = tuple({*IMAGE_EXTENSIONS, *HEIF_EXTENSIONS, *OTHER_TYPES}.difference(FILE_EXTENSIONS))
@@ -346,9 +354,11 @@ def split_kind(path: str | Path) -> tuple[str, str]:
     from edm2kit.data.hugging_face import is_saved_dataset
 
     folder = Path(str(path).partition("?")[0])
+    if folder.suffix.lower() == ".npy" and folder.is_file():
+        return "arrays", str(path)
     if any((folder / name).is_file() for name in _HUGGING_FACE_FILES) and is_saved_dataset(folder):
         return "hf", str(path)
-    has_arrays = folder.suffix == ".npy" or next(folder.glob("*.npy"), None) is not None
+    has_arrays = next(folder.glob("*.[nN][pP][yY]"), None) is not None
     return "arrays" if has_arrays and is_array_dataset(Path(path)) else "image_files", str(path)
 
 
@@ -395,6 +405,13 @@ def reading_notices(source: Source) -> list[str]:
     """Advice on reading all images, and on reading them faster, if there is any."""
     trouble = latent_trouble(source.read(spread_evenly(len(source), 64)))
     notices = [f"{source.path}: {trouble}"] if trouble else []
+    if isinstance(source, ImageDataset) and (
+        splits := split_folders([source.item_name(k) for k in range(len(source))])
+    ):
+        notices.append(
+            f"{source.path} holds the folders {', '.join(splits)}, which look like splits of one data set; all of them "
+            "are trained on. Give one of them if that is not meant"
+        )
     if source.left_out:
         total = len(source.left_out) + len(source)
         notices.append(

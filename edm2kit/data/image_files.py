@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from edm2kit.data.file_kinds import kind_of_file
 from edm2kit.models.encoders import to_image
 from edm2kit.torch_utils.arrays import BROKEN
+from edm2kit.torch_utils.dist import one_line
 
 IMAGE_EXTENSIONS = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
@@ -24,19 +26,7 @@ IMAGE_EXTENSIONS = (
 )
 HEIF_EXTENSIONS = (".heic", ".heif", ".hif")  # of phones
 HEIF_NEEDS = "need the package pillow-heif: pip install 'edm2kit[heic]'"
-OTHER_TYPES = (
-    ".avif",
-    ".jp2",
-    ".jxl",
-    ".tga",
-    ".psd",
-    ".exr",
-    ".hdr",
-    ".dng",
-    ".cr2",
-    ".nef",
-    ".arw",
-)
+OTHER_TYPES = (".avif", ".jp2", ".jxl", ".tga", ".psd", ".exr", ".hdr", ".dng", ".cr2", ".nef", ".arw")
 _MAX_PIXELS = 1 << 27  # of one image: 134 megapixels
 # a small file with very many pixels is made to fill the memory; uniform areas compress to 1/1000
 _SMALL_PIXELS, _PIXELS_PER_BYTE = 1 << 24, 100
@@ -135,7 +125,10 @@ def to_srgb(image: Image.Image) -> Image.Image:
     from PIL import ImageCms
 
     transform = _to_srgb_transform(image.info["icc_profile"], image.mode)
-    converted = ImageCms.applyTransform(image.convert(_SRGB_MODES[image.mode]), transform)
+    try:
+        converted = ImageCms.applyTransform(image.convert(_SRGB_MODES[image.mode]), transform)
+    except ImageCms.PyCMSError:
+        return image
     assert converted is not None  # not in place
     return converted.convert("L") if image.mode in ("L", "LA") else converted
 
@@ -178,7 +171,9 @@ def open_header(data: bytes, where: str) -> Image.Image:
         with _without_pillow_warnings():  # among them one about size; the limit below is this project's own
             image = Image.open(io.BytesIO(data), formats=formats)
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{where}: is not an image, or is cut short within its header") from error
+        kind = kind_of_file(data)
+        reason = "is not an image, or is cut short within its header" if kind is None else f"is {kind}"
+        raise ValueError(f"{where}: {reason}") from error
     except _BROKEN_IMAGE as error:
         raise ValueError(f"{where}: the image is damaged or cut short: {error}") from error
     if image.format in ("JPEG", "MPO") and data.count(_SCAN) > _MANY_SCANS + len(data) // _BYTES_PER_SCAN:
@@ -208,13 +203,19 @@ def to_8bit(image: Image.Image, channels: int, where: str) -> Image.Image:
         values = np.asarray(image)
         sixteen_bits = image.mode != "F" and values.min() >= 0 and values.max() <= 0xFFFF
         if not sixteen_bits:
-            raise ValueError(f"{where}: contains numbers beyond 16 bits; scale them to 8 or 16 bits first")
+            kind = "floating-point numbers" if image.mode == "F" else "numbers beyond 16 bits"
+            raise ValueError(f"{where}: contains {kind}; scale them to 8 or 16 bits first")
         image = Image.fromarray((values >> 8).astype(np.uint8))
     mode = "L" if channels == 1 else "RGB"
     if image.mode == mode:
         return image
     with _without_pillow_warnings():
-        return image.convert(mode)
+        try:
+            return image.convert(mode)
+        except ValueError as error:
+            raise ValueError(
+                f"{where}: its pixels are {image.mode}, which cannot become {mode}; save it as RGB"
+            ) from error
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:
@@ -244,7 +245,7 @@ def labelled_sheet(
     font = ImageFont.load_default(size=12)
     rows = -(-len(images) // columns)
     full_width = max(columns * (width + _SHEET_GAP) + _SHEET_GAP, _SHEET_WIDTH if title else 0)
-    lines = _wrapped(title, full_width - 2 * _SHEET_GAP, font)
+    lines = _wrapped(one_line(title), full_width - 2 * _SHEET_GAP, font)
     top = len(lines) * _SHEET_LINE + (_SHEET_LINE if column_titles else 0) + _SHEET_GAP
     step = height + _SHEET_GAP + (_SHEET_LINE if captions else 0)
     sheet = Image.new(images[0].mode, (full_width, top + rows * step), "white")
@@ -253,13 +254,13 @@ def labelled_sheet(
         pen.text((_SHEET_GAP, number * _SHEET_LINE), line, fill="black", font=font)
     for number, text in enumerate(column_titles):
         x = _SHEET_GAP + number * (width + _SHEET_GAP)
-        pen.text((x, len(lines) * _SHEET_LINE), _cut(text, width, font), fill="black", font=font)
+        pen.text((x, len(lines) * _SHEET_LINE), _cut(one_line(text), width, font), fill="black", font=font)
     for number, image in enumerate(images):
         row, column = divmod(number, columns)
         x, y = _SHEET_GAP + column * (width + _SHEET_GAP), top + row * step
         sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
         if captions:
-            pen.text((x, y + height + 1), _cut(captions[number], width, font), fill="black", font=font)
+            pen.text((x, y + height + 1), _cut(one_line(captions[number]), width, font), fill="black", font=font)
     return sheet
 
 

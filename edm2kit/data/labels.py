@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 RECORD = "generation.json"  # written beside generated images: how they were made
 LABELS_FILE = "dataset.json"
 _OTHER_KEYS_OF_NAMES = ("class_names", "classes", "names", "categories", "label_name", "labels_names")
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
+_PAIRED_SPLIT = re.compile(r"(train|val|test)[AB]")  # of data sets for translation between two domains
 _MAX_CLASSES = 1 << 20
 # a network has weights for each class, and each image a number: a label that is an identification number would cost
 # gigabytes
@@ -253,7 +255,7 @@ def read_label_vectors(path: str | Path) -> np.ndarray:
     """
     path = Path(path)
     try:
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             values = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
         else:
             values = np.array(json.loads(path.read_bytes()), np.float64)
@@ -272,7 +274,8 @@ def folder_labels(names: list[str]) -> Labels | None:
     Folders that all images share are skipped: `train/cat/1.png` and `train/dog/1.png` have classes cat and dog. Raises
     ValueError if some images are in class folders and others are not.
     """
-    folders = [name.split("/")[:-1] for name in names]
+    # macOS stores accents after their letters; in one form, a class has one name and one place in the order
+    folders = [unicodedata.normalize("NFC", name).split("/")[:-1] for name in names]
     first, last = min(folders), max(folders)
     common = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
     shared = len(list(common))  # depth of the folders that all images share
@@ -283,6 +286,31 @@ def folder_labels(names: list[str]) -> Labels | None:
         raise ValueError(f"{outside[0]} is outside the class folders; move it, or use --labels none")
     class_names, classes = np.unique([folder[shared] for folder in folders], return_inverse=True)
     return Labels(classes.astype(np.int64), tuple(class_names.tolist()))
+
+
+def split_folders(names: Sequence[str]) -> list[str]:
+    """The folders of a data set that is one level too high, such as train and val; [] if its folders are others."""
+    folders = [name.split("/")[:-1] for name in names[:1]]
+    if not folders or not any(map(_is_split, folders[0])):
+        return []  # most data sets, without looking at every name
+    try:
+        found = folder_labels(list(names))
+    except ValueError:
+        return []
+    classes = [] if found is None else list(found.class_names or ())
+    return classes if all(map(_is_split, classes)) else []
+
+
+def splits_among(classes: Sequence[str]) -> list[str]:
+    """The names of classes that are those of splits, if there are at least two."""
+    found = [name for name in classes if _is_split(name)]
+    return found if len(found) > 1 else []
+
+
+def _is_split(folder: str) -> bool:
+    """Whether the name of a folder is that of a split: val, Train, test_set, train2017, imagenet-val, trainA."""
+    words = re.split(r"[\W\d_]+", folder.lower())
+    return not _SPLITS.isdisjoint(words) or _PAIRED_SPLIT.fullmatch(folder) is not None
 
 
 def noted_labels(archive: FolderArchive | ZipArchive) -> Labels | None:

@@ -8,10 +8,12 @@ from typing import Any
 
 from edm2kit.metrics.detectors.registry import Detector
 from edm2kit.metrics.scoring import Measurement
+from edm2kit.torch_utils.dist import one_line
 from edm2kit.torch_utils.files import short
 
 _TABLED = ("results", "intervals", "cautions", "by_class")  # shown in the first tables of a card
 
+_LARGEST_INT = 1 << 62  # others need not be floats
 Runs = Mapping[str, Mapping[str, float]]  # run -> metric -> value
 
 
@@ -112,11 +114,16 @@ def markdown(record: Mapping[str, Any]) -> str:
         lines.append("|---" * (3 + len(detectors)) + "|")
         for title, one in classes.items():
             values = " | ".join(f"{value:.6g}" for value in one["distances"].values())
-            lines.append(f"| {title} | {one['num_images']} | {one['num_real']} | {values} |")
+            lines.append(f"| {_cell(title)} | {one['num_images']} | {one['num_real']} | {values} |")
     lines += ["", "| what | |", "|---|---|"]
     for name, value in _flat({key: value for key, value in record.items() if key not in _TABLED}):
-        lines.append(f"| {name} | {str(value).replace('|', '/')} |")
+        lines.append(f"| {_cell(name)} | {_cell(value)} |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    """A value within a table of Markdown: names of classes and files may hold anything."""
+    return one_line(str(value)).replace("|", "/")
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -204,7 +211,7 @@ EFFECTS: tuple[Effect, ...] = (
 def read_card(path: Path) -> dict[str, Any]:
     """A record that `--record` wrote. Raises ValueError if the file is something else, naming what is wrong in it."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("results"), dict):
@@ -218,7 +225,9 @@ def read_card(path: Path) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < _LARGEST_INT
+    return isinstance(value, float)
 
 
 def _has_numbers(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """Images to score, from folders, zips, .npz files and arrays."""
 
 import json
+import unicodedata
 import zipfile
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from edm2kit.cli.image_source import image_batches, open_images
+from edm2kit.cli.image_source import class_numbers, image_batches, image_labels, open_images
 from edm2kit.cli.npz import write_npz
+from edm2kit.conditions import parse_classes
 from tests.support.hostile_arrays import HOSTILE
 from tests.support.pictures import encoded, npy, picture, some_files, write_folder, write_zip
 
@@ -212,3 +214,51 @@ def test_a_record_of_any_type_names_the_crop(tmp_path, resolution, text):
     settings = {"transform": "center-crop", "resolution": resolution}
     (tmp_path / "dataset.json").write_text(json.dumps({"settings": settings}))
     assert open_images(tmp_path).crop() == f"center-crop to {text}"
+
+
+def test_classes_beside_images_of_another_project_are_kept(tmp_path):
+    pixels = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)
+    np.savez(tmp_path / "adm.npz", pixels, np.array([4, 0, 4]))  # as ADM's image_sample.py
+    np.savez(tmp_path / "named.npz", arr_0=pixels, labels=np.array([1, 2, 3]))
+    np.savez(tmp_path / "reference.npz", arr_0=pixels, mu=np.zeros(2), sigma=np.zeros([2, 2]))
+    assert image_labels(open_images(tmp_path / "adm.npz")).values.tolist() == [4, 0, 4]
+    assert image_labels(open_images(tmp_path / "named.npz")).values.tolist() == [1, 2, 3]
+    assert image_labels(open_images(tmp_path / "reference.npz")) is None
+
+
+@pytest.mark.parametrize(
+    ("arrays", "reason"),
+    [
+        ({"samples": np.zeros([2, 4, 4, 3], np.uint8)}, "it holds samples; expected `images` or `arr_0`"),
+        ({"arr_0": np.zeros([2, 4, 4, 3], np.float32)}, r"`arr_0` is float32 \[2, 4, 4, 3\]; expected uint8"),
+        ({"arr_0": np.zeros([2, 3, 4, 4], np.uint8)}, r"`arr_0` is uint8 \[2, 3, 4, 4\]; expected uint8 \[N, H, W"),
+        ({"arr_0": np.zeros([0, 4, 4, 3], np.uint8)}, "it contains no images"),
+        ({}, "it holds nothing; expected `images` or `arr_0`"),
+    ],
+)
+def test_an_npz_without_images_says_what_it_holds(tmp_path, arrays, reason):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match=rf"a\.npz: .*{reason}"):
+        open_images(tmp_path / "a.npz")
+
+
+def test_images_of_generate_are_read_whatever_the_suffix(tmp_path):
+    write_npz(tmp_path / "images", [7], [(np.full([3, 4, 4], 9, np.uint8), 2)])
+    assert open_images(tmp_path / "images").read(0).mean() == 9
+
+
+def test_names_of_classes_are_the_same_with_either_kind_of_accent():
+    composed, apart = (unicodedata.normalize(form, "\u00e9t\u00e9") for form in ("NFC", "NFD"))
+    assert class_numbers(("zebra", apart), ("zebra", composed), [0, 1]) is None
+    assert class_numbers((apart,), ("zebra", composed), [0]).tolist() == [1]
+    assert parse_classes(composed, 2, ("zebra", apart)) == (1,)
+    with pytest.raises(ValueError, match="several classes are called"):
+        parse_classes("e\u0301", 2, ("\u00e9", "\u00e9"))
+
+
+def test_arrays_with_channels_last_say_so(tmp_path):
+    (tmp_path / "a.NPY").write_bytes(npy(np.zeros([2, 8, 8, 3], np.uint8)))
+    with pytest.raises(ValueError, match=r"\[2, 8, 8, 3\], with channels last; .* images\.transpose\(0, 3, 1, 2\)"):
+        open_images(tmp_path / "a.NPY")
+    (tmp_path / "b.NPY").write_bytes(npy(np.zeros([2, 3, 8, 8], np.uint8)))
+    assert len(open_images(tmp_path / "b.NPY")) == 2

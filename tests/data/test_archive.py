@@ -1,5 +1,6 @@
 """Folders and zips give the same files by number; damaged files are named."""
 
+import io
 import os
 import pickle
 import struct
@@ -11,7 +12,7 @@ from multiprocessing import get_context
 import pytest
 
 from edm2kit.data.archive import open_archive
-from tests.support.pictures import write_folder, write_zip
+from tests.support.pictures import encoded, picture, write_folder, write_zip
 
 FILES = {f"{k % 3}/{name}.png": os.urandom(50 + k) for k, name in enumerate("bdacfe")}
 
@@ -145,3 +146,18 @@ def test_what_is_not_a_file_of_a_possible_size_is_named_and_neither_waited_for_n
     assert archive.read(1) == b"1"
     with pytest.raises(ValueError, match="a.png: is a device or pipe" if kind == "pipe" else "."):
         open_archive(folder / "a.png", (".png",))
+
+
+def test_a_zip_that_is_cut_within_its_index_is_not_taken_for_a_zip_inside_it(tmp_path):
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w") as archive:
+        archive.writestr("readme.txt", "x")
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr("0.png", encoded(picture()))
+        archive.writestr("inner.zip", inner.getvalue())
+    whole = (tmp_path / "set.zip").read_bytes()
+    (tmp_path / "set.zip").write_bytes(whole[:-30])
+    with pytest.raises(ValueError, match="the zip is cut short: its own index is missing"):
+        open_archive(tmp_path / "set.zip", (".png",))
+    (tmp_path / "set.zip").write_bytes(b"#!self-extractor" + whole)
+    assert open_archive(tmp_path / "set.zip", (".png",)).read(0) == encoded(picture())

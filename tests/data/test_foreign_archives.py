@@ -2,20 +2,23 @@
 
 import io
 import json
+import os
 import struct
 import unicodedata
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from edm2kit.cli.image_source import open_images
 from edm2kit.data.archive import check_name, open_archive
 from edm2kit.data.check import check, look_at
-from edm2kit.data.convert import find_labels, plan
+from edm2kit.data.convert import _description, find_labels, plan
 from edm2kit.data.dataset import ImageDataset, open_source, reading_notices
-from edm2kit.data.image_files import IMAGE_EXTENSIONS, encode_png, open_header
+from edm2kit.data.image_files import IMAGE_EXTENSIONS, encode_png, open_header, to_8bit
 from edm2kit.data.labels import read_labels
 from edm2kit.data.output import PartialDataset
 
@@ -262,3 +265,136 @@ def test_the_checksum_of_a_file_shows_other_content_of_the_same_size(tmp_path, s
     (tmp_path / "x.png").write_bytes(before[:-1] + b"?")
     assert opened(tmp_path).checksum(0) != checksum
     assert checksum[0] == size
+
+
+def test_folders_of_systems_and_network_disks_hold_no_photos(tmp_path):
+    hidden = ["@eaDir/x.jpg/SYNOPHOTO_THUMB_XL.jpg", "cat/@eaDir/x.png", "$RECYCLE.BIN/x.png", "lost+found/x.png"]
+    files = {name: png() for name in ["cat/0.png", "dog/1.png", "cat/__MACOSX/x.png", ".Trash-0/x.png", *hidden]}
+    shown = ["cat/0.png", "dog/1.png"]
+    assert opened(write_zip(tmp_path / "set.zip", files)).names == shown
+    for name, data in files.items():
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(data)
+    assert opened(tmp_path / "set").names == shown
+
+
+def test_hidden_folders_that_cannot_be_read_are_left_out(tmp_path, monkeypatch):
+    for folder in ("cat", "lost+found", ".Trash-0"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "0.png").write_bytes(png())
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name in ("lost+found", ".Trash-0"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert opened(tmp_path).names == ["cat/0.png"]
+
+
+def unicode_path(entry, text):
+    """The extra field of an entry that says its name in UTF-8 (APPNOTE 4.6.9)."""
+    content = b"\1" + struct.pack("<L", zlib.crc32(entry)) + text.encode()
+    return struct.pack("<2H", 0x7075, len(content)) + content
+
+
+@pytest.mark.parametrize(
+    ("written", "extra", "read"),
+    [
+        (b"\x82/0.png", unicode_path(b"\x82/0.png", "caf\u00e9/0.png"), "caf\u00e9/0.png"),  # code page 437 or 850
+        (b"#U732b/0.png", unicode_path(b"#U732b/0.png", "\u732b/0.png"), "\u732b/0.png"),
+        (b"\x82/0.png", unicode_path(b"other", "\u732b/0.png"), "\u00e9/0.png"),  # of a name that was changed later
+        (b"\x82/0.png", b"up\xff\xff", "\u00e9/0.png"),
+        (b"\x82/0.png", unicode_path(b"\x82/0.png", "")[:-4] + b"\0", "\u00e9/0.png"),
+    ],
+)
+def test_names_in_an_extra_field_come_before_those_of_a_code_page(tmp_path, written, extra, read):
+    info = zipfile.ZipInfo("x" * len(written))
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr(info, png())
+        info.extra = extra  # of the index alone, as the first one is written already
+    data = (tmp_path / "set.zip").read_bytes().replace(b"x" * len(written), written)
+    (tmp_path / "set.zip").write_bytes(data)
+    archive = opened(tmp_path / "set.zip")
+    assert archive.names == [read]
+    assert archive.read(0) == png()
+
+
+@pytest.mark.parametrize(
+    ("start", "reason"),
+    [
+        (b"\0\0\0\x1cftypheic", "is a HEIC photo"),
+        (b"\0\0\0\x20ftypavif", "is an AVIF image, which is not read; convert it to PNG"),
+        (b"\0\0\0\x20ftypisom", "is a video"),
+        (b"\xff\x0a", "is a JPEG XL image"),
+        (b"<!DOCTYPE HTML><html>", "is a web page, not an image"),
+        (b"version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS"),
+        (b"II*\0", "is a TIFF that is cut short, or of a kind that is not read, such as 16 bits"),
+        (b"%PDF-1.7", "is a PDF document"),
+        (b"\x89PNG\r\n\x1a\n", "is not an image, or is cut short within its header"),
+        (b"nothing", "is not an image, or is cut short within its header"),
+        (b"", "is not an image, or is cut short within its header"),
+    ],
+)
+def test_what_is_called_jpg_and_is_something_else_is_named(start, reason, monkeypatch):
+    monkeypatch.setattr("edm2kit.data.image_files.heif_is_readable", lambda: False)
+    with pytest.raises(ValueError, match=f"^x.jpg: {reason}"):
+        open_header(start + (bytes(64) if start else b""), "x.jpg")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("one.jpg", png(), "is a single image, not a folder or zip of images; give its folder"),
+        ("set.rar", b"Rar!\x1a\x07\1\0", "is an archive of a kind that is not read; unpack it"),
+        ("set.tar", bytes(257) + b"ustar\0" + bytes(300), "is an archive of a kind that is not read; unpack it"),
+        ("list.json", b'{"images": []}', "is a JSON file"),
+        ("set.zip", b"PK\3\4" + bytes(99), "not a zip archive, or cut short"),
+        ("empty.zip", b"", "not a zip archive, or cut short"),
+    ],
+)
+def test_a_source_that_is_no_zip_is_named(tmp_path, name, data, reason):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=reason):
+        opened(tmp_path / name)
+
+
+def test_a_16_bit_tiff_of_three_colours_is_told_from_a_damaged_file(tmp_path):
+    tags = [(256, 4, 1), (257, 4, 1), (258, 3, 3), (259, 3, 1), (262, 3, 2), (273, 4, 1), (277, 3, 1), (279, 4, 1)]
+    values = {256: 2, 257: 2, 258: 200, 259: 1, 262: 2, 273: 206, 277: 3, 279: 24}
+    entries = b"".join(struct.pack("<2H2L", tag, kind, count, values[tag]) for tag, kind, count in tags)
+    data = b"II*\0" + struct.pack("<LH", 8, len(tags)) + entries + bytes(4)
+    data = data.ljust(200, b"\0") + struct.pack("<3H", 16, 16, 16) + bytes(24)
+    with pytest.raises(ValueError, match=r"x\.tif: is a TIFF .* 16 bits for each of three colors; save it as PNG"):
+        open_header(data, "x.tif")
+
+
+def test_pixels_that_cannot_become_rgb_are_named():
+    with pytest.raises(ValueError, match=r"x\.tif: its pixels are La, which cannot become RGB; save it as RGB"):
+        to_8bit(Image.new("La", (8, 8)), 3, "x.tif")
+
+
+def test_accents_of_macos_make_no_other_class_and_no_other_order(tmp_path):
+    composed, apart = (unicodedata.normalize(form, "\u00e9t\u00e9") for form in ("NFC", "NFD"))
+    files = {f"{folder}/{k}.png": png() for k, folder in enumerate((composed, apart, "zebra"))}
+    labels = find_labels(opened(write_zip(tmp_path / "set.zip", files)), "auto")
+    assert labels.class_names == ("zebra", composed)
+    assert sorted(labels.values.tolist()) == [0, 1, 1]
+
+
+def test_splits_beside_other_folders_are_reported(tmp_path):
+    for folders, count in ((("train", "val", "cat"), 1), (("train", "bus"), 0)):
+        archive = opened(write_zip(tmp_path / "set.zip", {f"{name}/0.png": png() for name in folders}))
+        lines = _description(archive, len(folders), find_labels(archive, "auto"), 3)
+        assert sum("have the names of splits" in line for line in lines) == count
+
+
+def test_all_splits_together_are_reported_where_images_are_trained_on_and_scored(tmp_path, capsys):
+    for name in ("train/cat/0.png", "val/cat/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(png(200))
+    assert "the folders train, val, which look like splits" in reading_notices(open_source(tmp_path))[0]
+    open_images(tmp_path)
+    assert "the folders train, val look like splits of one data set" in capsys.readouterr().err
+    assert not any("look like splits" in notice for notice in reading_notices(open_source(tmp_path / "train")))

@@ -134,6 +134,11 @@ def test_cards_are_read_and_other_files_refused(tmp_path):
         ("intervals", [], "intervals must be two numbers by run"),
         ("cautions", {"fid": 5}, r"cautions\.fid must be text; got 5"),
         ("by_class", {"seeds 0-1": {"cat": {}}}, r"by_class\.seeds 0-1 must be distances"),
+        (
+            "results",
+            {"fid": {"min": 10**400, "mean": 1, "values": {"a": 1}}},
+            r"results\.fid must be numbers min, mean",
+        ),
     ],
 )
 def test_a_card_with_a_wrong_entry_names_it(tmp_path, table, entry, said):
@@ -141,3 +146,15 @@ def test_a_card_with_a_wrong_entry_names_it(tmp_path, table, entry, said):
     path.write_text(json.dumps({**card(), table: entry}))
     with pytest.raises(ValueError, match=said):
         read_card(path)
+
+
+def test_names_of_classes_cannot_break_the_table_of_a_card(tmp_path):
+    classes = {"0 a|b\n| c\x1b[2K": {"num_images": 1, "num_real": 2, "distances": {"fid": 3.0}}}
+    text = markdown(card(by_class={"seeds 0-9": classes}, images="a\nb"))
+    assert r"| 0 a/b\n/ c\x1b[2K | 1 | 2 | 3 |" in text.splitlines()
+    assert r"| images | a\nb |" in text.splitlines()
+
+
+def test_a_card_saved_by_an_editor_on_windows_is_read(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(card()), encoding="utf-8-sig")
+    assert read_card(tmp_path / "a.json") == card()
