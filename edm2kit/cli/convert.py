@@ -38,8 +38,6 @@ def main(source: str, dest: Path, workers: int, overwrite: bool) -> None:
     python scripts/convert_snapshot.py --source raw-snapshots/edm2-img512-xs --dest snapshots --workers 4
     """
     jobs = find_pickles(source, dest)
-    for _, target in jobs:
-        cli.check_output(target, "safetensors file")
     failures, skipped = [], 0
     with (
         cli.interrupt_on_sigterm(),
@@ -89,6 +87,7 @@ def convert(path: Path, target: Path, overwrite: bool) -> bool:
 
     Raises ValueError if the target exists and does not come from this pickle.
     """
+    cli.check_output(target, "safetensors file")
     if target.exists() and not overwrite:
         # a file that exists is complete, because it appears when the last byte is written; but is it this one?
         origin = read_header(target).training_config.get("published_file")

@@ -225,9 +225,9 @@ def read_prompts(path: Path) -> list[str]:
     Raises ValueError if the file cannot be read, is not such a list, or holds no prompt.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else text.splitlines()
-    except (OSError, ValueError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        found = json.loads(text) if path.suffix.lower() == ".json" else text.splitlines()
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--prompts {path}: cannot be read ({error})") from error
     if not isinstance(found, list) or not all(isinstance(prompt, str) for prompt in found):
         raise ValueError(f"--prompts {path}: expected a JSON list of texts")

@@ -264,6 +264,8 @@ def _take_request(options: dict[str, Any]) -> Request:
         _apply_preset(options, name)
     if options["net"] is None:
         raise click.UsageError("give --net, or --preset")
+    if options["classes"] is not None and not options["classes"].strip():
+        raise click.UsageError("--class is empty; name a class, or use --balanced for all")
     if options.pop("balanced"):
         if options["classes"] is not None:
             raise click.UsageError("--balanced cycles through all classes, --class through a list; give one")
@@ -302,9 +304,15 @@ def _apply_preset_file(options: dict[str, Any], path: Path) -> None:
 
     for section in reversed(_option_sections()):
         ask = section(ask)
+    command = click.command()(ask)
+    own = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    printing = {"--help", *(name for option in own if option.is_eager for name in option.opts)}
+    flags = ["help", *(name.removeprefix("--") for option in own if option.is_flag for name in option.opts)]
     try:
-        words = preset_words(path)
-        preset = click.command()(ask).main(words, standalone_mode=False)
+        words = preset_words(path, flags)
+        for word in printing.intersection(words):
+            raise ValueError(f"{word} prints something, and sets nothing; leave it out of the file")
+        preset = command.main(words, standalone_mode=False)
     except (click.ClickException, ValueError) as error:
         reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
         raise click.UsageError(f"--preset {path}: {reason}") from error

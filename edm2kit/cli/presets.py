@@ -4,8 +4,9 @@ The published ones are in edm2kit/configs/generate.yaml. A file of one's own, su
 option of generate.py; those of the networks that come with the package are such files, beside them in edm2kit/networks.
 """
 
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from edm2kit.torch_utils.files import atomic_write
+from edm2kit.torch_utils.files import atomic_write, short
 from edm2kit.training.config import nearest, read_yaml
 
 SIZES = ("xxs", "xs", "s", "m", "l", "xl", "xxl")
@@ -21,7 +22,12 @@ PRESETS_FILE = Path(__file__).parents[1] / "configs" / "generate.yaml"
 BOX = Path(__file__).parents[1] / "networks"  # networks that come with the package, their presets and cards
 _FILE_SUFFIXES = (".yaml", ".yml")
 _REPEATABLE = ("guidance-also",)
-_PATHS = ("net", "gnet", "uncond", "labels")  # options whose values are files
+_SWITCHES = ("compile",)  # options whose values are on, off and others
+# options whose values are files
+_PATHS = (
+    *("net", "gnet", "uncond", "labels", "prompts", "gnet-lora"),
+    *("classifier-file", "loss-image", "loss-mask", "loss-classifier"),
+)
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,11 @@ def preset_file(name: str) -> Path | None:
     return BOX / f"{name}{_FILE_SUFFIXES[0]}" if name in boxed_presets() else None
 
 
-def preset_words(path: Path) -> list[str]:
+def preset_words(path: Path, flags: Collection[str] = ("balanced",)) -> list[str]:
     """The options of a preset file as words of a command line; files are relative to the folder of the preset.
 
-    Such a file maps the names of generate.py's options to their values, under the key `options`. Raises ValueError,
-    naming the file, if it cannot be read or has another form.
+    Such a file maps the names of generate.py's options to their values, under the key `options`. `flags` are those that
+    take no value. Raises ValueError, naming the file, if it cannot be read or has another form.
 
     Example of a file:
 
@@ -95,20 +101,34 @@ def preset_words(path: Path) -> list[str]:
         )
     words = []
     for name, value in options.items():
-        if value is False or value is None:
+        if value is None or (value is False and name in flags):
             continue
         for one in value if name in _REPEATABLE and isinstance(value, list) else [value]:
             words.append(f"--{name}")
-            if one is not True:
-                words.append(_word(name, one, path.parent))
+            if one is not True or name not in flags:
+                words.append(_word(name, one, path))
     return words
 
 
-def _word(name: str, value: Any, folder: Path) -> str:
+def _word(name: str, value: Any, path: Path) -> str:
+    """The value of an option in the preset file at `path`, as on a command line."""
+    if name in _SWITCHES and isinstance(value, bool):
+        return "on" if value else "off"  # which YAML 1.1 takes for true and false
+    values = value if isinstance(value, list) else [value]
+    for one in values:
+        if not isinstance(one, str | int | float) or isinstance(one, bool):
+            what = "a class or a file" if isinstance(one, bool) else "a value"
+            raise ValueError(
+                f"{path}: {name} is {short(one)}, which is not {what}; write text that YAML takes for something else, "
+                "such as no, on or 2024-01-31, in quotes"
+            )
     if isinstance(value, list):
         return ",".join(map(str, value))
     if name in _PATHS and "://" not in str(value):
-        return str(folder / str(value))  # an absolute path stays as it is
+        kind, colon, file = str(value).rpartition("diffusers:")
+        beside = path.parent / os.path.expanduser(file)  # an absolute path stays as it is
+        # a model of diffusers may also be a name on the hub
+        return f"{kind}{colon}{beside}" if not colon or beside.exists() else str(value)
     return str(value)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edm2kit.guidance.registry import ALIASES, METHODS, OPTION_ALIASES
-from edm2kit.torch_utils.files import differences
+from edm2kit.torch_utils.files import check_type, differences
 
 
 def settings_differences(recorded: Any, current: Any, name: str = "") -> list[str]:
@@ -22,9 +22,12 @@ def settings_with_current_names(settings: Any) -> Any:
     if not isinstance(settings, Mapping) or not isinstance(settings.get("guidance"), Mapping):
         return settings
     guidance = dict(settings["guidance"])
-    if "method" not in guidance:
-        return settings
     also = guidance.get("also", [])
+    try:
+        check_type(guidance.get("method"), str, "method")
+        check_type(also, list[tuple[str, float]], "also")
+    except ValueError:
+        return settings  # a damaged record is equal to none
     names = []
     for name in (guidance["method"], *(name for name, _ in also)):
         names.append(ALIASES.get(name, name))

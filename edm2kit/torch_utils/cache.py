@@ -173,7 +173,8 @@ def _cache_root(cache_dir: str | Path | None) -> Path:
         cache_dir = os.environ.get("DNNLIB_CACHE_DIR")
     if cache_dir:
         return Path(cache_dir).expanduser()
-    if folder := os.environ.get("XDG_CACHE_HOME"):
+    folder = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
+    if os.path.isabs(folder):  # others are to be ignored, says the XDG Base Directory Specification
         return Path(folder) / "edm2-toolkit"
     try:
         return Path.home() / ".cache" / "edm2-toolkit"
@@ -183,7 +184,7 @@ def _cache_root(cache_dir: str | Path | None) -> Path:
 
 def _mirror_folder() -> Path | None:
     mirror = os.environ.get("EDM2_MIRROR", "")
-    return Path(mirror) if mirror and "://" not in mirror else None
+    return Path(mirror).expanduser() if mirror and "://" not in mirror else None
 
 
 def _find_in(folder: Path, remote: _Remote) -> Path | None:

@@ -32,11 +32,11 @@ def pick_device(name: str = "auto") -> torch.device:
 
     Raises ValueError if the device is not available, listing those that are.
     """
-    is_available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    available = [kind for kind in is_available if is_available[kind]]
-    if name == "auto":
-        name = available[0]
-    if name.split(":")[0] not in available:
+    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [kind for kind in kinds if kinds[kind]]
+    name = available[0] if name == "auto" else name
+    kind, colon, number = name.partition(":")
+    if kind not in available or (colon and not number.isdecimal()):
         raise ValueError(f"--device {name}: not available here; use one of auto, {', '.join(available)}")
     if name == "cuda":
         from edm2kit.torch_utils.launchers import slurm_hides_other_gpus
@@ -222,9 +222,9 @@ def _launched() -> contextlib.AbstractContextManager[None]:
 def _in_group(picked: torch.device, limit_sec: float) -> Iterator[torch.device]:
     global _had_group
     from edm2kit.torch_utils.heartbeat import is_first_to_report, is_of_group, reason_of_loss, watching
-    from edm2kit.torch_utils.meeting import check_host_name, group_arguments
+    from edm2kit.torch_utils.meeting import check_variables, group_arguments
 
-    check_host_name()
+    check_variables()
     own_rank, size = env_int("RANK", 0), env_int("WORLD_SIZE", 1)
     backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
 

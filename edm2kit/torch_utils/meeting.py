@@ -20,6 +20,16 @@ from edm2kit.torch_utils.dist import env_int
 _POLL_SEC = 0.05
 
 
+def check_variables() -> None:
+    """Raise ValueError if the processes cannot meet with the environment variables that they have."""
+    rank, size, port = env_int("RANK", 0), env_int("WORLD_SIZE", 1), env_int("MASTER_PORT", 1)
+    if rank >= size:
+        raise ValueError(f"RANK is {rank} and WORLD_SIZE {size}, but ranks count from 0 up. Correct or unset both")
+    if not 0 < port < 1 << 16:
+        raise ValueError(f"MASTER_PORT is {port}; expected a port from 1 to 65535. Correct or unset it")
+    check_host_name()
+
+
 def check_host_name() -> None:
     """Raise ValueError if the job spans several machines and the others could not reach this one.
 

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from edm2kit.ema.power_function import std_to_exp
+from edm2kit.models.encoders import make_encoder
 from edm2kit.models.networks import DEFAULT_NETWORK, NETWORKS
 from edm2kit.models.preconditioning import PRECISIONS
 from edm2kit.snapshots.file_format import STORED_DTYPES
@@ -27,6 +28,10 @@ _COUNT_UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 _LARGEST = {"batch_size": 1 << 24, "workers": 1024, **dict.fromkeys(("duration_nimg", "rampup_nimg"), 1 << 50)}
 _MAX_LN_SIGMA, _MAX_SIGMA_DATA = 40, 1e9  # their squares, and quotients of those, are float32 numbers
 _MAX_YAML_BYTES, _MAX_YAML_VALUES, _MAX_MERGED = 1 << 17, 10_000, 16
+# PyYAML's own, and what its constructors raise for a date that does not exist and for !!bool, !!int and others on text
+_BROKEN_YAML = (
+    *(yaml.YAMLError, RecursionError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError),
+)
 AUTO = "auto"
 _SIZES = ("xxs", "xs", "s", "m", "l", "xl", "xxl")
 
@@ -189,6 +194,8 @@ class TrainConfig:
         if not isinstance(self.network_kind, str) or self.network_kind not in NETWORKS:
             raise ValueError(f"unknown kind of network {self.network_kind!r}; known kinds: {', '.join(NETWORKS)}")
         NETWORKS[self.network_kind].check_arguments(self.network, self.network_kind)
+        if self.encoder != {"kind": AUTO}:
+            make_encoder(self.encoder)
 
     @property
     def max_micro_batch(self) -> int | None:
@@ -246,10 +253,10 @@ def config_from_dict(values: Mapping[str, Any], source: str, options: Collection
             raise ValueError(f"{source}: {key} must be a mapping; got {value!r}")
         if isinstance(value, list):
             value = tuple(value)
-        if isinstance(value, str) and (count := re.fullmatch(r"(\d+)(Ki|Mi|Gi)", value)):
-            value = int(count[1]) * _COUNT_UNITS[count[2]]
-        if fields[key].type is int and isinstance(value, float) and value.is_integer():
-            value = int(value)  # 1e6
+        if fields[key].type in (int, int | str | None):
+            value = _count(value)
+        if isinstance(value, bool) and "off" in fields[key].metadata.get("choices", ()):
+            value = "on" if value else "off"  # which YAML 1.1 takes for true and false
         if key in ("data", "init_from") and isinstance(value, str) and value.startswith("~/"):
             value = os.path.expanduser(value)
         parsed[key] = value
@@ -265,6 +272,14 @@ def config_from_dict(values: Mapping[str, Any], source: str, options: Collection
             raise
         key = "" if named is None or named in str(error) else f"{named}: "
         raise ValueError(f"{source}: {key}{error}") from error
+
+
+def _count(value: Any) -> Any:
+    """The number of images in 128Ki, 1.5Mi or 1e6, written as in a YAML file; anything else as it is."""
+    if isinstance(value, str) and (written := re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)(Ki|Mi|Gi)", value)):
+        number = float(written[1]) * _COUNT_UNITS[written[2]]
+        return int(number) if number.is_integer() else value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class _Loader(yaml.SafeLoader):
@@ -313,12 +328,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             data = file.read(_MAX_YAML_BYTES + 1)
-        if len(data) > _MAX_YAML_BYTES:
-            raise ValueError(f"{path} is larger than a configuration can be ({_MAX_YAML_BYTES} bytes)")
-        values = yaml.load(data.decode("utf-8-sig"), _Loader)  # a SafeLoader
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ValueError(f"cannot read the configuration {path}: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    if len(data) > _MAX_YAML_BYTES:
+        raise ValueError(f"{path} is larger than a configuration can be ({_MAX_YAML_BYTES} bytes)")
+    try:
+        values = yaml.load(data.decode("utf-8-sig"), _Loader)  # a SafeLoader
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read the configuration {path}: {error}") from error
+    except _BROKEN_YAML as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if _count_nodes(values) >= _MAX_YAML_VALUES:
         raise ValueError(f"{path} holds {_MAX_YAML_VALUES} values or more, or repeats its parts that often")

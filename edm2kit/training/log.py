@@ -234,7 +234,7 @@ def drop_later_lines(path: Path, nimg: int) -> None:
         try:
             if json.loads(line)["nimg"] <= nimg:
                 kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue  # the last process was killed while it wrote this line, or the disk damaged it
     with atomic_write(path) as file:
         file.writelines(kept)

@@ -1,6 +1,5 @@
 """--batch-gpu auto: the largest micro-batch that fits into memory."""
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 
 from edm2kit.torch_utils import dist
+from edm2kit.torch_utils.files import check_type
 from edm2kit.training.config import TrainConfig
 from edm2kit.training.log import make_forecast
 
@@ -26,9 +26,11 @@ def fitting_size(
 
 def recorded_size(record: Mapping[str, Any] | None, processes: int) -> int | None:
     """The micro-batch that a run with as many processes began with, so that resuming it gives the same results."""
-    if record is None or record.get("world_size") != processes or not record.get("micro_batches"):
+    sizes = None if record is None or record.get("world_size") != processes else record.get("micro_batches")
+    if not sizes:
         return None
-    return max(record["micro_batches"])
+    check_type(sizes, list[int], "micro_batches in run.json")
+    return max(sizes)
 
 
 def free_memory(device: torch.device) -> int:
@@ -39,7 +41,7 @@ def free_memory(device: torch.device) -> int:
     found = re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
     if found is None:
         raise ValueError("the free memory of this machine is unknown; give --batch-gpu as a number of images")
-    return int(found[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(found[1]) * 1024 // max(1, dist.env_int("LOCAL_WORLD_SIZE", 1))
 
 
 def largest_divisor(number: int, limit: int) -> int:

@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
-from edm2kit.cli import generate
+from edm2kit.cli import generate, presets
 from edm2kit.cli.generation_options import parse_request
 from edm2kit.cli.presets import write_preset_file
+from edm2kit.guidance.option_types import existing_file
+from edm2kit.guidance.registry import all_options
 from edm2kit.training.config import read_yaml
 from tests.support.fakes import tiny_snapshot
 
@@ -39,7 +42,7 @@ def test_a_file_sets_every_option_it_names_and_finds_networks_beside_it(preset):
     assert (guidance.method, guidance.weight, guidance.interval) == ("autoguidance", 2.5, (0.2, 20.0))
     assert guidance.rule == "rescale"
     assert request.sampler.num_steps == 3
-    assert (request.classes, request.compile) == ("", "auto")
+    assert (request.classes, request.compile) == ("", "off")  # YAML takes off for false
     assert read_yaml(preset)["value"] == 12.5
 
 
@@ -95,3 +98,52 @@ def test_generate_takes_a_file_from_anywhere(preset, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     guidance = json.loads((tmp_path / "elsewhere" / "out" / "generation.json").read_text())["settings"]["guidance"]
     assert (guidance["weight"], guidance["rule"]) == (2.5, "rescale")
+
+
+def test_switches_and_files_mean_what_they_mean_on_the_command_line(tmp_path):
+    for name in ("nets/guide.safetensors", "prompts.txt", "model/model_index.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    options = {"net": "diffusers:model", "prompts": "prompts.txt", "gnet-lora": "nets", "compile": True}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({"options": options}))
+    request = parse_request(["--preset", str(tmp_path / "p.yaml"), "--guidance", "2"])
+    assert (request.net, request.compile) == (f"diffusers:{tmp_path / 'model'}", "on")
+    assert (request.prompts, request.gnet_lora) == (str(tmp_path / "prompts.txt"), str(tmp_path / "nets"))
+    for net in ("diffusers:org/name", "hf://org/name/file.safetensors"):
+        (tmp_path / "p.yaml").write_text(yaml.safe_dump({"options": {"net": net}}))
+        assert parse_request(["--preset", str(tmp_path / "p.yaml")]).net == net
+
+
+def test_files_in_the_home_folder_are_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "p.yaml").write_text("options: {net: ~/net.safetensors}")
+    assert parse_request(["--preset", str(tmp_path / "p.yaml")]).net == "/home/me/net.safetensors"
+
+
+def test_every_option_that_names_a_file_is_relative_to_the_preset():
+    files = {option.name for _, option in all_options() if option.parse is existing_file}
+    files |= {name for name in ("net", "gnet", "uncond", "labels", "prompts", "gnet-lora")}
+    assert files == set(presets._PATHS)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("{net: a, class: no}", "class is False, which is not a class or a file"),
+        ("{net: a, class: [on, off]}", "class is True"),
+        ("{net: a, guidance: off}", "guidance is False"),
+        ("{net: a, steps: yes}", "steps is True"),
+        ("{net: {a: b}}", "net is dict"),
+        ("{net: a, class: 2024-01-31}", "in quotes"),
+        ("{net: a, guidance-also: [null]}", "guidance-also is None"),
+        ("{net: a, help: true}", "--help prints something"),
+        ("{net: a, list-presets: true}", "--list-presets prints something"),
+        ("{net: a, help-guidance: list}", "--help-guidance prints something"),
+    ],
+)
+def test_values_that_yaml_takes_for_something_else_are_refused(tmp_path, options, reason):
+    (tmp_path / "p.yaml").write_text(f"options: {options}")
+    with pytest.raises(ValueError, match=reason) as caught:
+        parse_request(["--preset", str(tmp_path / "p.yaml")])
+    assert "p.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -353,3 +353,22 @@ def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch):
     monkeypatch.setattr(room.Path, "home", homeless)
     with pytest.raises(ValueError, match="set DNNLIB_CACHE_DIR"):
         fetch("https://host/a")
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [("/tmp/x", "/tmp/x"), ("~/x", "/home/me/x"), ("x", "/home/me/.cache"), ("", "/home/me/.cache")],
+)
+def test_the_cache_is_where_the_system_says_or_in_the_home_folder(monkeypatch, variable, expected):
+    monkeypatch.delenv("DNNLIB_CACHE_DIR")
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("XDG_CACHE_HOME", variable)
+    assert room.cache_folder() == Path(expected, "edm2-toolkit")
+
+
+def test_a_mirror_in_the_home_folder_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("EDM2_MIRROR", "~/mirror")
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror" / "a.pkl").write_bytes(BODY)
+    assert fetch("https://example.org/deep/a.pkl") == tmp_path / "mirror" / "a.pkl"

@@ -129,3 +129,36 @@ def test_merged_mappings_do_not_double_without_end(tmp_path):
         read_yaml(path)
     path.write_text("a: &a {k: v}\nb: {<<: *a, l: w}\nc: {<<: [*a, {m: 1}]}")
     assert read_yaml(path) == {"a": {"k": "v"}, "b": {"k": "v", "l": "w"}, "c": {"k": "v", "m": 1}}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("seed: 2024-13-45", "month must be in 1..12"),
+        ("cond: !!bool maybe", "maybe"),
+        ("cond: !!timestamp today", "is not valid YAML"),
+        ("sigma_data: !!float half", "half"),
+        ("seed: !!int", "is not a plain number"),
+        ("? [1, 2]\n: 3", "unhashable key"),
+        ("a: 1\n\tb: 2", "is not valid YAML"),
+        ("seed: \0", "is not valid YAML"),
+    ],
+)
+def test_what_yaml_cannot_build_is_one_line_that_names_the_file(tmp_path, text, reason):
+    (tmp_path / "odd.yaml").write_text(text)
+    with pytest.raises(ValueError, match=reason) as caught:
+        read_yaml(tmp_path / "odd.yaml")
+    assert str(caught.value).startswith(f"{tmp_path / 'odd.yaml'} is not valid YAML: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_on_and_off_and_counts_mean_what_they_mean_on_the_command_line(tmp_path):
+    (tmp_path / "c.yaml").write_text("compile: off\nduration_nimg: 1.5Mi\nbatch_gpu: 1Ki\nsnapshot_every_nimg: 2e6\n")
+    config = config_from_dict(read_yaml(tmp_path / "c.yaml"), "c.yaml")
+    assert (config.compile, config.duration_nimg, config.batch_gpu) == ("off", 3 << 19, 1024)
+    assert config.snapshot_every_nimg == 2_000_000
+    assert config_from_dict({"compile": True}, "c.yaml").compile == "on"
+    for value in ("1.3Ki", "8mi", "1 Mi", 1.5):
+        with pytest.raises(ValueError, match="must be int; got"):
+            config_from_dict({"duration_nimg": value}, "c.yaml")
+    assert config_from_dict({"data": "128Ki"}, "c.yaml").data == "128Ki"  # a folder may be called so

@@ -1,12 +1,11 @@
 """Published and measured values side by side, from the records of `measure_cell` alone."""
 
 import html
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edm2kit.experiments.documents import markdown_table
+from edm2kit.experiments.documents import markdown_table, read_object
 from edm2kit.experiments.paper_tables.run import describe, read_record
 from edm2kit.experiments.paper_tables.tables import Cell, Table, TableRow
 
@@ -92,7 +91,7 @@ def _read(table: Table, cell: Cell, outdir: Path) -> Record | None:
     if not path.exists():
         return None
     try:
-        num = json.loads(path.read_text(encoding="utf-8"))["asked"]["num_images"]
+        num = read_object(path)["asked"]["num_images"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}). Delete it to measure this cell again") from error
     return read_record(path, describe(table, cell, num))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from edm2kit.cli.generation import Generation, Request, prepare
+from edm2kit.experiments.documents import read_object
 from edm2kit.experiments.paper_tables.networks import snapshot_of
 from edm2kit.experiments.paper_tables.tables import Cell, Table
 from edm2kit.guidance.records import settings_differences
@@ -22,7 +23,10 @@ from edm2kit.metrics.scoring import Scorer, image_statistics, make_scorer
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.arrays import read_npz
 from edm2kit.torch_utils.cache import fetch
-from edm2kit.torch_utils.files import atomic_write, plain_json, provenance, write_json
+from edm2kit.torch_utils.files import atomic_write, check_type, plain_json, provenance, write_json
+
+# what a record holds of each range of seeds
+_RUN: Mapping[str, Any] = {"value": float, "first_seed": int, "num_images": int, "made_by": list[Mapping[str, Any]]}
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def load_partial(path: Path, owner: Mapping[str, Any], save_every: int) -> Parti
             statistics = FeatureStatistics(arrays["mu"], arrays["sigma"], header.pop("fingerprint"))
             if header["owner"] == owner:
                 return PartialStatistics(**header, statistics=statistics)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({error}). Delete it to start this range of seeds again") from error
     return PartialStatistics(owner, save_every)
 
@@ -156,9 +160,20 @@ def read_record(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     if not path.exists():
         return {"asked": dict(asked), "runs": {}}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found, _ = record["asked"], record["runs"]
-    except (ValueError, KeyError, TypeError) as error:
+        record = read_object(path)
+        found = record.get("asked")
+        check_type(found, Mapping[str, Any], "asked")
+        check_type(record.get("runs"), Mapping[str, Any], "runs")
+        for first, run in record["runs"].items():
+            if not first.isdecimal():
+                raise ValueError(f"runs has the key {first!r:.60}, which is not a first seed")
+            check_type(run, Mapping[str, Any], f"runs.{first}")
+            for name, hint in _RUN.items():
+                check_type(run.get(name), hint, f"runs.{first}.{name}")
+            for maker in run["made_by"]:
+                for name, hint in (("processes", int), ("hardware", str), ("commit", str)):
+                    check_type(maker.get(name), hint, f"runs.{first}.made_by.{name}")
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}). Delete it to measure this cell again") from error
     _refuse_other_settings(path, found, asked)
     return record

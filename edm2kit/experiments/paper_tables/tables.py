@@ -98,7 +98,7 @@ def load_table(name: str | Path) -> Table:
     Raises ValueError, naming table, row and key, if something is unknown or missing.
     """
     path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix.lower() not in (".yaml", ".yml"):
         if str(name) not in table_names():
             raise ValueError(f"unknown table {str(name)!r}{nearest(str(name), table_names())}")
         path = CONFIGS / "tables" / f"{name}.yaml"

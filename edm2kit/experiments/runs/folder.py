@@ -12,11 +12,13 @@ import numpy as np
 from edm2kit.data.dataset import Source, open_source
 from edm2kit.data.holdout import split
 from edm2kit.snapshots.file_format import Header, read_header
+from edm2kit.torch_utils.files import check_type
 from edm2kit.training.config import TrainConfig, config_from_dict, read_yaml
 from edm2kit.training.log import HELDOUT_NAME, STATS_NAME
 from edm2kit.training.loss import noise_bins
 from edm2kit.training.run import CONFIG_NAME, RECORD_NAME
 
+_LARGEST_INT = 1 << 62
 _SHEET = re.compile(r"samples-(\d+)\.png")
 
 
@@ -95,9 +97,18 @@ def _record(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    identity = found.get("data_identity", {}) if isinstance(found, dict) else None
-    is_complete = isinstance(identity, dict) and isinstance(identity.get("holdout", {}), dict)
-    return found if is_complete else {}
+    try:
+        check_type(found, Mapping[str, Any], "the record")
+        identity = found.get("data_identity", {})
+        check_type(identity, Mapping[str, Any], "data_identity")
+        check_type(identity.get("holdout", {}), Mapping[str, Any], "holdout")
+        for counts in (identity, identity.get("holdout", {})):
+            check_type(counts.get("num_images", 0), int, "num_images")
+        check_type(found.get("label_names"), list[str] | None, "label_names")
+        check_type(found.get("run_id"), str | None, "run_id")
+    except ValueError:
+        return {}
+    return found
 
 
 def _is_measurement(line: Mapping[str, Any]) -> bool:
@@ -110,6 +121,15 @@ def _is_measurement(line: Mapping[str, Any]) -> bool:
     return same and isinstance(line.get("images"), int) and all(isinstance(number, int | float) for number in numbers)
 
 
+def _check_numbers(values: Any) -> None:
+    """Raise ValueError for integers at any depth that are no floats; NaN and infinities may be there."""
+    if isinstance(values, dict | list):
+        for value in values.values() if isinstance(values, dict) else values:
+            _check_numbers(value)
+    elif isinstance(values, int) and abs(values) >= _LARGEST_INT:
+        raise ValueError("a number is too large")
+
+
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines of a log that can be read, sorted by training images, and the number of the others."""
     if not path.is_file():
@@ -119,6 +139,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         try:
             values = json.loads(line)
             values["nimg"] = int(values["nimg"])
+            _check_numbers(values)
         except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
             damaged += 1
             continue

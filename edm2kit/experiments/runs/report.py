@@ -267,10 +267,10 @@ def _scores(reported: Sequence[Reported]) -> list[str]:
     for one in reported:
         for path, card in _cards(one.run):
             net = _network_of(card)
-            std = net.get("ema_std")
+            std = net.get("ema_std") if isinstance(net.get("ema_std"), float) else None
             for metric, entry in card["results"].items():
                 rows.append([one.name, path.name, metric, f"{entry['mean']:.4g}", "" if std is None else f"{std:.3f}"])
-                if isinstance(std, float):
+                if std is not None and isinstance(net.get("nimg"), int):
                     points.setdefault((one.name, metric, net.get("nimg")), {}).setdefault(std, entry["mean"])
     if not rows:
         path = reported[0].run.path

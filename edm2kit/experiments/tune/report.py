@@ -1,6 +1,5 @@
 """What a search leaves: the best settings as a preset, their confirmation on fresh seeds, figures and a page."""
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from PIL import Image
 
 from edm2kit.cli.presets import write_preset_file
 from edm2kit.data.image_files import contact_sheet
+from edm2kit.experiments.documents import read_object
 from edm2kit.experiments.pages import figures, page
 from edm2kit.experiments.tune.objective import Objective, direction
 from edm2kit.experiments.tune.sources import Version
@@ -19,7 +19,7 @@ from edm2kit.experiments.tune.space import UNGUIDED, Candidate, Space
 from edm2kit.metrics.scoring import REPLICATES
 from edm2kit.models.encoders import to_image
 from edm2kit.torch_utils.dist import progress_bar
-from edm2kit.torch_utils.files import provenance, write_json
+from edm2kit.torch_utils.files import check_type, provenance, write_json
 
 PRESET, RESULT, PAGE, _CONFIRMATION = "preset.yaml", "result.json", "index.html", "confirmation.json"
 RANGES = 3  # of fresh seeds, as in the papers
@@ -100,7 +100,7 @@ class Finish:
     def _confirm(self, best: Candidate) -> dict[str, Any]:
         """Both ways on three ranges of fresh seeds, with 95% intervals; what was measured before is kept."""
         path = self.outdir / _CONFIRMATION
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known = _confirmed(path)
         if known.get("best") != best.key or known.get("num_images") != self.confirm:
             known = {"best": best.key, "num_images": self.confirm, "points": []}
         done = {(point["way"], point["first_seed"]) for point in known["points"]}
@@ -352,3 +352,19 @@ def options_of(words: Sequence[str]) -> dict[str, Any]:
         before = options.get(name)
         options[name] = value if before is None else [*(before if isinstance(before, list) else [before]), value]
     return options
+
+
+def _confirmed(path: Path) -> dict[str, Any]:
+    """What an earlier confirmation measured; {} if there was none or its record is damaged, as it is measured again."""
+    hints: Mapping[str, Any] = {
+        "way": str, "first_seed": int, "value": float, "interval": list[float] | None, "values": Mapping[str, Any],
+    }  # fmt: skip
+    try:
+        known = read_object(path)
+        check_type(known.get("points"), list[Mapping[str, Any]], "points")
+        for point in known["points"]:
+            for name, hint in hints.items():
+                check_type(point.get(name), hint, name)
+    except ValueError:
+        return {}
+    return known

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from edm2kit.experiments.runs.doctor import examine, report_lines
 from edm2kit.experiments.runs.findings import Check
 from edm2kit.experiments.runs.folder import RunFolder, open_run
+from edm2kit.training.log import drop_later_lines
 from edm2kit.training.loss import noise_bins
 from tests.experiments.runs import healthy
 
@@ -277,3 +279,44 @@ def test_noise_does_not_make_findings():
         run = RunFolder(None, config, {"data_identity": {"num_images": 5000}}, lines, [], 0, {}, {})
         names = [one.what for check in examine(run, healthy.moments()) for one in check.findings]
         assert names == ["There are no snapshots."], seed
+
+
+def without_snapshots(folder, path):
+    for name in ("config.yaml", "run.json", "stats.jsonl", "heldout.jsonl"):
+        shutil.copy(folder / name, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[" * 100_000, '{"nimg": 1e999}', '{"nimg": 5, "lr": 1' + "0" * 400 + "}", "[]", "5", '{"nimg": null}', "\xff"],
+)
+def test_lines_of_a_log_that_mean_nothing_are_counted_and_left_out(folder, tmp_path, line):
+    other = without_snapshots(folder, tmp_path)
+    for name in ("stats.jsonl", "heldout.jsonl"):
+        with open(other / name, "a", encoding="latin-1") as file:
+            file.write(line + "\n")
+    found = open_run(other)
+    assert found.damaged_lines == 2
+    examine(found, None, "")
+    drop_later_lines(other / "stats.jsonl", 1 << 40)
+    assert open_run(other).damaged_lines <= 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data_identity": {"num_images": "many"}},
+        {"data_identity": {"num_images": 5, "holdout": {"num_images": None}}},
+        {"data_identity": 5},
+        {"label_names": 5},
+        {"label_names": ["a", 1]},
+        {"run_id": ["a"]},
+    ],
+)
+def test_a_record_of_the_wrong_types_counts_as_missing(folder, tmp_path, change):
+    other = without_snapshots(folder, tmp_path)
+    record = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps({**record, **change}))
+    assert open_run(other).record == {}
+    examine(open_run(other), None, "")
