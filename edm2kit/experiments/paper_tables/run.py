@@ -161,7 +161,7 @@ def read_record(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
         return {"asked": dict(asked), "runs": {}}
     try:
         record = read_object(path)
-        found = record.get("asked")
+        found: Any = record.get("asked")
         check_type(found, Mapping[str, Any], "asked")
         check_type(record.get("runs"), Mapping[str, Any], "runs")
         for first, run in record["runs"].items():
