@@ -302,6 +302,6 @@ def test_a_part_of_a_configuration_that_is_no_mapping_is_named(tmp_path, name):
 
 def test_suffixes_in_capitals_are_suffixes(net, tmp_path):
     shutil.copy(net, tmp_path / "N.SAFETENSORS")
-    (tmp_path / "C.YAML").write_text("network: {model_channels: 8, attn_resolutions: []}")
+    (tmp_path / "C.YAML").write_text("network: {num_blocks: 1}")
     for name in ("N.SAFETENSORS", "C.YAML"):
         assert "total, with gains" in CliRunner().invoke(flops, [str(tmp_path / name)]).output
