@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from edm2kit.data.archive import open_archive
+from edm2kit.data.archive import SPLIT_NAME, open_archive
 from edm2kit.data.dataset import open_source, split_kind
 from edm2kit.data.image_files import (
     HEIF_EXTENSIONS,
@@ -74,7 +74,8 @@ class ArchiveImages:
                 f"{path}: {len(unread)} images of types that are not read are left out, such as {unread[0]}; convert "
                 "them to PNG"
             )
-        if splits := split_folders(self._archive.names):
+        first = self._archive.names[0].rpartition("/")[0]
+        if SPLIT_NAME.search(first) and (splits := split_folders(self._archive.names)):
             dist.warn0(
                 f"{path}: the folders {', '.join(splits)} look like splits of one data set; the images of all of them "
                 "are used. Give one of them if that is not meant"

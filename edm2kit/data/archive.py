@@ -35,6 +35,11 @@ _SMALL_BYTES = 1 << 16
 _PNG_PIXELS, _PNG_TAIL = 37, 16  # bytes before the name of the chunk of pixels, and from its checksum to the end
 # folders that systems and network disks keep beside the files of their users, some of them unreadable
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+# the names of splits: val, Train, test_set, train2017, imagenet-val, and trainA of data sets for translation
+SPLIT_NAME = re.compile(
+    r"(?i:(?:^|[\W\d_])(?:train|training|val|valid|validation|test|testing|dev|eval)(?=[\W\d_]|$))"
+    r"|(?:^|/)(?:train|val|test)[AB](?=/|$)"
+)
 _UNICODE_PATH = 0x7075
 _SAMPLE_BYTES = 4096  # that `checksum` reads at the start, in the middle and at the end of a file
 

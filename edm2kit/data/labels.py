@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from edm2kit.data.archive import FolderArchive, ZipArchive
+from edm2kit.data.archive import SPLIT_NAME, FolderArchive, ZipArchive
 from edm2kit.data.image_files import open_header
 from edm2kit.torch_utils.arrays import BROKEN
 from edm2kit.torch_utils.dist import progress_bar, warn0
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 RECORD = "generation.json"  # written beside generated images: how they were made
 LABELS_FILE = "dataset.json"
 _OTHER_KEYS_OF_NAMES = ("class_names", "classes", "names", "categories", "label_name", "labels_names")
-_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
-_PAIRED_SPLIT = re.compile(r"(train|val|test)[AB]")  # of data sets for translation between two domains
 _MAX_CLASSES = 1 << 20
 # a network has weights for each class, and each image a number: a label that is an identification number would cost
 # gigabytes
@@ -290,27 +288,20 @@ def folder_labels(names: list[str]) -> Labels | None:
 
 def split_folders(names: Sequence[str]) -> list[str]:
     """The folders of a data set that is one level too high, such as train and val; [] if its folders are others."""
-    folders = [name.split("/")[:-1] for name in names[:1]]
-    if not folders or not any(map(_is_split, folders[0])):
+    if not SPLIT_NAME.search(names[0].rpartition("/")[0]):
         return []  # most data sets, without looking at every name
     try:
         found = folder_labels(list(names))
     except ValueError:
         return []
     classes = [] if found is None else list(found.class_names or ())
-    return classes if all(map(_is_split, classes)) else []
+    return classes if all(map(SPLIT_NAME.search, classes)) else []
 
 
 def splits_among(classes: Sequence[str]) -> list[str]:
     """The names of classes that are those of splits, if there are at least two."""
-    found = [name for name in classes if _is_split(name)]
+    found = [name for name in classes if SPLIT_NAME.search(name)]
     return found if len(found) > 1 else []
-
-
-def _is_split(folder: str) -> bool:
-    """Whether the name of a folder is that of a split: val, Train, test_set, train2017, imagenet-val, trainA."""
-    words = re.split(r"[\W\d_]+", folder.lower())
-    return not _SPLITS.isdisjoint(words) or _PAIRED_SPLIT.fullmatch(folder) is not None
 
 
 def noted_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
