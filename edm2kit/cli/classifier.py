@@ -71,7 +71,9 @@ class ClassifierTraining:
 )
 @cli.section(cli.OTHER, *options_from(ClassifierTraining))
 @click.option("--width", metavar="N", type=int, default=32, help="Channels of the first level")
-@click.option("--levels", metavar="N", type=cli.AtLeast(int, 1), default=3, help="Levels, each half as wide and high")
+@click.option(
+    "--levels", metavar="N", type=cli.AtLeast(int, 1, 16), default=3, help="Levels, each half as wide and high"
+)
 @click.option("--workers", metavar="N", type=cli.AtLeast(int, 0), default=0, help="Processes that read images")
 @cli.device_option()
 @cli.timeout_option()

@@ -330,10 +330,10 @@ class Size(click.ParamType):
 
 
 class AtLeast(click.ParamType):
-    """An int or a float of at least `low`; --help does not repeat the bound."""
+    """An int or a float from `low` to `high`; --help does not repeat the bounds."""
 
-    def __init__(self, kind: type[int] | type[float], low: float) -> None:
-        self.kind, self.low = kind, low
+    def __init__(self, kind: type[int] | type[float], low: float, high: float = math.inf) -> None:
+        self.kind, self.low, self.high = kind, low, high
         self.name = "n" if kind is int else "float"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
@@ -341,8 +341,9 @@ class AtLeast(click.ParamType):
             number = self.kind(value)
         except ValueError:
             self.fail(f"{value!r} is not {'a whole' if self.kind is int else 'a'} number", param, ctx)
-        if not self.low <= number < math.inf:
-            self.fail(f"{value} is not at least {self.low}", param, ctx)
+        if not (self.low <= number <= self.high and math.isfinite(number)):
+            bounds = f"at least {self.low}" if self.high == math.inf else f"from {self.low} to {self.high}"
+            self.fail(f"{value!s:.60} is not {bounds}", param, ctx)
         return number
 
 

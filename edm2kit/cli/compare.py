@@ -15,7 +15,7 @@ import torch
 
 from edm2kit.cli import click_types as cli
 from edm2kit.cli.generation import prepare
-from edm2kit.cli.image_source import image_batches, open_images
+from edm2kit.cli.image_source import image_batches, open_images, pixels_sha256
 from edm2kit.cli.output_kinds import sheet_notes
 from edm2kit.experiments.compare_guidance.cost import describe_student, measure_costs
 from edm2kit.experiments.compare_guidance.measure import (
@@ -394,6 +394,7 @@ def _scoring(device: torch.device, metric: str, num: int, ref: str, real: str, b
     picked = torch.linspace(0, len(source) - 1, num).long().tolist()
     scorer = replace(scorer, real=image_features(image_batches(source, picked, batch, 1), scorer.detectors, device))
     identity = {"metric": metric, "reference_sha256": sha256_of(fetch(ref)), "real": f"{num} of {len(source)}"}
+    identity["real_content"] = pixels_sha256(source)
     return Scoring(scorer, identity, num, batch)
 
 

@@ -19,7 +19,7 @@ from edm2kit.snapshots.loading import is_published_pickle
 from edm2kit.snapshots.published import convert_published
 from edm2kit.torch_utils.cache import fetch
 from edm2kit.torch_utils.dist import one_line, progress_bar
-from edm2kit.torch_utils.files import remove_partial_files
+from edm2kit.torch_utils.files import remove_partial_files, sampled_sha256
 
 
 @click.command(cls=cli.Command)
@@ -90,9 +90,12 @@ def convert(path: Path, target: Path, overwrite: bool) -> bool:
     cli.check_output(target, "safetensors file")
     if target.exists() and not overwrite:
         # a file that exists is complete, because it appears when the last byte is written; but is it this one?
-        origin = read_header(target).training_config.get("published_file")
-        if origin != path.name:
+        origin = read_header(target).training_config
+        if origin.get("published_file") != path.name:
             raise ValueError(f"{target} exists and does not come from {path.name}; use --overwrite to replace it")
+        content = sampled_sha256(path)  # files of earlier versions do not say which
+        if origin.get("published_content", content) != content:
+            raise ValueError(f"{target} was made from another {path.name} than {path}; use --overwrite to replace it")
         remove_partial_files(target.parent)  # of killed processes
         return False
     convert_published(path, target)

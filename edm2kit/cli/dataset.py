@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from edm2kit.cli.click_types import (
+    AtLeast,
     Decorator,
     Group,
     Parsed,
@@ -254,7 +255,7 @@ def decode(**options: Any) -> None:
 @click.option(
     "--throughput",
     metavar="R",
-    type=float,
+    type=AtLeast(float, 1e-6),
     help="Images/s with --channels  [default: measured]",
 )
 @click.option("--device", default="auto", help="Device that will train: auto, cuda, mps or cpu")

@@ -27,8 +27,8 @@ from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.rng import StackedGenerator
 from edm2kit.training.config import TrainConfig
 from edm2kit.training.distillation import DistillationLoss
-from edm2kit.training.run import RECORD_NAME, Run, StopRequest, prepare_run
-from edm2kit.training.stop import stopped_exit_code
+from edm2kit.training.run import RECORD_NAME, Run, prepare_run
+from edm2kit.training.stop import StopRequest, stopped_exit_code
 
 _NOISE_LEVELS = ("P_mean", "P_std")
 # where distilling differs from training

@@ -1,5 +1,6 @@
 """Images to score: a folder or zip of any images, a data set, or the .npz written by generate.py."""
 
+import hashlib
 import unicodedata
 import zipfile
 from collections import deque
@@ -39,6 +40,7 @@ from edm2kit.torch_utils.arrays import BROKEN, map_npz_array, read_npz_array
 from edm2kit.torch_utils.dist import progress_bar
 
 _BATCHES_AHEAD = 2
+_HASHED_IMAGES = 256
 _SCORES_NEED_PIXELS = "metrics compare images, not latents: use the images that the latents were encoded from"
 
 
@@ -235,6 +237,15 @@ def warn_of_another_crop(images: ScoredImages, what: str, reference: Reference) 
             f"{what} has images of {size} pixels (height, width), those of the reference were {expected_size}: resize "
             "one of them with scripts/dataset_tool.py"
         )
+
+
+def pixels_sha256(images: ScoredImages) -> str:
+    """SHA-256 of the pixels of up to 256 images, evenly spread, and of their number: to recognise a set again."""
+    digest = hashlib.sha256(str(len(images)).encode())
+    for index in np.unique(np.linspace(0, len(images) - 1, _HASHED_IMAGES).round().astype(int)).tolist():
+        pixels = images.read(index)
+        digest.update(str(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes())
+    return digest.hexdigest()
 
 
 def image_labels(images: ScoredImages) -> Labels | None:

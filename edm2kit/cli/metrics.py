@@ -127,7 +127,7 @@ _scoring_options = cli.section(
     click.option(
         "--bootstrap",
         metavar="N",
-        type=cli.AtLeast(int, 0),
+        type=cli.AtLeast(int, 0, 100_000),
         default=REPLICATES,
         help="Replicates for 95% intervals; 0 for none",
     ),

@@ -249,10 +249,19 @@ def _is_complete(path: Path, output: Output) -> bool:
     existing, wanted = _header_of(path), output.header
     if existing is None or existing.recipe is None or wanted.recipe is None:
         return False
-    if existing.dtype == wanted.dtype and existing.recipe.get("inputs") == wanted.recipe["inputs"]:
+    if existing.dtype == wanted.dtype and _inputs_of(existing, wanted) == wanted.recipe["inputs"]:
         return True
     dist.print0(f"{path.name} is made again: {_reason(existing, wanted)}")
     return False
+
+
+def _inputs_of(existing: Header, wanted: Header) -> list[dict[str, Any]]:
+    """The inputs of an output that exists; checksums, which earlier versions did not record, are those of `wanted`."""
+    assert existing.recipe is not None
+    assert wanted.recipe is not None
+    known = {entry["name"]: entry["checksum"] for entry in wanted.recipe["inputs"]}
+    found = [entry for entry in existing.recipe.get("inputs", []) if isinstance(entry, dict)]
+    return [{**entry, "checksum": entry.get("checksum", known.get(entry.get("name")))} for entry in found]
 
 
 def _reason(existing: Header, wanted: Header) -> str:
@@ -261,7 +270,7 @@ def _reason(existing: Header, wanted: Header) -> str:
     assert wanted.recipe is not None
     if existing.dtype != wanted.dtype:
         return f"it is stored as {existing.dtype}, not {wanted.dtype}"
-    before = {entry.get("name"): entry for entry in existing.recipe.get("inputs", []) if isinstance(entry, dict)}
+    before = {entry.get("name"): entry for entry in _inputs_of(existing, wanted)}
     for entry in wanted.recipe["inputs"]:
         old = before.get(entry["name"])
         if old is None:

@@ -87,7 +87,7 @@ def list_tables() -> None:
 @cli.section("Cells", _table, _rows, _metrics, _num, _seeds)
 @cli.section(
     "Speed",
-    click.option("--tflops", metavar="T", type=click.FloatRange(0, min_open=True), help="Assumed Tflop/s of a GPU"),
+    click.option("--tflops", metavar="T", type=cli.AtLeast(float, 1e-6), help="Assumed Tflop/s of a GPU"),
     click.option("--measure", is_flag=True, help="Measure the Tflop/s here, on the first network with random weights"),
     click.option("--batch", metavar="N", type=click.IntRange(1), default=32, help="Images per batch for --measure"),
     _precision,

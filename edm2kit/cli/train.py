@@ -112,7 +112,9 @@ class TrainCommand(cli.Command):
 @cli.section(
     "Snapshots and logs",
     *options_from(TrainConfig, "snapshot_every_nimg", "checkpoint_every_nimg", "status_every_nimg", "holdout"),
-    click.option("--samples", metavar="N", type=cli.AtLeast(int, 0), default=16, help="Images generated per snapshot"),
+    click.option(
+        "--samples", metavar="N", type=cli.AtLeast(int, 0, 1024), default=16, help="Images generated per snapshot"
+    ),
     click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events"),
     click.option("--wandb", is_flag=True, help="Also log to Weights & Biases"),
 )

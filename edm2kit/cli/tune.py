@@ -29,7 +29,7 @@ from edm2kit.experiments.tune.probe import predict, probe, summary
 from edm2kit.experiments.tune.proposals import require_optuna
 from edm2kit.experiments.tune.report import PAGE, PRESET, Finish, images_after, options_of
 from edm2kit.experiments.tune.search import Plan, forecast, run_search
-from edm2kit.experiments.tune.sources import NetworkCache, NetworkSource, Version, open_source_of_networks
+from edm2kit.experiments.tune.sources import NetworkCache, NetworkSource, Version, contents, open_source_of_networks
 from edm2kit.experiments.tune.space import BASELINE, UNGUIDED, Space, Way, make_ways
 from edm2kit.experiments.tune.study import SharedStudy
 from edm2kit.guidance.registry import METHODS, NO_GUIDANCE
@@ -146,7 +146,7 @@ def main() -> None:
     "Data",
     click.option("--data", metavar="PATH", required=True, help="Held-out images, as for train.py --data"),
     click.option("--num", metavar="N", type=cli.AtLeast(int, 2), default=500, help="Images"),
-    click.option("--levels", metavar="N", type=cli.AtLeast(int, 2), default=16, help="Noise levels"),
+    click.option("--levels", metavar="N", type=cli.AtLeast(int, 2, 10_000), default=16, help="Noise levels"),
     _seed,
 )
 @cli.section("Output", _outdir)
@@ -327,6 +327,7 @@ def search(
             "metric": given["metric"],
             "reference_sha256": sha256_of(fetch(given["ref"])),
             "real": given["real"],
+            "contents": contents([main_source, *guides], [*words, *shlex.split(" ".join(methods))], given["real"]),
             "rungs": list(rungs),
             "seed": seed,
         }

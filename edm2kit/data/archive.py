@@ -6,6 +6,7 @@ million images, in every process.
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import os
 import re
@@ -109,6 +110,25 @@ def read_regular(path: str | Path) -> bytes:
         return file.read()
 
 
+def file_checksum(path: str | Path) -> tuple[int, int]:
+    """Size and checksum of a file, to notice other content; (-1, 0) if it cannot be read.
+
+    The checksum of a file above 64 KiB covers its start, middle and end.
+    """
+    checksum = 0
+    try:
+        with _open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= _SMALL_BYTES:
+                return size, zlib.crc32(file.read())
+            for start in (0, size // 2, size - _SAMPLE_BYTES):
+                file.seek(start)
+                checksum = zlib.crc32(file.read(_SAMPLE_BYTES), checksum)
+    except OSError:
+        return -1, 0
+    return size, checksum
+
+
 class FolderArchive:
     """The images in a folder and its subfolders.
 
@@ -134,22 +154,12 @@ class FolderArchive:
             raise ValueError(f"{self.where(index)}: cannot be read: {error.strerror}") from error
 
     def checksum(self, index: int) -> tuple[int, int]:
-        """Size and checksum of file `index`, to notice other content; (-1, 0) if it cannot be read.
+        """Size and checksum of file `index`, as `file_checksum`."""
+        return file_checksum(self.path / self.names[index])
 
-        The checksum of a file above 64 KiB covers its start, middle and end.
-        """
-        checksum = 0
-        try:
-            with _open_regular(self.path / self.names[index]) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size <= _SMALL_BYTES:
-                    return size, zlib.crc32(file.read())
-                for start in (0, size // 2, size - _SAMPLE_BYTES):
-                    file.seek(start)
-                    checksum = zlib.crc32(file.read(_SAMPLE_BYTES), checksum)
-        except OSError:
-            return -1, 0
-        return size, checksum
+    def digest(self, indices: np.ndarray) -> str | None:
+        """None: the checksums of all files are not known without reading these."""
+        return None
 
     def read_extra(self, name: str) -> bytes | None:
         """The bytes of another file, such as dataset.json, or None if there is none."""
@@ -214,6 +224,10 @@ class ZipArchive:
         """Size and checksum of file `index`, as the zip records them."""
         return int(self._entries[index, 2]), int(self._entries[index, 3])
 
+    def digest(self, indices: np.ndarray) -> str | None:
+        """A hash of sizes and checksums of the files `indices`, as the zip records them."""
+        return hashlib.sha256(self._entries[indices, 2:4].astype("<i8").tobytes()).hexdigest()
+
     def read_extra(self, name: str) -> bytes | None:
         """The bytes of another file, such as dataset.json, or None if there is none."""
         if name not in self._extra:
@@ -274,6 +288,19 @@ class ZipArchive:
             return os.pread(self._file.fileno(), num_bytes, offset)
         except OSError as error:
             raise ValueError(f"{where}: cannot be read: {error.strerror}") from error
+
+
+def png_is_intact(data: bytes) -> bool:
+    """Whether the pixels of a PNG match their checksums, and none is missing; True for files that are not PNG."""
+    position = 8
+    while data.startswith(b"\x89PNG") and position + 8 <= len(data):
+        length, kind = struct.unpack_from(">L4s", data, position)
+        end = position + 8 + length
+        content = memoryview(data)[position + 4 : end]
+        if kind == b"IDAT" and zlib.crc32(content) != int.from_bytes(data[end : end + 4], "big"):
+            return False
+        position = end + 4
+    return True
 
 
 def _pixels_fit(data: bytes) -> bool:

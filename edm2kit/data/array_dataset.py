@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from edm2kit.data.archive import read_regular
-from edm2kit.data.dataset import Source, spread_evenly
+from edm2kit.data.dataset import Source, content_digest, spread_evenly
 from edm2kit.data.image_files import check_item
 from edm2kit.data.labels import labels_identity, labels_of_array, pick_labels
 from edm2kit.torch_utils.arrays import BROKEN
@@ -15,7 +15,7 @@ from edm2kit.torch_utils.arrays import BROKEN
 LABELS_ARRAY = "labels.npy"
 _HINT = "resize the images before saving the array"
 _DTYPES = (np.uint8, np.float16, np.float32)
-_HASHED_ITEMS = 256  # of all items, evenly spread
+_HASHED_ITEMS = 256  # evenly spread; `content_digest`, which came later, hashes more
 
 
 class ArrayDataset(Source):
@@ -97,13 +97,14 @@ class ArrayDataset(Source):
         return raw
 
     def identity(self) -> dict[str, Any]:
-        """The number and shape of the items, all labels, and the content of up to 256 items."""
+        """The number and shape of the items, all labels, and a hash of up to 4096 items."""
         digest = hashlib.sha256(self.read(spread_evenly(len(self), _HASHED_ITEMS)).tobytes())
         return {
             "source": "arrays",
             "num_images": len(self),
             "raw_shape": list(self.item_shape),
             **labels_identity(self, digest),
+            "content": content_digest(self),
         }
 
     def read_extra(self, name: str) -> bytes | None:

@@ -99,6 +99,10 @@ class Source(Protocol):
     def identity(self) -> dict[str, Any]:
         """JSON values that distinguish this data set from others, wherever it is stored. Resuming a run checks them."""
 
+    def files_digest(self) -> str | None:
+        """A hash of the checksums of all files, if they are known without reading the files; else None."""
+        return None
+
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Item `index` [C, H, W] and its label as the network receives it, float32 [label_dim]."""
         indices = np.array([index])
@@ -232,17 +236,12 @@ class ImageDataset(Source):
             "num_images": len(self),
             "raw_shape": list(self.item_shape),
             **labels_identity(self, digest),
-            "content": self._content_digest(),
+            "content": content_digest(self),
         }
 
-    def _content_digest(self) -> str:
-        item_bytes = math.prod(self.item_shape) * self.item_dtype.itemsize
-        count = min(max(_HASHED_BYTES // item_bytes, 256), 4096)
-        digest = hashlib.sha256()
-        for indices in np.array_split(spread_evenly(len(self), count), 16):
-            if len(indices):
-                digest.update(np.ascontiguousarray(self.read(indices)).tobytes())
-        return digest.hexdigest()
+    def files_digest(self) -> str | None:
+        """Of a zip, which holds a checksum of each file."""
+        return self._archive.digest(self._picked)
 
     @property
     def needs_decoding(self) -> bool:
@@ -262,6 +261,17 @@ class ImageDataset(Source):
     def left_out(self) -> list[str]:
         """The names of images that training does not read, because of their type."""
         return [name for name in self._archive.ignored if name.lower().endswith(UNREAD_TYPES)]
+
+
+def content_digest(source: Source) -> str:
+    """A hash of 64 MiB of the items, at least 256 and at most 4096 of them, evenly spread."""
+    item_bytes = math.prod(source.item_shape) * source.item_dtype.itemsize
+    count = min(max(_HASHED_BYTES // item_bytes, 256), 4096)
+    digest = hashlib.sha256()
+    for indices in np.array_split(spread_evenly(len(source), count), 16):
+        if len(indices):
+            digest.update(np.ascontiguousarray(source.read(indices)).tobytes())
+    return digest.hexdigest()
 
 
 def latent_trouble(raw: np.ndarray) -> str | None:

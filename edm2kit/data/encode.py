@@ -132,7 +132,8 @@ def make_job(
     for name, following in itertools.pairwise(sorted(names)):
         if name == following:
             raise ValueError(f"{source.path}: two images would become {name}; rename one")
-    return FileJob(source, dest, names, work, {**settings, "source": source.identity()}, extra)
+    content = {"source": source.identity(), "source_files": source.files_digest()}
+    return FileJob(source, dest, names, work, {**settings, **content}, extra)
 
 
 def run(job: FileJob, batch: int, workers: int) -> None:

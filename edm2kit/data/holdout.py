@@ -34,6 +34,10 @@ class Part(Source):
         """The identity of the complete data set, and which part of it this is."""
         return {**self.whole.identity(), "holdout": self.about}
 
+    def files_digest(self) -> str | None:
+        """As of the complete data set."""
+        return self.whole.files_digest()
+
     def item_name(self, index: int) -> str:
         """The name that the item has in the complete data set."""
         return self.whole.item_name(int(self.picked[index]))

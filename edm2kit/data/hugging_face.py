@@ -1,5 +1,6 @@
 """Training data in a Hugging Face `datasets` folder."""
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,8 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from edm2kit.data.archive import read_regular
-from edm2kit.data.dataset import CONVERT_HINT, Source, spread_evenly
+from edm2kit.data.archive import file_checksum, read_regular
+from edm2kit.data.dataset import CONVERT_HINT, Source, content_digest, spread_evenly
 from edm2kit.data.image_files import check_item, decode_array
 from edm2kit.data.labels import Labels, labels_identity, labels_of_array, pick_labels
 
@@ -69,8 +70,17 @@ class SavedTable:
             raise ValueError(f"{self.where(index)}: {image['path']} cannot be read: {error.strerror}") from error
 
     def checksum(self, index: int) -> tuple[int, int]:
-        """Zeros: the fingerprint in the names covers the content."""
-        return 0, 0
+        """Zeros, as the fingerprint in the names covers the content; for a separate file, its size and checksum."""
+        if not self._has_files:
+            return 0, 0
+        image = self._images[index][self._column]
+        return (0, 0) if image["bytes"] is not None else file_checksum(image["path"])
+
+    @functools.cached_property
+    def _has_files(self) -> bool:
+        """Whether any image is in a separate file: the table has no bytes for it."""
+        chunks = self._images.data.column(self._column).chunks
+        return any(chunk.field("bytes").null_count for chunk in chunks)
 
     def read_extra(self, name: str) -> bytes | None:
         """None: there are no other files."""
@@ -137,13 +147,17 @@ class HuggingFaceDataset(Source):
         return decode_array(self._table.read(row), self._table.where(row))
 
     def identity(self) -> dict[str, Any]:
-        """The number, shape and labels of the images, and the fingerprint that `datasets` keeps of the content."""
+        """The number, shape and labels of the images, the fingerprint that `datasets` keeps, and a hash of some pixels.
+
+        The fingerprint does not cover images in separate files.
+        """
         digest = hashlib.sha256(self._table.fingerprint.encode())
         return {
             "source": "hf",
             "num_images": len(self),
             "raw_shape": list(self.item_shape),
             **labels_identity(self, digest),
+            "content": content_digest(self),
         }
 
 

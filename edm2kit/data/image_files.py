@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from edm2kit.data.archive import png_is_intact
 from edm2kit.data.file_kinds import kind_of_file
 from edm2kit.models.encoders import to_image
 from edm2kit.torch_utils.arrays import BROKEN
@@ -30,8 +31,7 @@ OTHER_TYPES = (".avif", ".jp2", ".jxl", ".tga", ".psd", ".exr", ".hdr", ".dng", 
 _MAX_PIXELS = 1 << 27  # of one image: 134 megapixels
 # a small file with very many pixels is made to fill the memory; uniform areas compress to 1/1000
 _SMALL_PIXELS, _PIXELS_PER_BYTE = 1 << 24, 100
-# a JPEG of many scans takes as long as that many images: files of cameras have up to 12, and a video behind the image
-# may hold the bytes of a scan by chance, once in 65536
+# a JPEG takes as long as its number of scans, up to 12; a video behind it may hold their bytes, once in 65536
 _SCAN, _MANY_SCANS, _BYTES_PER_SCAN = b"\xff\xda", 100, 4096
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -73,6 +73,8 @@ def open_image(data: bytes, where: str, as_stored: bool = False) -> Image.Image:
     """
     image = open_header(data, where)
     try:
+        if not png_is_intact(data):  # Pillow does not look at the checksums of pixels
+            raise ValueError("the checksum of its pixels is wrong")
         with _without_pillow_warnings():
             image.load()
     except _BROKEN_IMAGE as error:

@@ -61,10 +61,12 @@ def _in_use(folder: Path, owner: str) -> None:
 
 
 def _comparable(settings: dict, found: dict) -> dict:
-    """`settings` without the contents of the source, if the record `found` is older than that entry."""
-    if "source_digest" in found:
+    """`settings` without those contents of the source that the record `found`, perhaps an older one, does not have."""
+    if "source_digest" in found and "source_content" in settings:
         settings = {**settings, "source_digest": found["source_digest"]}
         del settings["source_content"]
+    if None in (settings.get("source_files"), found.get("source_files")):  # only zips have checksums
+        settings = {**settings, "source_files": found.get("source_files")}
     source = settings.get("source")
     if isinstance(source, dict) and isinstance(found.get("source"), dict) and "content" not in found["source"]:
         settings = {**settings, "source": {key: value for key, value in source.items() if key != "content"}}
@@ -120,7 +122,8 @@ class PartialDataset:
         if not settings_file.exists() and any(path.name not in ("lock", "data") for path in self.folder.glob("[!.]*")):
             raise ValueError(f"{self.folder} is needed for unfinished files, but holds others; move it")
         if settings_file.exists() and (self.folder / "data").exists():
-            changed = differences(_read_settings(settings_file), plain_json(self.settings))
+            found = _read_settings(settings_file)
+            changed = differences(found, _comparable(plain_json(self.settings), found))
             if changed:
                 raise ValueError(
                     f"{self.folder} contains an unfinished data set with {'; '.join(changed[:3])}; run with its "

@@ -203,6 +203,7 @@ def _output_header(inputs: Sequence[Weights], coefficients: np.ndarray, nimg: in
                 "ema_std": w.header.ema_std,
                 "dtype": w.header.dtype,
                 "content": None if w.path is None else sampled_sha256(w.path),
+                "checksum": w.checksum(),
             }
             for w in (inputs[i] for i in candidates)
         ],

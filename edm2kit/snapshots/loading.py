@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import hashlib
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -69,6 +70,15 @@ class Weights:
     header: Header
     tensors: Mapping[str, TensorInFile | torch.Tensor]
     path: Path | None = None
+
+    def checksum(self) -> str | None:
+        """A hash of the checksums of all tensors, without reading them; None if the file has none."""
+        digest = hashlib.sha256()
+        for name, tensor in self.tensors.items():
+            if not isinstance(tensor, TensorInFile) or tensor.crc32 is None:
+                return None
+            digest.update(f"{name} {tensor.crc32}\n".encode())
+        return digest.hexdigest()
 
 
 def load_snapshot(

@@ -11,6 +11,7 @@ from edm2kit.models.encoders import StabilityVAEEncoder
 from edm2kit.models.networks import full_architecture
 from edm2kit.models.vae import STABILITY_VAE
 from edm2kit.snapshots.file_format import STORED_DTYPES, Header, SnapshotWriter, check_weights, network_on_meta
+from edm2kit.torch_utils.files import sampled_sha256
 from edm2kit.torch_utils.pickles.reader import Record, StoredTensor, load_pickle
 
 # {run}-{thousands of images}-{relative EMA length}.pkl
@@ -84,6 +85,7 @@ def _header(path: Path, contents: Mapping[str, Any], tensors: Mapping[str, Store
         run_id=run,
         training_config={
             "published_file": path.name,
+            "published_content": sampled_sha256(path),  # which file of that name
             "loss": _scalars(loss.state) if type(loss) is Record else {},
             "dataset": _scalars(contents.get("dataset_kwargs")),
         },

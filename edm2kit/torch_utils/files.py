@@ -41,6 +41,7 @@ _PARTIAL = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 _held: set[IO[Any]] = set()  # files whose locks this process holds
 _PIECES, _PIECE_BYTES = 64, 4096  # that sampled_sha256 reads
 _ROOT = Path(__file__).parents[2]
+_GIT_SEC = 60.0
 
 
 @contextlib.contextmanager
@@ -324,16 +325,19 @@ def differences(recorded: Any, current: Any, name: str = "") -> list[str]:
 def code_commit() -> str:
     """The git commit of the checkout, followed by "+changes" if Python files differ; "unknown" outside a checkout."""
     try:
-        git = ["git", "-C", str(_ROOT)]
+        top, head = _git("rev-parse", "--show-toplevel"), _git("rev-parse", "HEAD")
         # a copy of these files inside another repository does not have its commit
-        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True)
-        if Path(top.stdout.strip()).resolve() != _ROOT.resolve():
+        if top.returncode or head.returncode or Path(top.stdout.strip()).resolve() != _ROOT.resolve():
             return "unknown"
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True).returncode
-    except (OSError, subprocess.CalledProcessError):
+        changed = _git("diff", "--quiet", "HEAD", "--", "*.py").returncode
+    except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return f"{head}+changes" if changed else head
+    return f"{head.stdout.strip()}{'+changes' if changed else ''}"
+
+
+def _git(*words: str) -> subprocess.CompletedProcess[str]:
+    """A git command on the checkout; raises SubprocessError if its file system does not answer."""
+    return subprocess.run(["git", "-C", str(_ROOT), *words], capture_output=True, text=True, timeout=_GIT_SEC)
 
 
 def hardware(device: torch.device | str = "cpu") -> str:

@@ -3,22 +3,18 @@
 import contextlib
 import dataclasses
 import json
-import os
-import signal
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from edm2kit.data.batches import STOP_SIGNALS, GlobalOrder, micro_batch_sizes, training_batches
+from edm2kit.data.batches import GlobalOrder, micro_batch_sizes, training_batches
 from edm2kit.data.dataset import Source, enlarged_fraction, open_source, read_encoder_record, reading_notices
 from edm2kit.models.encoders import ENCODERS, Encoder, make_encoder
 from edm2kit.models.networks import NETWORKS
@@ -208,6 +204,7 @@ class Run:
             "network": self.header.network,
             "architecture": dict(self.header.architecture),
             "data_identity": dict(self.data_identity),
+            "data_files": {"path": str(self.dataset.path.absolute()), "sha256": self.dataset.files_digest()},
             "label_names": self.header.label_names,
             "world_size": dist.world_size(),
             "micro_batches": self.micro_batches,
@@ -384,6 +381,12 @@ def _check_run_dir(run: Run) -> dict[str, Any] | None:
             f"{run_dir} holds a run on other images than --data {run.config.data} (differs in {', '.join(keys)}). "
             "Use the same data to resume it, or another --outdir"
         )
+    before, path = record.get("data_files"), str(run.dataset.path.absolute())
+    if isinstance(before, dict) and before.get("path") == path and before.get("sha256") != run.dataset.files_digest():
+        dist.warn0(
+            f"{path} is another file than the run began with: its checksums differ, though not the images that are "
+            "compared (up to 4096). If it holds other images, use another --outdir"
+        )
     return record
 
 
@@ -405,43 +408,3 @@ def _refuse_checkpoints_of_others(run: Run) -> None:
             f"{list_checkpoints(run.run_dir)[-1]} belongs to another run ({found}) than these settings and images make "
             f"({run.header.run_id}), and {CONFIG_NAME} is missing. Restore that file, or use another --outdir"
         )
-
-
-class StopRequest:
-    """A callable that returns True after a signal, once `max_sec` seconds have passed, or after torchrun has ended.
-
-    Signals are SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU (a soft limit of processor time), SIGHUP (a terminal that closes; not
-    under nohup) and a first Ctrl-C; a second one interrupts at once. Before the first call there is nothing to save, so
-    that signals other than Ctrl-C end the process. Use it as a context manager, which restores the former signal
-    handlers. Make it before the processes meet: torchrun may end meanwhile.
-    """
-
-    def __init__(self, max_sec: float | None = None) -> None:
-        self._deadline_sec = None if max_sec is None else time.monotonic() + max_sec
-        self._asked = self._started = False
-        self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-
-    def __call__(self) -> bool:
-        self._started = True
-        if self._torchrun is not None and not self._asked and os.getppid() != self._torchrun:
-            # killed alone (out of memory, kill -9): nobody would end these processes, or know of them
-            dist.warn0(f"torchrun (process {self._torchrun}) has ended; saving and stopping")
-            self._asked = True
-        return self._asked or (self._deadline_sec is not None and time.monotonic() > self._deadline_sec)
-
-    def __enter__(self) -> "StopRequest":
-        self._former: dict[int, Any] = {}
-        for number in STOP_SIGNALS:
-            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
-                self._former[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self._started and number != signal.SIGINT:
-            raise SystemExit(128 + number)
-        self._asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)

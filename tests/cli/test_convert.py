@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from edm2kit.cli.convert import main
 from edm2kit.models import Precond, full_architecture
-from edm2kit.snapshots.file_format import read_header
+from edm2kit.snapshots.file_format import read_header, read_tensors, save_snapshot
 from edm2kit.snapshots.loading import load_snapshot
 from edm2kit.training.config import config_from_dict, preset_path, read_yaml
 from tests.support import fake_published, tiny
@@ -88,6 +88,29 @@ def test_an_existing_file_of_another_origin_is_refused(folder, tmp_path):
     assert (result.exit_code, result.output.count("\n")) == (1, 1)
     assert "does not come from published_layout_vae.pkl; use --overwrite to replace it" in result.output
     assert run("--source", DATA / "published_layout_vae.pkl", "--dest", out, "--overwrite").exit_code == 0
+
+
+def test_another_file_of_the_same_name_is_refused(folder, tmp_path):
+    out = tmp_path / "out"
+    assert run("--source", folder, "--dest", out).exit_code == 0
+    path = folder / "edm2-img8-xxs-0134217-0.050.pkl"
+    fake_published.write_snapshot(path, Precond(**ARCHITECTURE).half(), ARCHITECTURE)
+    result = run("--source", folder, "--dest", out)
+    assert result.exit_code == 1
+    target = out / f"{path.stem}.safetensors"
+    assert f"Error: {target} was made from another {path.name} than {path}; use --overwrite" in result.output
+    assert run("--source", folder, "--dest", out, "--overwrite").exit_code == 0
+    assert "3 already existed" in run("--source", folder, "--dest", out).output
+
+
+def test_files_that_earlier_versions_converted_are_kept(folder, tmp_path):
+    out = tmp_path / "out"
+    assert run("--source", folder, "--dest", out).exit_code == 0
+    for path in out.iterdir():
+        header, tensors = read_header(path), dict(read_tensors(path))
+        assert len(header.training_config.pop("published_content")) == 64
+        save_snapshot(path, tensors, header)
+    assert "3 already existed" in run("--source", folder, "--dest", out).output
 
 
 STOPPED = """

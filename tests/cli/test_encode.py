@@ -13,12 +13,16 @@ import torch
 from click.testing import CliRunner, Result
 
 from edm2kit.cli import dataset as dataset_tool
+from edm2kit.data import dataset
 from edm2kit.data import encode as dataset_latents
 from edm2kit.data.dataset import EncoderRecord, ImageDataset, read_encoder_record
+from edm2kit.data.image_files import encode_npy
 from edm2kit.data.output import PartialDataset
 from edm2kit.models.vae import load_vae, vae_decode, vae_encode, vae_sha256
 from tests.support import tiny
 from tests.support.fakes import tiny_vae
+from tests.support.pictures import encoded as encoded_png
+from tests.support.pictures import picture, some_files, write_folder, write_zip
 
 NUM_IMAGES = 21
 
@@ -203,3 +207,24 @@ def test_latents_too_large_for_half_precision_are_refused(vae, pixels):
 
     with pytest.raises(ValueError, match="use --dtype fp32"):
         dataset_latents.encode_batch(Loud, torch.device("cpu"), np.float16, raw(pixels)[:2].numpy())
+
+
+def test_an_image_that_the_sample_of_pixels_misses_is_noticed_in_a_zip(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "_HASHED_BYTES", 0)  # 256 images, as of very large ones
+    files = some_files(300)
+    unseen = list(files)[min(set(range(300)).difference(dataset.spread_evenly(300, 256)))]
+
+    def work(images):
+        return [encode_npy(image) for image in images]
+
+    def write(source):
+        job = dataset_latents.make_job(ImageDataset(source), tmp_path / "out.zip", ".npy", work, {}, {})
+        dataset_latents.run(job, batch=64, workers=1)
+
+    zipped = write_zip(tmp_path / "d.zip", files)
+    write(zipped)
+    write(zipped)
+    write(write_folder(tmp_path / "d", files))  # has no checksums, but the same names and pixels
+    write_zip(zipped, files | {unseen: encoded_png(picture(1000))})
+    with pytest.raises(ValueError, match=r"is a data set with source_files .*, now .*; delete it or choose another"):
+        write(zipped)

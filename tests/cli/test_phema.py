@@ -11,10 +11,11 @@ import torch
 from click.testing import CliRunner
 
 from edm2kit.cli import phema as reconstruct_phema
-from edm2kit.snapshots.file_format import read_header, save_snapshot
+from edm2kit.snapshots.file_format import read_header, read_tensors, save_snapshot
 from edm2kit.snapshots.loading import load_snapshot
+from edm2kit.torch_utils import files
 from tests.support import runs, tiny
-from tests.support.runs import changed
+from tests.support.runs import changed, with_tensors
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,27 @@ def test_what_a_killed_process_left_is_removed_even_if_all_outputs_are_complete(
     assert left.exists()
     assert "Wrote 0" in run(*common)[1]
     assert not left.exists()
+
+
+def test_skip_notices_one_other_tensor_in_a_large_snapshot(walk, folder, tmp_path, monkeypatch):
+    # files are hashed in places; of those beyond 266 KB, a tensor may lie between them
+    monkeypatch.setattr(files, "_PIECES", 1)
+    monkeypatch.setattr(files, "_PIECE_BYTES", 8)
+    common = ("--indir", folder, "--outdir", tmp_path / "out", "--outstd", "0.06", "--skip")
+    assert "Wrote 1" in run(*common)[1]
+    assert "Wrote 0" in run(*common)[1]
+    last = walk.snapshots[-1]
+    name = "unet.enc.8x8_block0.conv_res0.weight"
+    other = with_tensors(last, **{name.replace(".", "__"): last.tensors[name] + 1})
+    runs.write(folder, [other])
+    output = run(*common)[1]
+    assert f"phema-0000256-0.060.safetensors is made again: {last.name} has changed since" in output
+    path = tmp_path / "out" / "phema-0000256-0.060.safetensors"
+    header = read_header(path)
+    for entry in header.recipe["inputs"]:
+        assert entry.pop("checksum")  # which earlier versions did not record
+    save_snapshot(path, dict(read_tensors(path)), header)
+    assert "Wrote 0" in run(*common)[1]
 
 
 def test_results_beside_their_inputs_are_no_inputs(folder):

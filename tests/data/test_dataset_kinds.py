@@ -14,7 +14,7 @@ from edm2kit.data import dataset as sources
 from edm2kit.data.array_dataset import ArrayDataset
 from edm2kit.data.batches import GlobalOrder, training_batches
 from edm2kit.data.dataset import ENCODER_FILE, SOURCES, EncoderRecord, ImageDataset, open_source, read_encoder_record
-from edm2kit.data.hugging_face import HuggingFaceDataset
+from edm2kit.data.hugging_face import HuggingFaceDataset, SavedTable
 from edm2kit.data.labels import ConditionSpace
 from tests.support.hostile_arrays import HOSTILE
 from tests.support.pictures import encoded, npy, picture, some_files, with_labels, write_folder
@@ -264,6 +264,34 @@ def test_files_that_the_table_only_points_to(tmp_path):
     table.save_to_disk(tmp_path / "d")
     source = open_source(tmp_path / "d")
     np.testing.assert_array_equal(source.read(np.arange(3)), PIXELS[:3])
+
+
+def test_the_identity_covers_images_in_separate_files(tmp_path, monkeypatch):
+    # earlier versions of datasets left them where they are
+    monkeypatch.setattr(datasets.arrow_writer, "embed_table_storage", lambda table, **settings: table)
+    Image.fromarray(PIXELS[0].transpose(1, 2, 0)).save(tmp_path / "0.png")
+    table = datasets.Dataset.from_dict({"image": [str(tmp_path / "0.png")]}).cast_column("image", datasets.Image())
+    table.save_to_disk(tmp_path / "d")
+    before = open_source(tmp_path / "d").identity(), SavedTable(tmp_path / "d").checksum(0)
+    Image.fromarray(PIXELS[1].transpose(1, 2, 0)).save(tmp_path / "0.png")
+    after = open_source(tmp_path / "d").identity(), SavedTable(tmp_path / "d").checksum(0)
+    assert before[0]["sha256"] == after[0]["sha256"]
+    assert before[0]["content"] != after[0]["content"]
+    assert before[1] != after[1]
+    monkeypatch.undo()
+    within = write_hugging_face(tmp_path / "within")
+    assert SavedTable(within).checksum(0) == (0, 0)
+
+
+def test_the_identity_of_arrays_covers_more_than_the_items_that_older_runs_recorded(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, [1000, 3, 8, 8], np.uint8)
+    np.save(tmp_path / "a.npy", images)
+    before = open_source(tmp_path / "a.npy").identity()
+    images[501] = 0
+    np.save(tmp_path / "a.npy", images)
+    after = open_source(tmp_path / "a.npy").identity()
+    assert before["sha256"] == after["sha256"]
+    assert before["content"] != after["content"]
 
 
 @pytest.mark.parametrize(

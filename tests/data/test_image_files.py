@@ -142,3 +142,19 @@ def test_a_jpeg_of_very_many_scans_is_refused_and_a_video_behind_it_is_not():
     video = np.random.default_rng(0).integers(0, 256, 4 << 20, np.uint8).tobytes()  # as phones append it
     assert video.count(b"\xff\xda") > 30
     assert open_image(data + video, "x").size == (64, 64)
+
+
+def test_no_flipped_bit_of_a_compressed_png_changes_its_pixels():
+    ramp = np.add.outer(np.arange(16), np.arange(16))[..., None] * np.array([1, 2, 3])
+    file = io.BytesIO()
+    Image.fromarray(ramp.astype(np.uint8)).save(file, "png")
+    data = file.getvalue()
+    pixels, found = decode_array(data, "x"), 0
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
+            np.testing.assert_array_equal(decode_array(bytes(flipped), "x"), pixels)
+        except ValueError:
+            found += 1
+    assert found > 6 * len(data)

@@ -156,7 +156,9 @@ def test_header_records_the_recipe(walk, tmp_path):
         "ema_std": 0.1,
         "dtype": "float16",
         "content": sampled_sha256(inputs[-1].path),
+        "checksum": inputs[-1].checksum(),
     }
+    assert len(inputs[-1].checksum()) == 64
     assert header.recipe["coefficients"] == output.coefficients.tolist()
     assert sum(header.recipe["coefficients"]) == pytest.approx(1)
     assert header.recipe["fit"] == dataclasses.asdict(output.fit)

@@ -297,3 +297,10 @@ def test_parts_in_any_order_are_compared_once_all_are_read(header, tmp_path):
             reader.read("a", *parts[-1])
         with pytest.raises(ValueError, match="s is damaged: the weights a"):
             reader.read("a", 0, 5000)
+
+
+@pytest.mark.parametrize("names", [("ant",), tuple("abcde")])
+def test_names_of_another_number_of_classes_are_refused(net, header, tmp_path, names):
+    save_snapshot(tmp_path / "s", net.state_dict(), dataclasses.replace(header, label_names=names))
+    with pytest.raises(ValueError, match=rf"s: its header names {len(names)} classes, but has 4$"):
+        load_snapshot(tmp_path / "s")

@@ -264,3 +264,11 @@ def test_a_long_name_is_written_as_it_is(tmp_path, name):
     with atomic_write(tmp_path / name) as file:
         file.write(b"content")
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_git_that_does_not_answer_is_not_waited_for(monkeypatch):
+    def stuck(words, **settings):
+        raise subprocess.TimeoutExpired(words, settings["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", stuck)
+    assert files.code_commit.__wrapped__() == "unknown"

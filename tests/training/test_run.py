@@ -13,10 +13,13 @@ from click.testing import CliRunner
 from PIL import Image
 
 from edm2kit.cli import train
+from edm2kit.data import dataset
 from edm2kit.data.batches import STOP_SIGNALS
 from edm2kit.training.checkpoint import list_checkpoints
 from edm2kit.training.config import config_from_dict
-from edm2kit.training.run import StopRequest, prepare_run
+from edm2kit.training.run import prepare_run
+from edm2kit.training.stop import StopRequest
+from tests.support.pictures import encoded, picture, some_files, write_zip
 from tests.support.tiny import TINY, make_dataset, write_config
 
 
@@ -123,6 +126,19 @@ def test_a_checkpoint_of_another_run_is_refused_without_its_configuration(tmp_pa
                 prepare_run(config, tmp_path / "run")
         else:
             prepare_run(config, tmp_path / "run")
+
+
+def test_another_image_that_is_not_among_those_compared_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dataset, "_HASHED_BYTES", 0)  # 256 images, as of very large ones
+    files = some_files(300)
+    unseen = list(files)[min(set(range(300)).difference(dataset.spread_evenly(300, 256)))]
+    config = config_from_dict({**TINY, "cond": False, "data": str(write_zip(tmp_path / "d.zip", files))}, "test")
+    prepare_run(config, tmp_path / "run").write_records({})
+    assert prepare_run(config, tmp_path / "run")
+    assert capsys.readouterr().err == ""
+    write_zip(tmp_path / "d.zip", files | {unseen: encoded(picture(1000))})
+    prepare_run(config, tmp_path / "run")
+    assert f"{tmp_path / 'd.zip'} is another file than the run began with" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

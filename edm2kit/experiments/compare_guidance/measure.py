@@ -132,6 +132,8 @@ def read_record(path: Path, asked: Mapping[str, Any] | None = None) -> dict[str,
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}). Delete it to measure this row again") from error
     found = record["asked"]
+    if asked is not None and "real_content" not in found:  # which earlier versions did not record
+        asked = {name: value for name, value in asked.items() if name != "real_content"}
     if asked is not None and (changed := differences(_with_current_names(found), _with_current_names(asked))):
         raise ValueError(f"{path} was measured with other settings ({'; '.join(changed[:3])}). Use another --outdir")
     return record

@@ -1,5 +1,6 @@
 """The networks that a search chooses among: training runs whose EMAs are rebuilt in memory, or single snapshots."""
 
+import hashlib
 import itertools
 import math
 from collections import OrderedDict
@@ -10,8 +11,10 @@ from pathlib import Path
 import torch
 
 from edm2kit.cli.generation import load_for_sampling
+from edm2kit.cli.image_source import open_images, pixels_sha256
 from edm2kit.ema.rebuild import check_inputs, plan_outputs, reconstruct, write_outputs
 from edm2kit.snapshots.loading import Snapshot, Weights, open_sources, open_weights
+from edm2kit.torch_utils.files import sampled_sha256, sha256_of
 
 POOR_FIT = 0.1  # above it a rebuilt EMA differs from what its length says
 _USUAL_LENGTH = 0.1  # of the two lengths that training stores by default, the one that suits more networks
@@ -130,6 +133,27 @@ def open_source_of_networks(name: str, path: str) -> NetworkSource:
         raise ValueError(f"{path} has no snapshots with an EMA; give a run folder of train.py, or a snapshot file")
     check_inputs(found)
     return NetworkSource(name, path, found)
+
+
+def contents(networks: Sequence[NetworkSource], words: Sequence[str], real: str | None) -> dict[str, str]:
+    """A hash of everything behind a name that decides what a search measures, by that name.
+
+    `words` are options of generate.py, some of which name files; `real` are the real images.
+    """
+    found = {}
+    for network in networks:
+        digest = hashlib.sha256()
+        for weights in network.weights:
+            assert weights.path is not None
+            digest.update(f"{sampled_sha256(weights.path)} {weights.checksum()}\n".encode())
+        found[network.name] = digest.hexdigest()
+    for word in words:
+        path = Path(word.partition("=")[2] or word)
+        if path.is_file():
+            found[str(path)] = sha256_of(path)
+    if real is not None:
+        found["--real"] = pixels_sha256(open_images(real))
+    return found
 
 
 class NetworkCache:

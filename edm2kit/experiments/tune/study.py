@@ -62,6 +62,8 @@ class SharedStudy:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}); choose another --outdir") from error
+        if "contents" not in found:  # which earlier versions did not record
+            asked = {name: value for name, value in asked.items() if name != "contents"}
         if changed := differences(found, asked):
             raise ValueError(
                 f"{self.folder} holds a search with other settings ({'; '.join(changed[:3])}); choose another --outdir"

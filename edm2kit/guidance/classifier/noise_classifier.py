@@ -58,6 +58,8 @@ class NoiseClassifier(nn.Module):
         sigma_data: float = 0.5,
     ):
         super().__init__()
+        if not 1 <= levels <= _MAX_LEVELS:
+            raise ValueError(f"a classifier of {levels} levels; expected 1 to {_MAX_LEVELS}")
         if not 0 < width <= _MAX_WIDTH or width % _GROUPS or img_resolution % (1 << (levels - 1)):
             raise ValueError(
                 f"a classifier of {width} channels and {levels} levels for {img_resolution} pixels; the width must be "
@@ -107,8 +109,10 @@ class LoadedClassifier:
 
 
 def save_classifier(path: str | Path, net: NoiseClassifier, header: ClassifierHeader) -> None:
-    """Write weights and header to one safetensors file, atomically."""
+    """Write weights and header to one safetensors file, atomically. Raises ValueError for weights not finite."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
+    if wrong := next((name for name, tensor in state.items() if not tensor.isfinite().all()), None):
+        raise ValueError(f"{path}: not written, as the weights {wrong} are not finite; try a smaller --lr")
     data = safetensors_bytes(state, {_HEADER_KEY: json.dumps(dataclasses.asdict(header))})
     with atomic_write(path) as file:
         file.write(data)

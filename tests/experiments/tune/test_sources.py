@@ -1,12 +1,14 @@
 """Networks of a search: rebuilt in memory as reconstruct_phema.py would, within bounded memory."""
 
+import numpy as np
 import pytest
 import torch
 
 from edm2kit.cli.generation import load_for_sampling
 from edm2kit.ema.rebuild import reconstruct
-from edm2kit.experiments.tune.sources import NetworkCache, Version, open_source_of_networks
+from edm2kit.experiments.tune.sources import NetworkCache, Version, contents, open_source_of_networks
 from edm2kit.snapshots.loading import load_snapshot, open_weights
+from tests.support.pictures import encoded, picture, some_files, write_folder
 from tests.support.tuning import make_run
 
 
@@ -89,3 +91,27 @@ def test_what_is_not_a_run_is_refused(tmp_path, run):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(ValueError, match="differ in run_id"):
         open_source_of_networks("main", str(tmp_path))
+
+
+def test_everything_behind_a_name_is_hashed(tmp_path):
+    folder = make_run(tmp_path / "guide", seed=1)
+    np.save(tmp_path / "labels.npy", np.zeros([1, 4]))
+    images = write_folder(tmp_path / "real", some_files(3))
+    words = ["--steps", "8", "--labels", str(tmp_path / "labels.npy"), f"--loss-image={images}/00000/img00000000.png"]
+
+    def found():
+        return contents([open_source_of_networks("guide", str(folder))], words, str(images))
+
+    before = found()
+    assert set(before) == {"guide", words[3], words[4].partition("=")[2], "--real"}
+    assert found() == before
+    np.save(tmp_path / "labels.npy", np.ones([1, 4]))
+    assert differing(before, found()) == {words[3]}
+    make_run(folder, seed=2)
+    assert differing(before, found()) == {words[3], "guide"}
+    write_folder(images, {"00000/img00000002.png": encoded(picture(7))})
+    assert differing(before, found()) == {words[3], "guide", "--real"}
+
+
+def differing(before, after):
+    return {name for name in before if before[name] != after[name]}

@@ -189,3 +189,15 @@ def test_a_database_that_cannot_be_read_or_written_is_one_line(tmp_path):
     (tmp_path / "bad" / "study.db").write_bytes(b"not a database" * 100)
     with pytest.raises(ValueError, match=r"study\.db cannot be read or written \(file is not a database\)"):
         SharedStudy(tmp_path / "bad", {"metric": "fd_lite0"})
+
+
+def test_what_is_behind_the_names_of_a_search_may_not_change(tmp_path):
+    with SharedStudy(tmp_path, {**SETTINGS, "contents": {"guide": "a"}}):
+        pass
+    with pytest.raises(ValueError, match=r"other settings \(contents\.guide \"a\", now \"b\"\)"):
+        SharedStudy(tmp_path, {**SETTINGS, "contents": {"guide": "b"}})
+    (tmp_path / "older").mkdir()
+    with SharedStudy(tmp_path / "older", SETTINGS):  # as earlier versions recorded it
+        pass
+    with SharedStudy(tmp_path / "older", {**SETTINGS, "contents": {"guide": "b"}}):
+        pass

@@ -85,3 +85,17 @@ def test_sizes_that_do_not_fit_are_refused(net):
         NoiseClassifier(8, 3, 4, width=8, levels=5)
     with pytest.raises(ValueError, match=r"takes images of shape \[3, 8, 8\], not \[1, 8, 8\]"):
         net(X[:, :1], 1.0)
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path):
+    net = NoiseClassifier(**ARCHITECTURE)
+    with torch.no_grad():
+        net.head.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"the weights head\.weight are not finite; try a smaller --lr"):
+        save_classifier(tmp_path / "c.safetensors", net, ClassifierHeader(ARCHITECTURE, 0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_levels_beyond_any_image_are_refused_before_numbers_of_a_billion_digits():
+    with pytest.raises(ValueError, match="a classifier of 1000000000 levels; expected 1 to 16"):
+        NoiseClassifier(**{**ARCHITECTURE, "levels": 1_000_000_000})
