@@ -27,8 +27,8 @@ from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.rng import StackedGenerator
 from edm2kit.training.config import TrainConfig
 from edm2kit.training.distillation import DistillationLoss
-from edm2kit.training.run import RECORD_NAME, Run, prepare_run
-from edm2kit.training.stop import StopRequest, stopped_exit_code
+from edm2kit.training.run import RECORD_NAME, Run, StopRequest, prepare_run
+from edm2kit.training.stop import stopped_exit_code
 
 _NOISE_LEVELS = ("P_mean", "P_std")
 # where distilling differs from training
@@ -133,7 +133,7 @@ def check_teacher(teacher: Denoiser, sigmas: torch.Tensor, shape: tuple[int, int
     """Raise ValueError if `teacher` moves images between evaluations, which a network cannot learn."""
     device = sigmas.device
     own = StackedGenerator(device, [0])
-    x, labels = own.randn([1, *shape]), torch.eye(label_dim, device=device)[:1] if label_dim else None
+    x, labels = own.randn([1, *shape]), torch.eye(1, label_dim, device=device) if label_dim else None
     teacher = for_images(teacher, own)
     for i in range(len(sigmas) - 1):
         step = for_step(teacher, i, sigmas)

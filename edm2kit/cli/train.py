@@ -271,26 +271,31 @@ def write_samples(run: Run, count: int, device: torch.device, net: nn.Module, ni
     """
     architecture = run.header.architecture
     shape = [architecture["img_channels"], architecture["img_resolution"], architecture["img_resolution"]]
-    choices = torch.eye(architecture["label_dim"])
+    num_labels, vectors = architecture["label_dim"], None
     if run.header.label_kind == "vectors" and run.dataset.labels is not None:
-        choices = torch.from_numpy(run.dataset.labels[:count])
+        vectors = torch.from_numpy(run.dataset.labels[:count])
+        num_labels = len(vectors)
     mine: dict[int, np.ndarray] = {}
     own_seeds = range(count)[dist.rank() :: dist.world_size()]
     for start in range(0, len(own_seeds), SAMPLE_BATCH):
         seeds = own_seeds[start : start + SAMPLE_BATCH]
         rng = StackedGenerator(device, seeds)
         noise = rng.randn([len(seeds), *shape])
-        labels = choices[[seed % len(choices) for seed in seeds]].to(device) if len(choices) else None
+        labels = None
+        if num_labels:
+            picked = torch.tensor([seed % num_labels for seed in seeds])
+            rows = torch.nn.functional.one_hot(picked, num_labels) if vectors is None else vectors[picked]
+            labels = rows.float().to(device)
         latents = Sampler()(net, noise, labels, rng.randn_like)
         mine.update(zip(seeds, run.encoder.decode(latents).cpu().numpy(), strict=True))
     images: dict[int, np.ndarray] = {}
     for part in dist.gather_objects(mine):
         images.update(part)
-    captions = [f"class {seed % len(choices)}" for seed in range(count)] if len(choices) else []
+    captions = [f"class {seed % num_labels}" for seed in range(count)] if num_labels else []
     if names := run.header.label_names:
         captions = [names[seed % len(names)] for seed in range(count)]
     elif run.header.label_kind == "vectors":
-        captions = [f"label {seed % len(choices)}" for seed in range(count)]
+        captions = [f"label {seed % num_labels}" for seed in range(count)]
     title = f"{nimg:,} images, EMA {run.config.ema_stds[-1]:.3f}, {Sampler().num_steps} steps, seeds 0 to {count - 1}"
     path = run.run_dir / f"samples-{nimg // 1000:07d}.png"
     return dist.on_rank0(write_sheet, [images[seed] for seed in range(count)], captions, title, path)

@@ -33,7 +33,6 @@ _IN_EXTRA = 0xFFFFFFFF
 _MAX_FILE_BYTES = 1 << 30  # of one file, uncompressed
 _SUSPICIOUS_BYTES, _MAX_RATIO = 1 << 24, 200  # images and labels of this size never compress so well
 _SMALL_BYTES = 1 << 16
-_PNG_PIXELS, _PNG_TAIL = 37, 16  # bytes before the name of the chunk of pixels, and from its checksum to the end
 # folders that systems and network disks keep beside the files of their users, some of them unreadable
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 # the names of splits: val, Train, test_set, train2017, imagenet-val, and trainA of data sets for translation
@@ -110,25 +109,6 @@ def read_regular(path: str | Path) -> bytes:
         return file.read()
 
 
-def file_checksum(path: str | Path) -> tuple[int, int]:
-    """Size and checksum of a file, to notice other content; (-1, 0) if it cannot be read.
-
-    The checksum of a file above 64 KiB covers its start, middle and end.
-    """
-    checksum = 0
-    try:
-        with _open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size <= _SMALL_BYTES:
-                return size, zlib.crc32(file.read())
-            for start in (0, size // 2, size - _SAMPLE_BYTES):
-                file.seek(start)
-                checksum = zlib.crc32(file.read(_SAMPLE_BYTES), checksum)
-    except OSError:
-        return -1, 0
-    return size, checksum
-
-
 class FolderArchive:
     """The images in a folder and its subfolders.
 
@@ -154,12 +134,22 @@ class FolderArchive:
             raise ValueError(f"{self.where(index)}: cannot be read: {error.strerror}") from error
 
     def checksum(self, index: int) -> tuple[int, int]:
-        """Size and checksum of file `index`, as `file_checksum`."""
-        return file_checksum(self.path / self.names[index])
+        """Size and checksum of file `index`, to notice other content; (-1, 0) if it cannot be read.
 
-    def digest(self, indices: np.ndarray) -> str | None:
-        """None: the checksums of all files are not known without reading these."""
-        return None
+        The checksum of a file above 64 KiB covers its start, middle and end.
+        """
+        checksum = 0
+        try:
+            with _open_regular(self.path / self.names[index]) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size <= _SMALL_BYTES:
+                    return size, zlib.crc32(file.read())
+                for start in (0, size // 2, size - _SAMPLE_BYTES):
+                    file.seek(start)
+                    checksum = zlib.crc32(file.read(_SAMPLE_BYTES), checksum)
+        except OSError:
+            return -1, 0
+        return size, checksum
 
     def read_extra(self, name: str) -> bytes | None:
         """The bytes of another file, such as dataset.json, or None if there is none."""
@@ -178,7 +168,7 @@ class FolderArchive:
             data = self.read(index)
             whole[k] = len(data) == num_bytes
             if whole[k] and not self._verified[index]:
-                whole[k] = self._verified[index] = _pixels_fit(data)
+                whole[k] = self._verified[index] = png_is_intact(data)
             if whole[k]:
                 files[k] = np.frombuffer(data, np.uint8)
         return files[:, :split], files[:, split:], whole
@@ -224,7 +214,7 @@ class ZipArchive:
         """Size and checksum of file `index`, as the zip records them."""
         return int(self._entries[index, 2]), int(self._entries[index, 3])
 
-    def digest(self, indices: np.ndarray) -> str | None:
+    def digest(self, indices: np.ndarray) -> str:
         """A hash of sizes and checksums of the files `indices`, as the zip records them."""
         return hashlib.sha256(self._entries[indices, 2:4].astype("<i8").tobytes()).hexdigest()
 
@@ -301,13 +291,6 @@ def png_is_intact(data: bytes) -> bool:
             return False
         position = end + 4
     return True
-
-
-def _pixels_fit(data: bytes) -> bool:
-    """Whether the checksum of the pixels fits in a PNG as this program writes it; True for files that are not PNG."""
-    if not data.startswith(b"\x89PNG"):
-        return True
-    return zlib.crc32(data[_PNG_PIXELS:-_PNG_TAIL]) == int.from_bytes(data[-_PNG_TAIL : 4 - _PNG_TAIL], "big")
 
 
 def _local_extra(descriptor: int, entries: np.ndarray) -> int:

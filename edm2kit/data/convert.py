@@ -36,6 +36,7 @@ from edm2kit.data.labels import (
     Labels,
     find_extra,
     folder_labels,
+    names_digest,
     noted_labels,
     read_labels,
     read_labels_file,
@@ -132,6 +133,7 @@ def convert(
         "resolution": list(converter.size),
         "transform": transform,
         "channels": converter.channels,
+        "class_names": None if labels is None else names_digest(labels.class_names, labels.space.dimension),
     }
     # settings that were added later appear if they are not the default, so that older work is recognised
     if as_stored:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edm2kit.data.archive import open_archive
+from edm2kit.data.archive import ZipArchive, open_archive
 from edm2kit.data.image_files import (
     HEIF_EXTENSIONS,
     IMAGE_EXTENSIONS,
@@ -241,7 +241,7 @@ class ImageDataset(Source):
 
     def files_digest(self) -> str | None:
         """Of a zip, which holds a checksum of each file."""
-        return self._archive.digest(self._picked)
+        return self._archive.digest(self._picked) if isinstance(self._archive, ZipArchive) else None
 
     @property
     def needs_decoding(self) -> bool:

@@ -16,7 +16,7 @@ import torch
 from edm2kit.data.archive import check_name
 from edm2kit.data.dataset import ENCODER_FILE, EncoderRecord, Source, open_source, read_encoder_record
 from edm2kit.data.image_files import encode_npy, encode_png
-from edm2kit.data.labels import Labels
+from edm2kit.data.labels import Labels, names_digest
 from edm2kit.data.output import PartialDataset, is_finished
 from edm2kit.models.encoders import to_image
 from edm2kit.models.vae import STABILITY_VAE, load_vae, vae_decode, vae_encode, vae_sha256
@@ -133,6 +133,8 @@ def make_job(
         if name == following:
             raise ValueError(f"{source.path}: two images would become {name}; rename one")
     content = {"source": source.identity(), "source_files": source.files_digest()}
+    if source.labels is not None:
+        content["class_names"] = names_digest(source.label_names, source.label_dim)
     return FileJob(source, dest, names, work, {**settings, **content}, extra)
 
 

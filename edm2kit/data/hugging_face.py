@@ -2,13 +2,14 @@
 
 import functools
 import hashlib
+import zlib
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
 
-from edm2kit.data.archive import file_checksum, read_regular
+from edm2kit.data.archive import read_regular
 from edm2kit.data.dataset import CONVERT_HINT, Source, content_digest, spread_evenly
 from edm2kit.data.image_files import check_item, decode_array
 from edm2kit.data.labels import Labels, labels_identity, labels_of_array, pick_labels
@@ -70,11 +71,11 @@ class SavedTable:
             raise ValueError(f"{self.where(index)}: {image['path']} cannot be read: {error.strerror}") from error
 
     def checksum(self, index: int) -> tuple[int, int]:
-        """Zeros, as the fingerprint in the names covers the content; for a separate file, its size and checksum."""
+        """Zeros, as the fingerprint in the names covers the content; for a separate file, its checksum."""
         if not self._has_files:
             return 0, 0
         image = self._images[index][self._column]
-        return (0, 0) if image["bytes"] is not None else file_checksum(image["path"])
+        return (0, 0) if image["bytes"] is not None else (0, zlib.crc32(self.read(index)))
 
     @functools.cached_property
     def _has_files(self) -> bool:

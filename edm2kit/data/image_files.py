@@ -46,16 +46,8 @@ _UPRIGHT = {
 }
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _BROKEN_IMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    Image.DecompressionBombError,
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError),
+    *(struct.error, Image.DecompressionBombError),
 )
 _PNG_START = 48  # bytes before the first pixels: signature, IHDR, length and name of IDAT, zlib header
 _BLOCK_HEADER = 5

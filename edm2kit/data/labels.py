@@ -368,6 +368,11 @@ def labels_identity(source: "Source", digest: "hashlib._Hash") -> dict[str, Any]
     return identity
 
 
+def names_digest(class_names: Sequence[str] | None, num_classes: int) -> str:
+    """A hash of the names and the number of classes, which `labels_identity` does not cover."""
+    return hashlib.sha256(json.dumps([class_names, num_classes]).encode()).hexdigest()[:16]
+
+
 def _check_entries(entries: object, where: str) -> dict[str, Any]:
     """The label of each file name: all of them classes, or all of them vectors of one length."""
     if not isinstance(entries, list):

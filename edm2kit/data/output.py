@@ -67,6 +67,8 @@ def _comparable(settings: dict, found: dict) -> dict:
         del settings["source_content"]
     if None in (settings.get("source_files"), found.get("source_files")):  # only zips have checksums
         settings = {**settings, "source_files": found.get("source_files")}
+    if "class_names" not in found:
+        settings = {name: value for name, value in settings.items() if name != "class_names"}
     source = settings.get("source")
     if isinstance(source, dict) and isinstance(found.get("source"), dict) and "content" not in found["source"]:
         settings = {**settings, "source": {key: value for key, value in source.items() if key != "content"}}

@@ -3,18 +3,22 @@
 import contextlib
 import dataclasses
 import json
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from edm2kit.data.batches import GlobalOrder, micro_batch_sizes, training_batches
+from edm2kit.data.batches import STOP_SIGNALS, GlobalOrder, micro_batch_sizes, training_batches
 from edm2kit.data.dataset import Source, enlarged_fraction, open_source, read_encoder_record, reading_notices
 from edm2kit.models.encoders import ENCODERS, Encoder, make_encoder
 from edm2kit.models.networks import NETWORKS
@@ -361,7 +365,7 @@ def _check_run_dir(run: Run) -> dict[str, Any] | None:
         if not isinstance(identity, dict) or not isinstance(record["run_id"], str):
             raise ValueError("data_identity is not a mapping, or run_id is not text")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        if _is_that_of_checkpoints(run):
+        if _run_id_of_checkpoints(run_dir) == run.header.run_id:
             dist.warn0(f"{record_path} is damaged or missing ({error}); writing it again")
             return None
         raise ValueError(f"{record_path} is damaged or missing ({error}); use another --outdir") from error
@@ -370,7 +374,7 @@ def _check_run_dir(run: Run) -> dict[str, Any] | None:
     try:
         refuse_changes(read_yaml(config_path), run.config, run_dir)
     except ValueError as error:
-        if not _is_that_of_checkpoints(run):
+        if _run_id_of_checkpoints(run_dir) != run.header.run_id:
             raise
         dist.warn0(f"{config_path} is damaged ({error}); writing it again")
     keys = [key for key in identity if identity[key] != run.data_identity.get(key)]
@@ -396,10 +400,6 @@ def _run_id_of_checkpoints(run_dir: Path) -> str | None:
     return next((run_id for run_id in found if run_id is not None), None)
 
 
-def _is_that_of_checkpoints(run: Run) -> bool:
-    return _run_id_of_checkpoints(run.run_dir) == run.header.run_id
-
-
 def _refuse_checkpoints_of_others(run: Run) -> None:
     """Raise ValueError if the folder lacks its configuration, but has a checkpoint of a run with another run_id."""
     found = _run_id_of_checkpoints(run.run_dir)
@@ -408,3 +408,43 @@ def _refuse_checkpoints_of_others(run: Run) -> None:
             f"{list_checkpoints(run.run_dir)[-1]} belongs to another run ({found}) than these settings and images make "
             f"({run.header.run_id}), and {CONFIG_NAME} is missing. Restore that file, or use another --outdir"
         )
+
+
+class StopRequest:
+    """A callable that returns True after a signal, once `max_sec` seconds have passed, or after torchrun has ended.
+
+    Signals are SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU (a soft limit of processor time), SIGHUP (a terminal that closes; not
+    under nohup) and a first Ctrl-C; a second one interrupts at once. Before the first call there is nothing to save, so
+    that signals other than Ctrl-C end the process. Use it as a context manager, which restores the former signal
+    handlers. Make it before the processes meet: torchrun may end meanwhile.
+    """
+
+    def __init__(self, max_sec: float | None = None) -> None:
+        self._deadline_sec = None if max_sec is None else time.monotonic() + max_sec
+        self._asked = self._started = False
+        self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    def __call__(self) -> bool:
+        self._started = True
+        if self._torchrun is not None and not self._asked and os.getppid() != self._torchrun:
+            # killed alone (out of memory, kill -9): nobody would end these processes, or know of them
+            dist.warn0(f"torchrun (process {self._torchrun}) has ended; saving and stopping")
+            self._asked = True
+        return self._asked or (self._deadline_sec is not None and time.monotonic() > self._deadline_sec)
+
+    def __enter__(self) -> "StopRequest":
+        self._former: dict[int, Any] = {}
+        for number in STOP_SIGNALS:
+            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+                self._former[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self._started and number != signal.SIGINT:
+            raise SystemExit(128 + number)
+        self._asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)

@@ -1,15 +1,11 @@
-"""Runs that end early: how they are asked to, and what they leave: an exit code, and snapshots, which are replaced."""
+"""What a run leaves that ends early: an exit code, and snapshots of its network, which it replaces when it goes on."""
 
 import itertools
 import os
-import signal
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from edm2kit.data.batches import STOP_SIGNALS
 from edm2kit.snapshots.file_format import read_header, read_tensors, snapshot_name
 from edm2kit.torch_utils import dist
 from edm2kit.training.checkpoint import list_checkpoints
@@ -96,43 +92,3 @@ def _is_intact(snapshot: Path) -> bool:
     except ValueError:
         return False
     return True
-
-
-class StopRequest:
-    """A callable that returns True after a signal, once `max_sec` seconds have passed, or after torchrun has ended.
-
-    Signals are SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU (a soft limit of processor time), SIGHUP (a terminal that closes; not
-    under nohup) and a first Ctrl-C; a second one interrupts at once. Before the first call there is nothing to save, so
-    that signals other than Ctrl-C end the process. Use it as a context manager, which restores the former signal
-    handlers. Make it before the processes meet: torchrun may end meanwhile.
-    """
-
-    def __init__(self, max_sec: float | None = None) -> None:
-        self._deadline_sec = None if max_sec is None else time.monotonic() + max_sec
-        self._asked = self._started = False
-        self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-
-    def __call__(self) -> bool:
-        self._started = True
-        if self._torchrun is not None and not self._asked and os.getppid() != self._torchrun:
-            # killed alone (out of memory, kill -9): nobody would end these processes, or know of them
-            dist.warn0(f"torchrun (process {self._torchrun}) has ended; saving and stopping")
-            self._asked = True
-        return self._asked or (self._deadline_sec is not None and time.monotonic() > self._deadline_sec)
-
-    def __enter__(self) -> "StopRequest":
-        self._former: dict[int, Any] = {}
-        for number in STOP_SIGNALS:
-            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
-                self._former[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self._started and number != signal.SIGINT:
-            raise SystemExit(128 + number)
-        self._asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)

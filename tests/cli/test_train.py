@@ -366,3 +366,27 @@ def test_a_run_folder_among_the_images_is_refused_before_its_samples_become_imag
     with pytest.raises(ValueError, match=r"is inside --data .*; choose a folder outside"):
         train.check_place(prepare_run(held_out, tmp_path / place))
     train.check_place(prepare_run(config, tmp_path / "data-run"))
+
+
+def test_a_sheet_of_very_many_classes_takes_no_square_of_their_number(tmp_path, monkeypatch):
+    config = config_from_dict({**tiny.TINY, "data": str(tiny.make_dataset(tmp_path / "d", num_images=8))}, "test")
+    run = prepare_run(config, tmp_path / "run")
+    many = 1 << 20  # a square of float32 would take 4 TB
+    header = dataclasses.replace(run.header, architecture={**run.header.architecture, "label_dim": many})
+    seen = []
+
+    def net(x, sigma, labels):
+        seen.append(labels)
+        return torch.zeros_like(x)
+
+    class OneStep:
+        num_steps = 1
+
+        def __call__(self, net, noise, labels, randn_like):
+            return net(noise, 1.0, labels)
+
+    monkeypatch.setattr(train, "Sampler", OneStep)
+    run = dataclasses.replace(run, header=header)
+    assert train.write_samples(run, 3, torch.device("cpu"), net, 0).size
+    assert seen[0].shape == (3, many)
+    assert seen[0].argmax(1).tolist() == [0, 1, 2]

@@ -298,3 +298,18 @@ def test_a_full_disk_is_reported_with_its_place(tmp_path, monkeypatch, method):
     monkeypatch.setattr(output._writer, method, full)
     with output, pytest.raises(OSError, match=r"No space left on device: '.*a\.zip\.partial'"):
         output.finish({"labels": None})  # also adds a file
+
+
+def test_other_names_of_the_classes_are_other_data(tmp_path):
+    for names in (["a", "b"], ["b", "a"]):
+        files = with_labels(some_files(4), [0, 1, 0, 1], label_names=names)
+        source = write_folder(tmp_path / "named", files)
+        told = convert(source, tmp_path / "named.zip", code=int(names[0] == "b"))
+    assert "named.zip is a data set with class_names" in told
+    path = tmp_path / "named.zip"
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    content = json.loads(files["dataset.json"])
+    assert content["settings"].pop("class_names")  # which earlier versions did not record
+    write_zip(path, {**files, "dataset.json": json.dumps(content).encode()})
+    assert "nothing to do" in convert(source, path)

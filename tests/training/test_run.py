@@ -17,8 +17,7 @@ from edm2kit.data import dataset
 from edm2kit.data.batches import STOP_SIGNALS
 from edm2kit.training.checkpoint import list_checkpoints
 from edm2kit.training.config import config_from_dict
-from edm2kit.training.run import prepare_run
-from edm2kit.training.stop import StopRequest
+from edm2kit.training.run import StopRequest, prepare_run
 from tests.support.pictures import encoded, picture, some_files, write_zip
 from tests.support.tiny import TINY, make_dataset, write_config
 

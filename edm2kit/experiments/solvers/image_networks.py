@@ -40,7 +40,9 @@ def measure_images(net: Path, gnet: Path, weight: float, num: int, steps: Sequen
     device = torch.device("cpu")
     main, guide_net = load_snapshot(net, device).net, load_snapshot(gnet, device).net
     noise = StackedGenerator(device, range(num)).randn([num, main.img_channels, *[main.img_resolution] * 2])
-    labels = torch.eye(main.label_dim)[torch.arange(num) % main.label_dim] if main.label_dim else None
+    labels = None
+    if main.label_dim:
+        labels = torch.nn.functional.one_hot(torch.arange(num) % main.label_dim, main.label_dim).float()
     denoisers: dict[str, Denoiser] = {
         "alone": main,
         "autoguided": guide(Choice("autoguidance", weight), Parts(main, guide_net)),
