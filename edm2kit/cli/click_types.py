@@ -34,6 +34,7 @@ _MEMORY_OPTIONS = {
     "--shard": "--shard true with several processes",
     "--precision": "--precision bf16 or fp16",
 }
+_PATH_WORD = re.compile("PATH|DIR|FILE|ZIP|NPZ|YAML|URL|SNAPSHOT")
 _MAX_NUMBERS = 4_000_000  # in a list of ranges, which is held in memory
 _MAX_SEC = 1e9  # 31 years
 _UNIT_SEC = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -61,10 +62,15 @@ class _Base(click.Command):
         self.unlisted = unlisted
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        paths = {option for p in self.params if isinstance(p.type, click.Path) for option in p.opts}
+        # a variable of the shell without a value; "" would be this folder
+        paths = {option for p in self.params if _takes_path(p) for option in p.opts}
         for option, value in itertools.pairwise(part for arg in args for part in arg.split("=", 1)):
-            if option in paths and not value:  # a variable of the shell without a value; "" would be this folder
+            if option in paths and not value:
                 raise click.UsageError(f"{option} is empty; give a path", ctx)
+        arguments = [p for p in self.params if isinstance(p, click.Argument) and _takes_path(p)]
+        for before, word in itertools.pairwise(["", *args]):
+            if arguments and not word and not before.startswith("-"):
+                raise click.UsageError(f"{arguments[0].metavar or arguments[0].name} is empty; give a path", ctx)
         return super().parse_args(ctx, [_at_home(arg) for arg in args])
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,6 +110,11 @@ class _Base(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         help_pages.write_sections(formatter, self.help_sections(ctx))
+
+
+def _takes_path(parameter: click.Parameter) -> bool:
+    """Whether the value of a parameter is a path, or may be one, by its type or by what --help calls it."""
+    return isinstance(parameter.type, click.Path) or bool(_PATH_WORD.search(parameter.metavar or ""))
 
 
 def _prepare_standard_streams() -> None:

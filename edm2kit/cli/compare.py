@@ -66,7 +66,7 @@ class NamedFile(click.ParamType):
         if isinstance(value, tuple):
             return value
         name, equals, path = value.partition("=")
-        if not equals:
+        if not equals or not path:
             self.fail(f"{value!r} is not NAME=PATH. Write for example main=net.safetensors", param, ctx)
         if Path(path).is_dir():
             try:

@@ -117,10 +117,9 @@ def _word(name: str, value: Any, path: Path) -> str:
     values = value if isinstance(value, list) else [value]
     for one in values:
         if not isinstance(one, str | int | float) or isinstance(one, bool):
-            what = "a class or a file" if isinstance(one, bool) else "a value"
             raise ValueError(
-                f"{path}: {name} is {short(one)}, which is not {what}; write text that YAML takes for something else, "
-                "such as no, on or 2024-01-31, in quotes"
+                f"{path}: {name} is {short(one)}; write text that YAML takes for something else, such as no, on or "
+                "2024-01-31, in quotes"
             )
     if isinstance(value, list):
         return ",".join(map(str, value))

@@ -5,6 +5,7 @@ import json
 import math
 import os
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,7 @@ from edm2kit.data.labels import (
     read_labels,
     split_folders,
 )
+from edm2kit.torch_utils.files import check_fields, check_type
 
 FILE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".npy")
 UNREAD_TYPES = tuple({*IMAGE_EXTENSIONS, *HEIF_EXTENSIONS, *OTHER_TYPES}.difference(FILE_EXTENSIONS))
@@ -353,13 +355,13 @@ def split_kind(path: str | Path) -> tuple[str, str]:
 
     Raises ValueError for a URL and an empty path.
     """
-    kind, _, rest = str(path).partition(":")
-    if kind in SOURCES:
-        return kind, rest
+    kind, colon, rest = str(path).partition(":")
+    if not str(path) or (kind in SOURCES and colon and not rest):
+        raise ValueError("the path of the data set is empty")
     if rest.startswith("//"):
         raise ValueError(f"{path} is a URL; data sets are read from disk: download it, and give its path")
-    if not str(path):
-        raise ValueError("the path of the data set is empty")
+    if kind in SOURCES and colon:
+        return kind, rest
     from edm2kit.data.array_dataset import is_array_dataset
     from edm2kit.data.hugging_face import is_saved_dataset
 
@@ -393,12 +395,12 @@ def read_encoder_record(source: Source) -> EncoderRecord | None:
     if data is None:
         return None
     try:
-        record = EncoderRecord(**json.loads(data))
+        content = json.loads(data)
+        check_type(content, Mapping[str, Any], "the record")
+        check_fields(content, EncoderRecord)
+        record = EncoderRecord(**content)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{source.path}/{ENCODER_FILE}: is damaged: {error}") from error
-    for name, value in asdict(record).items():
-        if not isinstance(value, str):
-            raise ValueError(f"{source.path}/{ENCODER_FILE}: {name} is {value!r:.60}; expected text")
     return record
 
 

@@ -31,7 +31,10 @@ class SavedTable:
 
     def __init__(self, path: str | Path):
         folder, _, query = str(path).partition("?")
-        options = dict(parse_qsl(query, strict_parsing=bool(query)))
+        try:
+            options = dict(parse_qsl(query, strict_parsing=bool(query)))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; write for example {folder}?split=train&image=photo") from error
         unknown = sorted(set(options).difference(_OPTIONS))
         if unknown:
             raise ValueError(f"{path}: unknown option {unknown[0]!r}; available options: {', '.join(_OPTIONS)}")

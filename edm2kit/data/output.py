@@ -176,7 +176,7 @@ class PartialDataset:
 def _read_settings(path: Path) -> dict:
     try:
         settings = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete {path.parent} and run the command again") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} is damaged; delete {path.parent} and run the command again")

@@ -20,6 +20,8 @@ from edm2kit.cli.generation import parse_classes
 from edm2kit.cli.metrics import main as metrics
 from edm2kit.cli.output_kinds import OUTPUT_KINDS, sheet_notes
 from edm2kit.cli.phema import FloatSeries
+from edm2kit.cli.phema import main as phema
+from edm2kit.cli.report import main as report
 from edm2kit.cli.train import main as train
 from edm2kit.data.dataset import open_source
 from edm2kit.torch_utils.files import sampled_sha256
@@ -114,6 +116,44 @@ def test_an_empty_path_is_not_this_folder(arguments):
     result = CliRunner().invoke(train, ["--data", "set.zip", *arguments])
     assert result.exit_code == 2
     assert "--outdir is empty; give a path" in result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "name"),
+    [
+        (generate, ["--net", "", "--outdir", "o"], "--net"),
+        (generate, ["--net=", "--outdir", "o"], "--net"),
+        (generate, ["--net", "a", "--gnet", "", "--guidance", "2", "--outdir", "o"], "--gnet"),
+        (generate, ["--preset", "", "--outdir", "o"], "--preset"),
+        (train, ["--init-from", "", "--data", "a", "--outdir", "o"], "--init-from"),
+        (train, ["--config", "", "--data", "a", "--outdir", "o"], "--config"),
+        (metrics, ["calc", "--images", "", "--ref", "a"], "--images"),
+        (metrics, ["calc", "--images", "a", "--ref", ""], "--ref"),
+        (phema, ["--indir", "", "--outdir", "o", "--outstd", "0.1"], "--indir"),
+        (dataset, ["check", "--source", ""], "--source"),
+        (report, [""], "RUN..."),
+        (report, ["a", ""], "RUN..."),
+        (flops, [""], "PRESET|YAML|SNAPSHOT..."),
+    ],
+)
+def test_an_empty_name_of_a_file_is_not_this_folder(command, words, name):
+    result = CliRunner().invoke(command, words)
+    assert result.exit_code == 2
+    assert f"Error: {name} is empty; give a path" in result.output
+
+
+def test_an_empty_text_that_is_no_path_is_left_alone(net, tmp_path):
+    assert "for networks of diffusers" in generated(net, "--outdir", tmp_path / "o", "--negative", "", code=1)
+
+
+def test_folders_called_like_a_kind_of_data_are_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("arrays", "hf", "image_files"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(png_with_notes(None))
+        assert open_source(name).path == Path(name)
+        with pytest.raises(ValueError, match="the path of the data set is empty"):
+            open_source(f"{name}:")
 
 
 @pytest.mark.parametrize("path", ["https://example.com/set.zip", "file:///tmp/set.zip", ""])

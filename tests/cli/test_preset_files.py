@@ -129,7 +129,7 @@ def test_every_option_that_names_a_file_is_relative_to_the_preset():
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ("{net: a, class: no}", "class is False, which is not a class or a file"),
+        ("{net: a, class: no}", "class is False; write text that YAML takes for something else"),
         ("{net: a, class: [on, off]}", "class is True"),
         ("{net: a, guidance: off}", "guidance is False"),
         ("{net: a, steps: yes}", "steps is True"),

@@ -47,10 +47,22 @@ def test_a_folder_may_stand_in_for_it(latents):
     assert encoder_of(latents, vae="a/folder/of/mine")["vae_name"] == "a/folder/of/mine"
 
 
-def test_a_damaged_record_is_named(latents):
-    (latents / ENCODER_FILE).write_text('{"vae": 3}')
-    with pytest.raises(ValueError, match=r"encoder\.json: is damaged"):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"vae": 3}', "unknown field 'vae'; known: vae_name, vae_sha256"),
+        ('{"vae_name": 5, "vae_sha256": "x"}', "vae_name must be str; got 5"),
+        ('{"vae_name": "x"}', "vae_sha256"),
+        ("[]", "the record must be a mapping; got list"),
+        ("", "Expecting value"),
+        ("[" * 100_000, "recursion"),
+    ],
+)
+def test_a_damaged_record_is_named(latents, text, reason):
+    (latents / ENCODER_FILE).write_text(text)
+    with pytest.raises(ValueError, match=rf"encoder\.json: is damaged: .*{reason}") as caught:
         encoder_of(latents)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_encoder_for_other_data_is_refused(latents, tmp_path):

@@ -313,3 +313,12 @@ def test_other_names_of_the_classes_are_other_data(tmp_path):
     assert content["settings"].pop("class_names")  # which earlier versions did not record
     write_zip(path, {**files, "dataset.json": json.dumps(content).encode()})
     assert "nothing to do" in convert(source, path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000])
+def test_damaged_settings_of_an_unfinished_data_set_are_named(tmp_path, text):
+    (tmp_path / "set.zip.partial").mkdir()
+    (tmp_path / "set.zip.partial" / "settings.json").write_text(text)
+    (tmp_path / "set.zip.partial" / "data").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"settings\.json is damaged.*; delete "):
+        PartialDataset(tmp_path / "set.zip", {})

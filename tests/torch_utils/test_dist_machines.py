@@ -56,3 +56,26 @@ def test_other_jobs_are_left_alone(machines, monkeypatch, variables, address):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     meeting.check_host_name()
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'; expected a number"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT is 99999; expected a port from 1 to 65535"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT is 0; expected a port from 1 to 65535"),
+        ({"RANK": "2"}, "RANK is 2 and WORLD_SIZE 2, but ranks count from 0 up"),
+        ({"RANK": "-1"}, "RANK is '-1'; expected a number"),
+    ],
+)
+def test_ranks_and_ports_that_cannot_be_are_named_before_anybody_waits(monkeypatch, variables, reason):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=reason):
+        meeting.check_variables()
+
+
+@pytest.mark.parametrize("name", ["cpu:abc", "cpu:", "cpu:-1", "CPU", ""])
+def test_a_device_that_cannot_be_is_named(name):
+    with pytest.raises(ValueError, match=f"--device {name}: not available here"):
+        dist.pick_device(name)

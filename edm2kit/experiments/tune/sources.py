@@ -126,6 +126,8 @@ def open_source_of_networks(name: str, path: str) -> NetworkSource:
 
     Raises ValueError if there are none, or if those in a folder are not of a single run.
     """
+    if not path:
+        raise ValueError(f"the path of the network {name} is empty; give a run folder or a snapshot")
     if "://" in path or not Path(path).is_dir():
         return NetworkSource(name, path, (open_weights(path),))
     found = tuple(one for one in open_sources([path]) if one.header.ema_std is not None and one.header.nimg > 0)
