@@ -32,6 +32,11 @@ def answer(name: str) -> None:
         return  # a shell asks for completions, and the types of values are not known here
     if None in (sys.stdout, sys.stderr):
         return  # closed streams (cron, `2>&-`), which commands prepare first
+    try:
+        os.getcwd()
+    except OSError:  # libraries of torch would end the process for this, and say nothing of it
+        click.echo("Error: the current folder does not exist any more; change to another one", err=True)
+        sys.exit(1)
     pages = json.loads(FILE.read_text(encoding="utf-8"))["pages"]
     words, separate = sys.argv[1:], " ".join([name, *sys.argv[1:2]])
     try:

@@ -178,3 +178,13 @@ def test_help_and_usage_errors_of_every_console_command_import_no_torch():
         assert errors.startswith(" ".join([f"Usage: edm2kit-{words[0]}", *words[1:-1]])), words
         assert f"No such option {UNKNOWN!r}" in errors.replace(": --no-such-thing", f" {UNKNOWN!r}"), words
         assert (code, has_torch) == (2, False), words
+
+
+def test_a_current_folder_that_was_deleted_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit) as ended:
+        help_pages.answer("train")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "Error: the current folder does not exist any more; change to another one\n"
