@@ -168,13 +168,13 @@ def read_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
         raise ValueError(f'{where}: "label_names" is not a list of names')
     if len(class_names) <= last:
         raise ValueError(f'{where}: "label_names" names {len(class_names)} classes, but the labels go up to {last}')
-    return Labels(classes, tuple(class_names))
+    return _with_usual_numbers(Labels(classes, tuple(class_names)), where)
 
 
 def _with_usual_numbers(labels: Labels, where: str) -> Labels:
-    """`labels`; ValueError, starting with `where`, if they have far more classes than images and no names."""
+    """`labels`; ValueError, starting with `where`, if they have far more classes than images."""
     count, images = labels.space.dimension, len(labels.values)
-    if count > max(_MANY_CLASSES, _CLASSES_PER_IMAGE * images) and labels.class_names is None:
+    if count > max(_MANY_CLASSES, _CLASSES_PER_IMAGE * images):
         raise ValueError(
             f"{where}: has {images} images and classes up to {count - 1}; a network has weights for each class: number "
             "the classes that there are from 0"

@@ -176,7 +176,9 @@ def test_a_hostile_file_of_vectors_is_refused(tmp_path, case):
         read_label_vectors(tmp_path / "x.npy")
 
 
-@pytest.mark.parametrize(("last", "more"), [(99_999, {}), (3, {"num_classes": 100_000})])
+@pytest.mark.parametrize(
+    ("last", "more"), [(99_999, {}), (3, {"num_classes": 100_000}), (3, {"label_names": ["a"] * 100_000})]
+)
 def test_far_more_classes_than_images_are_a_mistake(tmp_path, last, more):
     mistake = r"has 4 images and classes up to 99999; a network has weights for each class: number"
     with pytest.raises(ValueError, match=mistake):
