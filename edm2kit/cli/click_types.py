@@ -429,10 +429,11 @@ def check_output(path: Path, kind: str) -> None:
 
 
 def check_without_images(folder: Path) -> None:
-    """Raise ValueError if `folder` holds images or a data set, which what a command adds would become part of."""
+    """Raise ValueError if `folder` holds images, other than sheets, or a data set, to which a command would add."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name == LABELS_FILE or (entry.name.lower().endswith(IMAGE_EXTENSIONS) and entry.name[0] != "."):
+            is_image = entry.name.lower().endswith(IMAGE_EXTENSIONS) and entry.name[0] != "."
+            if entry.name == LABELS_FILE or (is_image and not OUTPUT_KINDS["contact sheet"](Path(entry.path))):
                 raise ValueError(
                     f"{folder} holds other images ({entry.name}); choose a folder of its own for the new ones"
                 )

@@ -306,6 +306,13 @@ def test_images_are_added_to_notes_and_to_images_of_the_same_kind(net, tmp_path)
     assert len(list(tmp_path.glob("*.png"))) == 3
 
 
+def test_a_sheet_among_the_folders_of_weights_is_no_image_of_others(net, tmp_path):
+    guided = ("--guidance-method", "icg", "--guidance", 2, "--grid-weights", "1,2")
+    for _ in range(2):
+        generated(net, "--outdir", tmp_path, "--grid", tmp_path / "sheet.png", *guided, code=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sheet.png", "weight-1", "weight-2"]
+
+
 def test_a_file_in_the_place_of_a_record_is_kept(net, tmp_path):
     (tmp_path / "a.npz.json").write_text('{"mine": 1}')
     assert "a.npz.json is damaged; choose another place" in generated(net, "--npz", tmp_path / "a.npz", code=1)

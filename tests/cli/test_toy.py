@@ -230,3 +230,20 @@ def test_a_damaged_record_is_reported(tmp_path, record):
     path = tmp_path / evaluation.RECORD_NAME
     path.write_bytes(path.read_bytes()[:-100])
     assert "evaluation.json is not complete JSON" in told_in_one_line(run("publish", "--outdir", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[]", "holds a JSON list"),
+        ("{}", "training_seeds must be a list of int; got None"),
+        ('{"training_seeds": [0], "num_samples": 5, "rows": [5]}', "rows must be a list of a mapping"),
+        ('{"training_seeds": [0], "num_samples": 5, "rows": [{"method": 5}]}', "rows[0].method must be str; got 5"),
+        ('{"training_seeds": [0], "num_samples": 5, "rows": [{"method": "cfg"}]}', "rows[0].weight must be a number"),
+    ],
+)
+def test_a_record_of_the_wrong_types_is_reported(tmp_path, text, reason):
+    (tmp_path / evaluation.RECORD_NAME).write_text(text)
+    told = told_in_one_line(run("publish", "--outdir", tmp_path))
+    assert "evaluation.json is damaged (" in told
+    assert reason in told

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from edm2kit.experiments.documents import read_object
 from edm2kit.experiments.toy.measures import MEASURES, Yardstick
 from edm2kit.experiments.toy.methods import NUM_STEPS, SIGMA_MAX, TOY_METHODS, load_nets, sample, start
 from edm2kit.experiments.toy.mixture import Mixture
 from edm2kit.experiments.toy.tree import components
 from edm2kit.torch_utils.dist import print0
-from edm2kit.torch_utils.files import atomic_write, provenance
+from edm2kit.torch_utils.files import atomic_write, check_type, provenance, short
 from edm2kit.torch_utils.rng import derive_seed
 
 RECORD_NAME = "evaluation.json"
@@ -89,9 +90,17 @@ def load_record(outdir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist. Run `toy_example.py evaluate --outdir {outdir}` first")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = read_object(path)
+        for name, hint in {"training_seeds": list[int], "num_samples": int, "rows": list[Mapping[str, Any]]}.items():
+            check_type(record.get(name), hint, name)
+        for number, row in enumerate(record["rows"]):
+            check_type(row.get("method"), str, f"rows[{number}].method")
+            for name in ("weight", *MEASURES):
+                if not isinstance(row.get(name), int | float):
+                    raise ValueError(f"rows[{number}].{name} must be a number; got {short(row.get(name))}")
     except ValueError as error:
-        raise ValueError(f"{path} is not complete JSON ({error}). Delete it and evaluate again") from error
+        raise ValueError(f"{path} is damaged ({error}). Delete it and evaluate again") from error
+    return record
 
 
 @dataclass(frozen=True)
