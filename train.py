@@ -1,6 +1,6 @@
 """Train a diffusion network: the same command as edm2kit-train."""
 
-from edm2kit.cli.console import train
+from edm2kit.cli.console import train as main
 
 if __name__ == "__main__":
-    train()
+    main()

@@ -4,28 +4,43 @@
 """
 
 import importlib
-from functools import partial
+from typing import Any
 
 from edm2kit.cli import help_pages
 
 
-def start(name: str) -> None:
-    """Run the command of the module `edm2kit.cli.NAME` with the words of this process's command line."""
-    help_pages.answer(name)
-    importlib.import_module(f"edm2kit.cli.{name}").main()
+class Entry:
+    """A command that is imported when it is called, or when something of it is asked for, such as `make_context`.
+
+    Called, it runs with the words of this process's command line.
+    """
+
+    def __init__(self, name: str):
+        self._name = name  # of the module in edm2kit.cli
+
+    def __call__(self) -> None:
+        help_pages.answer(self._name)
+        self._command()
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._command, attribute)
+
+    @property
+    def _command(self) -> Any:
+        return importlib.import_module(f"edm2kit.cli.{self._name}").main
 
 
-train = partial(start, "train")
-generate = partial(start, "generate")
-metrics = partial(start, "metrics")
-phema = partial(start, "phema")
-dataset = partial(start, "dataset")
-reproduce = partial(start, "reproduce")
-distill = partial(start, "distill")
-classifier = partial(start, "classifier")
-convert = partial(start, "convert")
-flops = partial(start, "flops")
-toy = partial(start, "toy")
-compare = partial(start, "compare")
-tune = partial(start, "tune")
-report = partial(start, "report")
+train = Entry("train")
+generate = Entry("generate")
+metrics = Entry("metrics")
+phema = Entry("phema")
+dataset = Entry("dataset")
+reproduce = Entry("reproduce")
+distill = Entry("distill")
+classifier = Entry("classifier")
+convert = Entry("convert")
+flops = Entry("flops")
+toy = Entry("toy")
+compare = Entry("compare")
+tune = Entry("tune")
+report = Entry("report")

@@ -1,11 +1,13 @@
 """Root files, scripts/, console commands and `python -m edm2kit.cli.NAME` are the same commands."""
 
 import ast
+import importlib
 import subprocess
 import sys
 
 import pytest
 
+from edm2kit.cli import console
 from tests.support import ROOT, house
 
 FILES = {
@@ -24,13 +26,21 @@ def test_a_file_calls_the_function_of_its_console_command(file):
     assert target == f"edm2kit.cli.console:{name}"
     source = (ROOT / file).read_text()
     imported = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
-    assert [(node.module, [alias.name for alias in node.names]) for node in imported] == [
-        ("edm2kit.cli.console", [name])
-    ]
-    assert source.endswith(f'if __name__ == "__main__":\n    {name}()\n')
+    [(where, [alias])] = [(node.module, node.names) for node in imported]
+    assert (where, alias.name) == ("edm2kit.cli.console", name)
+    assert source.endswith(f'if __name__ == "__main__":\n    {alias.asname or name}()\n')
     module = (ROOT / "edm2kit" / "cli" / f"{name}.py").read_text()
     assert f'if __name__ == "__main__":\n    help_pages.answer("{name}")' in module
     assert module.endswith('if __name__ == "__main__":\n    main()\n')
+
+
+def test_a_root_file_can_be_imported_for_its_command(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    for name in ("train", "generate", "calculate_metrics", "reconstruct_phema"):
+        command = importlib.import_module(name).main
+        assert command is getattr(console, FILES[f"{name}.py"])
+        with command.make_context(name, [], resilient_parsing=True) as context:
+            assert context.command is importlib.import_module(f"edm2kit.cli.{FILES[f'{name}.py']}").main
 
 
 def test_every_console_command_has_a_file():
