@@ -25,6 +25,7 @@ FAMILIES = {
     "tune": "tune search",
 }
 WANTED_FAULTS = 200
+WANTED_INPUTS = 1_000_000
 
 
 def reliability_text(records: Mapping[str, Record]) -> str:
@@ -45,12 +46,15 @@ def security_text(records: Mapping[str, Record]) -> str:
         counts = [f"{found[key]:,}" for key in ("inputs", "read", "refused", "failed")]
         rows.append((name, *counts, f"{found['slowest_sec']:.2f} s"))
     total = sum(found["inputs"] for found in record["parsers"].values())
+    few = [name for name, found in record["parsers"].items() if found["inputs"] < WANTED_INPUTS]
+    remark = f"Fewer than {WANTED_INPUTS:,} inputs so far: {', '.join(few)}." if few else ""
     return "\n\n".join(
         [
             f"{total:,} inputs, each a valid file with a few random changes (`python -m benchmarks.fuzz`; "
             f"{_machine(record)}, which had other work at the same time). *Failed* would be an error of any other kind "
-            "than a refusal in one line, or one that takes more than 20 s of processor time.",
+            "than a refusal in one line, or an input that takes more than 20 s of processor time or 4 GiB of memory.",
             markdown_table(("parser", "inputs", "read", "refused", "failed", "slowest"), rows, "lrrrrr"),
+            *([remark] if remark else []),
         ]
     )
 

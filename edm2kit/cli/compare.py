@@ -67,14 +67,14 @@ class NamedFile(click.ParamType):
             return value
         name, equals, path = value.partition("=")
         if not equals or not path:
-            self.fail(f"{value!r} is not NAME=PATH. Write for example main=net.safetensors", param, ctx)
+            self.fail(f"{value!r:.60} is not NAME=PATH. Write for example main=net.safetensors", param, ctx)
         if Path(path).is_dir():
             try:
                 path = newest_of_folders({name: path})[name]
             except ValueError as error:
                 self.fail(str(error), param, ctx)
         if not path.startswith("diffusers:") and not Path(path).is_file():
-            self.fail(f"{value!r}: the file {path} does not exist", param, ctx)
+            self.fail(f"{value!r:.60}: the file {path} does not exist", param, ctx)
         return name, path
 
 

@@ -40,7 +40,7 @@ class Resolution(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value))
         if match is None:
-            self.fail(f"{value!r} is not a size; write for example 64 or 64x64", param, ctx)
+            self.fail(f"{value!r:.60} is not a size; write for example 64 or 64x64", param, ctx)
         return int(match[1]), int(match[2] or match[1])
 
 

@@ -124,7 +124,9 @@ class Interval(click.ParamType):
         try:
             lo, hi = (float(part) for part in value.split(","))
         except ValueError:
-            self.fail(f"{value!r} is not a pair of noise levels; write for example 0.28,2.90 or 0.28,inf", param, ctx)
+            self.fail(
+                f"{value!r:.60} is not a pair of noise levels; write for example 0.28,2.90 or 0.28,inf", param, ctx
+            )
         if not 0 <= lo < hi:
-            self.fail(f"{value} runs backwards; expected LO < HI, both from 0", param, ctx)
+            self.fail(f"{value:.60} runs backwards; expected LO < HI, both from 0", param, ctx)
         return lo, hi

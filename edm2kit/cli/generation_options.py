@@ -64,7 +64,7 @@ class WeightedMethod(MethodName):
         try:
             number = float(weight)
         except ValueError:
-            self.fail(f"{value!r} is not a method with its weight; write for example pag=3", param, ctx)
+            self.fail(f"{value!r:.60} is not a method with its weight; write for example pag=3", param, ctx)
         return super().convert(name, param, ctx), number
 
 

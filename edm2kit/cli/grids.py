@@ -19,11 +19,11 @@ def parse_weights(text: str) -> tuple[float, ...]:
     try:
         weights = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"{text!r} is not a list of guidance weights; write for example 1,1.5,2") from None
+        raise ValueError(f"{text!r:.60} is not a list of guidance weights; write for example 1,1.5,2") from None
     if not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"{text!r} has a weight that is not finite")
+        raise ValueError(f"{text!r:.60} has a weight that is not finite")
     if len(set(weights)) < len(weights):
-        raise ValueError(f"{text!r} names a weight more than once")
+        raise ValueError(f"{text!r:.60} names a weight more than once")
     return weights
 
 

@@ -157,7 +157,8 @@ class NpzImages:
             arrays = [member.removesuffix(".npy") for member in members]
             name = next((one for one in ("images", "arr_0") if one in arrays), None)
             if name is None:
-                raise ValueError(f"it holds {', '.join(arrays[:4]) or 'nothing'}; expected `images` or `arr_0`")
+                found = dist.one_line(", ".join(arrays[:4])) or "nothing"
+                raise ValueError(f"it holds {found}; expected `images` or `arr_0`")
             self._labels = next((one for one in ("labels", "arr_1") if one in arrays), None)
             if name == "images" and self._labels == "arr_1":
                 self._labels = None

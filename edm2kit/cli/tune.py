@@ -66,7 +66,7 @@ def _lengths(text: str) -> tuple[float, ...]:
     except ValueError:
         found = ()
     if not found or not all(0 < length < 0.289 for length in found):
-        raise ValueError(f"{text!r} is not a list of EMA lengths between 0 and 0.288, such as 0.05,0.1")
+        raise ValueError(f"{text!r:.60} is not a list of EMA lengths between 0 and 0.288, such as 0.05,0.1")
     return found
 
 
@@ -74,9 +74,9 @@ def _weights(text: str) -> tuple[float, float]:
     try:
         low, high = (float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"{text!r} is not a range of weights; write for example 1,3") from None
+        raise ValueError(f"{text!r:.60} is not a range of weights; write for example 1,3") from None
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"{text!r} runs backwards; write for example 1,3")
+        raise ValueError(f"{text!r:.60} runs backwards; write for example 1,3")
     return low, high
 
 

@@ -131,7 +131,8 @@ def _read_members(path: Path, pattern: str) -> dict[str, bytes]:
                 assert file is not None  # for a regular file
                 found[name] = file.read()
     except _BROKEN_TAR as error:
-        raise ValueError(f"{path}: cannot be read as a tar archive: {error}; download it again") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: cannot be read as a tar archive: {reason}; download it again") from error
     return found
 
 

@@ -408,7 +408,7 @@ def enlarged_fraction(source: Source) -> float:
     """The fraction of the images that `dataset_tool.py convert` had to enlarge, from its sample; 0 if unknown."""
     try:
         found = json.loads(source.read_extra(LABELS_FILE) or b"{}").get("enlarged", 0.0)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return 0.0
     return found if isinstance(found, int | float) and 0 <= found <= 1 else 0.0
 

@@ -53,7 +53,8 @@ class SavedTable:
         if type(feature).__name__ != "Image":
             raise ValueError(f"{path}: column {self._column!r} is {feature}; expected a column of type Image")
         # files as they are stored: decoding is ours, with the checks of all other sources
-        self._images = self._table.select_columns([self._column]).cast_column(self._column, type(feature)(decode=False))
+        images = self._table.select_columns([self._column]).cast_column(self._column, type(feature)(decode=False))
+        self._images = images.with_format(None)  # whoever saved it may have hidden columns
         usual = [name for name in _LABEL_COLUMNS if name in self._table.column_names]
         self._label_column = options.get("label") or _only_column(self._table, "ClassLabel") or next(iter(usual), None)
         self.fingerprint = f"{self._table._fingerprint}\n{self._column}\n"
@@ -65,9 +66,11 @@ class SavedTable:
 
     def read(self, index: int) -> bytes:
         """The image file in row `index`; raises ValueError if it is in a separate file that cannot be read."""
-        image = self._images[index][self._column]
+        image = self._images[index][self._column] or {"bytes": None, "path": None}
         if image["bytes"] is not None:
             return image["bytes"]
+        if not image["path"]:
+            raise ValueError(f"{self.where(index)}: the column {self._column!r:.60} has no image in this row")
         try:
             return read_regular(image["path"])
         except OSError as error:
@@ -182,15 +185,16 @@ def _load(path: Path, split: str | None) -> Any:
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # pyarrow and json raise many types for damaged files
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(loaded, datasets.DatasetDict):
-        if split is not None:
-            raise ValueError(f"{path}: has no splits; leave out split={split}")
-        return loaded
-    split = split or "train"
-    if split not in loaded:
-        raise ValueError(f"{path}: has no split {split!r}; available: {', '.join(loaded)}; add ?split=NAME")
-    return loaded[split]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: cannot be read: {reason:.300}") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        split = split or "train"
+        if split not in loaded:
+            raise ValueError(f"{path}: has no split {split!r}; available: {', '.join(loaded)}; add ?split=NAME")
+        loaded = loaded[split]
+    elif split is not None:
+        raise ValueError(f"{path}: has no splits; leave out split={split}")
+    return loaded
 
 
 def _only_column(table: Any, feature: str) -> str | None:

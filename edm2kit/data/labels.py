@@ -160,8 +160,8 @@ def read_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
     classes = np.array(values, np.int64)
     last = int(classes.max())
     if class_names is None:
-        count = content.get("num_classes", 0)
-        if count and not (type(count) is int and last < count <= _MAX_CLASSES):
+        count = 0 if content.get("num_classes") is None else content["num_classes"]
+        if type(count) is not int or (count and not last < count <= _MAX_CLASSES):
             raise ValueError(f'{where}: "num_classes" is {short_json(count)}, but the labels go up to {last}')
         return _with_usual_numbers(Labels(classes, num_classes=count), where)
     if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):

@@ -21,7 +21,7 @@ def parse_blocks(text: str) -> Blocks:
     names = tuple(part.strip() for part in text.split(","))
     if not all(re.fullmatch(r"(?=.*\d)[\w.\-]+", name) for name in names):  # names of blocks hold a number
         raise ValueError(
-            f"{text!r} is not a list of blocks; write for example dec.8x8_in0,enc.8x8_block0, auto or none"
+            f"{text!r:.60} is not a list of blocks; write for example dec.8x8_in0,enc.8x8_block0, auto or none"
         )
     return names
 

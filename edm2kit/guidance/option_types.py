@@ -1,6 +1,7 @@
 """Option types: functions that read the text of an option, and raise ValueError saying what was expected."""
 
 import math
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from PIL import Image
 from edm2kit.torch_utils.files import sha256_of
 
 _MAX_PIXELS = 1 << 24  # of one picture
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# what Pillow raises for damaged files
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error)
 
 
 def number(low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
@@ -24,7 +28,7 @@ def number(low: float = -math.inf, high: float = math.inf) -> Callable[[str], fl
             value = math.nan
         if not low <= value <= high or (math.isinf(value) and math.isinf(low)):
             within = "" if (low, high) == (-math.inf, math.inf) else f" from {low:g} to {high:g}"
-            raise ValueError(f"{text!r} is not a number{within}")
+            raise ValueError(f"{text!r:.60} is not a number{within}")
         return value
 
     return parse
@@ -35,7 +39,7 @@ def count(low: int = 1) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         if not str(text).isdecimal() or int(text) < low:
-            raise ValueError(f"{text!r} is not a whole number of at least {low}")
+            raise ValueError(f"{text!r:.60} is not a whole number of at least {low}")
         return int(text)
 
     return parse
@@ -46,7 +50,7 @@ def one_of(*words: str) -> Callable[[str], str]:
 
     def parse(text: str) -> str:
         if text not in words:
-            raise ValueError(f"{text!r} is not one of {', '.join(words)}")
+            raise ValueError(f"{text!r:.60} is not one of {', '.join(words)}")
         return text
 
     return parse
@@ -77,10 +81,10 @@ def read_picture(path: Path, grey: bool = False) -> torch.Tensor:
     Raises ValueError if the file is not an image, is damaged, or has more than 16 Mi pixels.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             if math.prod(image.size) > _MAX_PIXELS:
                 raise ValueError(f"it has {image.width}x{image.height} pixels; make it as large as generated images")
             pixels = np.array(image.convert("L" if grey else "RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*_BROKEN, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not an image, or a damaged one ({error})") from error
     return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1).float() / 127.5 - 1

@@ -165,7 +165,7 @@ def read_record() -> dict[str, dict[str, float]]:
     try:
         found = json.loads((cache_folder() / RECORD_NAME).read_text(encoding="utf-8"))
         return {key: {name: float(entry[name]) for name in _TYPICAL} for key, entry in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
 
 

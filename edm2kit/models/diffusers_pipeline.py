@@ -21,7 +21,7 @@ from edm2kit.models.adapters import DiscreteVP, Flow, Schedule
 from edm2kit.models.diffusers_interior import patch_size
 from edm2kit.models.diffusers_network import FAMILIES, DiffusersNetwork
 from edm2kit.torch_utils.cache import cache_folder
-from edm2kit.torch_utils.files import atomic_write, sampled_sha256
+from edm2kit.torch_utils.files import atomic_write, sampled_sha256, short
 
 PREFIX = "diffusers:"  # of the paths and hub names that mean such a model
 _INSTALL = "pip install 'edm2kit[diffusers]'"
@@ -159,7 +159,7 @@ class Repository:
 
     def has(self, component: str) -> bool:
         """Whether the pipeline has this component."""
-        return bool((self.index.get(component) or [None])[0])
+        return _class_of(self.index, component, self.name) is not None
 
 
 def open_repository(source: str, dtype: torch.dtype = torch.float32) -> Repository:
@@ -178,9 +178,9 @@ def open_repository(source: str, dtype: torch.dtype = torch.float32) -> Reposito
     if (folder / "model_index.json").is_file():
         index = _read_json(folder / "model_index.json")
         for component in ("unet", "transformer"):
-            if (index.get(component) or [None])[0]:
+            if _class_of(index, component, name) is not None:
                 return Repository(name, folder, index, component)
-        found = ", ".join(key for key in index if key[0] != "_") or "nothing"
+        found = ", ".join(key for key in index if not key.startswith("_")) or "nothing"
         raise ValueError(f"{name}: the pipeline has neither a unet nor a transformer; it has {found}")
     if (folder / "config.json").is_file():
         return Repository(name, folder, {}, "")
@@ -215,7 +215,10 @@ def load_component(repository: Repository, component: str, dtype: torch.dtype) -
     diffusers = diffusers_package()
     folder = repository.folder / component
     if component:
-        library, kind = repository.index[component]
+        found = _class_of(repository.index, component, repository.name)
+        if found is None:
+            raise ValueError(f"{repository.name}: the pipeline has no {component}")
+        library, kind = found
     else:
         library, kind = "diffusers", str(_read_json(folder / "config.json").get("_class_name"))
     if library != "diffusers" or not hasattr(diffusers, kind):
@@ -234,10 +237,20 @@ def load_component(repository: Repository, component: str, dtype: torch.dtype) -
         raise ValueError(f"{folder} does not hold a {kind} that diffusers can load: {_reason(error)}") from error
 
 
+def _class_of(index: Mapping[str, Any], component: str, name: str) -> tuple[str, str] | None:
+    """Library and class of a component of a pipeline; None if it has none, which is written null or [null, null]."""
+    entry = index.get(component)
+    if entry in (None, [None, None]):
+        return None
+    if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
+        return entry[0], entry[1]
+    raise ValueError(f"{name}: model_index.json has {component} {short(entry)}; expected a library and a class")
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); copy or download it again") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged (not a JSON object); copy or download it again")

@@ -102,7 +102,7 @@ def parse_levels(text: str) -> str | tuple[float, ...]:
     try:
         levels = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"{text!r} is not a list of noise levels, nor one of {', '.join(LEVELS)}") from None
+        raise ValueError(f"{text!r:.60} is not a list of noise levels, nor one of {', '.join(LEVELS)}") from None
     listed_sigmas(levels)
     return levels
 

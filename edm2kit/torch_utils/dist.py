@@ -253,14 +253,13 @@ class ReportedElsewhere(ValueError):
 
 def printable(text: str) -> str:
     """`text` with escapes for characters that control a terminal or cannot be printed, as names in files may."""
-    if text.isprintable():
-        return text
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(text: str) -> str:
-    """Like `printable`, also without line breaks and tabs, with which a name in a file could pose as other output."""
-    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+    """Like `printable`, on one line and cut to 2000 characters, so that a name in a file cannot pose as output."""
+    line = printable(text).replace("\n", "\\n").replace("\t", "\\t")
+    return line if len(line) <= 2000 else f"{line[:1500]} ... {line[-495:]}"
 
 
 def print0(*args: object) -> None:

@@ -106,7 +106,7 @@ def _attempt(url: str, partial: Path, size_bytes: int | None, patience: Patience
     """Make one request and read it to the end; returns whether it resumed an earlier one."""
     import requests
 
-    start, version = _resume_point(url, partial)
+    start, version = resume_point(url, partial)
     # identity: sizes and ranges count the file's own bytes, not a compressed form of them
     headers = {"Accept-Encoding": "identity"}
     if start:
@@ -203,7 +203,7 @@ def _read_body(
     size_bytes: int | None,
     patience: Patience,
 ) -> None:
-    limit = _max_bytes() if size_bytes is None else size_bytes
+    limit = max_bytes() if size_bytes is None else size_bytes
     # a plain read returns only once all bytes have arrived, and each of them starts the timeout again
     raw: Any = response.raw
     read_some = getattr(raw, "read1", None) or raw._fp.read1  # urllib3 from 2.0 on, and before
@@ -234,7 +234,7 @@ def _read_body(
         raise _Passing("the connection ended early")
 
 
-def _max_bytes() -> int:
+def max_bytes() -> int:
     """The most bytes to read if the size is not pinned."""
     text = os.environ.get(_MAX_SIZE, "")
     if not text:
@@ -278,7 +278,7 @@ def _check_size(url: str, partial: Path, start: int, total: int | None, size_byt
         return
     if size_bytes is not None and total != size_bytes:
         raise ValueError(f"cannot download {url}: the server's file has {total} bytes, expected {size_bytes}")
-    if size_bytes is None and total > (limit := _max_bytes()):
+    if size_bytes is None and total > (limit := max_bytes()):
         raise ValueError(f"cannot download {url}: the server's file has {total} bytes, more than {_limit_text(limit)}")
     free = shutil.disk_usage(partial.parent).free
     # if the server starts over, the bytes that are there get overwritten
@@ -288,11 +288,11 @@ def _check_size(url: str, partial: Path, start: int, total: int | None, size_byt
         )
 
 
-def _resume_point(url: str, partial: Path) -> tuple[int, str]:
+def resume_point(url: str, partial: Path) -> tuple[int, str]:
     """(bytes to keep, the version they belong to); (0, "") if nothing can be resumed safely."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         note = json.loads(_note(partial).read_text())
-        if note["url"] == url and note["version"]:
+        if note["url"] == url and note["version"] and isinstance(note["version"], str):
             return _size(partial), note["version"]
     return 0, ""
 

@@ -34,7 +34,6 @@ except ImportError:  # Windows
 HAS_LOCKS = fcntl is not None
 LOCK_NAME = ".running"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
-_CHUNK_BYTES = 1 << 20
 _TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}  # for names of files that are not UTF-8
 _LOOK_AGAIN_SEC = 0.1  # for a lock that another process holds
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
@@ -147,11 +146,8 @@ def sync_folder(folder: Path) -> None:
 
 def sha256_of(path: str | Path) -> str:
     """SHA-256 of the bytes of a file, in hexadecimal."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sampled_sha256(path: Path) -> str:
@@ -314,7 +310,8 @@ def differences(recorded: Any, current: Any, name: str = "") -> list[str]:
     if isinstance(recorded, Mapping) and isinstance(current, Mapping):
         found = []
         for key in dict.fromkeys([*recorded, *current]):
-            found += differences(recorded.get(key), current.get(key), f"{name}.{key}".lstrip("."))
+            label = json.dumps(key, ensure_ascii=False).strip('"')  # in one line
+            found += differences(recorded.get(key), current.get(key), f"{name}.{label}".lstrip("."))
         return found
     if recorded == current:
         return []

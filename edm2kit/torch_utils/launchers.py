@@ -9,6 +9,7 @@ import torch
 
 from edm2kit.torch_utils import dist
 
+_MOST_NODES = 1 << 20
 _ALONE = "to run each process on its own, set WORLD_SIZE=1"
 
 
@@ -83,6 +84,11 @@ def _of_slurm() -> dict[str, str]:
     rank, node = dist.env_int("SLURM_PROCID", 0), dist.env_int("SLURM_NODEID", 0)
     nodes = dist.env_int("SLURM_STEP_NUM_NODES", dist.env_int("SLURM_NNODES", 1))
     per_node = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", ""))
+    if min(count, nodes, *per_node) < 1:
+        raise ValueError(
+            f"Slurm's variables say that no task runs on a machine (SLURM_NTASKS {count}, SLURM_NNODES {nodes}, "
+            f"SLURM_TASKS_PER_NODE {per_node[:4]}); correct them, or {_ALONE}"
+        )
     local_count = per_node[node] if node < len(per_node) else -(-count // nodes)
     hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST", "")
     if nodes > 1 and not hosts and "MASTER_ADDR" not in os.environ:
@@ -110,9 +116,9 @@ def slurm_hides_other_gpus() -> bool:
 
 def tasks_per_node(text: str) -> list[int]:
     """The number of tasks on each machine in Slurm's short form, such as "4(x2),3" for 4, 4, 3."""
-    counts = []
+    counts: list[int] = []
     for count, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
-        counts += [int(count)] * int(repeats or 1)
+        counts += [int(count)] * min(int(repeats or 1), _MOST_NODES - len(counts))
     return counts
 
 

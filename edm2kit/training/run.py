@@ -236,7 +236,7 @@ def prepare_run(
     folder holds another run.
     """
     run = resolve(config, open_source(config.data, use_labels=config.cond), Path(run_dir), teacher, processes)
-    recorded = _check_run_dir(run)
+    recorded = check_run_dir(run)
     if recorded is not None:
         # one that an earlier version began, which recorded less, keeps its name, which its snapshots share
         run = dataclasses.replace(run, header=dataclasses.replace(run.header, run_id=recorded["run_id"]))
@@ -350,7 +350,7 @@ def _with_augmentation(config: TrainConfig) -> Mapping[str, Any]:
     return {**config.network, "augment_dim": NUM_LABELS}
 
 
-def _check_run_dir(run: Run) -> dict[str, Any] | None:
+def check_run_dir(run: Run) -> dict[str, Any] | None:
     """The record of the run in the run folder, if there is one; ValueError, with the differences, for another run.
 
     A damaged record is not needed if the checkpoint says that the run is the same: its run_id covers all of it.

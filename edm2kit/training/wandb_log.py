@@ -97,7 +97,7 @@ def _run_id(path: Path) -> str:
         found = json.loads(path.read_text(encoding="utf-8"))["id"]
         if isinstance(found, str) and found:
             return found
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     new = uuid.uuid4().hex[:8]
     write_json(path, {"id": new})

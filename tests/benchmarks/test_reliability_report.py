@@ -42,6 +42,19 @@ def test_a_mended_fault_is_counted_by_its_second_outcome_and_still_told():
     assert corrected(before, family(1, [problem], kill={"broken": 1}))["problems"] == [problem]
 
 
+def test_damaged_inputs_are_counted_by_parser_and_those_with_few_are_named():
+    parsers = {
+        name: {"inputs": inputs, "read": 2, "refused": inputs - 2, "failed": 0, "slowest_sec": 0.0123}
+        for name, inputs in {"zip": 1_000_000, "labels": 70}.items()
+    }
+    text = report.security_text({"fuzz": {"parsers": parsers, **MADE}})
+    assert text.startswith("1,000,070 inputs")
+    assert "| zip | 1,000,000 | 2 | 999,998 | 0 | 0.01 s |" in text
+    assert text.endswith("Fewer than 1,000,000 inputs so far: labels.")
+    del parsers["labels"]
+    assert "Fewer than" not in report.security_text({"fuzz": {"parsers": parsers, **MADE}})
+
+
 def test_growth_is_the_slope_after_the_first_quarter():
     seconds = np.arange(0, 3600, 10.0)
     slope, error = slope_per_hour(seconds, 100 + 2.5 * seconds / 3600)

@@ -80,7 +80,7 @@ def describe_student(snapshot: Path) -> dict[str, Any]:
         lines = (snapshot.parent / STATS_NAME).read_text(encoding="utf-8").splitlines()
         run = json.loads((snapshot.parent / RECORD_NAME).read_text(encoding="utf-8"))
         seconds = next(line["elapsed_sec"] for line in map(json.loads, lines) if line["nimg"] == header.nimg)
-    except (KeyError, OSError, ValueError, StopIteration) as error:
+    except (KeyError, OSError, ValueError, TypeError, StopIteration, RecursionError) as error:
         raise ValueError(f"{snapshot} is not a distilled network in the run folder of scripts/distill.py") from error
     training = {"nimg": header.nimg, "seconds": seconds, "ema_std": header.ema_std}
     training |= {key: run[key] for key in ("command", "commit", "hardware")}

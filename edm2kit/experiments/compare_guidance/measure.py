@@ -18,7 +18,7 @@ from edm2kit.experiments.documents import read_object
 from edm2kit.guidance.records import words_with_current_names
 from edm2kit.metrics.scoring import Scorer
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.files import check_type, differences, plain_json, provenance, sha256_of, short, write_json
+from edm2kit.torch_utils.files import check_type, differences, plain_json, provenance, sha256_of, write_json
 
 _COUNTED_IMAGES = 2
 Point = Mapping[str, Any]  # weight, first_seed, results by metric, and what made them
@@ -143,11 +143,13 @@ def check_points(points: Any, name: str) -> None:
     """Raise ValueError, starting with `name`, unless `points` are as `measure_row` writes them."""
     check_type(points, list[Mapping[str, Any]], name)
     for number, point in enumerate(points):
+        if "weight" not in point:
+            raise ValueError(f"{name}[{number}] has no weight")
         for key, hint in _POINT.items():
             check_type(point.get(key), hint, f"{name}[{number}].{key}")
         for metric, value in point["results"].items():  # which may be NaN
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise ValueError(f"{name}[{number}].results.{metric} must be float; got {short(value)}")
+            if not isinstance(value, float):
+                check_type(value, float, f"{name}[{number}].results.{metric}")
 
 
 def _with_current_names(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,7 +178,7 @@ def best_weight(
         results = []
         for seed in seeds:
             point = find_point(record, weight, seed)
-            if point is None:
+            if point is None or metric not in point["results"]:
                 raise ValueError(f"{name} is not tuned at weight {weight:g} yet. Run `tune` first")
             results.append(point["results"][metric])
         means[weight] = sum(results) / len(results)

@@ -107,8 +107,8 @@ def load_table(name: str | Path) -> Table:
         return _table(path.stem, content)
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing") from error
-    except (TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
 
 
 def _table(name: str, content: Mapping[str, Any]) -> Table:

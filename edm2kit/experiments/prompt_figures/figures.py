@@ -5,7 +5,6 @@ classifier-free guidance. Only the first stage is guided; super-resolution is th
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 from edm2kit.cli.diffusers_networks import load_networks, read_prompts
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.experiments.compare_guidance.sheet import Strip, draw_sheet
+from edm2kit.experiments.documents import read_object
 from edm2kit.guidance.records import settings_differences
 from edm2kit.guidance.registry import Choice
 from edm2kit.models.diffusers_pipeline import diffusers_package, dtype_option, open_repository
@@ -204,7 +204,7 @@ def _claim(path: Path, settings: dict[str, Any]) -> None:
     for key in ("weights", "shares", "title", "needs"):
         wanted.pop(key)
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_object(path)
         reasons = settings_differences(found, wanted)
         if reasons:
             raise ValueError(f"{path.parent} holds images of other settings ({'; '.join(reasons[:3])}); use another")

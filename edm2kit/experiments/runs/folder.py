@@ -104,6 +104,9 @@ def _record(path: Path) -> dict[str, Any]:
         check_type(identity.get("holdout", {}), Mapping[str, Any], "holdout")
         for counts in (identity, identity.get("holdout", {})):
             check_type(counts.get("num_images", 0), int, "num_images")
+        held = identity.get("holdout", {}).get("num_images", 0)
+        if held and not 0 < held < identity.get("num_images", 0):
+            raise ValueError(f"{held} held-out images are not some of all")
         check_type(found.get("label_names"), list[str] | None, "label_names")
         check_type(found.get("run_id"), str | None, "run_id")
     except ValueError:

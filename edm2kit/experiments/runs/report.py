@@ -248,9 +248,9 @@ def _sheets(reported: Sequence[Reported]) -> str:
         stops = []
         for thousands, path in found:
             try:
-                with Image.open(path) as file:
+                with Image.open(path, formats=["PNG"]) as file:
                     stops.append(page.SliderStop(f"{thousands:,} thousand images", file.convert("RGB")))
-            except OSError:
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
                 stops.append(
                     page.SliderStop(f"{thousands:,} thousand images", Image.new("RGB", (8, 8)), "damaged file")
                 )

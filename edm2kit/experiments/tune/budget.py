@@ -38,7 +38,7 @@ def parse_budget(text: str) -> Budget:
         raise ValueError(f"a budget of {text.strip()} allows nothing; {_EXAMPLES}")
     if unit not in _UNITS:
         if number != int(number):
-            raise ValueError(f"{text!r} is not a whole number of images; {_EXAMPLES}")
+            raise ValueError(f"{text!r:.60} is not a whole number of images; {_EXAMPLES}")
         return Budget(images=int(number))
     return Budget(seconds=number * _UNITS[unit])
 

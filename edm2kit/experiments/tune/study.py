@@ -52,22 +52,10 @@ class SharedStudy:
             path = folder / _SETTINGS
             asked = plain_json(settings)
             if path.exists():
-                self._check(path, asked)
+                check_settings(path, asked)
             else:
                 write_json(path, asked)
             self._study = self._open()
-
-    def _check(self, path: Path, asked: Any) -> None:
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); choose another --outdir") from error
-        if "contents" not in found:  # which earlier versions did not record
-            asked = {name: value for name, value in asked.items() if name != "contents"}
-        if changed := differences(found, asked):
-            raise ValueError(
-                f"{self.folder} holds a search with other settings ({'; '.join(changed[:3])}); choose another --outdir"
-            )
 
     def _open(self) -> Any:
         import optuna
@@ -203,6 +191,19 @@ class _HeldError(Exception):
 
 def _refuse(owner: str) -> None:
     raise _HeldError
+
+
+def check_settings(path: Path, asked: Any) -> None:
+    """Raise ValueError unless the settings of a search at `path` can be read and are those `asked` for."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); choose another --outdir") from error
+    if isinstance(found, dict) and "contents" not in found:  # which earlier versions did not record
+        asked = {name: value for name, value in asked.items() if name != "contents"}
+    if changed := differences(found, asked):
+        reasons = "; ".join(changed[:3])
+        raise ValueError(f"{path.parent} holds a search with other settings ({reasons}); choose another --outdir")
 
 
 def _as_parameters(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -150,6 +150,7 @@ def load_classifier(path: str | Path) -> LoadedClassifier:
         with torch.device("meta"):
             net = NoiseClassifier(**header.architecture)
         net.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
-    except (KeyError, TypeError, AttributeError, RuntimeError, RecursionError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: the classifier's header does not fit this code or its weights ({error})") from error
+    except (KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError, json.JSONDecodeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
+        raise ValueError(f"{path}: the classifier's header does not fit this code or its weights ({reason})") from error
     return LoadedClassifier(net.eval().requires_grad_(False), header)

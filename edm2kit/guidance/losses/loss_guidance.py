@@ -83,7 +83,7 @@ def parse_colour(text: str) -> tuple[float, float, float]:
     """R,G,B from 0 to 255, as pixels in [-1, 1]."""
     values = [number(0, 255)(part) / 127.5 - 1 for part in text.split(",")]
     if len(values) != 3:
-        raise ValueError(f"{text!r} is not a colour; write for example 200,30,30")
+        raise ValueError(f"{text!r:.60} is not a colour; write for example 200,30,30")
     return (values[0], values[1], values[2])
 
 

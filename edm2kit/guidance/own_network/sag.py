@@ -76,7 +76,7 @@ def parse_taps(text: str) -> int:
     """An odd number of taps."""
     taps = count()(text)
     if taps % 2 == 0:
-        raise ValueError(f"{text!r} is not an odd number of taps")
+        raise ValueError(f"{text!r:.60} is not an odd number of taps")
     return taps
 
 

@@ -18,6 +18,7 @@ from edm2kit.metrics.detectors.registry import NOT_FID, DetectorSpec
 from edm2kit.torch_utils.files import atomic_write, sha256_of
 
 ENTRY = "preprocessing.json"  # the extra file inside the .pt2
+_MAX_CHARS = 1 << 16  # of the preprocessing
 MAX_FEATURES = 16384  # their covariance takes 2 GiB
 _TRIAL_IMAGES = 3
 _INDEPENDENT = 1e-3  # largest relative change of features if the other images of a batch change
@@ -54,7 +55,7 @@ def exported_detector(path: str | Path) -> DetectorSpec:
     """
     path = Path(path)
     program, entry = _load(path)
-    preprocessing = _declared(path, entry)
+    preprocessing = read_preprocessing(path, entry)
     return DetectorSpec(
         partial(ExportedDetector, path, preprocessing),
         num_features=_try(path, ExportedDetector(path, preprocessing, program)),
@@ -101,7 +102,11 @@ def _load(path: Path) -> tuple[nn.Module, str | None]:
     return program, (text.decode() if isinstance(text, bytes) else text) or None
 
 
-def _declared(path: Path, entry: str | None) -> Preprocessing:
+def read_preprocessing(path: Path, entry: str | None = None) -> Preprocessing:
+    """The preprocessing of the program at `path`: the text `entry` in it, or the .yaml beside it.
+
+    Raises ValueError if there is none or it is wrong, or if there are two.
+    """
     beside = path.with_suffix(".yaml")
     if entry is not None and beside.exists():
         raise ValueError(f"{path} contains its preprocessing, and {beside} declares another; remove that file")
@@ -113,12 +118,14 @@ def _declared(path: Path, entry: str | None) -> Preprocessing:
         )
     try:
         text = beside.read_text(encoding="utf-8") if entry is None else entry
+        if len(text) > _MAX_CHARS:
+            raise ValueError(f"it has {len(text)} characters; at most {_MAX_CHARS} are read")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # a few lines may stand for gigabytes
             raise ValueError("it repeats a part by its name (*name); write the values out")
         return Preprocessing.from_mapping(yaml.safe_load(text))  # JSON is YAML
-    except (ValueError, yaml.YAMLError) as error:
+    except Exception as error:  # of PyYAML, and those of Python for values that do not fit their tags
         where = beside if entry is None else f"{ENTRY} in {path}"
-        raise ValueError(f"{where}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{where}: {_reason(error)}") from error
 
 
 @torch.no_grad()

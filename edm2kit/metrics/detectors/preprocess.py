@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from edm2kit.torch_utils.files import short
+
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
+
 
 def as_rgb(images: torch.Tensor) -> torch.Tensor:
     """Repeat grey to three channels: uint8 [N, 1 or 3, H, W] -> uint8 [N, 3, H, W].
@@ -90,9 +94,9 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if isinstance(self.size, bool) or not isinstance(self.size, int) or not 1 <= self.size <= 4096:
-            raise ValueError(f"size is {self.size!r}; expected a side in pixels from 1 to 4096")
-        if self.resize not in RESIZES:
-            raise ValueError(f"resize is {self.resize!r}; expected one of {', '.join(RESIZES)}")
+            raise ValueError(f"size is {short(self.size)}; expected a side in pixels from 1 to 4096")
+        if not isinstance(self.resize, str) or self.resize not in RESIZES:
+            raise ValueError(f"resize is {short(self.resize)}; expected one of {', '.join(RESIZES)}")
         for name, count in {"value_range": 2, "mean": 3, "std": 3}.items():
             object.__setattr__(self, name, _numbers(name, getattr(self, name), count))
         low, high = self.value_range
@@ -106,7 +110,7 @@ class Preprocessing:
         """From the content of a JSON or YAML file. Raises ValueError unless it has exactly the fields of this class."""
         names = [field.name for field in fields(cls)]
         if not isinstance(content, Mapping) or set(content) != set(names):
-            found = ", ".join(map(str, content)) if isinstance(content, Mapping) else repr(content)[:60]
+            found = ", ".join(f"{key!s:.60}" for key in content) if isinstance(content, Mapping) else short(content)
             raise ValueError(f"the preprocessing has {found or 'nothing'}; expected exactly {', '.join(names)}")
         return cls(**content)
 
@@ -125,6 +129,6 @@ class Preprocessing:
 def _numbers(name: str, value: Any, count: int) -> tuple[float, ...]:
     """`value` as finite floats. Raises ValueError if it is anything but a list of `count` numbers."""
     is_list = isinstance(value, list | tuple) and len(value) == count
-    if not is_list or not all(isinstance(one, int | float) and np.isfinite(one) for one in value):
-        raise ValueError(f"{name} is {value!r}; expected a list of {count} numbers")
+    if not is_list or not all(isinstance(one, int | float) and abs(one) <= _MAX_FLOAT32 for one in value):
+        raise ValueError(f"{name} is {short(value)}; expected a list of {count} numbers")
     return tuple(float(one) for one in value)
