@@ -323,7 +323,9 @@ def network_on_meta(header: Header, source: str | Path = "the snapshot") -> Prec
     kind = NETWORKS[header.network]
     label_dim = header.architecture.get("label_dim")
     if header.label_names is not None and len(header.label_names) != label_dim:
-        raise ValueError(f"{source}: its header names {len(header.label_names)} classes, but has {label_dim}")
+        raise ValueError(
+            f"{source}: its header names {len(header.label_names)} classes, but the network has {label_dim}"
+        )
     try:
         # a damaged file may ask for a network that takes a year to build
         blocks = kind.count_blocks({**kind.defaults, **header.architecture})

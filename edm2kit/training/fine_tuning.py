@@ -57,7 +57,8 @@ def check_source(config: TrainConfig, run_header: Header) -> list[str]:
         return []
     source = open_weights(config.init_from)
     header, where = source.header, f"--init-from {config.init_from}"
-    net = network_on_meta(dataclasses.replace(header, architecture=run_header.architecture), "this run")
+    ours_header = dataclasses.replace(header, architecture=run_header.architecture, label_names=run_header.label_names)
+    net = network_on_meta(ours_header, "this run")
     theirs_net = network_on_meta(header, where)
     for what, ours, theirs in (
         ("resolution", net.img_resolution, theirs_net.img_resolution),

@@ -34,7 +34,7 @@ TRAINING = {
 # of a JSON record: what differs from run to run
 _VOLATILE = {
     "command", "started", "elapsed_sec", "runs", "seconds", "images_per_sec", "cpu_peak_gb", "batch", "processes",
-    "pace_sec_per_image", "commit", "hardware", "sha256",
+    "pace_sec_per_image", "commit", "hardware", "sha256", "data_files",
 }  # fmt: skip
 
 

@@ -302,5 +302,5 @@ def test_parts_in_any_order_are_compared_once_all_are_read(header, tmp_path):
 @pytest.mark.parametrize("names", [("ant",), tuple("abcde")])
 def test_names_of_another_number_of_classes_are_refused(net, header, tmp_path, names):
     save_snapshot(tmp_path / "s", net.state_dict(), dataclasses.replace(header, label_names=names))
-    with pytest.raises(ValueError, match=rf"s: its header names {len(names)} classes, but has 4$"):
+    with pytest.raises(ValueError, match=rf"s: its header names {len(names)} classes, but the network has 4$"):
         load_snapshot(tmp_path / "s")
