@@ -17,3 +17,9 @@ def test_calls_add_to_the_record_with_other_seeds(tmp_path):
         assert found["read"] + found["refused"] + found["failed"] == found["inputs"]
     CliRunner().invoke(main, arguments[:-1])
     assert json.loads((tmp_path / "fuzz.json").read_text())["parsers"]["words"]["inputs"] == 20
+
+
+def test_a_call_without_time_feeds_one_input_and_ends(tmp_path):
+    arguments = ["--parser", "words", "--inputs", "1000", "--max-sec", "0", "--out", str(tmp_path)]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert json.loads((tmp_path / "fuzz.json").read_text())["parsers"]["words"]["inputs"] == 1
