@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 from pathlib import Path
 
 import pytest
@@ -48,11 +49,19 @@ def test_damaged_inputs_are_read_or_refused_in_one_line(seeds, name):
     check()
 
 
+def _npy_of(header):
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
+
+
 # inputs that once led to another error, or to several lines
 ONCE = [
     ("labels", {"labels": [["0.png", 0], ["1.png", 1]], "num_classes": {}}),
     ("classifier header", {"architecture": {"img_resolution": 4, "img_channels": 3, "num_classes": 2, "width": 8},
                            "nimg": 8, "label_names": None, "format_version": 1}),
+    ("labels", {"labels": [["0.png", 0], ["1.\ng", 1]], "label_names": ["cat", "dog"]}),
+    ("npy", _npy_of("{" + "_" * 10099 + "}")),
+    ("label vectors npy", _npy_of("{" + "_" * 10099 + "}")),
+    ("array set", _npy_of("{'descr': '<f2', 'fortran_order': False, 'shape': (2, 0, 4, 4), }")),
     ("CIFAR archive", b"\x1f\x8b" + bytes(40)),
     ("Hugging Face info", {"features": {"image": {"_type": "Image"}, "other": {"dtype": "int64", "_type": "Value"}}}),
     ("preprocessing", {"size": 8, "resize": [], "value_range": [0, 1], "mean": [0, 0, 0], "std": [1, 1, 1]}),
@@ -61,6 +70,7 @@ ONCE = [
     ("generated npz", zip_of({"a\nb": b""})),
     ("pipeline index", {"unet": 5}),
     ("pipeline index", {"": 0}),
+    ("pipeline index", {"\net": ["diffusers", "UNet2DConditionModel"]}),
     ("comparison points", {"asked": {}, "points": [{"first_seed": 0, "results": {}}]}),
     ("comparison points", {"asked": {"row": "auto", "options": "--guidance-method pag", "files": {}, "num_images": 100},
                            "points": [{"weight": weight, "first_seed": 0, "results": {}} for weight in (1.5, 2)]}),
@@ -183,3 +193,7 @@ def test_changes_change_something_and_nothing_else_than_the_input():
     assert len({str(mutate_values(values, [change])) for change in every}) > 10
     assert values == {"a": [1, {"b": "c"}], "d": None}
     assert [] in ODD_VALUES  # nothing was put into it
+
+
+def test_a_number_of_hundreds_of_digits_is_out_of_range(tmp_path):
+    assert outcome(PARSERS["words"], b"1" * 400, tmp_path) in ("read", "refused")

@@ -352,7 +352,7 @@ class AtLeast(click.ParamType):
             number = self.kind(value)
         except ValueError:
             self.fail(f"{value!r:.60} is not {'a whole' if self.kind is int else 'a'} number", param, ctx)
-        if not (self.low <= number <= self.high and math.isfinite(number)):
+        if not (self.low <= number <= self.high and abs(number) < math.inf):
             bounds = f"at least {self.low}" if self.high == math.inf else f"from {self.low} to {self.high}"
             self.fail(f"{value!s:.60} is not {bounds}", param, ctx)
         return number

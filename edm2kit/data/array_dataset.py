@@ -11,6 +11,7 @@ from edm2kit.data.dataset import Source, content_digest, spread_evenly
 from edm2kit.data.image_files import check_item
 from edm2kit.data.labels import labels_identity, labels_of_array, pick_labels
 from edm2kit.torch_utils.arrays import BROKEN
+from edm2kit.torch_utils.dist import one_line
 
 LABELS_ARRAY = "labels.npy"
 _HINT = "resize the images before saving the array"
@@ -52,7 +53,7 @@ class ArrayDataset(Source):
                     f"{file}: is {list(array.shape)}, with channels last; expected [N, C, H, W]: save "
                     "images.transpose(0, 3, 1, 2)"
                 )
-            if array.ndim != 4 or array.dtype not in _DTYPES or not len(array):
+            if array.ndim != 4 or array.dtype not in _DTYPES or 0 in array.shape:
                 raise ValueError(
                     f"{file}: is {array.dtype} {list(array.shape)}; expected pixels uint8 [N, C, H, W] or raw latents "
                     "float16 or float32 [N, C, H, W]"
@@ -138,4 +139,4 @@ def _load(file: Path) -> np.ndarray:
     try:
         return np.load(file, mmap_mode="r", allow_pickle=False)
     except BROKEN as error:
-        raise ValueError(f"{file}: the .npy file is damaged or cut short: {error}") from error
+        raise ValueError(f"{file}: the .npy file is damaged or cut short: {one_line(str(error))}") from error

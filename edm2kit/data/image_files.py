@@ -343,7 +343,7 @@ def decode_array(data: bytes, where: str) -> np.ndarray:
         try:
             values = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
         except BROKEN as error:
-            raise ValueError(f"{where}: the .npy file is damaged or cut short: {error!s:.300}") from error
+            raise ValueError(f"{where}: the .npy file is damaged or cut short: {one_line(str(error)):.300}") from error
         if values.ndim != 3 or values.dtype not in (np.uint8, np.float16, np.float32):
             raise ValueError(
                 f"{where}: contains {values.dtype} {list(values.shape)}; expected pixels uint8 [C, H, W] or raw "

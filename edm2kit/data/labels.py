@@ -15,7 +15,7 @@ import numpy as np
 from edm2kit.data.archive import SPLIT_NAME, FolderArchive, ZipArchive
 from edm2kit.data.image_files import open_header
 from edm2kit.torch_utils.arrays import BROKEN
-from edm2kit.torch_utils.dist import progress_bar, warn0
+from edm2kit.torch_utils.dist import one_line, progress_bar, warn0
 from edm2kit.torch_utils.files import short_json
 
 if TYPE_CHECKING:
@@ -260,7 +260,8 @@ def read_label_vectors(path: str | Path) -> np.ndarray:
     except FileNotFoundError:
         raise
     except (*BROKEN, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is neither a .npy array nor a JSON list of label vectors: {error}") from error
+        reason = one_line(str(error))
+        raise ValueError(f"{path}: is neither a .npy array nor a JSON list of label vectors: {reason}") from error
     if values.ndim != 2 or not values.size or not np.issubdtype(values.dtype, np.number):
         raise ValueError(f"{path}: is {values.dtype} {list(values.shape)}; expected label vectors [K, D]")
     return labels_of_array(values.astype(np.float64), str(path)).values
@@ -406,4 +407,5 @@ def _is_vector(label: object, length: int) -> bool:
 
 
 def _some(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    first = one_line(names[0])
+    return first if len(names) == 1 else f"{first} and {len(names) - 1} more"

@@ -21,6 +21,7 @@ from edm2kit.models.adapters import DiscreteVP, Flow, Schedule
 from edm2kit.models.diffusers_interior import patch_size
 from edm2kit.models.diffusers_network import FAMILIES, DiffusersNetwork
 from edm2kit.torch_utils.cache import cache_folder
+from edm2kit.torch_utils.dist import one_line
 from edm2kit.torch_utils.files import atomic_write, sampled_sha256, short
 
 PREFIX = "diffusers:"  # of the paths and hub names that mean such a model
@@ -181,7 +182,7 @@ def open_repository(source: str, dtype: torch.dtype = torch.float32) -> Reposito
             if _class_of(index, component, name) is not None:
                 return Repository(name, folder, index, component)
         found = ", ".join(key for key in index if not key.startswith("_")) or "nothing"
-        raise ValueError(f"{name}: the pipeline has neither a unet nor a transformer; it has {found}")
+        raise ValueError(f"{name}: the pipeline has neither a unet nor a transformer; it has {one_line(found)}")
     if (folder / "config.json").is_file():
         return Repository(name, folder, {}, "")
     raise ValueError(
