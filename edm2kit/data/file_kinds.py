@@ -13,7 +13,12 @@ _KINDS: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\0\0\0\x0cJXL ", f"a JPEG XL image, {_NOT_READ}"),
     (0, b"\0\0\0\x0cjP  ", f"a JPEG 2000 image, {_NOT_READ}"),
     (4, b"ftypavi", f"an AVIF image, {_NOT_READ}"),
-    (4, b"ftyphe", "a HEIC photo; such photos need the package pillow-heif: pip install 'edm2kit[heic]'"),
+    (
+        4,
+        b"ftyphe",
+        "a HEIC photo, not an image that can be read: it is damaged, or the package pillow-heif is missing (pip "
+        "install 'edm2kit[heic]')",
+    ),
     (4, b"ftypmif1", "a HEIC or AVIF image; convert it to PNG"),
     (4, b"ftypmsf1", "a HEIC or AVIF image; convert it to PNG"),
     (4, b"ftyp", "a video"),
