@@ -146,7 +146,7 @@ class NpzImages:
     """The array `images`, uint8 [N, H, W, 1 or 3], of an uncompressed .npz, memory-mapped; `arr_0` in those of ADM.
 
     Classes are in `labels` [N]; beside `arr_0`, they may also be in `arr_1`, where the sampling script of ADM puts
-    them. Raises ValueError if there is no such array.
+    them. Raises ValueError if the file does not contain that array.
     """
 
     def __init__(self, path: Path):

@@ -249,6 +249,6 @@ def test_memory_that_tensors_free_is_kept_on_a_cpu_unless_the_user_has_settings(
     found = subprocess.run(
         [sys.executable, "-c", FAULTS], env={**surroundings, **variables}, capture_output=True, text=True, check=True
     )
-    # 204,800 pages of 4 KiB are filled; without the setting, glibc fetches all of them anew; with it, none, or
-    # seldom those of one tensor (5,120), if something small lies between those that were freed
+    # The five calls fill 204,800 pages of 4 KiB. Without the setting, the system provides all of them again. With it,
+    # it usually provides none, and occasionally those of one tensor (5,120), if a small block divides the freed memory.
     assert (int(found.stdout) < 204_800 / 10) == keeps
