@@ -95,6 +95,25 @@ def test_an_unknown_kind_and_a_missing_package_are_named(net, header, tmp_path, 
         load_snapshot(tmp_path / "s")
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_read_the_same_weights_and_notice_damage(net, header, tmp_path, threads):
+    path = tmp_path / "s"
+    save_snapshot(path, net.state_dict(), dataclasses.replace(header, dtype="float32"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = load_snapshot(path).net.state_dict()
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1  # of the last tensor
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="do not match their checksum"):
+            load_snapshot(path)
+        assert torch.get_num_threads() == threads  # as the caller had it
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[name], tensor) for name, tensor in net.state_dict().items())
+
+
 def test_default_storage_is_half_precision_except_for_small_tensors(net, header, tmp_path):
     save_snapshot(tmp_path / "s", net.state_dict(), header)
     stored = load_file(tmp_path / "s")  # any safetensors reader can read it
