@@ -63,13 +63,15 @@ def main(names: tuple[str, ...], inputs: int, max_sec: float, seed: int, add: bo
     for name in names or PARSERS:
         found = record["parsers"].get(name) if add else None
         left, ends = inputs, time.monotonic() + max_sec
-        while left > 0 and (left == inputs or time.monotonic() < ends):
+        while left > 0:
             part = run(name, min(left, _SAVED_EVERY), ends - time.monotonic(), found["seed"] + 1 if found else seed)
             found = harness.added(found, part) if found else part
             record["parsers"][name] = found
             record |= {"command": harness.command(), "limit_sec": LIMIT_SEC, **provenance()}
             harness.save(record, out)
             left -= part["inputs"]
+            if time.monotonic() > ends:
+                break
         click.echo(
             f"{name}: {found['inputs']} inputs, {found['read']} read, {len(found['failures'])} kinds of failures"
         )
