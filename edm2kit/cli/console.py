@@ -1,4 +1,4 @@
-"""Where the installed commands start: one function each, called by the files of the checkout, too.
+"""Where the installed commands start: one entry each, which the files of the checkout call, too.
 
 `--help` and usage errors are answered before the command itself is imported, and with it torch.
 """
