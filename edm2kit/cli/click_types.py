@@ -241,7 +241,7 @@ def device_option() -> Decorator:
 
 
 def timeout_option() -> Decorator:
-    """--timeout, after which no command waits any longer for another process."""
+    """--timeout, after which no command waits any longer for another process, or a file."""
 
     def apply(ctx: click.Context, param: click.Parameter, value: float | None) -> None:
         if value is not None:
@@ -253,7 +253,7 @@ def timeout_option() -> Decorator:
         type=Parsed(parse_duration_sec),
         expose_value=False,
         callback=apply,
-        help="Longest wait for another process  [default: 30m]",
+        help="Longest wait for another process or a file  [default: 30m]",
     )
 
 

@@ -5,14 +5,13 @@ import unicodedata
 import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from edm2kit.data.archive import SPLIT_NAME, open_archive
+from edm2kit.data.archive import open_archive
 from edm2kit.data.dataset import open_source, split_kind
 from edm2kit.data.image_files import (
     HEIF_EXTENSIONS,
@@ -25,6 +24,7 @@ from edm2kit.data.image_files import (
 )
 from edm2kit.data.labels import (
     RECORD,
+    SPLIT_NAME,
     Labels,
     find_extra,
     folder_labels,
@@ -38,6 +38,7 @@ from edm2kit.metrics.reference import Reference
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.arrays import BROKEN, map_npz_array, read_npz_array
 from edm2kit.torch_utils.dist import progress_bar
+from edm2kit.torch_utils.file_threads import FileThreads, Job
 
 _BATCHES_AHEAD = 2
 _HASHED_IMAGES = 256
@@ -319,17 +320,19 @@ def image_batches(
     """This rank's batches of the images `indices`, uint8 [N, 3, H, W], with a progress bar on rank 0.
 
     Batch k belongs to rank k modulo the number of ranks, so the batches do not depend on that number. `workers` threads
-    read ahead. Raises ValueError, naming the image, if one is damaged or differs in size from the first one.
+    read ahead. Raises ValueError, naming the image, if one is damaged, differs in size from the first one, or cannot be
+    read for as long as `dist.timeout_sec` allows.
     """
     starts = range(0, len(indices), batch_size)[dist.rank() :: dist.world_size()]
-    expected = images.read(indices[0]).shape
-    ahead: deque[list[Future[np.ndarray]]] = deque()
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        progress_bar(len(starts), "batch") as bar,
-    ):
+    ahead: deque[list[Job[np.ndarray]]] = deque()
+    with FileThreads(workers) as threads, progress_bar(len(starts), "batch") as bar:
+        expected = threads.submit(images.where(indices[0]), images.read, indices[0]).result().shape
+
+        def submit(index: int) -> Job[np.ndarray]:
+            return threads.submit(images.where(index), _read, images, index, expected)
+
         for start in starts:
-            ahead.append([pool.submit(_read, images, index, expected) for index in indices[start : start + batch_size]])
+            ahead.append([submit(index) for index in indices[start : start + batch_size]])
             if len(ahead) > _BATCHES_AHEAD:
                 yield _stack(ahead.popleft())
                 bar.update()
@@ -338,8 +341,8 @@ def image_batches(
             bar.update()
 
 
-def _stack(reading: list[Future[np.ndarray]]) -> torch.Tensor:
-    return torch.from_numpy(np.stack([future.result() for future in reading]))
+def _stack(reading: list[Job[np.ndarray]]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([job.result() for job in reading]))
 
 
 def _read(images: ScoredImages, index: int, expected: tuple[int, ...]) -> np.ndarray:

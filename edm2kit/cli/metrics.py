@@ -44,6 +44,7 @@ from edm2kit.metrics.reference import (
     Reference,
     check_published,
     load_reference,
+    reference_file,
     save_adm_reference,
     save_published_reference,
     save_reference,
@@ -51,7 +52,6 @@ from edm2kit.metrics.reference import (
 from edm2kit.metrics.registry import ALL
 from edm2kit.metrics.scoring import REPLICATES, Images, Scorer, image_features, image_statistics, make_scorer
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.cache import fetch
 from edm2kit.torch_utils.files import atomic_write, provenance, sha256_of, write_json
 
 _REAL_WORKERS = 2  # threads that read
@@ -275,7 +275,7 @@ def gen(request: Request, num: int, seeds: tuple[int, ...], device: str, **scori
 
 def _make_scorer(options: ScoreOptions, device: torch.device, real_labels: Labels | None) -> Scorer:
     first, *others = options.ref
-    scorer = make_scorer(fetch(first), device, options.metrics, options.weights_dir)
+    scorer = make_scorer(reference_file(first), device, options.metrics, options.weights_dir)
     more = _more_references(first, others, [detector.name for detector in scorer.detectors])
     scorer = replace(scorer, more=more, replicates=options.bootstrap, per_class=options.per_class)
     # what is missing is refused before real images are read: only that something was given counts here
@@ -309,7 +309,7 @@ def _more_references(first: str, others: list[str], detectors: Sequence[str]) ->
     names = [Path(path).name for path in others]
     found = {}
     for path, name in zip(others, names, strict=True):
-        reference = load_reference(fetch(path))
+        reference = load_reference(reference_file(path))
         for detector in detectors:
             try:
                 reference.of(detector)
@@ -339,7 +339,7 @@ def _score(
     if len(runs) > 1:
         dist.print0(table({name: one.values for name, one in measured.items()}))
     references = [
-        {"path": path, "sha256": sha256_of(fetch(path)), "num_images": one.num_images, "source": one.source}
+        {"path": path, "sha256": sha256_of(reference_file(path)), "num_images": one.num_images, "source": one.source}
         for path, one in zip(options.ref, [scorer.reference, *scorer.more.values()], strict=True)
     ]
     record = {

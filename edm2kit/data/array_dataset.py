@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from edm2kit.data.archive import read_regular
+from edm2kit.data.archive import read_regular, stamp
 from edm2kit.data.dataset import Source, content_digest, spread_evenly
 from edm2kit.data.image_files import check_item
 from edm2kit.data.labels import labels_identity, labels_of_array, pick_labels
@@ -38,7 +38,7 @@ class ArrayDataset(Source):
     def __init__(self, path: str | Path, max_images: int | None = None, use_labels: bool = True):
         self.path = Path(path)
         self._arguments = (self.path, max_images, use_labels)
-        files = _array_files(self.path)
+        self._files = files = _array_files(self.path)
         if not files:
             raise ValueError(f"{path}: contains no .npy array; expected one .npy file or a folder of them")
         self._arrays = [_load(file) for file in files]
@@ -107,6 +107,10 @@ class ArrayDataset(Source):
             **labels_identity(self, digest),
             "content": content_digest(self),
         }
+
+    def files_stamp(self, times: bool = True) -> str:
+        """Of the arrays."""
+        return stamp([str(file) for file in self._files], times)
 
     def read_extra(self, name: str) -> bytes | None:
         """The bytes of another file beside the arrays, such as encoder.json, or None if there is none."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edm2kit.data.archive import ZipArchive, open_archive
+from edm2kit.data.archive import ZipArchive, open_archive, stamp
 from edm2kit.data.image_files import (
     HEIF_EXTENSIONS,
     IMAGE_EXTENSIONS,
@@ -103,6 +103,10 @@ class Source(Protocol):
 
     def files_digest(self) -> str | None:
         """A hash of the checksums of all files, if they are known without reading the files; else None."""
+        return None
+
+    def files_stamp(self, times: bool = True) -> str | None:
+        """A hash of the sizes, and `times` of change, of files without known checksums; None if there are none."""
         return None
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -244,6 +248,12 @@ class ImageDataset(Source):
     def files_digest(self) -> str | None:
         """Of a zip, which holds a checksum of each file."""
         return self._archive.digest(self._picked) if isinstance(self._archive, ZipArchive) else None
+
+    def files_stamp(self, times: bool = True) -> str | None:
+        """Of a folder."""
+        if isinstance(self._archive, ZipArchive):
+            return None
+        return stamp([self._archive.where(k) for k in self._picked.tolist()], times)
 
     @property
     def needs_decoding(self) -> bool:

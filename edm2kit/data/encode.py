@@ -3,7 +3,6 @@
 import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -22,6 +21,7 @@ from edm2kit.models.encoders import to_image
 from edm2kit.models.vae import STABILITY_VAE, load_vae, vae_decode, vae_encode, vae_sha256
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.dist import progress_bar
+from edm2kit.torch_utils.file_threads import FileThreads, Job
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 _ZIP_ENTRY_BYTES = 200  # headers and index entry of one file
@@ -133,6 +133,8 @@ def make_job(
         if name == following:
             raise ValueError(f"{source.path}: two images would become {name}; rename one")
     content = {"source": source.identity(), "source_files": source.files_digest()}
+    if (sizes := source.files_stamp(times=False)) is not None:
+        content["source_sizes"] = sizes
     if source.labels is not None:
         content["class_names"] = names_digest(source.label_names, source.label_dim)
     return FileJob(source, dest, names, work, {**settings, **content}, extra)
@@ -172,10 +174,11 @@ def _results(job: FileJob, todo: Sequence[int], batch: int, workers: int) -> Ite
     for start in range(0, len(todo), batch * dist.world_size()):
         first = start + dist.rank() * batch
         shares.append(todo[first : first + batch])
-    with ThreadPoolExecutor(workers) as pool:
+    with FileThreads(workers) as threads:
 
-        def submit(share: Sequence[int]) -> list:
-            return [pool.submit(job.source.__getitem__, k) for k in share]
+        def submit(share: Sequence[int]) -> list[Job[Any]]:
+            names = [f"{job.source.path}: {job.source.item_name(k)}" for k in share]
+            return [threads.submit(name, job.source.__getitem__, k) for name, k in zip(names, share, strict=True)]
 
         ahead = submit(shares[0]) if shares else []
         for number, share in enumerate(shares, 1):
@@ -185,8 +188,8 @@ def _results(job: FileJob, todo: Sequence[int], batch: int, workers: int) -> Ite
             error = None
             try:
                 if reading:
-                    files = job.work(np.stack([future.result()[0] for future in reading]))
-            except ValueError as caught:
+                    files = job.work(np.stack([image.result()[0] for image in reading]))
+            except (ValueError, OSError) as caught:
                 error = caught
             dist.raise_together(error)
             yield [job.names[k] for k in share], files

@@ -38,6 +38,10 @@ class Part(Source):
         """As of the complete data set."""
         return self.whole.files_digest()
 
+    def files_stamp(self, times: bool = True) -> str | None:
+        """As of the complete data set."""
+        return self.whole.files_stamp(times)
+
     def item_name(self, index: int) -> str:
         """The name that the item has in the complete data set."""
         return self.whole.item_name(int(self.picked[index]))

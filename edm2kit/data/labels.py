@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from edm2kit.data.archive import SPLIT_NAME, FolderArchive, ZipArchive
+from edm2kit.data.archive import FolderArchive, ZipArchive
 from edm2kit.data.image_files import open_header
 from edm2kit.torch_utils.arrays import BROKEN
 from edm2kit.torch_utils.dist import one_line, progress_bar, warn0
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 RECORD = "generation.json"  # written beside generated images: how they were made
 LABELS_FILE = "dataset.json"
+# the names of splits: val, Train, test_set, train2017, imagenet-val, and trainA of data sets for translation
+SPLIT_NAME = re.compile(
+    r"(?i:(?:^|[\W\d_])(?:train|training|val|valid|validation|test|testing|dev|eval)(?=[\W\d_]|$))"
+    r"|(?:^|/)(?:train|val|test)[AB](?=/|$)"
+)
 _OTHER_KEYS_OF_NAMES = ("class_names", "classes", "names", "categories", "label_name", "labels_names")
 _MAX_CLASSES = 1 << 20
 # a network has weights for each class, and each image a number: a label that is an identification number would cost

@@ -65,8 +65,9 @@ def _comparable(settings: dict, found: dict) -> dict:
     if "source_digest" in found and "source_content" in settings:
         settings = {**settings, "source_digest": found["source_digest"]}
         del settings["source_content"]
-    if None in (settings.get("source_files"), found.get("source_files")):  # only zips have checksums
-        settings = {**settings, "source_files": found.get("source_files")}
+    for key in ("source_files", "source_sizes"):  # only zips have checksums, and the sizes of folders are younger
+        if None in (settings.get(key), found.get(key)):
+            settings = {**settings, key: found.get(key)}
     if "class_names" not in found:
         settings = {name: value for name, value in settings.items() if name != "class_names"}
     source = settings.get("source")

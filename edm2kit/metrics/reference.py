@@ -11,6 +11,7 @@ import numpy as np
 from edm2kit.metrics.detectors.registry import DETECTORS
 from edm2kit.metrics.moments import FeatureStatistics
 from edm2kit.torch_utils.arrays import read_npz
+from edm2kit.torch_utils.cache import fetch
 from edm2kit.torch_utils.files import atomic_write
 from edm2kit.torch_utils.pickles.reader import load_pickle
 from edm2kit.torch_utils.pickles.writer import dump_arrays
@@ -108,6 +109,12 @@ def save_adm_reference(path: str | Path, reference: Reference, images: np.ndarra
             mu_s=spatial.mean,
             sigma_s=spatial.covariance,
         )
+
+
+def reference_file(path_or_url: str) -> Path:
+    """The file of a reference, downloaded if it is given as a URL. Raises ValueError if there is none."""
+    path = Path(path_or_url)
+    return path if path.is_file() else fetch(path_or_url)
 
 
 def load_reference(path: str | Path) -> Reference:

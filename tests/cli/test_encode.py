@@ -1,9 +1,11 @@
 """dataset_tool.py encode and decode: their files, on one rank or two, stopped and resumed."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from edm2kit.cli import dataset as dataset_tool
 from edm2kit.data import dataset
@@ -19,6 +22,7 @@ from edm2kit.data.dataset import EncoderRecord, ImageDataset, read_encoder_recor
 from edm2kit.data.image_files import encode_npy
 from edm2kit.data.output import PartialDataset
 from edm2kit.models.vae import load_vae, vae_decode, vae_encode, vae_sha256
+from edm2kit.torch_utils import dist
 from tests.support import tiny
 from tests.support.fakes import tiny_vae
 from tests.support.pictures import encoded as encoded_png
@@ -228,3 +232,49 @@ def test_an_image_that_the_sample_of_pixels_misses_is_noticed_in_a_zip(tmp_path,
     write_zip(zipped, files | {unseen: encoded_png(picture(1000))})
     with pytest.raises(ValueError, match=r"is a data set with source_files .*, now .*; delete it or choose another"):
         write(zipped)
+
+
+def as_they_are(raw: np.ndarray) -> list[bytes]:
+    return [encode_npy(image) for image in raw]
+
+
+def test_a_picture_of_another_size_that_the_sample_misses_is_noticed_in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "_HASHED_BYTES", 0)
+    files = some_files(300)
+    unseen = list(files)[min(set(range(300)).difference(dataset.spread_evenly(300, 256)))]
+    folder = write_folder(tmp_path / "d", files)
+
+    def write():
+        source = ImageDataset(folder)
+        job = dataset_latents.make_job(
+            source, tmp_path / "out.zip", ".npy", lambda raw: list(map(encode_npy, raw)), {}, {}
+        )
+        dataset_latents.run(job, batch=64, workers=1)
+
+    write()
+    (folder / unseen).touch()  # its time may change: a copy of the folder is the same data set
+    write()
+    (folder / unseen).write_bytes(encoded_png(Image.new("RGB", picture(0).size)))
+    with pytest.raises(ValueError, match=r"is a data set with source_sizes .*, now .*; delete it or choose another"):
+        write()
+
+
+def test_an_image_that_is_never_read_is_named(tmp_path):
+    answer, folder = threading.Event(), write_folder(tmp_path / "d", some_files(5))
+
+    class Stuck(ImageDataset):
+        def __getitem__(self, index):
+            if index == 3:
+                answer.wait()
+            return super().__getitem__(index)
+
+    source = Stuck(folder)
+    job = dataset_latents.make_job(source, tmp_path / "out.zip", ".npy", as_they_are, {}, {})
+    name = re.escape(
+        f"{folder}: {source.item_name(3)}: not done after 0 s; its disk may not answer. Run the same command"
+    )
+    with dist.waiting_at_most(0.1), pytest.raises(ValueError, match=name):
+        dataset_latents.run(job, batch=2, workers=2)
+    answer.set()
+    dataset_latents.run(job, batch=2, workers=2)
+    assert len(ImageDataset(tmp_path / "out.zip")) == 5

@@ -1,6 +1,8 @@
 """Images to score, from folders, zips, .npz files and arrays."""
 
 import json
+import re
+import threading
 import unicodedata
 import zipfile
 
@@ -13,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from edm2kit.cli.image_source import class_numbers, image_batches, image_labels, open_images
 from edm2kit.cli.npz import write_npz
 from edm2kit.conditions import parse_classes
+from edm2kit.torch_utils import dist
 from tests.support.hostile_arrays import HOSTILE
 from tests.support.pictures import encoded, npy, picture, some_files, write_folder, write_zip
 
@@ -173,6 +176,22 @@ def test_no_more_than_a_few_batches_are_read_ahead(tmp_path):
     next(batches)
     assert len(images.asked) <= 1 + 3 * 2
     batches.close()
+
+
+@pytest.mark.parametrize("stuck", [0, 3])
+def test_an_image_that_is_never_read_is_named(tmp_path, stuck):
+    images, answer = open_images(write_folder(tmp_path / "images", some_files(5))), threading.Event()
+
+    class Stuck(Watched):
+        def read(self, index):
+            if index == stuck:
+                answer.wait()
+            return super().read(index)
+
+    name = re.escape(f"{images.where(stuck)}: not done after 0 s; its disk may not answer. Run the same command again")
+    with dist.waiting_at_most(0.1), pytest.raises(ValueError, match=name):
+        list(image_batches(Stuck(images), range(5), 2, 2))
+    answer.set()
 
 
 @pytest.mark.parametrize("case", HOSTILE)
