@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import resource
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -170,8 +171,7 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.write({"nimg": nimg, **scalars})
         with self._on_trouble(f"the statistics at {nimg} images"):
-            with open(self.run_dir / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append_line(self.run_dir / name, json.dumps(record))
             if self._make_writer is None:
                 return
             for name, value in scalars.items():
@@ -223,6 +223,19 @@ def memory_gb(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         peaks["gpu_peak_gb"] = round(torch.cuda.max_memory_reserved(device) / 1e9, 3)
     return peaks
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add `line` to a text file, all of it or nothing: half a line of a full disk would spoil the next one, too."""
+    content = line.encode() + b"\n"
+    with open(path, "ab", buffering=0) as file:
+        before = os.fstat(file.fileno()).st_size
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def drop_later_lines(path: Path, nimg: int) -> None:
@@ -428,23 +441,3 @@ def schedule_warnings(config: TrainConfig, num_images: int) -> list[str]:
             f"{max(1000, duration // 16)} for example"
         )
     return found
-
-
-def memory_advice(forecast: Forecast, free_bytes: int, micro_batch: int) -> str | None:
-    """What to do if a run needs more than `free_bytes` on its GPU with `micro_batch` images at a time; None if it fits.
-
-    The forecast is a lower bound, so a run that fits may still run out of memory.
-    """
-    needed = forecast.memory
-    if needed.total <= free_bytes:
-        return None
-    helpful = [name for name, choice in forecast.choices.items() if choice.total <= free_bytes]
-    # activations are in proportion to the images
-    fitting = int(micro_batch * (free_bytes - needed.state) / max(needed.activations, 1))
-    if fitting >= 1 and needed.state + needed.sampling <= free_bytes:
-        helpful.insert(0, f"--batch-gpu {1 << (fitting.bit_length() - 1)}")
-    advice = f"use {' or '.join(helpful)}"
-    if not helpful:
-        advice = "none of --batch-gpu, --recompute and --shard suffices; use a larger GPU or a smaller network"
-    needs = f"a process needs {needed.total / 1e9:.1f} GB or more, and its GPU has {free_bytes / 1e9:.1f} GB free"
-    return f"{needs}; {advice}"

@@ -1,4 +1,4 @@
-"""--batch-gpu auto: the largest micro-batch that fits into memory."""
+"""How many images fit into memory at a time: --batch-gpu auto, and advice before a run."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import torch
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import check_type
 from edm2kit.training.config import TrainConfig
-from edm2kit.training.log import make_forecast
+from edm2kit.training.log import Forecast, make_forecast
 
 USABLE = 0.85  # of free memory: the forecast leaves out the allocator's gaps and workspaces
 
@@ -47,3 +47,23 @@ def free_memory(device: torch.device) -> int:
 def largest_divisor(number: int, limit: int) -> int:
     """The largest divisor of `number` up to `limit`, which may be 1."""
     return next((k for k in range(min(limit, number), 1, -1) if number % k == 0), 1)
+
+
+def memory_advice(forecast: Forecast, free_bytes: int, micro_batch: int) -> str | None:
+    """What to do if a run needs more than `free_bytes` on its GPU with `micro_batch` images at a time; None if it fits.
+
+    The forecast is a lower bound, so a run that fits may still run out of memory.
+    """
+    needed = forecast.memory
+    if needed.total <= free_bytes:
+        return None
+    helpful = [name for name, choice in forecast.choices.items() if choice.total <= free_bytes]
+    # activations are in proportion to the images
+    fitting = int(micro_batch * (free_bytes - needed.state) / max(needed.activations, 1))
+    if fitting >= 1 and needed.state + needed.sampling <= free_bytes:
+        helpful.insert(0, f"--batch-gpu {1 << (fitting.bit_length() - 1)}")
+    advice = f"use {' or '.join(helpful)}"
+    if not helpful:
+        advice = "none of --batch-gpu, --recompute and --shard suffices; use a larger GPU or a smaller network"
+    needs = f"a process needs {needed.total / 1e9:.1f} GB or more, and its GPU has {free_bytes / 1e9:.1f} GB free"
+    return f"{needs}; {advice}"

@@ -5,8 +5,9 @@ import torch
 
 from edm2kit.models import Precond, full_architecture
 from edm2kit.training.config import TrainConfig
-from edm2kit.training.log import Forecast, Memory, activation_bytes, make_forecast, memory_advice, shares
+from edm2kit.training.log import Forecast, Memory, activation_bytes, make_forecast, shares
 from edm2kit.training.loss import EDM2Loss
+from edm2kit.training.micro_batches import memory_advice
 from tests.support import golden
 from tests.support.memory import PeakBytes
 

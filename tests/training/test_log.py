@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import resource
 
 import numpy as np
 import pytest
@@ -25,6 +26,20 @@ def test_resumed_log_reads_like_one_runs(tmp_path):
     assert records[-1]["images_per_sec"] == 8
     assert records[-1]["nonfinite_gradients"] == 3  # of the whole period
     assert records[-1]["cpu_peak_gb"] > 0
+
+
+def test_a_line_that_did_not_fit_on_the_disk_does_not_spoil_the_next_one(tmp_path, capsys):
+    log, path = RunLog(tmp_path, 128, torch.device("cpu")), tmp_path / STATS_NAME
+    log.status(16, 1.0, STATS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, hard))  # the next line fits in part
+    try:
+        log.status(32, 2.0, STATS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "the statistics at 32 images could not be written" in capsys.readouterr().err
+    log.status(48, 3.0, STATS)
+    assert [json.loads(line)["nimg"] for line in path.read_text().splitlines()] == [16, 48]
 
 
 def test_half_a_minute_without_a_line_gives_one_with_speed_and_time_left(tmp_path, capsys):
