@@ -262,15 +262,15 @@ def one_line(text: str) -> str:
     return line if len(line) <= 2000 else f"{line[:1500]} ... {line[-495:]}"
 
 
-def print0(*args: object) -> None:
-    """Print on rank 0 only, and flush."""
-    if rank() == 0:
+def print0(*args: object, everywhere: bool = False) -> None:
+    """Print on rank 0 only, or `everywhere` that it is called, and flush."""
+    if rank() == 0 or everywhere:
         _say(" ".join(printable(str(arg)) for arg in args) + "\n", sys.stdout)
 
 
-def warn0(message: str) -> None:
-    """Print a warning to standard error on rank 0 only."""
-    if rank() == 0:
+def warn0(message: str, everywhere: bool = False) -> None:
+    """Print a warning to standard error on rank 0 only, or `everywhere` that it is called."""
+    if rank() == 0 or everywhere:
         _say(f"Warning: {one_line(message)}\n", sys.stderr)
 
 

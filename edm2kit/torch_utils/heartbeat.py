@@ -143,7 +143,7 @@ def _this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def ask(question: Callable[[], Any], otherwise: Any) -> Any:
+def ask(question: Callable[[], Any], otherwise: Any, limit_sec: float = _ANSWER_SEC) -> Any:
     """What `question()` returns, or `otherwise` if it raises an error or takes too long.
 
     For a store of torch.distributed: its clients wait for a process that is stopped without limit, and for a network
@@ -157,7 +157,7 @@ def ask(question: Callable[[], Any], otherwise: Any) -> Any:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(_ANSWER_SEC)
+    thread.join(limit_sec)
     return answers[0] if answers else otherwise
 
 
@@ -166,6 +166,23 @@ def is_first_to_report(text: str) -> bool:
     key = f"error/{hashlib.sha256(text.encode()).hexdigest()}"
     # fails if the node with the store has ended, or if this torch lacks the function
     return ask(lambda: torch.distributed.distributed_c10d._get_default_store().add(key, 1), 1) == 1
+
+
+def once(what: str, work: Callable[[], None], limit_sec: float) -> None:
+    """Call `work()` on the first rank that comes here with the same `what`; the others wait until it is done.
+
+    For ranks that can no longer meet. If they can no longer be asked either, each of them does the work.
+    """
+    done = f"done/{what}"
+    if not is_first_to_report(what):
+        limit = timedelta(seconds=limit_sec)
+        # the rank that works may end meanwhile, and the store with it
+        ask(lambda: torch.distributed.distributed_c10d._get_default_store().wait([done], limit), None, limit_sec)
+        return
+    try:
+        work()
+    finally:
+        ask(lambda: torch.distributed.distributed_c10d._get_default_store().set(done, ""), None)
 
 
 def is_of_group(error: RuntimeError) -> bool:

@@ -16,6 +16,7 @@ from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import atomic_write, free_bytes
 
 _NAME = re.compile(r"training-state-(\d+)\.pt")
+_PART = re.compile(r"training-state-(\d+)\.part-(\d+)-of-(\d+)\.pt")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHUNK_BYTES = 1 << 24
 
@@ -37,20 +38,24 @@ class DivergenceError(ValueError):
 
 
 @torch.no_grad()
-def check_finite(net: nn.Module, optimizer: torch.optim.Optimizer, ema: PowerFunctionEMA, nimg: int) -> None:
-    """Raise DivergenceError on every rank if weights, Adam's moments or EMAs are not finite on any rank."""
+def nonfinite_part(net: nn.Module, optimizer: torch.optim.Optimizer, ema: PowerFunctionEMA) -> str | None:
+    """Which part of this rank's state is not finite, such as "the weights are"; None if all of it is."""
     own = getattr(optimizer, "optim", optimizer)  # what ShardedAdam holds on this rank
     parts: dict[str, list[torch.Tensor]] = {
         "the weights are": list(net.parameters()),
         "Adam's moments are": [state[key] for state in own.state.values() for key in ("exp_avg", "exp_avg_sq")],
         "the EMA weights are": [parameter for average in ema.averages for parameter in average.parameters()],
     }
-    wrong = None
     for what, tensors in parts.items():
         # the largest absolute value of each tensor; NaN if there is one
         if tensors and not torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all():
-            wrong = wrong or what
-    found = next((text for text in dist.gather_objects(wrong) if text), None)
+            return what
+    return None
+
+
+def check_finite(net: nn.Module, optimizer: torch.optim.Optimizer, ema: PowerFunctionEMA, nimg: int) -> None:
+    """Raise DivergenceError on every rank if weights, Adam's moments or EMAs are not finite on any rank."""
+    found = next((text for text in dist.gather_objects(nonfinite_part(net, optimizer, ema)) if text), None)
     if found:
         raise DivergenceError(f"{found} not finite", nimg)
 
@@ -106,9 +111,23 @@ def save_checkpoint(run_dir: Path, state: Mapping[str, Any]) -> None:
 
     Raises OSError if it cannot be written, naming the file and, if the disk is full, the needed and the free space.
     """
-    path = checkpoint_path(run_dir, state["progress"]["nimg"])
+    _save(checkpoint_path(run_dir, state["progress"]["nimg"]), state)
+
+
+def save_part(run_dir: Path, state: Mapping[str, Any], rank: int, world_size: int) -> list[int]:
+    """Write what one rank holds of a sharded state, as `save_checkpoint` does; returns the ranks still missing."""
+    nimg = state["progress"]["nimg"]
+    _save(_part_path(run_dir, nimg, rank, world_size), state)
+    return [other for other in range(world_size) if not _part_path(run_dir, nimg, other, world_size).exists()]
+
+
+def _part_path(run_dir: Path, nimg: int, rank: int, world_size: int) -> Path:
+    return run_dir / f"training-state-{nimg:010d}.part-{rank}-of-{world_size}.pt"
+
+
+def _save(path: Path, state: Mapping[str, Any]) -> None:
     needed = sum(tensor.nbytes for _, tensor in named_tensors(state))
-    free = free_bytes(run_dir)
+    free = free_bytes(path.parent)
     try:
         with atomic_write(path) as file:
             target = _FirstError(file)
@@ -157,6 +176,42 @@ def damage(path: Path) -> str | None:
                 raise  # the file is fine
             return _first_line(error)
     return None
+
+
+def join_parts(run_dir: Path) -> None:
+    """Make a checkpoint of the parts that the ranks of a sharded run left after an error, and remove them.
+
+    Parts of which some are missing or damaged are removed with a warning, as the run cannot continue from them.
+    """
+    found: dict[tuple[int, int], list[int]] = {}
+    for path in run_dir.glob("training-state-*.part-*.pt"):
+        if match := _PART.fullmatch(path.name):
+            found.setdefault((int(match[1]), int(match[3])), []).append(int(match[2]))
+    for (nimg, world_size), ranks in sorted(found.items()):
+        paths = [_part_path(run_dir, nimg, rank, world_size) for rank in sorted(ranks)]
+        lost = [f"that of rank {rank} is missing" for rank in range(world_size) if rank not in ranks]
+        lost += [f"{path.name} is damaged ({reason})" for path in paths if (reason := damage(path))]
+        if lost:
+            dist.warn0(
+                f"the ranks could not save all parts of the state at {nimg} images ({'; '.join(lost[:4])}); training "
+                "continues from the last checkpoint"
+            )
+        elif not checkpoint_path(run_dir, nimg).exists():
+            save_checkpoint(run_dir, _joined([torch.load(path, weights_only=True, mmap=True) for path in paths]))
+        for path in paths:
+            path.unlink()
+
+
+def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The complete state of the parts of all ranks; of the weights, each has all."""
+    net, progress, groups = parts[0]["net"], parts[0]["progress"], parts[0]["optimizer"]["param_groups"]
+    moments = {number: values for part in parts for number, values in part["optimizer"]["state"].items()}
+    averages = {}
+    for std in parts[0]["ema"]:
+        owned = {name: tensor for part in parts for name, tensor in part["ema"][std].items()}
+        averages[std] = {name: owned.get(name, tensor) for name, tensor in net.items()}  # buffers never change
+    optimizer = {"state": dict(sorted(moments.items())), "param_groups": groups}
+    return {"net": net, "optimizer": optimizer, "ema": averages, "progress": progress}
 
 
 def _first_line(error: Exception) -> str:

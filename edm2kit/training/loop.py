@@ -31,6 +31,7 @@ from edm2kit.training.checkpoint import (
     bad_losses,
     check_finite,
     checkpoint_state,
+    join_parts,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
@@ -41,6 +42,7 @@ from edm2kit.training.fine_tuning import start_from_
 from edm2kit.training.learning_rate import learning_rate
 from edm2kit.training.log import RunLog, RunningStats
 from edm2kit.training.loss import EDM2Loss, TrainingLoss, noise_bins
+from edm2kit.training.stop import leave_network, remove_snapshots, save_after, write_missing_snapshots
 
 _LOOK_EVERY_STEPS = 16  # looking at a counter makes the host wait for an accelerator
 
@@ -245,8 +247,6 @@ class Trainer:
         for number, std in enumerate(self.ema.stds):
             self.save_snapshot(run_dir / snapshot_name(self.nimg, std), number)
         if self.stops:
-            from edm2kit.training.stop import remove_snapshots  # most runs never stop
-
             dist.on_rank0(remove_snapshots, run_dir, [n for n in self.stops if n != self.nimg], self.ema.stds)
             self.stops.clear()
 
@@ -255,19 +255,24 @@ class Trainer:
         header = dataclasses.replace(self.header, nimg=self.nimg, ema_std=self.ema.stds[number])
         dist.on_rank0(save_snapshot, path, self.ema.weights(number), header)
 
-    def save_checkpoint(self, run_dir: Path) -> None:
-        """Write the state to resume from, then delete old ones."""
+    def progress(self) -> dict[str, Any]:
+        """Where the run is, as plain numbers and strings for a checkpoint."""
         progress = {"nimg": self.nimg, "elapsed_sec": self.elapsed_sec, "run_id": self.header.run_id}
         if self.stops:
             progress["stops"] = list(self.stops)
         if self._is_normalized:
             progress["is_normalized"] = True
-        state = checkpoint_state(self.net, self.optimizer, self.ema, progress)
+        return progress
+
+    def save_checkpoint(self, run_dir: Path) -> None:
+        """Write the state to resume from, then delete old ones. Every rank must call it."""
+        state = checkpoint_state(self.net, self.optimizer, self.ema, self.progress())
         dist.on_rank0(save_checkpoint, run_dir, state)
         dist.on_rank0(prune_checkpoints, run_dir, self.config.keep_checkpoints)
 
     def resume(self, run_dir: Path) -> None:
         """Continue from the newest checkpoint that is not damaged, if there is one."""
+        dist.on_rank0(join_parts, run_dir)
         if path := dist.on_rank0(usable_checkpoint, run_dir, self.header.run_id):
             progress = load_checkpoint(path, self.net, self.optimizer, self.ema, self.device)
             self.nimg, self.elapsed_sec = progress["nimg"], progress["elapsed_sec"]
@@ -381,8 +386,6 @@ def training_loop(
     trainer.resume(run_dir)
     log.begin(trainer.nimg, trainer.elapsed_sec)
     if trainer.nimg >= config.duration_nimg and config.snapshot_every_nimg:
-        from edm2kit.training.stop import write_missing_snapshots  # most runs have something to do
-
         write_missing_snapshots(trainer, run_dir)
     if config.compile == "auto" and not dist.repeats_bits(trainer.device):
         trainer.compile_if_it_pays_(max(sizes), rounds)
@@ -394,23 +397,22 @@ def training_loop(
         while trainer.nimg < config.duration_nimg:
             with _saved_on_error(trainer, run_dir):
                 trainer.step(iter(step_batches), rounds)
-            trainer.elapsed_sec = time.monotonic() - started
-            done = trainer.nimg >= config.duration_nimg
-            trainer.check_gradients(at_end=done)
-            # read ahead: if an image cannot be read on any rank, all are between two steps and can save
-            step_batches, error = next_step(micro_batches, rounds, not done)
-            stopping = dist.any_rank(should_stop() or error is not None)
-            report = trainer.is_due(config.status_every_nimg, at_end=done or stopping)
-            snapshot = trainer.is_due(config.snapshot_every_nimg, at_end=done)
-            checkpoint = trainer.is_due(config.checkpoint_every_nimg, at_end=done or stopping)
-            if report or snapshot or checkpoint or done:
-                check_finite(trainer.net, trainer.optimizer, trainer.ema, trainer.nimg)
-            if report:
-                log.status(trainer.nimg, trainer.elapsed_sec, trainer.stats.collect())
-            elif config.status_every_nimg:
-                log.progress(trainer.nimg, trainer.elapsed_sec)
-            if snapshot:
-                with _saved_on_error(trainer, run_dir):
+                trainer.elapsed_sec = time.monotonic() - started
+                done = trainer.nimg >= config.duration_nimg
+                trainer.check_gradients(at_end=done)
+                # read ahead: if an image cannot be read on any rank, all are between two steps and can save
+                step_batches, error = next_step(micro_batches, rounds, not done)
+                stopping = dist.any_rank(should_stop() or error is not None)
+                report = trainer.is_due(config.status_every_nimg, at_end=done or stopping)
+                snapshot = trainer.is_due(config.snapshot_every_nimg, at_end=done)
+                checkpoint = trainer.is_due(config.checkpoint_every_nimg, at_end=done or stopping)
+                if report or snapshot or checkpoint or done:
+                    check_finite(trainer.net, trainer.optimizer, trainer.ema, trainer.nimg)
+                if report:
+                    log.status(trainer.nimg, trainer.elapsed_sec, trainer.stats.collect())
+                elif config.status_every_nimg:
+                    log.progress(trainer.nimg, trainer.elapsed_sec)
+                if snapshot:
                     trainer.save_snapshots(run_dir)
                     if on_snapshot is not None:
                         picture = on_snapshot(trainer.ema.network(len(config.ema_stds) - 1), trainer.nimg)
@@ -423,8 +425,6 @@ def training_loop(
             if stopping and not done:
                 log.stopped(trainer.nimg, is_saved=config.checkpoint_every_nimg > 0)
                 if leaves_network:
-                    from edm2kit.training.stop import leave_network  # as above
-
                     leave_network(trainer, run_dir)
                 dist.raise_together(error)
                 return True
@@ -434,16 +434,11 @@ def training_loop(
 
 @contextlib.contextmanager
 def _saved_on_error(trainer: Trainer, run_dir: Path) -> Iterator[None]:
-    """If the block fails on every rank, save a checkpoint before its error goes on, unless the state is not sound."""
+    """If the block fails on any rank, save the state before the error goes on, unless it is not sound."""
     try:
         yield
+    except DivergenceError:
+        raise
     except Exception as error:
-        together = dist.world_size() == 1 or dist.is_shared(error)
-        if together and trainer.is_whole and trainer.nimg and trainer.config.checkpoint_every_nimg:
-            try:
-                check_finite(trainer.net, trainer.optimizer, trainer.ema, trainer.nimg)
-                trainer.save_checkpoint(run_dir)
-                dist.print0(f"State saved at {trainer.nimg} images. Run the same command to resume.")
-            except Exception as second:  # such as that of a GPU that has failed; the first error says more
-                dist.warn0(f"no checkpoint could be saved either: {second}")
+        save_after(error, trainer, run_dir)
         raise

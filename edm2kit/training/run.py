@@ -30,11 +30,11 @@ from edm2kit.training.augmentation import NUM_LABELS
 from edm2kit.training.checkpoint import DivergenceError, list_checkpoints, read_run_id
 from edm2kit.training.config import AUTO, TrainConfig, config_to_dict, read_yaml, refuse_changes, run_id, write_config
 from edm2kit.training.fine_tuning import adopt_source, check_source
-from edm2kit.training.log import Forecast, RunLog, make_forecast, memory_advice, schedule_warnings
+from edm2kit.training.log import Forecast, RunLog, make_forecast, schedule_warnings
 from edm2kit.training.loop import Trainer, training_loop
 from edm2kit.training.loss import TrainingLoss
-from edm2kit.training.micro_batches import fitting_size, largest_divisor, recorded_size
-from edm2kit.training.stop import leave_last_good_network
+from edm2kit.training.micro_batches import fitting_size, largest_divisor, memory_advice, recorded_size
+from edm2kit.training.stop import diagnosis, leave_last_good_network
 from edm2kit.training.wandb_log import WandbLog
 
 CONFIG_NAME = "config.yaml"
@@ -163,7 +163,7 @@ class Run:
                 return training_loop(trainer, batches, micro_batches, self.run_dir, log, on_snapshot, should_stop)
             except DivergenceError as error:
                 leave_last_good_network(trainer, self.run_dir)
-                raise ValueError(self._diagnosis(error, order)) from error
+                raise ValueError(diagnosis(error, self, order)) from error
 
     def _rehearsed(self, trainer: Trainer) -> list[int]:
         """The micro-batches after a rehearsal on every rank; halved, once, if a rank has no memory left."""
@@ -185,22 +185,6 @@ class Run:
         trainer.rehearse(smaller, needed)
         return micro_batch_sizes(self.config.batch_size, dist.world_size(), smaller)
 
-    def _diagnosis(self, error: DivergenceError, order: GlobalOrder) -> str:
-        """Why a run diverged, as far as its last step shows, and what to do."""
-        text = f"{self.run_dir}: the run diverged before {error.nimg} images: {error}."
-        if error.images:
-            shown = [
-                f"{self.dataset.item_name(int(order.indices(position, 1)[0]))} at sigma {sigma:.3g}"
-                for position, sigma in error.images[:4]
-            ]
-            text += f" {len(error.images)} images of the last step have a loss that is not finite: {', '.join(shown)}."
-        text += (
-            f" Check the data (`python scripts/dataset_tool.py check --source {self.config.data}`), then try a lower "
-            "--lr, --precision fp32 or another --ls in a new --outdir."
-        )
-        kept = list_checkpoints(self.run_dir)
-        return f"{text} The last good checkpoint is {kept[-1]}" if kept else f"{text} There is no checkpoint yet"
-
     def write_records(self, made_by: Mapping[str, str]) -> None:
         """Write the resolved configuration and the description of the run beside its results."""
         record = {
@@ -208,7 +192,11 @@ class Run:
             "network": self.header.network,
             "architecture": dict(self.header.architecture),
             "data_identity": dict(self.data_identity),
-            "data_files": {"path": str(self.dataset.path.absolute()), "sha256": self.dataset.files_digest()},
+            "data_files": {
+                "path": str(self.dataset.path.absolute()),
+                "sha256": self.dataset.files_digest(),
+                "stamp": self.dataset.files_stamp(),
+            },
             "label_names": self.header.label_names,
             "world_size": dist.world_size(),
             "micro_batches": self.micro_batches,
@@ -386,11 +374,17 @@ def check_run_dir(run: Run) -> dict[str, Any] | None:
             "Use the same data to resume it, or another --outdir"
         )
     before, path = record.get("data_files"), str(run.dataset.path.absolute())
-    if isinstance(before, dict) and before.get("path") == path and before.get("sha256") != run.dataset.files_digest():
-        dist.warn0(
-            f"{path} is another file than the run began with: its checksums differ, though not the images that are "
-            "compared (up to 4096). If it holds other images, use another --outdir"
-        )
+    if isinstance(before, dict) and before.get("path") == path:
+        if before.get("sha256") != run.dataset.files_digest():
+            dist.warn0(
+                f"{path} is another file than the run began with: its checksums differ, though not the images that are "
+                "compared (up to 4096). If it holds other images, use another --outdir"
+            )
+        elif "stamp" in before and before["stamp"] != run.dataset.files_stamp():
+            dist.warn0(
+                f"files in {path} have changed since the run last began (sizes or times), though not the images that "
+                "are compared (up to 4096). If it holds other images, use another --outdir"
+            )
     return record
 
 

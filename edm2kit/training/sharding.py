@@ -1,7 +1,7 @@
 """Adam's moments and the EMAs sharded over the ranks (ZeRO stage 1, Rajbhandari et al. 2019)."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,3 +98,19 @@ class ShardedEMA(PowerFunctionEMA):
         super().load_state_dict(
             {std: {name: whole[name.replace("/", ".")] for name in mine} for std, whole in state.items()}
         )
+
+
+def own_state(net: nn.Module, optimizer: ShardedAdam, ema: ShardedEMA, progress: Mapping[str, Any]) -> dict[str, Any]:
+    """What this rank holds of the contents of a checkpoint, without a word to the others: see `join_parts`."""
+    moments = {number: dict(optimizer._own(number)) for number in optimizer.numbers()}
+    groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
+    averages = {
+        f"{std:.3f}": {name.replace("/", "."): tensor.detach() for name, tensor in average.named_parameters()}
+        for std, average in zip(ema.stds, ema.averages, strict=True)
+    }
+    return {
+        "net": net.state_dict(),
+        "optimizer": {"state": moments, "param_groups": groups},
+        "ema": averages,
+        "progress": dict(progress),
+    }

@@ -8,10 +8,23 @@ from typing import TYPE_CHECKING
 
 from edm2kit.snapshots.file_format import read_header, read_tensors, snapshot_name
 from edm2kit.torch_utils import dist
-from edm2kit.training.checkpoint import list_checkpoints
+from edm2kit.torch_utils.heartbeat import is_of_group, once
+from edm2kit.training.checkpoint import (
+    DivergenceError,
+    check_finite,
+    checkpoint_path,
+    checkpoint_state,
+    list_checkpoints,
+    nonfinite_part,
+    prune_checkpoints,
+    save_checkpoint,
+    save_part,
+)
 
 if TYPE_CHECKING:
+    from edm2kit.data.batches import GlobalOrder
     from edm2kit.training.loop import Trainer
+    from edm2kit.training.run import Run
 
 
 def stopped_exit_code(can_resume: bool = True) -> int:
@@ -22,6 +35,63 @@ def stopped_exit_code(can_resume: bool = True) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return 0
     return 75 if can_resume else 1
+
+
+def save_after(error: Exception, trainer: "Trainer", run_dir: Path) -> None:
+    """Save the state of a run that ends with `error`, if it is sound, and say so; a second error becomes a warning.
+
+    If not all ranks have the error, they cannot meet any more. Without sharding, each holds the complete state, and the
+    first to come here writes a checkpoint. With it, each writes its part, which the next start joins.
+    """
+    if not (trainer.nimg and trainer.config.checkpoint_every_nimg):
+        return
+    try:
+        if dist.world_size() == 1 or dist.is_shared(error):
+            if trainer.is_whole:
+                check_finite(trainer.net, trainer.optimizer, trainer.ema, trainer.nimg)
+                trainer.save_checkpoint(run_dir)
+                dist.print0(_saved(trainer.nimg))
+        elif run_dir.is_dir() and not checkpoint_path(run_dir, trainer.nimg).exists():
+            _save_without_others(error, trainer, run_dir)
+    except Exception as second:  # such as that of a GPU that has failed; the first error says more
+        dist.warn0(f"no checkpoint could be saved either: {second}", everywhere=True)
+
+
+def _save_without_others(error: Exception, trainer: "Trainer", run_dir: Path) -> None:
+    is_sharded = hasattr(trainer.optimizer, "optim")
+    if not trainer.is_whole:
+        if is_sharded and not (isinstance(error, RuntimeError) and is_of_group(error)):
+            raise ValueError("this rank failed in the middle of a step, and no other one has its part of the state")
+        return  # others are between two steps
+    if part := nonfinite_part(trainer.net, trainer.optimizer, trainer.ema):
+        raise ValueError(f"{part} not finite")
+    if is_sharded:
+        from edm2kit.training.sharding import ShardedAdam, ShardedEMA, own_state
+
+        assert isinstance(trainer.optimizer, ShardedAdam)
+        assert isinstance(trainer.ema, ShardedEMA)
+        state = own_state(trainer.net, trainer.optimizer, trainer.ema, trainer.progress())
+        missing = save_part(run_dir, state, dist.rank(), dist.world_size())
+        if not missing:
+            dist.print0(_saved(trainer.nimg), everywhere=True)
+        elif dist.rank() == 0:
+            ranks = ", ".join(map(str, missing))
+            dist.warn0(
+                f"saved part of the state at {trainer.nimg} images. Unless those of other ranks follow (so far without "
+                f"{ranks}), the same command resumes from the last checkpoint"
+            )
+        return
+
+    def save() -> None:
+        save_checkpoint(run_dir, checkpoint_state(trainer.net, trainer.optimizer, trainer.ema, trainer.progress()))
+        prune_checkpoints(run_dir, trainer.config.keep_checkpoints)
+        dist.print0(_saved(trainer.nimg), everywhere=True)
+
+    once(f"checkpoint at {trainer.nimg} images", save, dist.timeout_sec())
+
+
+def _saved(nimg: int) -> str:
+    return f"State saved at {nimg} images. Run the same command to resume."
 
 
 def leave_network(trainer: "Trainer", run_dir: Path) -> None:
@@ -57,6 +127,23 @@ def leave_last_good_network(trainer: "Trainer", run_dir: Path) -> None:
             leave_network(trainer, run_dir)
     except (ValueError, OSError) as error:
         dist.warn0(f"no snapshots of the network of the last good checkpoint: {error}")
+
+
+def diagnosis(error: DivergenceError, run: "Run", order: "GlobalOrder") -> str:
+    """Why a run diverged, as far as its last step shows, and what to do."""
+    text = f"{run.run_dir}: the run diverged before {error.nimg} images: {error}."
+    if error.images:
+        shown = [
+            f"{run.dataset.item_name(int(order.indices(position, 1)[0]))} at sigma {sigma:.3g}"
+            for position, sigma in error.images[:4]
+        ]
+        text += f" {len(error.images)} images of the last step have a loss that is not finite: {', '.join(shown)}."
+    text += (
+        f" Check the data (`python scripts/dataset_tool.py check --source {run.config.data}`), then try a lower --lr, "
+        "--precision fp32 or another --ls in a new --outdir."
+    )
+    kept = list_checkpoints(run.run_dir)
+    return f"{text} The last good checkpoint is {kept[-1]}" if kept else f"{text} There is no checkpoint yet"
 
 
 def write_missing_snapshots(trainer: "Trainer", run_dir: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -18,7 +19,7 @@ from edm2kit.data.batches import STOP_SIGNALS
 from edm2kit.training.checkpoint import list_checkpoints
 from edm2kit.training.config import config_from_dict
 from edm2kit.training.run import StopRequest, prepare_run
-from tests.support.pictures import encoded, picture, some_files, write_zip
+from tests.support.pictures import encoded, picture, some_files, write_folder, write_zip
 from tests.support.tiny import TINY, make_dataset, write_config
 
 
@@ -138,6 +139,44 @@ def test_another_image_that_is_not_among_those_compared_is_told(tmp_path, monkey
     write_zip(tmp_path / "d.zip", files | {unseen: encoded(picture(1000))})
     prepare_run(config, tmp_path / "run")
     assert f"{tmp_path / 'd.zip'} is another file than the run began with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["size", "time", "array"])
+def test_another_file_of_a_folder_is_told_once(tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.setattr(dataset, "_HASHED_BYTES", 0)
+    if kind == "array":
+        path = tmp_path / "d" / "images.npy"
+        path.parent.mkdir()
+        np.save(path, np.zeros([300, 3, 16, 16], np.uint8))
+    else:
+        files = some_files(300)
+        unseen = list(files)[min(set(range(300)).difference(dataset.spread_evenly(300, 256)))]
+        path = write_folder(tmp_path / "d", files) / unseen
+    config = config_from_dict({**TINY, "cond": False, "data": str(tmp_path / "d")}, "test")
+    prepare_run(config, tmp_path / "run").write_records({})
+    prepare_run(config, tmp_path / "run")
+    assert capsys.readouterr().err == ""
+    before = path.stat()
+    if kind == "size":
+        path.write_bytes(encoded(Image.new("RGB", picture(0).size)))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert path.stat().st_size != before.st_size
+    else:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    prepare_run(config, tmp_path / "run").write_records({})
+    assert f"files in {tmp_path / 'd'} have changed since the run last began" in capsys.readouterr().err
+    prepare_run(config, tmp_path / "run")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_record_without_times_of_its_files_is_no_reason_to_warn(tmp_path, capsys):
+    config = config_from_dict({**TINY, "cond": False, "data": str(write_folder(tmp_path / "d", some_files(4)))}, "test")
+    prepare_run(config, tmp_path / "run").write_records({})
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    del record["data_files"]["stamp"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    prepare_run(config, tmp_path / "run")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.fixture(scope="module")
