@@ -192,7 +192,7 @@ def is_of_group(error: RuntimeError) -> bool:
 
 def reason_of_loss(reason: str, late: list[str], limit_sec: float) -> str:
     """Why a process gives up after an error of its group, for a message; `late` are the ranks that it waited for."""
-    first_line = reason.splitlines()[0].partition(". This is typically")[0]
+    first_line = reason.partition("\n")[0].partition(". This is typically")[0]
     if "EADDRINUSE" in reason:
         return f"port {os.environ.get('MASTER_PORT')} is in use on this machine; set MASTER_PORT to a free one"
     if "timed out" in first_line.lower() or "timeout" in first_line.lower():

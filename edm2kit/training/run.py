@@ -175,7 +175,7 @@ class Run:
         except Exception as error:
             if not dist.is_out_of_memory(error):
                 raise
-            failed = str(error).splitlines()[0]
+            failed = (str(error).splitlines() or [type(error).__name__])[0]
         if not dist.any_rank(failed is not None):
             return self.micro_batches
         torch.cuda.empty_cache()
@@ -380,7 +380,7 @@ def check_run_dir(run: Run) -> dict[str, Any] | None:
                 f"{path} is another file than the run began with: its checksums differ, though not the images that are "
                 "compared (up to 4096). If it holds other images, use another --outdir"
             )
-        elif "stamp" in before and before["stamp"] != run.dataset.files_stamp():
+        elif dist.rank() == 0 and "stamp" in before and before["stamp"] != run.dataset.files_stamp():
             dist.warn0(
                 f"files in {path} have changed since the run last began (sizes or times), though not the images that "
                 "are compared (up to 4096). If it holds other images, use another --outdir"

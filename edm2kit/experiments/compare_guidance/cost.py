@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from edm2kit.cli.generation import Generation
+from edm2kit.experiments.runs.folder import read_log
 from edm2kit.snapshots.file_format import read_header
 from edm2kit.torch_utils.dist import progress_bar
 from edm2kit.torch_utils.files import provenance
@@ -77,9 +78,9 @@ def describe_student(snapshot: Path) -> dict[str, Any]:
     header = read_header(snapshot)
     try:
         teacher = header.training_config["teacher"]
-        lines = (snapshot.parent / STATS_NAME).read_text(encoding="utf-8").splitlines()
+        lines, _ = read_log(snapshot.parent / STATS_NAME)
         run = json.loads((snapshot.parent / RECORD_NAME).read_text(encoding="utf-8"))
-        seconds = next(line["elapsed_sec"] for line in map(json.loads, lines) if line["nimg"] == header.nimg)
+        seconds = next(line["elapsed_sec"] for line in lines if line["nimg"] == header.nimg)
     except (KeyError, OSError, ValueError, TypeError, StopIteration, RecursionError) as error:
         raise ValueError(f"{snapshot} is not a distilled network in the run folder of scripts/distill.py") from error
     training = {"nimg": header.nimg, "seconds": seconds, "ema_std": header.ema_std}

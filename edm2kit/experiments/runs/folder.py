@@ -76,8 +76,8 @@ def open_run(path: str | Path) -> RunFolder:
     if not (path / CONFIG_NAME).is_file():
         raise ValueError(f"{path} is not a run folder: it has no {CONFIG_NAME}. Give the --outdir of a training run")
     config = config_from_dict(read_yaml(path / CONFIG_NAME), str(path / CONFIG_NAME))
-    stats, damaged = _lines(path / STATS_NAME)
-    heldout, more = _lines(path / HELDOUT_NAME)
+    stats, damaged = read_log(path / STATS_NAME)
+    heldout, more = read_log(path / HELDOUT_NAME)
     complete = [line for line in heldout if _is_measurement(line)]
     more += len(heldout) - len(complete)
     headers, broken = {}, {}
@@ -133,7 +133,7 @@ def _check_numbers(values: Any) -> None:
         raise ValueError("a number is too large")
 
 
-def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines of a log that can be read, sorted by training images, and the number of the others."""
     if not path.is_file():
         return [], 0
