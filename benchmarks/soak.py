@@ -5,6 +5,7 @@
 Everything that happens in a long run happens often in this one: status lines, snapshots, sample images, checkpoints.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from PIL import Image
 
 from benchmarks import harness
 from benchmarks.processes import children_of
+from benchmarks.soak_rank import in_use_path
 from edm2kit.cli import click_types as cli
 from edm2kit.torch_utils.files import provenance
 
@@ -54,6 +56,27 @@ class Sample:
     threads: int
 
 
+@dataclass(frozen=True)
+class InUse:
+    """One look at the allocators of a rank: seconds since the start, MB in use by malloc, small blocks of Python."""
+
+    seconds: float
+    malloc_mb: float
+    python_blocks: int
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What was seen of a run: `samples` and `titles` by process id, `in_use` by rank, and the load of the machine."""
+
+    samples: dict[int, list[Sample]]
+    titles: dict[int, str]
+    in_use: list[list[InUse]]
+    loads: list[float]
+    exit_code: int
+    events: Mapping[str, int]
+
+
 @click.command(cls=cli.Command)
 @click.option(
     "--length",
@@ -69,20 +92,26 @@ class Sample:
 def main(length: float, every: float, out: Path) -> None:
     """Train on two ranks, and fit the growth of every process; writes soak.json. Needs Linux (/proc)."""
     with tempfile.TemporaryDirectory(prefix="soak") as folder:
-        samples, titles, code, events = watch(Path(folder), length, every)
+        seen = watch(Path(folder), length, every)
+    ranks = {f"rank {number}": found for number, found in enumerate(seen.in_use)}
     record = {
         "job": "soak",
         "ranks": RANKS,
-        "length_sec": round(max(one.seconds for found in samples.values() for one in found), 1),
+        "length_sec": round(max(one.seconds for found in seen.samples.values() for one in found), 1),
         "warm_share": WARM_SHARE,
         "goal_mb_per_hour": GOAL_MB_PER_HOUR,
-        "exit_code": code,
-        "events": events,
-        "processes": [summary(titles[pid], found) for pid, found in samples.items() if len(found) >= 8],
+        "exit_code": seen.exit_code,
+        "events": seen.events,
+        "processes": [
+            summary(seen.titles[pid], found, ranks.get(seen.titles[pid], []))
+            for pid, found in seen.samples.items()
+            if len(found) >= 8
+        ],
         "command": harness.command(),
         "provenance": provenance(),
         "cpu": harness.cpu(),
-        "load_average": os.getloadavg()[1],
+        "load_average": round(float(np.median(seen.loads)), 2),
+        "load_range": [min(seen.loads), max(seen.loads)],
     }
     for row in record["processes"]:
         click.echo(
@@ -90,14 +119,12 @@ def main(length: float, every: float, out: Path) -> None:
             f"+- {row['slope_error_mb_per_hour']:.3f} MB/hour, {row['files']} files, {row['threads']} threads"
         )
     harness.save(record, out)
-    if code:
-        raise ValueError(f"the run ended with exit code {code}; see its output above")
+    if seen.exit_code:
+        raise ValueError(f"the run ended with exit code {seen.exit_code}; see its output above")
 
 
-def watch(
-    folder: Path, length_sec: float, every_sec: float
-) -> tuple[dict[int, list[Sample]], dict[int, str], int, Any]:
-    """Samples and titles of each process of a run by process id; then its exit code, and what happened in it."""
+def watch(folder: Path, length_sec: float, every_sec: float) -> Watched:
+    """Train in `folder`, and look at every process of the run again and again."""
     random = np.random.default_rng(0)
     for k in range(IMAGES):
         path = folder / "data" / f"{k % 4}" / f"{k}.png"
@@ -106,11 +133,13 @@ def watch(
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     line = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "-m",
-        "edm2kit.cli.train", "--outdir", folder / "run", "--config", folder / "config.yaml", "--data", folder / "data",
-        "--samples", "4", "--max-time", f"{length_sec:g}s", "--device", "cpu",
+        "benchmarks.soak_rank", folder, f"{every_sec:g}",
+        "--outdir", folder / "run", "--config", folder / "config.yaml", "--data", folder / "data", "--samples", "4",
+        "--max-time", f"{length_sec:g}s", "--device", "cpu",
     ]  # fmt: skip
     samples: dict[int, list[Sample]] = {}
     titles: dict[int, str] = {}
+    loads: list[float] = []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with open(folder / "log.txt", "wb") as log:
         job = subprocess.Popen([str(word) for word in line], stdout=log, stderr=log, env=environment, cwd=harness.ROOT)
@@ -121,6 +150,7 @@ def watch(
                     if found := _look(pid, time.monotonic() - started):
                         samples.setdefault(pid, []).append(found)
                         titles[pid] = title
+                loads.append(os.getloadavg()[0])
                 time.sleep(every_sec)
         finally:
             if job.poll() is None:
@@ -135,9 +165,16 @@ def watch(
         "status_lines": len(lines),
         "snapshots": len(list(run.glob("*.safetensors"))),
         "sample_sheets": len(list(run.glob("samples-*.png"))),
-        "images": int(lines[-1].split('"nimg": ')[1].split(",")[0]) if lines else 0,
+        "images": json.loads(lines[-1])["nimg"] if lines else 0,
     }
-    return samples, titles, code, events
+    in_use = [_read_in_use(in_use_path(folder, rank), started) for rank in range(RANKS)]
+    return Watched(samples, titles, in_use, loads, code, events)
+
+
+def _read_in_use(path: Path, started: float) -> list[InUse]:
+    """What a rank has recorded of itself; nothing if it cannot, without glibc 2.33."""
+    looks = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [InUse(look["monotonic_sec"] - started, look["malloc_mb"], look["python_blocks"]) for look in looks]
 
 
 def _family(pid: int, title: str) -> Iterator[tuple[int, str]]:
@@ -160,13 +197,16 @@ def _look(pid: int, seconds: float) -> Sample | None:
     return Sample(seconds, int(fields["RssAnon"].split()[0]) * 1024 / 1e6, files, int(fields["Threads"]))
 
 
-def summary(title: str, samples: Sequence[Sample]) -> Mapping[str, Any]:
-    """The growth of a process after its first quarter, with the standard error of the slope."""
+def summary(title: str, samples: Sequence[Sample], in_use: Sequence[InUse] = ()) -> Mapping[str, Any]:
+    """The growth of a process after its first quarter, with the standard error of the slope.
+
+    `in_use` are looks at its allocators, if it has recorded them.
+    """
     first = samples[0].seconds + WARM_SHARE * (samples[-1].seconds - samples[0].seconds)
     kept = [one for one in samples if one.seconds >= first]
     slope, error = slope_per_hour([one.seconds for one in kept], [one.private_mb for one in kept])
     quarter = max(len(kept) // 4, 1)
-    return {
+    row = {
         "process": title,
         "samples": len(samples),
         "median_mb": round(float(np.median([one.private_mb for one in kept])), 3),
@@ -178,6 +218,19 @@ def summary(title: str, samples: Sequence[Sample]) -> Mapping[str, Any]:
         "threads": sorted({one.threads for one in kept}),
         "course_mb": [round(one.private_mb, 3) for one in samples[:: max(len(samples) // 60, 1)]],
     }
+    late = [look for look in in_use if look.seconds >= first]
+    if len(late) < 8:
+        return row
+    seconds = [look.seconds for look in late]
+    for name in ("malloc_mb", "python_blocks"):
+        slope, error = slope_per_hour(seconds, [getattr(look, name) for look in late])
+        row[name] = {
+            "median": round(float(np.median([getattr(look, name) for look in late])), 3),
+            "slope_per_hour": round(slope, 4),
+            "slope_error_per_hour": round(error, 4),
+            "course": [round(getattr(look, name), 3) for look in in_use[:: max(len(in_use) // 60, 1)]],
+        }
+    return row
 
 
 def slope_per_hour(seconds: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
