@@ -148,21 +148,35 @@ def soak_text(record: Record | None) -> str:
     if record is None:
         return "No record yet: `python -m benchmarks.soak`."
     events, goal = record["events"], record["goal_mb_per_hour"]
-    rows = [_soak_row(row, goal) for row in record["processes"]]
-    return "\n\n".join(
-        [
-            f"{record['ranks']} ranks trained a tiny network for {record['length_sec'] / 60:.0f} minutes "
-            f"(`python -m benchmarks.soak`; {_machine(record)}; load average {record['load_average']:.0f}): "
-            f"{events['images']:,} images, {events['snapshots']} snapshots, {events['sample_sheets']} sheets of "
-            f"samples. Private memory after the first {record['warm_share']:.0%} of the time, with the standard error "
-            "of the slope.",
+    load = f"load average {record['load_average']:.0f}"
+    if "load_range" in record:
+        low, high = record["load_range"]
+        load += f", between {low:.0f} and {high:.0f}"
+    if record["load_average"] > record["ranks"] + 1:
+        load += ", because of other work"
+    parts = [
+        f"{record['ranks']} ranks trained a tiny network for {record['length_sec'] / 60:.0f} minutes "
+        f"(`python -m benchmarks.soak`; {_machine(record)}; {load}): "
+        f"{events['images']:,} images, {events['snapshots']} snapshots, {events['sample_sheets']} sheets of "
+        f"samples. Private memory after the first {record['warm_share']:.0%} of the time, with the standard error "
+        "of the slope.",
+        markdown_table(
+            ("process", "memory", "growth per hour", f"goal {goal:g} MB", "growth in the last third", "open files"),
+            [_soak_row(row, goal) for row in record["processes"]],
+            "lrrlrr",
+        ),
+    ]
+    allocators = [_in_use_row(row) for row in record["processes"] if "malloc_mb" in row]
+    if allocators:
+        parts += [
+            "Part of that memory is free, but kept. What is in use shows whether something is never freed:",
             markdown_table(
-                ("process", "memory", "growth per hour", f"goal {goal:g} MB", "growth in the last third", "open files"),
-                rows,
-                "lrrlrr",
+                ("process", "in use by malloc", "growth per hour", "small blocks in use by Python", "growth per hour"),
+                allocators,
+                "lrrrr",
             ),
         ]
-    )
+    return "\n\n".join(parts)
 
 
 def _soak_row(row: Record, goal: float) -> Sequence[str]:
@@ -177,4 +191,15 @@ def _soak_row(row: Record, goal: float) -> Sequence[str]:
         "reached" if slope < goal else "**missed**",
         f"{max(late) - late[0]:.2f} MB",
         f"{first}" if first == last else f"{first}, then {last}",
+    )
+
+
+def _in_use_row(row: Record) -> Sequence[str]:
+    malloc, python = row["malloc_mb"], row["python_blocks"]
+    return (
+        row["process"],
+        f"{malloc['median']:.2f} MB",
+        f"{malloc['slope_per_hour']:+.2f} ± {malloc['slope_error_per_hour']:.2f} MB",
+        f"{python['median']:,.0f}",
+        f"{python['slope_per_hour']:+,.0f} ± {python['slope_error_per_hour']:,.0f}",
     )

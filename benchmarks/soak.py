@@ -132,8 +132,8 @@ def watch(folder: Path, length_sec: float, every_sec: float) -> Watched:
         Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(path)
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     line = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "-m",
-        "benchmarks.soak_rank", folder, f"{every_sec:g}",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "--no-python",
+        sys.executable, "-c", "from benchmarks.soak_rank import main; main()", folder, f"{every_sec:g}",
         "--outdir", folder / "run", "--config", folder / "config.yaml", "--data", folder / "data", "--samples", "4",
         "--max-time", f"{length_sec:g}s", "--device", "cpu",
     ]  # fmt: skip

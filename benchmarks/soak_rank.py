@@ -1,7 +1,5 @@
 """A rank of the soak: `edm2kit-train`, which also records how much memory its allocators have in use.
 
-    python -m benchmarks.soak_rank FOLDER SECONDS --outdir ...
-
 The memory that a process holds can grow while nothing leaks: freed memory is kept, and new blocks are placed on pages
 that were not touched before. If what is in use grows as well, something is never freed.
 """
@@ -58,13 +56,9 @@ def record(path: Path, every_sec: float) -> None:
 
 
 def main() -> None:
-    """Start recording, then train with the rest of the arguments."""
+    """Record, then train; arguments: folder of the records, seconds between two of them, those of edm2kit-train."""
     folder, every_sec = Path(sys.argv[1]), float(sys.argv[2])
     del sys.argv[1:3]
     path = in_use_path(folder, int(os.environ["RANK"]))
     threading.Thread(target=record, args=(path, every_sec), name="in use", daemon=True).start()
     train.main()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,16 @@
 """The reliability page says what the records say, also what is missing or broken."""
 
+import ctypes
 import math
 
 import numpy as np
+import pytest
 
 from benchmarks import reliability_report as report
+from benchmarks import soak_rank
 from benchmarks.checks import _ratio
-from benchmarks.soak import Sample, slope_per_hour, summary
+from benchmarks.soak import InUse, Sample, _read_in_use, slope_per_hour, summary
+from benchmarks.soak_rank import in_use
 from tests.faults.__main__ import corrected
 
 MADE = {"provenance": {"hardware": "a CPU", "torch": "2.13", "python": "3.11"}, "load_average": 3.0}
@@ -70,6 +74,59 @@ def test_growth_is_the_slope_after_the_first_quarter():
     assert "| rank 0 | 51 MB | +0.00 ± 0.00 MB | reached | 0.00 MB | 20 |" in report.soak_text(soak)
     growing = {**soak, "processes": [{**row, "slope_mb_per_hour": 1.5}]}
     assert "| +1.50 ± 0.00 MB | **missed** |" in report.soak_text(growing)
+    assert "in use by malloc" not in report.soak_text(soak)  # of a record without it
+
+
+def test_a_soak_shows_what_the_allocators_have_in_use_beside_what_is_held():
+    seconds = np.arange(0, 3600, 10.0)
+    held = [Sample(second, 60.0 + 3 * second / 3600, 20, 4) for second in seconds]
+    looks = [InUse(second, 50.0 + min(second, 900) / 900, round(1000 + 20 * second / 3600)) for second in seconds]
+    row = summary("rank 0", held, looks)
+    assert (row["slope_mb_per_hour"], row["malloc_mb"]["slope_per_hour"], row["malloc_mb"]["median"]) == (3.0, 0.0, 51)
+    assert math.isclose(row["python_blocks"]["slope_per_hour"], 20, rel_tol=0.01)
+    assert "malloc_mb" not in summary("rank 0, reader", held)
+    soak = {
+        "ranks": 2, "length_sec": 3600.0, "goal_mb_per_hour": 1.0, "warm_share": 0.25, "processes": [row],
+        "events": {"images": 1000, "snapshots": 4, "sample_sheets": 2}, **MADE, "load_average": 5.1,
+        "load_range": [1.2, 8.7],
+    }  # fmt: skip
+    text = report.soak_text(soak)
+    assert "load average 5, between 1 and 9, because of other work)" in text
+    assert "| rank 0 | 51.00 MB | +0.00 ± 0.00 MB | 1,012 | +20 ± 0 |" in text
+
+
+@pytest.mark.skipif(in_use() is None, reason="mallinfo2 is of glibc 2.33")
+def test_what_is_in_use_is_what_was_taken_from_malloc_and_not_given_back():
+    before, blocks = in_use()
+    large, small = [ctypes.create_string_buffer(50_000) for _ in range(2000)], [object() for _ in range(10_000)]
+    held, more_blocks = in_use()
+    # other threads of this process take and free memory, too
+    assert math.isclose(held - before, 50_000 * len(large), rel_tol=0.1)
+    assert more_blocks - blocks > 0.9 * (len(large) + len(small))
+    del large, small
+    assert in_use()[0] - before < 0.1 * (held - before)
+
+
+@pytest.mark.skipif(in_use() is None, reason="mallinfo2 is of glibc 2.33")
+def test_a_rank_records_what_it_has_in_use_until_it_ends(tmp_path):
+    class Ending(Exception):
+        pass
+
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) > 2 * soak_rank.LOOKS:
+            raise Ending
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(soak_rank.time, "sleep", sleep)
+        with pytest.raises(Ending):
+            soak_rank.record(soak_rank.in_use_path(tmp_path, 1), every_sec=5.0)
+    looks = _read_in_use(tmp_path / "in-use-1.jsonl", started=0.0)
+    assert (len(looks), sum(slept[: soak_rank.LOOKS])) == (2, pytest.approx(5.0))
+    assert all(look.malloc_mb > 1 and look.python_blocks > 1000 for look in looks)
+    assert _read_in_use(tmp_path / "in-use-0.jsonl", started=0.0) == []
 
 
 def test_the_cost_of_checks_is_a_sum_of_shares_with_its_goal():

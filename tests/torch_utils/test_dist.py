@@ -52,6 +52,16 @@ with dist.session("cpu") as device:
         "on_rank0": dist.on_rank0(shout, "hello"),
         "on_rank0 failed": failing(),
     }
+    store = torch.distributed.distributed_c10d._get_default_store()
+    before = store.num_keys()
+    for _ in range(20):
+        dist.barrier()
+        dist.broadcast_(torch.zeros(3), source=0)
+        dist.send_to_rank0(torch.zeros(3), 1, like=torch.zeros(3))
+        dist.any_rank(False), dist.gather_objects(rank), dist.gather_on_rank0(rank), dist.on_rank0(shout, "hello")
+    found["new keys"] = store.num_keys() - before
+    store.set(f"planted by {rank}", "")
+    found["new keys with a planted one"] = store.num_keys() - before
     json.dump(found, open(f"{sys.argv[1]}/{rank}.json", "w"))
 assert not torch.distributed.is_initialized()
 dist.exit_process(0)
@@ -123,6 +133,13 @@ def test_where_one_fails_all_raise(ranks):
     assert (first["both failed"], second["both failed"]) == ("KeyError: 0", "KeyError: 1")
     assert first["on_rank0 failed"] == "OSError: rank 0 alone met this"
     assert second["on_rank0 failed"] == "ValueError: rank 0 alone met this"
+
+
+def test_ranks_that_meet_again_and_again_leave_nothing_in_their_store(ranks):
+    # 140 meetings; the heartbeat of each rank has a key of its own, which may be new among them
+    for found in ranks[0]:
+        assert found["new keys"] <= 2
+        assert found["new keys with a planted one"] > found["new keys"]
 
 
 @pytest.mark.parametrize(

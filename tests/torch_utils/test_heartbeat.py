@@ -53,6 +53,14 @@ class Ranks:
                     one.beat()
 
 
+def test_a_heartbeat_keeps_one_entry_in_the_store_for_each_rank():
+    ranks = Ranks(3)
+    for step in range(100):
+        ranks.steps = [step] * 3
+        ranks.run(30)
+    assert len(ranks.all[0].store.values) == 3
+
+
 def test_ranks_that_go_on_are_not_named():
     ranks = Ranks(3)
     for step in range(20):
