@@ -7,12 +7,11 @@ that were not touched before. If what is in use grows as well, something is neve
 import ctypes
 import json
 import os
+import runpy
 import sys
 import threading
 import time
 from pathlib import Path
-
-from edm2kit.cli import train
 
 LOOKS = 20  # per record, of which the least counts: in the middle of a step, its activations are in use as well
 
@@ -61,4 +60,4 @@ def main() -> None:
     del sys.argv[1:3]
     path = in_use_path(folder, int(os.environ["RANK"]))
     threading.Thread(target=record, args=(path, every_sec), name="in use", daemon=True).start()
-    train.main()
+    runpy.run_module("edm2kit.cli.train", run_name="__main__", alter_sys=True)
