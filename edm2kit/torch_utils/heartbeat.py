@@ -152,7 +152,7 @@ def ask(question: Callable[[], Any], otherwise: Any, limit_sec: float = _ANSWER_
     answers: list[Any] = []
 
     def run() -> None:
-        with contextlib.suppress(RuntimeError, OSError, AttributeError):
+        with contextlib.suppress(RuntimeError, OSError, AttributeError, ValueError):  # the group may be gone
             answers.append(question())
 
     thread = threading.Thread(target=run, daemon=True)

@@ -59,8 +59,11 @@ def save_after(error: Exception, trainer: "Trainer", run_dir: Path) -> None:
 
 def _save_without_others(error: Exception, trainer: "Trainer", run_dir: Path) -> None:
     is_sharded = hasattr(trainer.optimizer, "optim")
+    others_failed = isinstance(error, RuntimeError) and is_of_group(error)
+    if others_failed and trainer.device.type != "cpu":
+        return  # the step is only queued: the device waits for gradients that never come, or has taken up half of them
     if not trainer.is_whole:
-        if is_sharded and not (isinstance(error, RuntimeError) and is_of_group(error)):
+        if is_sharded and not others_failed:
             raise ValueError("this rank failed in the middle of a step, and no other one has its part of the state")
         return  # others are between two steps
     if part := nonfinite_part(trainer.net, trainer.optimizer, trainer.ema):

@@ -4,14 +4,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from edm2kit.cli import train
+from edm2kit.ema.power_function import PowerFunctionEMA
+from edm2kit.torch_utils import dist
 from edm2kit.training import checkpoint
 from edm2kit.training.checkpoint import list_checkpoints
+from edm2kit.training.stop import save_after
 from tests.support import ROOT, tiny
 
 # one rank runs out of memory, or is killed, in the step after 96 images; the last checkpoint was at 64
@@ -88,6 +92,32 @@ def test_a_rank_without_memory_saves_the_state_that_it_shares_with_the_others(fo
     for name, value in state(folder / "lost").items():
         # two ranks add the gradients of a batch in another order than one
         torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+_LOST = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:45678"
+
+
+@pytest.mark.parametrize(
+    ("reason", "device", "saved"), [("no memory", "cuda", True), (_LOST, "cpu", True), (_LOST, "cuda", False)]
+)
+def test_a_gpu_whose_last_step_may_have_used_half_of_the_gradients_is_not_saved(
+    tmp_path, monkeypatch, capsys, reason, device, saved
+):
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    net = torch.nn.Linear(2, 2)
+    trainer = SimpleNamespace(
+        nimg=16,
+        is_whole=True,
+        config=SimpleNamespace(checkpoint_every_nimg=1, keep_checkpoints=2),
+        device=torch.device(device),
+        net=net,
+        optimizer=torch.optim.Adam(net.parameters()),
+        ema=PowerFunctionEMA(net),
+        progress=lambda: {"nimg": 16},
+    )
+    save_after(RuntimeError(reason), trainer, tmp_path)
+    assert bool(list_checkpoints(tmp_path)) == saved
+    assert capsys.readouterr().out == ("State saved at 16 images. Run the same command to resume.\n" if saved else "")
 
 
 @pytest.fixture(scope="module")
