@@ -262,9 +262,10 @@ def sampling(setting: Setting, shape: str, precision: str, batch: int | None = N
 
         return make
 
-    makers = {way: maker(way) for way in WAYS}
     unguided = denoiser(setting, shape, precision, "default")
+    makers = {way: maker(way) for way in WAYS if way != "compiled"}
     makers["default, unguided"] = lambda: lambda: edm_sampler(unguided, x, labels, num_steps=steps)
+    makers["compiled"] = maker("compiled")  # last, as compiling may take more time than there is
     few = dataclasses.replace(setting, runs=min(setting.runs, 2), warmup=min(setting.warmup, 1))
     prefix = "sampling" if batch == setting.shapes[shape].batch else f"sampling of {batch}"
     goal = GOALS["sampling"] if prefix == "sampling" else None

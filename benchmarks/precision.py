@@ -21,6 +21,7 @@ from edm2kit.metrics.reference import Reference, load_reference
 from edm2kit.metrics.scoring import REPLICATES, Measurement, Scorer, image_features
 from edm2kit.models.compilation import can_compile
 from edm2kit.models.preconditioning import PRECISIONS, slow_precision
+from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.files import provenance
 
 PRESETS = ("cifar10", "cifar10-autoguidance")
@@ -30,9 +31,11 @@ FLOAT32, OTHER_SEEDS = "fp32", "fp32, other seeds"
 WAYS = {
     "bf16": ("bf16", "off"),
     "fp16": ("fp16", "off"),
+    "fp16, CUDA graphs": ("fp16", "graphs"),  # on a GPU only
     "bf16, compiled": ("bf16", "on"),
+    "fp16, compiled": ("fp16", "on"),
 }
-_BATCH = 50
+BATCH = {"cpu": 50, "cuda": 500, "mps": 100}
 
 
 @click.command(cls=cli.Command)
@@ -40,15 +43,31 @@ _BATCH = 50
 @click.option("--only", type=click.Choice(PRESETS), multiple=True, help="Only this preset; may be repeated")
 @click.option("--compiled", is_flag=True, help="Also compile the networks; takes minutes")
 @click.option("--half", is_flag=True, help="Also use precisions for which the CPU has no instructions")
+@click.option("--device", metavar="NAME", default="cpu", show_default=True, help="cuda, mps or cpu")
 @click.option("--ref", type=click.Path(exists=True, dir_okay=False), help=f"Reference statistics of {DETECTOR}")
 @harness.out_option
-def main(num: int, only: tuple[str, ...], compiled: bool, half: bool, ref: str | None, out: Path) -> None:
-    """Compare images in half precision with float32 and with other seeds; writes precision.json."""
+def main(num: int, only: tuple[str, ...], compiled: bool, half: bool, device: str, ref: str | None, out: Path) -> None:
+    """Compare images in half precision with float32 and with other seeds.
+
+    Writes precision.json, or precision_gpu.json on a GPU.
+    """
+    with dist.session(device) as picked:
+        _measure_all(num, only or PRESETS, ways_here(compiled, half, picked), picked, ref, out)
+
+
+def _measure_all(
+    num: int,
+    chosen: tuple[str, ...],
+    possible: tuple[dict[str, tuple[str, str]], dict[str, str]],
+    device: torch.device,
+    ref: str | None,
+    out: Path,
+) -> None:
     reference = None if ref is None else load_reference(ref)
-    ways, skipped = ways_here(compiled, half)
+    ways, skipped = possible
     presets: dict[str, Any] = {}
     record = {
-        "job": "precision",
+        "job": "precision" if device.type == "cpu" else "precision_gpu",
         "kind": "precision",
         "detector": DETECTOR,
         "num": num,
@@ -56,26 +75,28 @@ def main(num: int, only: tuple[str, ...], compiled: bool, half: bool, ref: str |
         "reference": None if reference is None else {"file": Path(str(ref)).name, "num_images": reference.num_images},
         "notes": {"skipped": skipped},
         "command": harness.command(),
-        "provenance": provenance(),
+        "provenance": provenance(device),
         "cpu": harness.cpu(),
     }
-    for preset in only or PRESETS:
-        presets[preset] = measure(preset, ways, num, reference)
+    for preset in chosen:
+        presets[preset] = measure(preset, ways, num, reference, device)
         for way, row in presets[preset].items():
             click.echo(f"{preset}, {way}: {row}")
         harness.save(record, out)
 
 
-def ways_here(compiled: bool, half: bool) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
-    """The ways of WAYS to measure on this machine, and why the others are skipped."""
+def ways_here(compiled: bool, half: bool, device: torch.device) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
+    """The ways of WAYS to measure on `device`, and why the others are skipped."""
     ways, skipped = {}, {}
     for way, (precision, compiling) in WAYS.items():
-        slow = None if half else slow_precision(PRECISIONS[precision])
+        if compiling == "graphs" and device.type != "cuda":
+            continue
+        slow = None if half else slow_precision(PRECISIONS[precision], device)
         if slow is not None:
             skipped[f"images in {way}"] = slow
         elif compiling == "on" and not compiled:
             skipped[f"images in {way}"] = "python -m benchmarks.precision --compiled"
-        elif compiling == "on" and not can_compile():
+        elif compiling == "on" and device.type == "cpu" and not can_compile():
             skipped[f"images in {way}"] = "this machine has no C++ compiler"
         else:
             ways[way] = (precision, compiling)
@@ -83,26 +104,26 @@ def ways_here(compiled: bool, half: bool) -> tuple[dict[str, tuple[str, str]], d
 
 
 def measure(
-    preset: str, ways: Mapping[str, tuple[str, str]], num: int, reference: Reference | None
+    preset: str, ways: Mapping[str, tuple[str, str]], num: int, reference: Reference | None, device: torch.device
 ) -> dict[str, dict[str, Any]]:
     """The rows of one preset by way: seeds 0 to num - 1 in float32 and faster ways, and `num` other seeds."""
-    sets = {FLOAT32: images(preset, "fp32", "off", range(num))}
-    sets[OTHER_SEEDS] = images(preset, "fp32", "off", range(num, 2 * num))
+    sets = {FLOAT32: images(preset, "fp32", "off", range(num), device)}
+    sets[OTHER_SEEDS] = images(preset, "fp32", "off", range(num, 2 * num), device)
     for way, (precision, compiling) in ways.items():
-        sets[way] = images(preset, precision, compiling, range(num))
-    return compare(sets, load_detector(DETECTOR), reference)
+        sets[way] = images(preset, precision, compiling, range(num), device)
+    return compare(sets, load_detector(DETECTOR, device=device), reference, device)
 
 
 @torch.no_grad()
-def images(preset: str, precision: str, compiling: str, seeds: range) -> torch.Tensor:
-    """The images of a preset of the package, uint8 [N, 3, H, W]."""
+def images(preset: str, precision: str, compiling: str, seeds: range, device: torch.device) -> torch.Tensor:
+    """The images of a preset of the package, uint8 [N, 3, H, W], on the CPU."""
     request = parse_request(["--preset", preset, "--precision", precision, "--compile", compiling])
-    generation = prepare(request, torch.device("cpu"))
-    return torch.cat([batch.images for batch in generation.batches(seeds, _BATCH)])
+    generation = prepare(request, device)
+    return torch.cat([batch.images.cpu() for batch in generation.batches(seeds, BATCH[device.type])])
 
 
 def compare(
-    sets: Mapping[str, torch.Tensor], detector: Detector, reference: Reference | None
+    sets: Mapping[str, torch.Tensor], detector: Detector, reference: Reference | None, device: torch.device
 ) -> dict[str, dict[str, Any]]:
     """What each set is like beside FLOAT32, image by image and as a set, beside OTHER_SEEDS, and beside real images.
 
@@ -111,7 +132,6 @@ def compare(
     - `from_others`: distance from the set of other seeds, which no way shares seeds with.
     - `from_real`: value and 95% interval of the distance from `reference`, if there is one.
     """
-    device = torch.device("cpu")
     features = {name: image_features(pixels, [detector], device)[detector.name] for name, pixels in sets.items()}
 
     def distance(name: str, to: Reference, replicates: int = 0) -> Measurement:

@@ -7,6 +7,10 @@ import os
 # the first import of numpy, whose linear algebra reads it then; the ranks that torchrun starts have one thread, too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# The suite is the same on every machine: only tests/gpu uses a GPU, if asked to (see tests/gpu/conftest.py).
+if os.environ.get("EDM2KIT_GPU_TESTS") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import torch
 
 torch.set_num_threads(1)

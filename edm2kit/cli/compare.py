@@ -303,9 +303,9 @@ def sheet(outdir: Path, images: int, dest: Path | None, device: str, **given: An
             strips = []
             for weight in row.weights or (None,):
                 generation = prepare(row.request(weight, networks, "--balanced"), picked)
-                pixels = [one for batch in generation.batches(range(images), images) for one in batch.images.numpy()]
+                pixels = [one for batch in generation.batches(range(images), images) for one in batch.images]
                 title = "" if weight is None else f"w = {weight:g}"
-                strips.append(Strip(title, [to_image(one) for one in pixels]))
+                strips.append(Strip(title, [to_image(one.cpu().numpy()) for one in pixels]))
             lines.append((row.title, strips))
         with atomic_write(path) as file:
             draw_sheet(lines).save(file, "PNG", optimize=True, pnginfo=sheet_notes())

@@ -11,6 +11,7 @@ import shutil
 import sys
 import sysconfig
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def compile_(net: Preconditioner, backend: str | None = None) -> Preconditioner:
         raise ValueError(
             "torch.compile needs a C++ compiler (g++) and Python's headers; install them, or use --compile off"
         )
+    # torch advises to switch TF32 on; whether it is used is the user's choice (--tf32)
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     net.raw.compile(backend=backend, dynamic=False, fullgraph=True)
     return net
 

@@ -349,7 +349,7 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, str]:
     gpu = {}
     if torch.device(device).type == "cuda":
         driver = Path("/proc/driver/nvidia/version")
-        found = re.search(r"Kernel Module\D*([\d.]+)", driver.read_text()) if driver.exists() else None
+        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", driver.read_text()) if driver.exists() else None
         gpu = {
             "cuda": str(torch.version.cuda),
             "cudnn": str(torch.backends.cudnn.version()),

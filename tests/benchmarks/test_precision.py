@@ -10,6 +10,7 @@ from edm2kit.metrics.detectors.registry import load_detector
 from edm2kit.metrics.scoring import measure_reference
 
 SIZE = 24
+CPU = torch.device("cpu")
 
 
 def pictures(seed: int) -> torch.Tensor:
@@ -23,7 +24,7 @@ def rows():
     first = pictures(0)
     nearly = (first.int() + torch.tensor([0, 2, 0, 0] * 4)).clamp(0, 255).to(torch.uint8)
     sets = {FLOAT32: first, OTHER_SEEDS: pictures(1), "near": nearly, "far": 255 - pictures(2)}
-    return precision.compare(sets, load_detector("fd_random"), measure_reference(pictures(3), ["fd_random"]))
+    return precision.compare(sets, load_detector("fd_random"), measure_reference(pictures(3), ["fd_random"]), CPU)
 
 
 def test_pixels_are_compared_image_by_image():
@@ -48,22 +49,30 @@ def test_each_set_stands_beside_float32_and_beside_other_seeds(rows):
 
 def test_without_a_reference_nothing_is_compared_with_it(rows):
     sets = {FLOAT32: pictures(0), OTHER_SEEDS: pictures(1)}
-    found = precision.compare(sets, load_detector("fd_random"), None)
+    found = precision.compare(sets, load_detector("fd_random"), None, CPU)
     assert "from_real" not in found[FLOAT32]
     assert found[OTHER_SEEDS]["from_fp32"] == rows[OTHER_SEEDS]["from_fp32"]
 
 
 def test_ways_that_this_machine_is_slow_at_are_named(monkeypatch):
     monkeypatch.setattr(
-        precision, "slow_precision", lambda dtype: "no instructions" if dtype == torch.float16 else None
+        precision, "slow_precision", lambda dtype, device: "no instructions" if dtype == torch.float16 else None
     )
     monkeypatch.setattr(precision, "can_compile", lambda: True)
-    ways, skipped = precision.ways_here(compiled=True, half=False)
+    ways, skipped = precision.ways_here(compiled=True, half=False, device=CPU)
     assert set(ways) == {"bf16", "bf16, compiled"}
-    assert skipped == {"images in fp16": "no instructions"}
-    ways, skipped = precision.ways_here(compiled=False, half=True)
+    assert skipped == {"images in fp16": "no instructions", "images in fp16, compiled": "no instructions"}
+    ways, skipped = precision.ways_here(compiled=False, half=True, device=CPU)
     assert set(ways) == {"bf16", "fp16"}
     assert "--compiled" in skipped["images in bf16, compiled"]
+
+
+def test_cuda_graphs_are_a_way_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(precision, "slow_precision", lambda dtype, device: None)
+    monkeypatch.setattr(precision, "can_compile", lambda: False)  # that is a question for CPUs
+    ways, skipped = precision.ways_here(compiled=True, half=False, device=torch.device("cuda"))
+    assert ways == precision.WAYS
+    assert skipped == {}
 
 
 PROVENANCE = {"commit": "0" * 40, "python": "3.11", "torch": "2.13", "numpy": "2", "hardware": "a CPU"}

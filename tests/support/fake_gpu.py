@@ -103,6 +103,8 @@ class FakeGPU(TorchDispatchMode):
         import torch._dynamo  # imported by torch itself on the way, which fails on a patched torch
 
         self._patches.enter_context(mock.patch.object(torch, "Generator", _Generator))
+        for name in ("tensor", "as_tensor"):
+            self._patches.enter_context(mock.patch.object(torch, name, self._from_numbers(getattr(torch, name))))
         for module in ("torch.optim.adam", "torch.optim.optimizer", "torch.utils._foreach_utils"):
             for kind in ("fused", "foreach"):
                 name = f"_get_{kind}_kernels_supported_devices"
@@ -138,6 +140,17 @@ class FakeGPU(TorchDispatchMode):
         if on_device or any(tensor.device == DEVICE for tensor in outputs):
             self._launch(name, args, outputs)
         return result
+
+    def _from_numbers(self, make: Any) -> Any:
+        """torch.tensor or torch.as_tensor, which copy numbers of the host to the device, and wait for that."""
+
+        def made(data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = make(data, *args, **kwargs)
+            if tensor.device == DEVICE and not isinstance(data, torch.Tensor):
+                self._note(self.waits, f"{make.__name__} of numbers on the host")
+            return tensor
+
+        return made
 
     def _copy(self, name: str, args: Any, kwargs: Any) -> torch.Tensor | None:
         """The result of a copy between host and device; None for a copy within one of them."""

@@ -15,7 +15,8 @@ _BINOMIAL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 def _smoothed(images: torch.Tensor) -> torch.Tensor:
     """`images` [N, C, H, W] blurred by the binomial filter of 5 taps, mirrored at the edges."""
     channels = images.shape[1]
-    taps = torch.tensor(_BINOMIAL, dtype=images.dtype, device=images.device)
+    # filled on the device: torch.tensor would copy from the host, and wait, in every step
+    taps = torch.stack([images.new_full([], tap) for tap in _BINOMIAL])
     padded = torch.nn.functional.pad(images, (2, 2, 2, 2), mode="reflect")
     across = taps.reshape(1, 1, 1, 5).expand(channels, 1, 1, 5)
     down = taps.reshape(1, 1, 5, 1).expand(channels, 1, 5, 1)
