@@ -1,4 +1,4 @@
-"""What a run leaves that ends early: an exit code, and snapshots of its network, which it replaces when it goes on."""
+"""What a run leaves that ends early: its state, an exit code, and snapshots, which it replaces when it is resumed."""
 
 import itertools
 import os

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from edm2kit.torch_utils import dist, heartbeat
-from edm2kit.torch_utils.heartbeat import Heartbeat, ask
+from edm2kit.torch_utils.heartbeat import Heartbeat, ask, once
 from tests.support import ROOT
 
 WHO = f"process {os.getpid()} on {socket.gethostname()}"
@@ -138,6 +138,35 @@ def test_a_question_to_a_store_that_does_not_answer_keeps_nobody_waiting(monkeyp
 
     assert ask(broken, "no answer") == "no answer"
     never.set()
+
+
+def test_of_ranks_that_cannot_meet_the_first_works_and_the_others_wait(monkeypatch):
+    store, at_work, may_end, worked = torch.distributed.HashStore(), threading.Event(), threading.Event(), []
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+
+    def work():
+        at_work.set()
+        may_end.wait()
+        worked.append(1)
+
+    first = threading.Thread(target=once, args=["checkpoint", work, 60])
+    first.start()
+    at_work.wait()
+    threading.Timer(0.05, may_end.set).start()
+    once("checkpoint", work, 60)
+    assert worked == [1]
+    first.join()
+    with pytest.raises(FileNotFoundError):
+        once("failing", lambda: os.remove("missing"), 60)
+    once("failing", work, 60)  # which the first one has tried
+    assert worked == [1]
+
+
+def test_ranks_without_a_store_do_the_work_themselves(monkeypatch):
+    worked = []
+    assert not torch.distributed.is_initialized()
+    once("checkpoint", lambda: worked.append(1), 60)
+    assert worked == [1]
 
 
 def test_the_time_to_wait_can_be_chosen():
