@@ -160,7 +160,8 @@ def items(setting: Setting) -> dict[str, Item]:
 def ceilings(setting: Setting) -> Iterator[Result]:
     """The machine's limits: multiply-adds and bytes per second."""
     names = ["memory_copy"] + [name for precision in setting.precisions if (name := setting.ceiling(precision))]
-    yield {"numbers": {name: harness.ceiling(name, setting.device) for name in names}}
+    units = {name: "bytes/s" if name == "memory_copy" else "multiply-adds/s" for name in names}
+    yield {"numbers": {f"{name}: {units[name]}": harness.ceiling(name, setting.device) for name in names}}
 
 
 def compile_cost(setting: Setting) -> Iterator[Result]:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from benchmarks import harness
+from benchmarks.gpu_items import gpu_setting, items
 from benchmarks.plots import growth_plot
 from benchmarks.precision_report import precision_text
 from benchmarks.reliability_report import reliability_text, security_text
@@ -94,6 +95,9 @@ def performance_text(records: Records) -> str:
     if "growth" in records:
         parts += ["### How cost grows", _GROWTH]
     parts += ["### On a GPU", gpu_text(records.get("gpu"))]
+    if "precision_gpu" in records:
+        found = records["precision_gpu"]
+        parts.append(precision_text(found, machines_text([found])))
     parts += ["### Not measured", missing_text(records)]
     return "\n\n".join(parts)
 
@@ -189,7 +193,10 @@ def gpu_text(record: Record | None) -> str:
     if numbers:
         parts.append("\n".join(numbers))
     if failed:
-        parts += ["Without a result:", "\n".join(failed)]
+        parts += ["Without a complete result:", "\n".join(failed)]
+    missing = [name for name in items(gpu_setting()) if name not in record["items"]]
+    if missing:
+        parts.append(f"Not measured yet (`bash benchmarks/gpu.sh` continues): {', '.join(missing)}.")
     return "\n\n".join(parts)
 
 

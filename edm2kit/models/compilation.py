@@ -221,8 +221,8 @@ class GraphedCall:
 def graph_(net: Preconditioner, device: torch.device) -> Preconditioner:
     """Let calls of the raw network of a frozen denoiser run as CUDA graphs, for small batches; returns it.
 
-    Results stay the same bits. Calls with edits or with gradients run without. Raises ValueError if `device` is not a
-    CUDA device.
+    Results change by rounding at most: cuBLAS may choose other kernels while they are captured. Calls with edits or
+    with gradients run without. Raises ValueError if `device` is not a CUDA device.
     """
     if device.type != "cuda":
         raise ValueError(f"CUDA graphs need an NVIDIA GPU, and the device is {device}; use --compile off")

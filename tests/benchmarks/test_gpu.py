@@ -77,7 +77,7 @@ def test_items_run_in_processes_and_a_second_run_resumes(tmp_path):
     first = invoke("--toy", "--only", "ceilings", "--out", out)
     assert first.exit_code == 0, first.output
     measured = json.loads(out.read_text())["items"]["ceilings"]
-    assert measured["numbers"]["memory_copy"] > 0
+    assert measured["numbers"]["memory_copy: bytes/s"] > 0
     second = invoke("--toy", "--only", "ceilings", "--out", out)
     assert "ceilings: complete, skipped" in second.output
     assert json.loads(out.read_text())["items"]["ceilings"] == measured

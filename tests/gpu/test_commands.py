@@ -174,7 +174,7 @@ def test_the_first_command_makes_pictures_and_faster_ways_make_the_same(tmp_path
         made[way] = images(tmp_path / way)
     differences = {way: np.abs(pictures - made["fp32"]).mean() for way, pictures in made.items()}
     print(differences)
-    assert differences["graphs"] == 0
+    assert differences["graphs"] < 0.05
     assert differences["compiled"] < 0.05
     assert differences["batches of 3"] < 0.05
     assert differences["fp16"] < 1

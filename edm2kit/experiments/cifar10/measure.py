@@ -47,12 +47,12 @@ def real_features(out: Path, detectors: Sequence[str] = DETECTORS) -> dict[str, 
             images = open_images(out / "train.zip")
             picked = np.linspace(0, len(images) - 1, min(REAL_IMAGES, len(images))).astype(int)
             batches = image_batches(images, picked, 32, 1)
-            _save_array(path, image_features(batches, load_detectors([name], _CPU), _CPU)[name])
+            save_array(path, image_features(batches, load_detectors([name], _CPU), _CPU)[name])
         found[name] = torch.from_numpy(np.load(path))
     return found
 
 
-def _save_array(path: Path, values: torch.Tensor) -> None:
+def save_array(path: Path, values: torch.Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as stream:
         np.save(stream, values.numpy())
@@ -76,7 +76,7 @@ def reference_file(out: Path) -> Path:
     return path
 
 
-def _compared(real: Mapping[str, torch.Tensor], num: int) -> dict[str, torch.Tensor]:
+def compared(real: Mapping[str, torch.Tensor], num: int) -> dict[str, torch.Tensor]:
     """At most `num` rows of the features of each detector, evenly over the classes."""
     return {name: rows[torch.linspace(0, len(rows) - 1, min(num, len(rows))).long()] for name, rows in real.items()}
 
@@ -147,8 +147,7 @@ def score(
             if any(point["key"] == key for point in points):
                 continue
             metrics = LARGE_METRICS if large else (*METRICS, *(INFINITY if title == "all" else ()))
-            compared = _compared(real, count)
-            scorer = Scorer(reference, detectors, _CPU, compared, names=metrics, replicates=REPLICATES)
+            scorer = Scorer(reference, detectors, _CPU, compared(real, count), names=metrics, replicates=REPLICATES)
             measured = scorer.measure_features(features)
             points.append(
                 {
@@ -179,7 +178,7 @@ def _generated_features(
             batches = (batch.images for batch in generation.batches(seeds, BATCH))
             found = image_features(batches, load_detectors(used, _CPU), _CPU)
             for detector, path in paths.items():
-                _save_array(path, found[detector])
+                save_array(path, found[detector])
         parts.append({d: torch.from_numpy(np.load(path)) for d, path in paths.items()})
     return {d: torch.cat([part[d] for part in parts]) for d in used}
 
@@ -192,5 +191,5 @@ def _heldout_features(out: Path, start: int, num: int, used: Sequence[str]) -> d
         picked = np.random.default_rng(0).permutation(len(images))[start : start + num]
         found = image_features(image_batches(images, picked, 32, 1), load_detectors(used, _CPU), _CPU)
         for detector, path in paths.items():
-            _save_array(path, found[detector])
+            save_array(path, found[detector])
     return {d: torch.from_numpy(np.load(path)) for d, path in paths.items()}

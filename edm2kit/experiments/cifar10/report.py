@@ -16,6 +16,7 @@ from edm2kit.cli.presets import BOX
 from edm2kit.conditions import ALL_CLASSES
 from edm2kit.experiments.cifar10.networks import ROLES, describe, is_searched, search_folder, settings_file, words
 from edm2kit.experiments.cifar10.settings import BATCH, INFINITY, METHODS, RUNS, SCORE_SEEDS, SHEET_SEEDS
+from edm2kit.experiments.cifar10.training_settings import TRIED_RECORD, settings_table
 from edm2kit.experiments.compare_guidance.sheet import Strip, draw_sheet
 from edm2kit.experiments.demo.report import picture
 from edm2kit.experiments.documents import checkout, markdown_table
@@ -93,7 +94,9 @@ def study_record(out: Path) -> dict[str, Any]:
             best[name] = describe(out, settings_file(out, name))
     scores = out / "scores.json"
     points = json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else []
-    return {"command": COMMAND, "runs": runs, "searches": searches, "best": best, "points": points}
+    record = {"command": COMMAND, "runs": runs, "searches": searches, "best": best, "points": points}
+    tried = out / TRIED_RECORD
+    return {**record, "tried": json.loads(tried.read_text(encoding="utf-8")) if tried.exists() else []}
 
 
 def _search_record(folder: Path) -> dict[str, Any]:
@@ -149,6 +152,7 @@ def document_parts(record: Mapping[str, Any]) -> dict[str, str]:
         "large": large_table(record),
         "settings": _settings(record),
         "guides": guide_table(record),
+        "training": settings_table(record.get("tried", [])),
     }
 
 

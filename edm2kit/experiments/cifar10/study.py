@@ -1,4 +1,4 @@
-"""The study of guidance on CIFAR-10 as one command with five steps, each of which resumes."""
+"""The study of guidance on CIFAR-10 as one command with six steps, each of which resumes."""
 
 import subprocess
 import sys
@@ -22,6 +22,7 @@ from edm2kit.experiments.cifar10.settings import (
     SYNTHETIC_IMAGES,
     UNGUIDED_SAMPLER,
 )
+from edm2kit.experiments.cifar10.training_settings import try_settings
 from edm2kit.snapshots.run_folder import newest_of_folders
 from edm2kit.training.stop import stopped_exit_code
 
@@ -184,6 +185,18 @@ def score_command(out: Path, methods: str, num: int, large: bool) -> None:
     """Score the best settings, and held-out images, on three ranges of fresh seeds."""
     names = _chosen(methods)
     score(out, num, names if large else ["real", *names], SCORE_SEEDS, _print, large)
+
+
+@main.command("settings")
+@_out
+@click.option(
+    "--nimg", metavar="NIMG", type=cli.Size(), default="32Ki", show_default=True, help="Images that each run trains on"
+)
+@click.option("--num", type=cli.AtLeast(int, 2), default=1000, show_default=True, help="Images to score")
+@click.option("--device", metavar="NAME", default="cpu", show_default=True, help="To train on: cuda, mps or cpu")
+def settings_command(out: Path, nimg: int, num: int, device: str) -> None:
+    """Try training settings: short runs that differ from the preset in one setting each."""
+    try_settings(out, nimg, num, device, _print)
 
 
 @main.command()
