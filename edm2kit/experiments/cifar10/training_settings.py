@@ -30,6 +30,8 @@ TRIED: dict[str, tuple[str, tuple[str, ...]]] = {
     "seed_2": ("the preset, another seed", ("--seed", "2")),
     "lr_0p01": ("learning rate 0.01", ("--lr", "0.01")),
     "lr_0p04": ("learning rate 0.04", ("--lr", "0.04")),
+    "lr_0p08": ("learning rate 0.08", ("--lr", "0.08")),
+    "lr_0p16": ("learning rate 0.16", ("--lr", "0.16")),
     "decay_250": ("decay after 250 batches", ("--decay", "250")),
     "decay_4000": ("decay after 4,000 batches", ("--decay", "4000")),
     "batch_128": ("batch 128", ("--batch", "128")),
