@@ -1,5 +1,6 @@
 """All measurements that need a GPU, in one command with a time limit, which can be resumed."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from benchmarks.gpu_items import Item, compile_seconds, gpu_setting, items, toy_
 from edm2kit.cli import click_types as cli
 from edm2kit.torch_utils.files import atomic_write, provenance
 
+WITHOUT_COMPILING = "the ways that compile were left out (--no-compile)"
+
 
 @click.command(cls=cli.Command)
 @click.option(
@@ -27,21 +30,26 @@ from edm2kit.torch_utils.files import atomic_write, provenance
 @click.option("--minutes", default=9.0, show_default=True, help="Time limit of this call; the next one goes on")
 @click.option("--only", multiple=True, metavar="ITEM", help="Only this item; may be repeated")
 @click.option("--again", is_flag=True, help="Repeat items that the record already has")
+@click.option("--no-compile", is_flag=True, help="Leave out what compiles, which takes most of the time")
 @click.option("--toy", is_flag=True, help="Use tiny networks on the CPU, to test the script")
 @click.option("--item", hidden=True, help="Measure this item in this process")
-def main(out: Path, minutes: float, only: tuple[str, ...], again: bool, toy: bool, item: str | None) -> None:
+def main(
+    out: Path, minutes: float, only: tuple[str, ...], again: bool, no_compile: bool, toy: bool, item: str | None
+) -> None:
     """Measure training, sampling, detectors, the VAE and memory on the GPU of this machine; writes gpu.json.
 
     Each item runs in a separate process with a time limit that follows from what compiling takes on this machine. If
     one fails or takes too long, its results so far are kept and the others still run. The record is written after each
     item. An item that may not end in this call waits for the next one: run the same command until all are complete.
+    With --no-compile most items take a minute; those with ways that compile are measured again without it.
     """
     if not toy and not torch.cuda.is_available():
         raise ValueError(
             "this benchmark needs an NVIDIA GPU, and PyTorch finds none. Check nvidia-smi and torch.version.cuda, or "
             "test the script on the CPU with --toy"
         )
-    listed = items(toy_setting() if toy else gpu_setting())
+    setting = toy_setting() if toy else gpu_setting()
+    listed = items(dataclasses.replace(setting, compiled=not no_compile))
     if item:
         measure(listed[item].run, out)
         return
@@ -52,14 +60,18 @@ def main(out: Path, minutes: float, only: tuple[str, ...], again: bool, toy: boo
     until = time.monotonic() + minutes * 60
     # items that failed come last, so that they do not take the time of those that were never tried
     for name in sorted(only or listed, key=lambda name: "error" in record["items"].get(name, {})):
-        if not again and record["items"].get(name, {}).get("complete"):
-            click.echo(f"{name}: complete, skipped")
+        known = record["items"].get(name, {})
+        if not again and (known.get("complete") or (no_compile and known.get("error") == WITHOUT_COMPILING)):
+            click.echo(f"{name}: {'complete' if 'complete' in known else 'measured without compiling'}, skipped")
             continue
         limit_sec = listed[name].limit_sec(compile_seconds(record["items"]))
         if limit_sec > until - time.monotonic():
             click.echo(f"{name}: may take {limit_sec:.0f} s, more than this call has left")
             continue
-        record["items"][name] = run_item(name, out, limit_sec, toy)
+        found = run_item(name, out, limit_sec, ["--toy"] * toy + ["--no-compile"] * no_compile)
+        if no_compile and items(setting)[name].compiled and found.pop("complete", False):
+            found["error"] = WITHOUT_COMPILING
+        record["items"][name] = found
         save(record, out)
     click.echo(summary(listed, record["items"], out))
 
@@ -94,12 +106,12 @@ def read(out: Path, toy: bool) -> dict[str, Any]:
     return kept
 
 
-def run_item(name: str, out: Path, limit_sec: float, toy: bool) -> dict[str, Any]:
-    """Measure one item in a separate process."""
+def run_item(name: str, out: Path, limit_sec: float, options: list[str]) -> dict[str, Any]:
+    """Measure one item in a separate process, with `options` of this command."""
     part = out.with_name(f"{out.stem}-{name}.part")
     part.unlink(missing_ok=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    line = [sys.executable, "-m", "benchmarks.gpu", "--item", name, "--out", str(part), *(["--toy"] if toy else [])]
+    line = [sys.executable, "-m", "benchmarks.gpu", "--item", name, "--out", str(part), *options]
     click.echo(f"== {name}, at most {limit_sec:.0f} s")
     error = None
     try:

@@ -3,6 +3,7 @@
 # next one goes on, until all items are complete (about ten calls).
 #   bash benchmarks/gpu.sh
 #   bash benchmarks/gpu.sh --minutes 60         all in one call
+#   bash benchmarks/gpu.sh --no-compile         first what needs no compiling: most items take a minute
 #   bash benchmarks/gpu.sh --only training-img512-s-fp16
 # Needs an environment with this project's packages and a CUDA build of PyTorch. Nothing else should use the GPU.
 set -euo pipefail

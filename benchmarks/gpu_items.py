@@ -63,6 +63,7 @@ class Setting:
     classes: int = 1000
     backend: str | None = "inductor"  # of torch.compile; with None, compiled and graphed ways run eagerly
     has_ceilings: bool = True
+    compiled: bool = True  # with False, ways that compile are left out
 
     def ceiling(self, precision: str) -> str | None:
         """Name of the machine's limit to compare multiply-adds with."""
@@ -132,10 +133,9 @@ class Item:
 
 def items(setting: Setting) -> dict[str, Item]:
     """Every item by name, the most important first."""
-    found = {
-        "ceilings": Item(partial(ceilings, setting), 180),
-        "compile": Item(partial(compile_cost, setting), MAX_SEC),
-    }
+    found = {"ceilings": Item(partial(ceilings, setting), 180)}
+    if setting.compiled:
+        found["compile"] = Item(partial(compile_cost, setting), MAX_SEC)
     for precision in setting.precisions:
         for name in MEASURED:
             found[f"training-{name}-{precision}"] = Item(
@@ -154,6 +154,8 @@ def items(setting: Setting) -> dict[str, Item]:
         for name in MEASURED:
             run = partial(evaluation, setting, name, precision)
             found[f"evaluation-{name}-{precision}"] = Item(run, 120, {"evaluation": 1})
+    if not setting.compiled:
+        found = {name: dataclasses.replace(item, compiled={}) for name, item in found.items()}
     return found
 
 
@@ -381,6 +383,8 @@ def against_plain(
 
     A way is made when its turn comes, and is dropped afterwards. `goal` is that of the fastest way, "compiled".
     """
+    if not setting.compiled:
+        makers = {way: make for way, make in makers.items() if way != "compiled"}
     plain, peak = with_peak(setting, makers["plain"])
     numbers, rows, found = {"plain peak GB": peak}, {}, None
     for way in list(makers)[1:]:

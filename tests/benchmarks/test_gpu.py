@@ -1,5 +1,6 @@
 """The GPU measurements: refused without a GPU, resumed, held to their time; and, on tiny networks, run through."""
 
+import dataclasses
 import json
 import math
 
@@ -99,8 +100,22 @@ def test_results_found_before_the_time_limit_are_kept(tmp_path, monkeypatch):
         raise gpu.subprocess.TimeoutExpired(line, timeout)
 
     monkeypatch.setattr(gpu.subprocess, "run", slow)
-    found = gpu.run_item("ceilings", tmp_path / "gpu.json", 30, toy=True)
+    found = gpu.run_item("ceilings", tmp_path / "gpu.json", 30, ["--toy"])
     assert found == {"numbers": {"fast": 1.0}, "error": "it took longer than 30 s"}
+
+
+def test_without_compiling_other_ways_are_measured_once_and_the_item_stays_incomplete(tmp_path):
+    out, name = tmp_path / "gpu.json", "training-img512-xs-bf16"
+    line = ["--toy", "--no-compile", "--only", name, "--out", out]
+    assert invoke(*line).exit_code == 0
+    item = json.loads(out.read_text())["items"][name]
+    assert set(item["contenders"]) == {"plain", "default"}
+    assert item["error"] == gpu.WITHOUT_COMPILING
+    assert "complete" not in item
+    assert f"{name}: measured without compiling, skipped" in invoke(*line).output
+    setting = dataclasses.replace(gpu_items.toy_setting(), compiled=False)
+    assert "compile" not in gpu_items.items(setting)
+    assert not any(found.compiled for found in gpu_items.items(setting).values())
 
 
 def test_an_item_without_time_left_waits_for_the_next_call(tmp_path):
