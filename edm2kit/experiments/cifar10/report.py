@@ -14,6 +14,7 @@ from edm2kit.cli.generation import prepare
 from edm2kit.cli.generation_options import parse_request
 from edm2kit.cli.presets import BOX
 from edm2kit.conditions import ALL_CLASSES
+from edm2kit.experiments.cifar10.ablation import ABLATION_RECORD, degradation_table, ema_figure
 from edm2kit.experiments.cifar10.networks import ROLES, describe, is_searched, search_folder, settings_file, words
 from edm2kit.experiments.cifar10.settings import BATCH, INFINITY, METHODS, RUNS, SCORE_SEEDS, SHEET_SEEDS
 from edm2kit.experiments.cifar10.training_settings import TRIED_RECORD, settings_table
@@ -29,7 +30,8 @@ from edm2kit.snapshots.loading import open_weights
 from edm2kit.torch_utils.files import atomic_write, plain_json, sha256_of, write_json
 
 FOLDER = Path("experiments", "cifar10")
-RECORD_NAME, PICTURE_NAME, SHEET_NAME, WEIGHTS_NAME = "study.json", "first.png", "sheet.png", "weights.svg"
+RECORD_NAME, PICTURE_NAME, SHEET_NAME = "study.json", "first.png", "sheet.png"
+WEIGHTS_NAME, EMA_NAME = "weights.svg", "ema.svg"
 PAGE_NAME = "search.html"  # of the best autoguided method
 COMMAND = "python scripts/cifar10_study.py"
 _COLUMNS = {
@@ -60,10 +62,10 @@ def publish(out: Path, box: bool, report: Callable[[str], None]) -> None:
     if box:
         write_box(out, record, report)
     write_json(folder / RECORD_NAME, record)
-    figure = weight_figure(record)
-    if figure is not None:
-        with atomic_write(folder / WEIGHTS_NAME, "w") as file:
-            file.write(standalone(figure))
+    for name, figure in ((WEIGHTS_NAME, weight_figure(record)), (EMA_NAME, ema_figure(record["ablation"]))):
+        if figure is not None:
+            with atomic_write(folder / name, "w") as file:
+                file.write(standalone(figure))
     for name, image in ((PICTURE_NAME, _first_picture(out, record)), (SHEET_NAME, _sheet(out))):
         with atomic_write(folder / name) as file:
             image.save(file, "PNG", optimize=True)
@@ -94,9 +96,10 @@ def study_record(out: Path) -> dict[str, Any]:
             best[name] = describe(out, settings_file(out, name))
     scores = out / "scores.json"
     points = json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else []
-    record = {"command": COMMAND, "runs": runs, "searches": searches, "best": best, "points": points}
-    tried = out / TRIED_RECORD
-    return {**record, "tried": json.loads(tried.read_text(encoding="utf-8")) if tried.exists() else []}
+    record: dict[str, Any] = {"command": COMMAND, "runs": runs, "searches": searches, "best": best, "points": points}
+    for name, path in (("tried", out / TRIED_RECORD), ("ablation", out / ABLATION_RECORD)):
+        record[name] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return record
 
 
 def _search_record(folder: Path) -> dict[str, Any]:
@@ -153,6 +156,7 @@ def document_parts(record: Mapping[str, Any]) -> dict[str, str]:
         "settings": _settings(record),
         "guides": guide_table(record),
         "training": settings_table(record.get("tried", [])),
+        "degradations": degradation_table(record.get("ablation", [])),
     }
 
 

@@ -1,4 +1,4 @@
-"""The study of guidance on CIFAR-10 as one command with six steps, each of which resumes."""
+"""The study of guidance on CIFAR-10 as one command with seven steps, each of which resumes."""
 
 import subprocess
 import sys
@@ -12,6 +12,7 @@ import numpy as np
 from edm2kit.cli import click_types as cli
 from edm2kit.data.convert import convert, find_labels, open_pictures
 from edm2kit.experiments.cifar10 import report
+from edm2kit.experiments.cifar10.ablation import ablate
 from edm2kit.experiments.cifar10.measure import score, tune
 from edm2kit.experiments.cifar10.settings import (
     BATCH,
@@ -197,6 +198,15 @@ def score_command(out: Path, methods: str, num: int, large: bool) -> None:
 def settings_command(out: Path, nimg: int, num: int, device: str) -> None:
     """Try training settings: short runs that differ from the preset in one setting each."""
     try_settings(out, nimg, num, device, _print)
+
+
+@main.command("ablation")
+@_out
+@click.option("--num", type=cli.AtLeast(int, 2), default=500, show_default=True, help="Images of each combination")
+@click.option("--device", metavar="NAME", default="cpu", show_default=True, help="cuda, mps or cpu")
+def ablation_command(out: Path, num: int, device: str) -> None:
+    """Score guides and weights, and both EMA lengths, around the best settings of autoguidance."""
+    ablate(out, num, device, _print)
 
 
 @main.command()
