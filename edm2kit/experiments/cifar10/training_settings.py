@@ -24,7 +24,8 @@ from edm2kit.torch_utils.files import provenance, write_json
 TRIED_RECORD = "settings.json"  # in the folder of the study
 EMA_STD = 0.1
 METRICS = ("fd_lite0", "fd_lite0.fd_infinity", "fd_lite0.precision", "fd_lite0.recall")
-# what is tried -> (title, options of train.py beside --preset cifar10); the first two differ by chance only
+# what is tried -> (title, options of train.py beside --preset cifar10); the first two differ by chance only, and the
+# others mostly in one setting
 TRIED: dict[str, tuple[str, tuple[str, ...]]] = {
     "base": ("the preset", ()),
     "seed_2": ("the preset, another seed", ("--seed", "2")),
@@ -34,6 +35,8 @@ TRIED: dict[str, tuple[str, tuple[str, ...]]] = {
     "decay_250": ("decay after 250 batches", ("--decay", "250")),
     "decay_4000": ("decay after 4,000 batches", ("--decay", "4000")),
     "batch_16": ("batch 16", ("--batch", "16")),
+    "batch_16_lr_0p01": ("batch 16, learning rate 0.01", ("--batch", "16", "--lr", "0.01")),
+    "batch_16_lr_0p04": ("batch 16, learning rate 0.04", ("--batch", "16", "--lr", "0.04")),
     "batch_128": ("batch 128", ("--batch", "128")),
     "P_-0p8_1p6": ("P_mean -0.8, P_std 1.6", ("--P_mean", "-0.8", "--P_std", "1.6")),
     "P_-0p4_1p0": ("P_mean -0.4, P_std 1.0", ("--P_mean", "-0.4", "--P_std", "1.0")),

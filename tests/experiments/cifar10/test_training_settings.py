@@ -17,7 +17,7 @@ from tests.support.fakes import tiny_snapshot
 
 
 @pytest.mark.parametrize("name", TRIED)
-def test_every_setting_is_an_option_of_training_that_changes_one_thing(name):
+def test_every_setting_changes_what_its_options_name_and_nothing_else(name):
     words = ["--outdir", "run", "--data", "images.zip", "--preset", "cifar10"]
     plain, tried = (train.main.make_context("train.py", [*words, *more]).params for more in ((), TRIED[name][1]))
     changed = {key for key in plain if plain[key] != tried[key]}
