@@ -106,7 +106,7 @@ def settings_table(points: Sequence[Mapping[str, Any]]) -> str:
         return "Not measured yet."
     base = next(point for point in points if point["name"] == "base")
     rows = []
-    for point in points:
+    for point in sorted(points, key=lambda point: list(TRIED).index(point["name"])):
         value = point["results"]["fd_lite0.fd_infinity"]
         low, high = point["intervals"]["fd_lite0.fd_infinity"]
         change = value - base["results"]["fd_lite0.fd_infinity"]
