@@ -348,13 +348,9 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, str]:
     """Commit, versions and hardware as strings, for a JSON record; on a CUDA device also CUDA, cuDNN and the driver."""
     gpu = {}
     if torch.device(device).type == "cuda":
-        driver = Path("/proc/driver/nvidia/version")
-        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", driver.read_text()) if driver.exists() else None
-        gpu = {
-            "cuda": str(torch.version.cuda),
-            "cudnn": str(torch.backends.cudnn.version()),
-            "driver": found[1] if found else "unknown",
-        }
+        module = Path("/proc/driver/nvidia/version")
+        gpu = {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+        gpu["driver"] = driver_version(module.read_text() if module.exists() else "")
     return {
         "commit": code_commit(),
         "python": platform.python_version(),
@@ -363,6 +359,12 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, str]:
         "hardware": hardware(device),
         **gpu,
     }
+
+
+def driver_version(text: str) -> str:
+    """The version in what NVIDIA's kernel module says of itself; "unknown" if it has none."""
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", text)
+    return found[1] if found else "unknown"
 
 
 _MAX_INT = 1 << 62

@@ -18,6 +18,7 @@ from edm2kit.torch_utils.files import (
     LOCK_NAME,
     atomic_write,
     differences,
+    driver_version,
     exclusive,
     file_lock,
     plain_json,
@@ -251,6 +252,18 @@ def test_a_record_is_written_as_json(tmp_path):
 def test_records_made_on_a_gpu_name_its_software(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     assert provenance("cuda:0").keys() - provenance("cpu").keys() == {"cuda", "cudnn", "driver"}
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n", "535.104.05"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build\n", "580.159.04"),
+        ("GCC version: 13.3.0\n", "unknown"),
+    ],
+)
+def test_the_driver_names_its_version_with_closed_and_open_modules(text, version):
+    assert driver_version(text) == version
 
 
 def test_names_that_are_not_utf8_can_be_written(tmp_path):
