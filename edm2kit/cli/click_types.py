@@ -253,7 +253,7 @@ def timeout_option() -> Decorator:
         type=Parsed(parse_duration_sec),
         expose_value=False,
         callback=apply,
-        help="Longest wait for another process or a file  [default: 30m]",
+        help="Longest wait for a process or a file  [default: 30m]",
     )
 
 

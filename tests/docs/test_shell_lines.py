@@ -32,6 +32,7 @@ NOT_RUN = {
     "source .venv": "changes the shell only",
     "pre-commit install": "changes the hooks of the clone",
     "python -m pytest": "runs tests",
+    "EDM2KIT_GPU_TESTS=1 python -m pytest": "runs tests on a GPU",
     "bash scripts/test.sh": "runs all tests",
     "bash scripts/demo.sh": "takes minutes; `bash scripts/demo.sh --tiny` runs the same steps",
     "bash benchmarks/": "measures for minutes on an idle machine, or on a GPU",
