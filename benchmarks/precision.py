@@ -31,10 +31,11 @@ FLOAT32, OTHER_SEEDS = "fp32", "fp32, other seeds"
 WAYS = {
     "bf16": ("bf16", "off"),
     "fp16": ("fp16", "off"),
-    "fp16, CUDA graphs": ("fp16", "graphs"),  # on a GPU only
     "bf16, compiled": ("bf16", "on"),
+    "fp16, CUDA graphs": ("fp16", "graphs"),
     "fp16, compiled": ("fp16", "on"),
 }
+ON_GPU_ONLY = ("fp16, CUDA graphs", "fp16, compiled")
 BATCH = {"cpu": 50, "cuda": 500, "mps": 100}
 
 
@@ -51,45 +52,34 @@ def main(num: int, only: tuple[str, ...], compiled: bool, half: bool, device: st
 
     Writes precision.json, or precision_gpu.json on a GPU.
     """
-    with dist.session(device) as picked:
-        _measure_all(num, only or PRESETS, ways_here(compiled, half, picked), picked, ref, out)
-
-
-def _measure_all(
-    num: int,
-    chosen: tuple[str, ...],
-    possible: tuple[dict[str, tuple[str, str]], dict[str, str]],
-    device: torch.device,
-    ref: str | None,
-    out: Path,
-) -> None:
     reference = None if ref is None else load_reference(ref)
-    ways, skipped = possible
     presets: dict[str, Any] = {}
-    record = {
-        "job": "precision" if device.type == "cpu" else "precision_gpu",
-        "kind": "precision",
-        "detector": DETECTOR,
-        "num": num,
-        "presets": presets,
-        "reference": None if reference is None else {"file": Path(str(ref)).name, "num_images": reference.num_images},
-        "notes": {"skipped": skipped},
-        "command": harness.command(),
-        "provenance": provenance(device),
-        "cpu": harness.cpu(),
-    }
-    for preset in chosen:
-        presets[preset] = measure(preset, ways, num, reference, device)
-        for way, row in presets[preset].items():
-            click.echo(f"{preset}, {way}: {row}")
-        harness.save(record, out)
+    with dist.session(device) as picked:
+        ways, skipped = ways_here(compiled, half, picked)
+        record = {
+            "job": "precision" if picked.type == "cpu" else "precision_gpu",
+            "kind": "precision",
+            "detector": DETECTOR,
+            "num": num,
+            "presets": presets,
+            "reference": reference and {"file": Path(str(ref)).name, "num_images": reference.num_images},
+            "notes": {"skipped": skipped},
+            "command": harness.command(),
+            "provenance": provenance(picked),
+            "cpu": harness.cpu(),
+        }
+        for preset in only or PRESETS:
+            presets[preset] = measure(preset, ways, num, reference, picked)
+            for way, row in presets[preset].items():
+                click.echo(f"{preset}, {way}: {row}")
+            harness.save(record, out)
 
 
 def ways_here(compiled: bool, half: bool, device: torch.device) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
     """The ways of WAYS to measure on `device`, and why the others are skipped."""
     ways, skipped = {}, {}
     for way, (precision, compiling) in WAYS.items():
-        if compiling == "graphs" and device.type != "cuda":
+        if way in ON_GPU_ONLY and device.type != "cuda":
             continue
         slow = None if half else slow_precision(PRECISIONS[precision], device)
         if slow is not None:

@@ -34,7 +34,7 @@ def precision_text(record: Record, machine: str) -> str:
     introduction = (
         f"{num} images a set, by networks of the package. All ways but one use the same seeds. Pixels: mean absolute "
         f"difference from the fp32 image of the same seed, in grey levels. Intervals are 95%. A distance between sets "
-        f"of so few images is large; only sets of the same size compare. {machine}"
+        f"of so few images is large; only sets of the same size compare. {machine}{record.get('how', '')}"
     )
     return "\n\n".join([introduction, markdown_table(head, rows), "\n".join(verdicts)])
 

@@ -146,7 +146,7 @@ def diagnosis(error: DivergenceError, run: "Run", order: "GlobalOrder") -> str:
         "--precision fp32 or another --ls in a new --outdir."
     )
     kept = list_checkpoints(run.run_dir)
-    return f"{text} The last good checkpoint is {kept[-1]}" if kept else f"{text} There is no checkpoint yet"
+    return f"{text} The last good checkpoint is {kept[-1]}" if kept else f"{text} No checkpoint has been saved yet"
 
 
 def write_missing_snapshots(trainer: "Trainer", run_dir: Path) -> None:
