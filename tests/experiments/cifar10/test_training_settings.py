@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from types import SimpleNamespace
 
 import click
@@ -22,6 +23,8 @@ def test_every_setting_changes_what_its_options_name_and_nothing_else(name):
     plain, tried = (train.main.make_context("train.py", [*words, *more]).params for more in ((), TRIED[name][1]))
     changed = {key for key in plain if plain[key] != tried[key]}
     assert len(changed) == len(TRIED[name][1]) / 2
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", TRIED[name][0].replace(",000", "000"))
+    assert set(numbers) <= set(TRIED[name][1])  # the title says what is tried
 
 
 def test_each_is_trained_and_scored_once(tmp_path, monkeypatch, capsys):
