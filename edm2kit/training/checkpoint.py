@@ -19,6 +19,7 @@ _NAME = re.compile(r"training-state-(\d+)\.pt")
 _PART = re.compile(r"training-state-(\d+)\.part-(\d+)-of-(\d+)\.pt")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHUNK_BYTES = 1 << 24
+_MARKS_A_FOLDER = 0x10  # in the external attributes of a zip entry
 
 
 def checkpoint_path(run_dir: Path, nimg: int) -> Path:
@@ -162,6 +163,8 @@ def damage(path: Path) -> str | None:
         try:
             with zipfile.ZipFile(file) as archive:
                 for member in archive.infolist():
+                    if member.external_attr & _MARKS_A_FOLDER:  # torch.load would return memory it never wrote to
+                        return f"the record {member.filename} is marked as a folder"
                     with archive.open(member) as record:
                         while record.read(_CHUNK_BYTES):
                             pass

@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import random
+import re
 
 import pytest
 import torch
@@ -65,6 +66,28 @@ def test_no_flipped_bit_changes_what_is_loaded(run_dir):
         path.write_bytes(whole)
     assert noticed > 50
     assert damage(path) is None
+
+
+def test_a_record_marked_as_a_folder_is_damage(run_dir):
+    # torch.load skips the contents of such a record and returns whatever was in memory
+    path, entry, attributes = list_checkpoints(run_dir)[-1], b"PK\x01\x02", 38
+    whole = path.read_bytes()
+    starts = [match.start() for match in re.finditer(entry, whole)]
+    assert len(starts) > 5
+    for start in starts:
+        flip_bit(path, 8 * (start + attributes) + 4)
+        assert "is marked as a folder" in damage(path)
+        path.write_bytes(whole)
+
+
+def test_no_flipped_bit_of_a_zip_entry_changes_what_is_loaded(run_dir):
+    path, state = list_checkpoints(run_dir)[-1], trained(24)
+    whole = path.read_bytes()
+    last, end = whole.rindex(b"PK\x01\x02"), len(whole)
+    for bit in range(8 * last, 8 * end):
+        flip_bit(path, bit)
+        assert damage(path) or same_bits(path, state), bit
+        path.write_bytes(whole)
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
