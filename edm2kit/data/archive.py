@@ -132,7 +132,7 @@ class FolderArchive:
     def read(self, index: int) -> bytes:
         """The bytes of file `index`; raises ValueError, naming the file, if it cannot be read."""
         try:
-            return read_regular(self.path / self.names[index])
+            return read_regular(self.where(index))  # a Path would intern each name, whose table grows
         except OSError as error:
             raise ValueError(f"{self.where(index)}: cannot be read: {error.strerror}") from error
 
@@ -143,7 +143,7 @@ class FolderArchive:
         """
         checksum = 0
         try:
-            with _open_regular(self.path / self.names[index]) as file:
+            with _open_regular(self.where(index)) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size <= _SMALL_BYTES:
                     return size, zlib.crc32(file.read())
