@@ -65,8 +65,8 @@ def _lengths(text: str) -> tuple[float, ...]:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
         found = ()
-    if not found or not all(0 < length < 0.289 for length in found):
-        raise ValueError(f"{text!r:.60} is not a list of EMA lengths between 0 and 0.288, such as 0.05,0.1")
+    if not found or not all(0 < length <= 0.2886 for length in found):
+        raise ValueError(f"{text!r:.60} is not a list of EMA lengths above 0 and up to 0.2886, such as 0.05,0.1")
     return found
 
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import nn
 
-MAX_STD = 12**-0.5  # the relative standard deviation of a plain average, gamma = 0
+MAX_STD = 12**-0.5  # 0.2886...: the relative standard deviation of a plain average, gamma = 0
 
 
 def exp_to_std(exp: ArrayLike) -> np.ndarray:
@@ -36,7 +36,7 @@ def std_to_exp(std: ArrayLike) -> np.ndarray:
     std = np.asarray(std, dtype=np.float64)
     if not np.all((std > 0) & (std <= MAX_STD)):
         raise ValueError(
-            f"an EMA length (relative standard deviation) must be above 0 and at most {MAX_STD:.4f}; got {std.tolist()}"
+            f"an EMA length (relative standard deviation) must be above 0 and at most 0.2886; got {std.tolist()}"
         )
     exponents = []
     for inverse_square in std.flatten() ** -2:

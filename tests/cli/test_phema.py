@@ -183,7 +183,7 @@ def test_nothing_but_an_earlier_result_is_replaced(walk, folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "reason"),
     [
-        (["--outstd", "0.3"], 1, "at most 0.2887"),
+        (["--outstd", "0.3"], 1, "at most 0.2886"),
         (["--outstd", "0.05,x"], 2, "'x' is not a number"),
         (["--outstd", "0.07", "--outkimg", "100"], 1, "no snapshot at --outkimg 100; the nearest are at 208, 224, 240"),
         (["--outstd", "0.07", "--outnimg", "256001"], 1, "no snapshot at 256001 images"),

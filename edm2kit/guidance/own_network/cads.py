@@ -20,7 +20,7 @@ class AnnealedCondition(Wrapper):
     first step of a run to 0. y has K values; the authors add noise to the embedding of the label, and the embedding of
     n, a linear map in EDM2, is such noise with the variance of the embedding of y. Rescaled, the result has the mean
     and the standard deviation of y, over the values of each image's condition; `rescale` is the share of that. Raises
-    ValueError if the images have no condition.
+    ValueError if the images have no condition, or one of a single value, which has no spread to restore.
     """
 
     net: Denoiser
@@ -52,10 +52,13 @@ class AnnealedCondition(Wrapper):
         # one-hot labels have RMS 1/sqrt(K), which networks scale to 1; there the noise has the RMS `noise`
         n = self.random.generators().randn(given.shape).to(given) / math.sqrt(given.shape[1])
         noisy = math.sqrt(self.kept) * given + self.noise * math.sqrt(1 - self.kept) * n
-        std, mean = torch.std_mean(given, dim=1, keepdim=True)
-        noisy_std, noisy_mean = torch.std_mean(noisy, dim=1, keepdim=True)
-        matched = (noisy - noisy_mean) / noisy_std.clamp_min(torch.finfo(noisy.dtype).tiny) * std + mean
-        values = self.rescale * matched + (1 - self.rescale) * noisy
+        values = noisy
+        if self.rescale > 0:
+            _check_spread(given.shape[1])
+            std, mean = torch.std_mean(given, dim=1, keepdim=True)
+            noisy_std, noisy_mean = torch.std_mean(noisy, dim=1, keepdim=True)
+            matched = (noisy - noisy_mean) / noisy_std.clamp_min(torch.finfo(noisy.dtype).tiny) * std + mean
+            values = self.rescale * matched + (1 - self.rescale) * noisy
         if isinstance(condition, ClassLabels):
             return ClassLabels(values)
         if isinstance(condition, FloatVectors):
@@ -64,6 +67,15 @@ class AnnealedCondition(Wrapper):
 
     def for_step(self, i: int, sigmas: torch.Tensor) -> "AnnealedCondition":
         return replace(super().for_step(i, sigmas), time=1 - i / (len(sigmas) - 1))
+
+
+def _check_spread(num_values: int) -> None:
+    """Raise ValueError for conditions of a single value: their standard deviation is not defined."""
+    if num_values == 1:
+        raise ValueError(
+            "condition annealing restores the mean and spread of the condition, and this one is a single number, "
+            "without a spread. Use --cads-rescale 0"
+        )
 
 
 def _build(
@@ -75,6 +87,8 @@ def _build(
         raise ValueError(
             "condition annealing adds noise to labels or vectors, and this network takes text. Choose another method"
         )
+    if cads_rescale > 0:
+        _check_spread(getattr(parts.net, "label_dim", 0))
     if cads_start >= cads_end:
         raise ValueError(f"--cads-start is {cads_start:g} and --cads-end {cads_end:g}; the start must be below the end")
     if weight < 1:

@@ -101,6 +101,19 @@ def test_images_without_a_condition_are_refused():
     assert METHODS["cads"].weight == 2.0
 
 
+def test_a_condition_of_a_single_number_has_no_spread_to_restore():
+    temperatures = torch.full([4, 1], 3.0)
+    with pytest.raises(ValueError, match="a single number, without a spread. Use --cads-rescale 0"):
+        at_step(0).anneal(FloatVectors(temperatures))
+    net = type("Net", (), {"label_dim": 1})()
+    with pytest.raises(ValueError, match="a single number, without a spread"):
+        guide(Choice("cads", 2.0), Parts(net))
+    assert isinstance(guide(Choice("cads", 2.0, options={"cads_rescale": 0}), Parts(net)), AnnealedCondition)
+    step = at_step(5, rescale=0.0)  # half of the condition is kept
+    n = step.random.generators().randn([4, 1])
+    torch.testing.assert_close(step.anneal(temperatures), math.sqrt(0.5) * (temperatures + 0.25 * n))
+
+
 def test_a_pinned_value():
     noisy = at_step(5).anneal(LABELS)
     assert [noisy[0, 3].item(), noisy[1, 0].item()] == pytest.approx(PINNED, rel=1e-5)
