@@ -18,6 +18,7 @@ from edm2kit.models.layers import (
     MPConv,
     MPFourier,
     balance,
+    clip,
     downsample,
     mp_cat,
     mp_silu,
@@ -107,7 +108,7 @@ class UNetBlock(nn.Module):
             x = _plus(edits.unless_skipped(name, self.attn_proj(y)), x, self.attn_keep)
         if self.clip_act is None:
             return x
-        return x.clamp_(-self.clip_act, self.clip_act) if overwrite else x.clamp(-self.clip_act, self.clip_act)
+        return x.clamp_(-self.clip_act, self.clip_act) if overwrite else clip(x, self.clip_act)
 
 
 def _plus(y: torch.Tensor, x: torch.Tensor, weight: float = 1.0) -> torch.Tensor:

