@@ -17,6 +17,7 @@ from edm2kit.cli.image_source import NpzImages
 from edm2kit.cli.npz import write_npz
 from edm2kit.data.archive import open_archive
 from edm2kit.data.array_dataset import ArrayDataset
+from edm2kit.data.checksums import Journal, entry_of
 from edm2kit.data.cifar import CifarArchive
 from edm2kit.data.dataset import FILE_EXTENSIONS, ImageDataset, enlarged_fraction, read_encoder_record
 from edm2kit.data.image_files import decode_array, encode_npy, encode_png, find_layout, open_header, open_image, to_8bit
@@ -249,6 +250,23 @@ def _read_finished(folder: Path) -> object:
     return is_finished(folder, settings)
 
 
+def _checksums(folder: Path) -> list[Any]:
+    entries = {f"{k}.npy": list(entry_of(data)) for k, data in enumerate(_LATENTS)}
+    contents = ({"labels": None, "checksums": found} for found in (entries, {"0.npy": entries["0.npy"]}))
+    return [value for content in contents for value in (content, json.dumps(content).encode())]
+
+
+def _read_with_checksums(data: bytes, folder: Path) -> object:
+    for k, latent in enumerate(_LATENTS):
+        (folder / f"{k}.npy").write_bytes(latent)
+    (folder / "dataset.json").write_bytes(data)
+    return ImageDataset(folder).read(np.arange(2))
+
+
+def _read_journal(path: Path) -> object:
+    return Journal(path).entries
+
+
 def _read_unfinished(path: Path) -> object:
     """Goes on with a zip of `dataset_tool.py convert` that a killed process has left."""
     dest = path.parent.with_name("b.zip")
@@ -273,6 +291,7 @@ def _unfinished_settings(data: bytes, folder: Path) -> object:
         return files.names
 
 
+_LATENTS = [encode_npy(np.full((2, 4, 4), k, np.float32)) for k in range(2)]
 _SETTINGS: dict[str, Any] = {"resolution": [4, 4], "transform": "center-crop"}
 _GENERATION = {
     "settings": {"net": "a", "guidance": {"method": "none"}},
@@ -321,4 +340,8 @@ PARSERS: Mapping[str, Parser] = {
         _beside_images("dataset.json", _read_finished),
     ),
     "unfinished settings": Parser(values_and_text(_SETTINGS), _unfinished_settings),
+    "recorded checksums": Parser(_checksums, _read_with_checksums),
+    "journal of checksums": Parser(
+        lambda folder: [b'["0.png", 70, 1234567]\n["1.png", 80, 7654321]\n'], in_file("checksums", _read_journal)
+    ),
 }

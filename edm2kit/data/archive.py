@@ -1,8 +1,4 @@
-"""Folders and zip files of images, read by number.
-
-The index of a zip file is parsed into a few arrays here: Python's zipfile takes 12 seconds and 1.4 GB to open 1.28
-million images, in every process.
-"""
+"""Folders and zip files of images, read by number."""
 
 import contextlib
 import errno
@@ -13,29 +9,22 @@ import re
 import stat
 import struct
 import zlib
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from edm2kit.data.file_kinds import START_BYTES, kind_of_file, single_image
+from edm2kit.data.zip_index import read_index
 
-_END = struct.Struct("<4s4H2LH")
-_END64_LOCATOR = struct.Struct("<4sLQL")
-_END64 = struct.Struct("<4sQ2H2L4Q")
-_CENTRAL = struct.Struct("<4s4x2H4x3L3H8xL")
 _LOCAL_BYTES = 30
 _NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows has none, and no pipes in folders
 _STORED, _DEFLATED = 0, 8
-_IN_EXTRA = 0xFFFFFFFF
 _MAX_FILE_BYTES = 1 << 30  # of one file, uncompressed
 _SUSPICIOUS_BYTES, _MAX_RATIO = 1 << 24, 200  # images and labels of this size never compress so well
 _SMALL_BYTES = 1 << 16
 # folders that systems and network disks keep beside the files of their users, some of them unreadable
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
-_UNICODE_PATH = 0x7075
 _MAX_STAMPED = 1 << 17  # a network disk takes seconds for as many
 _SAMPLE_BYTES = 4096  # that `checksum` reads at the start, in the middle and at the end of a file
 
@@ -112,10 +101,19 @@ def stamp(paths: Sequence[str], times: bool = True) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
+def spread_evenly(available: int, max_images: int | None) -> np.ndarray:
+    """The positions of at most `max_images` of `available` items, evenly spread, int64."""
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"max_images is {max_images}; expected at least 1")
+    count = min(available, max_images or available)
+    return np.arange(count) * available // count
+
+
 class FolderArchive:
     """The images in a folder and its subfolders.
 
     `names` are sorted paths relative to the folder, with forward slashes; `ignored` are those of other files.
+    A file is compared with what `expect` has been given for it when a process reads it for the first time.
     """
 
     def __init__(self, path: Path, extensions: tuple[str, ...]):
@@ -124,17 +122,37 @@ class FolderArchive:
         picked, ignored = _split_names(all_names, extensions)
         self.names, self.ignored = [all_names[k] for k in picked], [all_names[k] for k in ignored]
         self._verified = np.zeros(len(self.names), bool)
+        self._expected: np.ndarray | None = None
+
+    def expect(self, recorded: Mapping[str, Sequence[int]]) -> None:
+        """Compare the files in `recorded`, which gives their sizes and CRC-32, when they are read."""
+        self._expected = None
+        if recorded:
+            # int64 [n, 2]; -1 for files that are not recorded
+            self._expected = np.array([recorded.get(name, (-1, -1)) for name in self.names], np.int64)
 
     def where(self, index: int) -> str:
         """The name of file `index` for messages."""
         return f"{self.path}/{self.names[index]}"
 
     def read(self, index: int) -> bytes:
-        """The bytes of file `index`; raises ValueError, naming the file, if it cannot be read."""
+        """The bytes of file `index`.
+
+        Raises ValueError, naming the file, if it cannot be read or is not what was expected.
+        """
         try:
-            return read_regular(self.where(index))  # a Path would intern each name, whose table grows
+            data = read_regular(self.where(index))  # a Path would intern each name, whose table grows
         except OSError as error:
             raise ValueError(f"{self.where(index)}: cannot be read: {error.strerror}") from error
+        if self._expected is not None and self._expected[index, 0] >= 0 and not self._verified[index]:
+            if [len(data), zlib.crc32(data)] != self._expected[index].tolist():
+                raise ValueError(
+                    f"{self.where(index)}: has changed since it was written: its size or checksum is not the one in "
+                    "dataset.json. Restore the file, or make the data set again; if you replaced it on purpose, remove "
+                    '"checksums" from dataset.json'
+                )
+            self._verified[index] = True
+        return data
 
     def checksum(self, index: int) -> tuple[int, int]:
         """Size and checksum of file `index`, to notice other content; (-1, 0) if it cannot be read.
@@ -154,6 +172,25 @@ class FolderArchive:
             return -1, 0
         return size, checksum
 
+    def digest(self, indices: np.ndarray) -> None:
+        """Nothing: without reading the files, their checksums are not known for certain."""
+
+    def stamp(self, indices: np.ndarray, times: bool = True) -> str:
+        """What `stamp` gives of files `indices`."""
+        return stamp([self.where(k) for k in indices.tolist()], times)
+
+    def sample(self, indices: np.ndarray) -> str:
+        """A hash of the sizes and checksums, as `checksum` gives them, of files `indices`; of 131,072 at most.
+
+        Raises ValueError if one cannot be read.
+        """
+        found = []
+        for index in indices[spread_evenly(len(indices), _MAX_STAMPED)].tolist():
+            found.append(self.checksum(index))
+            if found[-1][0] < 0:  # the hash would be another one as soon as the disk answers again
+                raise ValueError(f"{self.where(index)}: cannot be read; run the same command again")
+        return hashlib.sha256(repr(found).encode()).hexdigest()
+
     def read_extra(self, name: str) -> bytes | None:
         """The bytes of another file, such as dataset.json, or None if there is none."""
         path = self.path / name
@@ -164,6 +201,7 @@ class FolderArchive:
 
         Returns uint8 [n, split], uint8 [n, num_bytes - split], and bool [n], which is false for files of another size:
         their rows are undefined. The checksum of a PNG is verified at its first use; if it is wrong, this gives false.
+        Raises ValueError as `read` does.
         """
         files = np.empty([len(indices), num_bytes], np.uint8)
         whole = np.zeros(len(indices), bool)
@@ -187,7 +225,7 @@ class ZipArchive:
     def __init__(self, path: Path, extensions: tuple[str, ...]):
         self.path = path
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (open as long as the archive lives)
-        all_names, entries = _read_index(self._file.fileno(), path)
+        all_names, entries = read_index(self._file.fileno(), path)
         picked, ignored = _split_names(all_names, extensions)
         self.names, self.ignored = [all_names[k] for k in picked], [all_names[k] for k in ignored]
         self._entries = entries[picked]  # int64 [n, 6]: offset, bytes in the zip, bytes, checksum, method, name's bytes
@@ -220,6 +258,12 @@ class ZipArchive:
     def digest(self, indices: np.ndarray) -> str:
         """A hash of sizes and checksums of the files `indices`, as the zip records them."""
         return hashlib.sha256(self._entries[indices, 2:4].astype("<i8").tobytes()).hexdigest()
+
+    def stamp(self, indices: np.ndarray, times: bool = True) -> None:
+        """Nothing: `digest` says more."""
+
+    def sample(self, indices: np.ndarray) -> None:
+        """Nothing: `digest` says more."""
 
     def read_extra(self, name: str) -> bytes | None:
         """The bytes of another file, such as dataset.json, or None if there is none."""
@@ -325,22 +369,6 @@ def _refuse_folder(error: OSError) -> None:
     raise ValueError(f"{error.filename}: the folder cannot be read: {error.strerror}; fix its permissions") from error
 
 
-def _decode_name(name: bytes, flags: int, extra: bytes) -> str:
-    """A name in a zip. Most tools write UTF-8, but only some set the flag; tools on Windows may separate by "\\".
-
-    Some write their system's code page, or escapes, and UTF-8 in an extra field (APPNOTE 4.6.9).
-    """
-    try:
-        text = name.decode()
-    except UnicodeDecodeError:
-        text = name.decode("utf-8", "surrogateescape") if flags & 0x800 else name.decode("cp437")
-    for kind, field in _extra_fields(extra) if extra else ():
-        if kind == _UNICODE_PATH and field[:5] == b"\1" + zlib.crc32(name).to_bytes(4, "little"):
-            with contextlib.suppress(UnicodeDecodeError):
-                text = field[5:].decode()
-    return text.removeprefix("./").replace("\\", "/")
-
-
 def _is_hidden(name: str) -> bool:
     """Whether a file is hidden or in a hidden folder; ../x.png is not, and must not be left out silently."""
     if not name.startswith(".") and "/." not in name and not any(folder in name for folder in _SYSTEM_FOLDERS):
@@ -362,87 +390,3 @@ def _split_names(all_names: list[str], extensions: tuple[str, ...]) -> tuple[lis
         else:
             ignored.append(position)
     return sorted(picked, key=all_names.__getitem__), sorted(ignored, key=all_names.__getitem__)
-
-
-def _read_index(descriptor: int, path: Path) -> tuple[list[str], np.ndarray]:
-    """Parse a zip's central directory (PKWARE APPNOTE 4.3.12 to 4.3.16) into names and entries, int64 [n, 6]."""
-    start, num_bytes, count, shift = _find_index(descriptor, path)
-    directory = os.pread(descriptor, num_bytes, start)
-    names: list[str] = []
-    numbers = array("q")
-    position = 0
-    is_encrypted = False
-    try:
-        for _ in range(count):
-            signature, flags, method, crc, packed, size, name_bytes, extra_bytes, comment_bytes, offset = (
-                _CENTRAL.unpack_from(directory, position)
-            )
-            name_start = position + _CENTRAL.size
-            name_end = name_start + name_bytes
-            extra = directory[name_end : name_end + extra_bytes] if extra_bytes else b""
-            if signature != b"PK\x01\x02":
-                raise ValueError
-            names.append(_decode_name(directory[name_start:name_end], flags, extra))
-            is_encrypted = is_encrypted or bool(flags & 1)
-            if _IN_EXTRA in (packed, size, offset):
-                size, packed, offset = _zip64_fields(extra, size, packed, offset)
-            numbers.extend((offset + shift, packed, size, crc, method, name_bytes))
-            position = name_end + extra_bytes + comment_bytes
-        if position != num_bytes:
-            raise ValueError
-    except (struct.error, ValueError, IndexError) as error:
-        raise ValueError(
-            f"{path}: the zip's index is damaged at entry {len(names)}; copy or write the archive again"
-        ) from error
-    if is_encrypted:
-        raise ValueError(f"{path}: the zip is encrypted; unpack it with its password, and use the folder")
-    return names, np.frombuffer(numbers, np.int64).reshape(-1, 6)
-
-
-def _find_index(descriptor: int, path: Path) -> tuple[int, int, int, int]:
-    """Start, size and number of entries of the central directory, and the value to add to the offsets in it."""
-    file_bytes = os.fstat(descriptor).st_size
-    tail_start = max(0, file_bytes - (1 << 16) - _END.size - _END64_LOCATOR.size)
-    tail = os.pread(descriptor, file_bytes - tail_start, tail_start)
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or at + _END.size > len(tail):
-        start = os.pread(descriptor, START_BYTES, 0)
-        kind = single_image(start) or kind_of_file(start)
-        if kind is not None:
-            raise ValueError(f"{path}: is {kind}")
-        raise ValueError(f"{path}: not a zip archive, or cut short: no index at its end; copy or write it again")
-    _, _, _, _, count, num_bytes, offset, comment_bytes = _END.unpack_from(tail, at)
-    end = tail_start + at
-    locator = tail[at - _END64_LOCATOR.size : at] if at >= _END64_LOCATOR.size else b""
-    if locator[:4] == b"PK\x06\x07":
-        end = _END64_LOCATOR.unpack(locator)[2]
-        record = os.pread(descriptor, _END64.size, end)
-        if record[:4] != b"PK\x06\x06" or len(record) < _END64.size:
-            raise ValueError(f"{path}: the zip's index is damaged; copy or write the archive again")
-        count, num_bytes, offset = _END64.unpack(record)[7:]
-    # bytes in front of the archive (a self-extractor) move every offset
-    shift = end - num_bytes - offset
-    if shift < 0:
-        raise ValueError(f"{path}: the zip is cut short: {-shift} bytes are missing; copy or write it again")
-    if shift > 0 and at + _END.size + comment_bytes != len(tail):  # the index of a zip within the zip
-        raise ValueError(f"{path}: the zip is cut short: its own index is missing; copy or write it again")
-    return end - num_bytes, num_bytes, count, shift
-
-
-def _zip64_fields(extra: bytes, size: int, packed: int, offset: int) -> tuple[int, int, int]:
-    """Size, packed size and offset of an entry beyond 4 GiB (zip64 extended information)."""
-    for kind, field in _extra_fields(extra):
-        if kind == 1:
-            wide = list(struct.unpack_from(f"<{len(field) // 8}Q", field))
-            size, packed, offset = (wide.pop(0) if value == _IN_EXTRA else value for value in (size, packed, offset))
-            break
-    return size, packed, offset
-
-
-def _extra_fields(extra: bytes) -> Iterator[tuple[int, bytes]]:
-    """The kind and the content of each extra field of an entry; a cut one ends them."""
-    position = 0
-    while position + 4 <= len(extra):
-        kind, num_bytes = struct.unpack_from("<2H", extra, position)
-        yield kind, extra[position + 4 : position + 4 + num_bytes]
-        position += 4 + num_bytes

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from edm2kit.data.archive import read_regular, stamp
-from edm2kit.data.dataset import Source, content_digest, spread_evenly
+from edm2kit.data.archive import read_regular, spread_evenly, stamp
+from edm2kit.data.dataset import Source, content_digest
 from edm2kit.data.image_files import check_item
 from edm2kit.data.labels import labels_identity, labels_of_array, pick_labels
 from edm2kit.torch_utils.arrays import BROKEN
 from edm2kit.torch_utils.dist import one_line
+from edm2kit.torch_utils.files import sampled_sha256
 
 LABELS_ARRAY = "labels.npy"
 _HINT = "resize the images before saving the array"
@@ -111,6 +112,10 @@ class ArrayDataset(Source):
     def files_stamp(self, times: bool = True) -> str:
         """Of the arrays."""
         return stamp([str(file) for file in self._files], times)
+
+    def files_sample(self) -> str:
+        """Of the arrays: 64 pieces of each."""
+        return hashlib.sha256("".join(map(sampled_sha256, self._files)).encode()).hexdigest()
 
     def read_extra(self, name: str) -> bytes | None:
         """The bytes of another file beside the arrays, such as encoder.json, or None if there is none."""

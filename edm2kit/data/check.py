@@ -10,6 +10,7 @@ import click
 import numpy as np
 
 from edm2kit.data.archive import FolderArchive, ZipArchive, open_archive
+from edm2kit.data.checksums import verify_arrays
 from edm2kit.data.cifar import CifarArchive
 from edm2kit.data.dataset import (
     CONVERT_HINT,
@@ -72,6 +73,8 @@ def check(source: str, workers: int) -> bool:
     problems: list[str] = []
     labels = None
     try:
+        if archive.names[0].lower().endswith(".npy"):
+            verify_arrays(archive, needed=True)
         labels = read_labels(archive)
     except ValueError as error:
         problems.append(str(error))

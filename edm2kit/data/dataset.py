@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edm2kit.data.archive import ZipArchive, open_archive, stamp
+from edm2kit.data.archive import open_archive, spread_evenly
+from edm2kit.data.checksums import verify_arrays
 from edm2kit.data.image_files import (
     HEIF_EXTENSIONS,
     IMAGE_EXTENSIONS,
@@ -109,6 +110,10 @@ class Source(Protocol):
         """A hash of the sizes, and `times` of change, of files without known checksums; None if there are none."""
         return None
 
+    def files_sample(self) -> str | None:
+        """A hash of sizes and some of the bytes of files without known checksums; None if there are none."""
+        return None
+
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Item `index` [C, H, W] and its label as the network receives it, float32 [label_dim]."""
         indices = np.array([index])
@@ -180,6 +185,8 @@ class ImageDataset(Source):
 
     def __init__(self, path: str | Path, max_images: int | None = None, use_labels: bool = True):
         self._archive = open_archive(path, FILE_EXTENSIONS)
+        if self._archive.names[0].lower().endswith(".npy"):  # other files have checksums of their own
+            verify_arrays(self._archive, needed=use_labels)
         self.path = self._archive.path
         self._picked = spread_evenly(len(self._archive.names), max_images)
         first = int(self._picked[0])
@@ -247,13 +254,15 @@ class ImageDataset(Source):
 
     def files_digest(self) -> str | None:
         """Of a zip, which holds a checksum of each file."""
-        return self._archive.digest(self._picked) if isinstance(self._archive, ZipArchive) else None
+        return self._archive.digest(self._picked)
 
     def files_stamp(self, times: bool = True) -> str | None:
         """Of a folder."""
-        if isinstance(self._archive, ZipArchive):
-            return None
-        return stamp([self._archive.where(k) for k in self._picked.tolist()], times)
+        return self._archive.stamp(self._picked, times)
+
+    def files_sample(self) -> str | None:
+        """Of a folder."""
+        return self._archive.sample(self._picked)
 
     @property
     def needs_decoding(self) -> bool:
@@ -300,14 +309,6 @@ def latent_trouble(raw: np.ndarray) -> str | None:
     if largest > _LARGEST_LATENT:
         return f"raw latents of a VAE stay below {_LARGEST_LATENT}, but these reach {largest:g}: scale them back"
     return None
-
-
-def spread_evenly(available: int, max_images: int | None) -> np.ndarray:
-    """The positions of at most `max_images` of `available` items, evenly spread, int64."""
-    if max_images is not None and max_images < 1:
-        raise ValueError(f"max_images is {max_images}; expected at least 1")
-    count = min(available, max_images or available)
-    return np.arange(count) * available // count
 
 
 class SourceOpener(Protocol):

@@ -135,6 +135,7 @@ def make_job(
     content = {"source": source.identity(), "source_files": source.files_digest()}
     if (sizes := source.files_stamp(times=False)) is not None:
         content["source_sizes"] = sizes
+        content["source_sample"] = dist.on_rank0(source.files_sample)
     if source.labels is not None:
         content["class_names"] = names_digest(source.label_names, source.label_dim)
     return FileJob(source, dest, names, work, {**settings, **content}, extra)

@@ -42,6 +42,10 @@ class Part(Source):
         """As of the complete data set."""
         return self.whole.files_stamp(times)
 
+    def files_sample(self) -> str | None:
+        """As of the complete data set."""
+        return self.whole.files_sample()
+
     def item_name(self, index: int) -> str:
         """The name that the item has in the complete data set."""
         return self.whole.item_name(int(self.picked[index]))

@@ -9,8 +9,8 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from edm2kit.data.archive import read_regular
-from edm2kit.data.dataset import CONVERT_HINT, Source, content_digest, spread_evenly
+from edm2kit.data.archive import read_regular, spread_evenly
+from edm2kit.data.dataset import CONVERT_HINT, Source, content_digest
 from edm2kit.data.image_files import check_item, decode_array
 from edm2kit.data.labels import Labels, labels_identity, labels_of_array, pick_labels
 

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from edm2kit.torch_utils.files import short_json
 if TYPE_CHECKING:
     from edm2kit.data.dataset import Source
 
+T = TypeVar("T")
 RECORD = "generation.json"  # written beside generated images: how they were made
 LABELS_FILE = "dataset.json"
 # the names of splits: val, Train, test_set, train2017, imagenet-val, and trainA of data sets for translation
@@ -145,7 +146,7 @@ def read_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
     if content is None or content.get("labels") is None:
         return None
     found = find_extra(archive, LABELS_FILE)
-    by_name = _align(_check_entries(content["labels"], where), archive.names, found[0] if found else "", where)
+    by_name = align_names(_check_entries(content["labels"], where), archive.names, found[0] if found else "", where)
     unlabelled = [name for name in archive.names if name not in by_name]
     unknown = sorted(set(by_name).difference(archive.names))
     if unlabelled:
@@ -233,21 +234,21 @@ def find_extra(archive: FolderArchive | ZipArchive, name: str) -> tuple[str, byt
     return None
 
 
-def _align(by_name: dict[str, Any], names: Sequence[str], folder: str, where: str) -> dict[str, Any]:
-    """The labels under the archive's own names: entries may start in `folder`, or be written as another system does."""
+def align_names(by_name: dict[str, T], names: Sequence[str], folder: str, where: str) -> dict[str, T]:
+    """The values by the archive's own `names`: theirs may start in `folder`, or be written as another system does."""
     known = set(names)
     if known.issuperset(by_name):
         return by_name
-    aligned: dict[str, Any] = {}
-    for name, label in by_name.items():
+    aligned: dict[str, T] = {}
+    for name, value in by_name.items():
         plain = name.replace("\\", "/").removeprefix("./")
         forms = [name, folder + name, plain, folder + plain]
         # systems differ in how they store an accent: as part of the letter, or after it
         forms += [unicodedata.normalize(form, folder + plain) for form in ("NFC", "NFD")]
         fitting = next((form for form in forms if form in known), name)
         if fitting in aligned:
-            raise ValueError(f"{where}: labels {fitting} more than once")
-        aligned[fitting] = label
+            raise ValueError(f"{where}: lists {fitting} more than once")
+        aligned[fitting] = value
     return aligned
 
 

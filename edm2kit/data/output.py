@@ -6,12 +6,13 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from PIL import Image
 
-from edm2kit.data.archive import check_name, open_archive
+from edm2kit.data.archive import FolderArchive, ZipArchive, check_name, open_archive, spread_evenly
+from edm2kit.data.checksums import KEY, Entry, Journal, entry_of, recorded_checksums
 from edm2kit.data.dataset import FILE_EXTENSIONS
 from edm2kit.data.labels import LABELS_FILE, read_labels_file
 from edm2kit.torch_utils.files import differences, file_lock, free_bytes, plain_json, write_json
@@ -20,6 +21,7 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LIMIT_16, _LIMIT_32 = 0xFFFF, 0xFFFFFFFF
 _ZIP_BYTES = 150  # that a file takes in a zip besides its content
+_COMPARED_BYTES = 1 << 26  # of a data set that is complete, and kept
 _DATE_1980 = 33  # the same bytes whenever it is written
 
 
@@ -32,24 +34,37 @@ def is_finished(dest: Path, settings: dict) -> bool:
     if not dest.exists() or (dest.is_dir() and not any(dest.iterdir())):
         return False
     content: dict = {}
-    num_files = 0
     with contextlib.suppress(ValueError):
         archive = open_archive(dest, FILE_EXTENSIONS)
-        content, num_files = read_labels_file(archive) or {}, len(archive.names)
+        content = read_labels_file(archive) or {}
     found = content.get("settings")
     if not isinstance(found, dict):
         raise ValueError(f"{dest} exists and was not made by this command; delete it or choose another --dest")
     changed = differences(found, _comparable(plain_json(settings), found))
     if changed:
         raise ValueError(f"{dest} is a data set with {'; '.join(changed[:3])}; delete it or choose another --dest")
+    num_files = len(archive.names)
     wanted = content.get("files", num_files)  # older records do not say how many there were
     if num_files != wanted:
         raise ValueError(f"{dest} has {num_files} of its {wanted} files; delete it and run the command again")
+    _compare_sample(archive, content)
     left = _unfinished(dest)
     if left.exists() and not (left / "data").exists():
         with contextlib.suppress(ValueError), file_lock(left / "lock", lambda owner: _in_use(left, owner)):
             shutil.rmtree(left)
     return True
+
+
+def _compare_sample(archive: FolderArchive | ZipArchive, content: dict) -> None:
+    """Compare 64 MiB of the files with their checksums, at least 256 and at most 4096 of them, evenly spread.
+
+    Raises ValueError, naming a file that has changed.
+    """
+    if isinstance(archive, FolderArchive):
+        archive.expect(recorded_checksums(archive, content))
+    count = min(max(_COMPARED_BYTES // max(len(archive.read(0)), 1), 256), 4096)
+    for index in spread_evenly(len(archive.names), count).tolist():
+        archive.read(index)
 
 
 def _unfinished(dest: Path) -> Path:
@@ -65,7 +80,8 @@ def _comparable(settings: dict, found: dict) -> dict:
     if "source_digest" in found and "source_content" in settings:
         settings = {**settings, "source_digest": found["source_digest"]}
         del settings["source_content"]
-    for key in ("source_files", "source_sizes"):  # only zips have checksums, and the sizes of folders are younger
+    # only zips have checksums for certain, and what is compared of folders is younger
+    for key in ("source_files", "source_sizes", "source_sample"):
         if None in (settings.get(key), found.get(key)):
             settings = {**settings, key: found.get(key)}
     if "class_names" not in found:
@@ -162,9 +178,15 @@ class PartialDataset:
         self.names.add(name)
 
     def finish(self, content: dict) -> None:
-        """Write dataset.json (`content`, the settings, the number of files), and move the data set to its place."""
+        """Write dataset.json, and move the data set to its place.
+
+        It holds `content`, the settings, the number of files and, in a folder, their checksums.
+        """
         count = sum(name.lower().endswith(FILE_EXTENSIONS) for name in self.names)
         content = content | {"files": count, "settings": self.settings}
+        entries = sorted(self._writer.recorded.items())
+        if entries:
+            content[KEY] = {name: entry for name, entry in entries if name.lower().endswith(FILE_EXTENSIONS)}
         self.add(LABELS_FILE, json.dumps(content).encode())
         with self._naming_the_place():
             self._writer.finish()
@@ -202,13 +224,28 @@ class _FolderWriter:
     """Writes files that are complete or absent, whenever the process is killed.
 
     Files are not flushed to disk one by one, which would take longer than producing them: after a power cut within
-    seconds of the end, some may be empty (`dataset_tool.py check` finds them). A zip file is flushed.
+    seconds of the end, some may be empty (`dataset_tool.py check` finds them). A zip file is flushed. Beside the files,
+    a journal has their checksums, which `recorded` are. On resuming, files that do not fit theirs are written again.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        files = (Path(folder, file) for folder, _, files in os.walk(path) for file in files)
-        self.names = {file.relative_to(path).as_posix() for file in files if _is_whole(file)}
+        self._journal = Journal(path.with_name("checksums"))
+        known = self._journal.entries
+        kept: dict[str, Entry] = {}
+        for file in (Path(folder, file) for folder, _, files in os.walk(path) for file in files):
+            name, entry = file.relative_to(path).as_posix(), entry_of(file.read_bytes())
+            # earlier versions kept no journal
+            is_good = _is_whole(file) if known is None else known.get(name) == entry
+            if is_good:
+                kept[name] = entry
+        self._journal.start(kept)
+        self.names = set(kept)
+
+    @property
+    def recorded(self) -> dict[str, Entry]:
+        """Size and checksum of each file."""
+        return self._journal.entries or {}
 
     def add(self, name: str, data: bytes) -> None:
         path = self.path / name
@@ -216,13 +253,14 @@ class _FolderWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(data)
         os.replace(partial, path)
+        self._journal.add(name, data)
 
     def finish(self) -> None:
         for leftover in self.path.glob("**/*.tmp"):
             leftover.unlink()
 
     def close(self) -> None:
-        pass
+        self._journal.close()
 
 
 class _ZipWriter:
@@ -230,6 +268,8 @@ class _ZipWriter:
 
     Layout: PKWARE APPNOTE 4.3.6 to 4.3.16, zip64 if needed. Raises ValueError for a file of 4 GiB or more.
     """
+
+    recorded: Mapping[str, Entry] = {}  # nothing beside the zip's own index
 
     def __init__(self, path: Path):
         self._entries: dict[str, tuple[int, int, int]] = {}  # name: offset, bytes, checksum

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from edm2kit.data.dataset import Source, spread_evenly
+from edm2kit.data.archive import spread_evenly
+from edm2kit.data.dataset import Source
 from edm2kit.models.encoders import Encoder
 from edm2kit.torch_utils import dist
 from edm2kit.torch_utils.rng import StackedGenerator, derive_seed

@@ -9,7 +9,8 @@ import torch
 
 from edm2kit.cli.generation import Request, prepare
 from edm2kit.cli.output_kinds import sheet_notes
-from edm2kit.data.dataset import Source, spread_evenly
+from edm2kit.data.archive import spread_evenly
+from edm2kit.data.dataset import Source
 from edm2kit.data.image_files import labelled_sheet
 from edm2kit.experiments.runs.findings import COPIES, Check, Finding
 from edm2kit.experiments.runs.folder import RunFolder

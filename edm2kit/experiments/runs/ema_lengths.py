@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from edm2kit.cli.generation import Request, load_for_sampling, prepare
-from edm2kit.data.dataset import Source, spread_evenly
+from edm2kit.data.archive import spread_evenly
+from edm2kit.data.dataset import Source
 from edm2kit.ema.rebuild import plan_outputs, reconstruct
 from edm2kit.experiments.runs.findings import EMA_LENGTH, Check, Finding
 from edm2kit.experiments.runs.folder import RunFolder

@@ -24,7 +24,8 @@ from statistics import NormalDist
 import numpy as np
 import torch
 
-from edm2kit.data.dataset import Source, spread_evenly
+from edm2kit.data.archive import spread_evenly
+from edm2kit.data.dataset import Source
 from edm2kit.models.encoders import Encoder
 from edm2kit.torch_utils.dist import progress_bar
 from edm2kit.torch_utils.rng import StackedGenerator, derive_seed
