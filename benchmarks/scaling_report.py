@@ -19,7 +19,7 @@ H100 = Machine(
 READING_RANKS = 64
 # bytes of an image in storage; assumes 9 kB for a 64x64 PNG of a photograph
 STORED = {
-    "edm2-img64-s": {"PNGs in a zip": 9000, "prepared array": 64 * 64 * 3},
+    "edm2-img64-s": {"compressed PNGs in a zip": 9000, "files of `convert`, not decoded": 64 * 64 * 3},
     "edm2-img512-s": {"latents, float32": 8 * 64 * 64 * 4, "latents, float16": 8 * 64 * 64 * 2},
     "edm2-img512-xxs": {"latents, float32": 8 * 64 * 64 * 4, "latents, float16": 8 * 64 * 64 * 2},
 }

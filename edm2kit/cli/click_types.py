@@ -41,7 +41,7 @@ _UNIT_SEC = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _SUFFIX = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
 
-class _Base(click.Command):
+class _Base(help_pages.Sentences):
     """A command whose --help comes in sections with defaults, and that ends its process through `dist.exit_process`.
 
     `sections` are the titles to list first, in their order; other sections follow in the order of their options.
@@ -100,7 +100,7 @@ class _Base(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in self.sections}
         for parameter in self.get_params(ctx):
             line = parameter.get_help_record(ctx)
-            if line is None or parameter.name in self.unlisted:
+            if line is None or not line[1] or parameter.name in self.unlisted:  # arguments have no help
                 continue
             title = getattr(parameter, "section", OTHER)
             sections.setdefault(title, []).append(line)

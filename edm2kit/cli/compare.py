@@ -96,8 +96,8 @@ _row_options = cli.section(
         metavar="YAML",
         type=click.Path(path_type=Path, dir_okay=False),
         default=ROWS_FILE,
-        show_default="those of the package",
-        help="The comparison: its rows, detector and numbers of images",
+        show_default=False,
+        help="The comparison: its rows, detector and numbers of images  [default: that of the package]",
     ),
     click.option(
         "--outdir",
@@ -108,20 +108,19 @@ _row_options = cli.section(
     ),
 )
 _batch = click.option("--batch", metavar="N", type=click.IntRange(min=1), default=50, help="Images per batch")
-_device = click.option("--device", default="auto", help="auto, cuda, mps or cpu")
+_device = cli.device_option()
 _reference_options = cli.section(
     "Reference",
     click.option("--ref", metavar="NPZ", required=True, help="Reference statistics, from calculate_metrics.py ref"),
     click.option("--real", metavar="PATH", required=True, help="Real images for precision, recall and coverage"),
 )
-_THEIR_DEFAULT = "that of --rows-file"
+_THEIR_DEFAULT = "  [default: that of --rows-file]"
 _tuned_seeds = click.option(
     "--tuned-seed",
     "tuned",
     metavar="LIST",
     type=cli.IntRanges(),
-    show_default=_THEIR_DEFAULT,
-    help="First seeds of `tune`",
+    help=f"First seeds of `tune`{_THEIR_DEFAULT}",
 )
 _fresh = click.option("--fresh", metavar="PATH", help="Other real images, to measure how far real is from real")
 
@@ -135,16 +134,14 @@ def _image_options(*more: cli.Decorator) -> cli.Decorator:
             "--num-images",
             metavar="N",
             type=click.IntRange(min=6),
-            show_default=_THEIR_DEFAULT,
-            help="Images per value",
+            help=f"Images per value{_THEIR_DEFAULT}",
         ),
         click.option(
             "--seed",
             "seeds",
             metavar="LIST",
             type=cli.IntRanges(),
-            show_default=_THEIR_DEFAULT,
-            help="First seed of each value, e.g. 10000,20000",
+            help=f"First seed of each value, such as 10000,20000{_THEIR_DEFAULT}",
         ),
         *more,
         _batch,

@@ -19,6 +19,7 @@ from edm2kit.cli.click_types import (
     Group,
     Parsed,
     check_writable,
+    device_option,
     parse_duration_sec,
     section,
     timeout_option,
@@ -70,8 +71,8 @@ _processes = click.option(
     metavar="N",
     type=click.IntRange(min=1),
     default=num_cpus,
-    show_default="one per CPU",
-    help="Number of worker processes",
+    show_default=False,
+    help="Number of worker processes  [default: one per CPU]",
 )
 
 
@@ -190,7 +191,7 @@ def _vae_options(vae: Decorator) -> Decorator:
         click.option(
             "--workers", metavar="N", type=click.IntRange(min=1), default=4, help="Reading threads per process"
         ),
-        click.option("--device", default="auto", help="Device to use: auto, cuda, mps or cpu"),
+        device_option(),
         timeout_option(),
     )
 
@@ -258,7 +259,7 @@ def decode(**options: Any) -> None:
     type=AtLeast(float, 1e-6),
     help="Images/s with --channels  [default: measured]",
 )
-@click.option("--device", default="auto", help="Device that will train: auto, cuda, mps or cpu")
+@click.option("--device", metavar="NAME", default="auto", help="Device that will train: auto, cuda, mps or cpu")
 def advise(
     source: str, budget: float, outdir: str, channels: int | None, throughput: float | None, device: str
 ) -> None:

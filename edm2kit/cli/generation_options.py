@@ -199,8 +199,8 @@ def _method_option(owner: str, option: Option) -> cli.Decorator:
 
 
 def _method_option_help(option: Option) -> str:
-    default = "none" if option.default is None else option.default
-    return f"{option.help}  [default: {default}]"
+    # without a value to show, the text says what is done
+    return option.help if option.default is None else f"{option.help}  [default: {option.default}]"
 
 
 def method_help(name: str) -> str:

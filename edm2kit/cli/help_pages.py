@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+_LONGEST_SENTENCE = 200  # of a group's list of commands
 _PACKAGE = Path(__file__).parent.parent
 FILE = _PACKAGE / "configs" / "help.json"
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
@@ -128,11 +129,18 @@ def write_sections(formatter: click.HelpFormatter, sections: Sections) -> None:
             formatter.write_dl([(option, text) for option, text in lines], col_max=26)
 
 
+class Sentences(click.Command):
+    """A command whose line in the list of its group is a complete sentence, wrapped instead of cut."""
+
+    def get_short_help_str(self, limit: int = _LONGEST_SENTENCE) -> str:
+        return super().get_short_help_str(_LONGEST_SENTENCE)
+
+
 class _CommandIsNeeded(Exception):
     """What is stored cannot answer."""
 
 
-class _Stored(click.Command):
+class _Stored(Sentences):
     """A command of which only the help and the options are known."""
 
     def __init__(self, name: str, page: dict[str, Any]) -> None:

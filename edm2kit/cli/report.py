@@ -25,7 +25,7 @@ from edm2kit.torch_utils.files import code_commit
     "--dest",
     metavar="FILE",
     type=cli.OutputFile("page of this program"),
-    help="The page  [default: report.html in RUN, or here for several]",
+    help="HTML file to write  [default: report.html in RUN, or here for several]",
 )
 def main(runs: tuple[Path, ...], dest: Path | None) -> None:
     """Write a page about training runs: findings, losses, learning rate, speed, samples over time, scores, settings.

@@ -42,7 +42,7 @@ _num = click.option(
     "--num", "--num-images", metavar="N", type=click.IntRange(2), default=50_000, help="Images per value"
 )
 _seeds = click.option("--seeds", metavar="N", type=click.IntRange(1), default=3, help="Values per cell")
-_device = click.option("--device", default="auto", help="auto, cuda, mps or cpu")
+_device = cli.device_option()
 _precision = click.option(
     "--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", help="auto: fp16 on CUDA, else fp32"
 )

@@ -34,8 +34,8 @@ _compile = click.option(
     "--compile/--no-compile",
     "compiled",
     default=can_compile,
-    show_default="compile if there is a C++ compiler",
-    help="Speed up training and sampling three to four times with torch.compile",
+    show_default=False,
+    help="Speed up training and sampling three to four times with torch.compile  [default: if there is a C++ compiler]",
 )
 
 

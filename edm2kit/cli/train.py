@@ -89,7 +89,7 @@ class TrainCommand(cli.Command):
         "--measure",
         metavar="TIME",
         type=cli.Parsed(cli.parse_duration_sec),
-        help="Measure images/s for so long, for -n",
+        help="Measure images/s for this time, with -n",
     ),
     click.option("--gpus", metavar="N", type=cli.AtLeast(int, 1), help="Plan for N GPUs, with -n"),
     click.option("--gpu-memory", metavar="GB", type=cli.AtLeast(float, 1), help="Memory of each of them, with -n"),

@@ -115,7 +115,7 @@ _networks = cli.section(
         metavar="NIMG",
         type=cli.Size(),
         multiple=True,
-        help="Training time of guides, in images; repeatable  [default: up to 6]",
+        help="Training time of guides, in images; repeatable  [default: up to 6, to probe 3]",
     ),
 )
 _outdir = click.option(

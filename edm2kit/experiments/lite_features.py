@@ -202,7 +202,9 @@ def metrics_table() -> str:
     metric_rows = []
     for name, metric in METRICS.items():
         needs = ", ".join(f"`--{need}`" for need in metric.needs if need in ("real", "heldout"))
-        metric_rows.append((f"`{name}`", metric.text, metric.better, needs, ", ".join(metric.detectors) or "all"))
+        metric_rows.append(
+            (f"`{name}`", metric.text, metric.better, needs, ", ".join(metric.detectors) or "all but `sfid`")
+        )
     return markdown_table(("metric", "what it is", "better", "needs", "detectors"), metric_rows)
 
 

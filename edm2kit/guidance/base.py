@@ -34,7 +34,8 @@ class Option:
     """One setting of a method or rule: `--name` on the command line, `keyword` for its build function.
 
     `name` starts with the name of its owner, so that no two owners share an option. `parse` turns text into a value;
-    it raises ValueError saying what was expected. `help` is a full phrase, with the unit. `default` None means unset.
+    it raises ValueError saying what was expected. `help` is a full phrase, with the unit; if `default` is None, which
+    means not given, it says what is done then.
 
     Example: `Option("pag-match", one_of("no", "yes"), "no", "Rescale V to the RMS of the attention output")`.
     """

@@ -131,8 +131,9 @@ class CFGPlusPlus(Wrapper):
 
     A DDIM step from sigma to s becomes x' = D_neg + lambda (D - D_neg) + (s / sigma) (x - D_neg), which is an Euler
     step with the weight lambda sigma / (sigma - s). So it is a schedule, exact with `euler` without churn; other
-    solvers take the same weights. lambda is w - 1, so that w = 1 is off; published are lambdas up to 1, and 0.6 as the
-    default (w 1.6).
+    solvers take the same weights. lambda is w - 1; published are lambdas up to 1, and 0.6 as the default (w 1.6). A
+    small lambda is not weak guidance, but leads to images of the negative alone: only w = 1 itself is off and gives
+    those of the main network.
 
     Works with autoguidance and any rule, but with one negative only, whose noise is put back. Raises ValueError if
     `guided` is not led away from exactly one negative, if its weight is not in [1, 2], and if it is called outside a

@@ -1,4 +1,4 @@
-"""Variants of the Frechet distance: extrapolated to endless images, and averaged over encoders."""
+"""Variants of the Frechet distance: extrapolated to infinitely many images, and averaged over encoders."""
 
 from collections.abc import Mapping
 
@@ -17,8 +17,9 @@ FD_VALIDATION = {"fid": 1.68, "fd_dinov2": 14.19}
 
 
 def fd_infinity(sample: Sample) -> Score:
-    """The Frechet distance of endlessly many images, extrapolated: distances at 15 sizes against 1 / n, intercept.
+    """The Frechet distance of infinitely many images: distances at 15 sizes n are fitted by a line in 1 / n.
 
+    The value is the line's intercept.
     The sizes are evenly spaced from 5000 (half of all images if there are fewer than 10,000) to all images; the subsets
     are nested in a random order. Chong and Forsyth 2020 (arXiv 1911.07023).
     """

@@ -63,7 +63,9 @@ METRICS: dict[str, Metric] = {
     ),
     "mmd": Metric(cmmd, "the kernel distance of CMMD, which uses CLIP", "lower", ("real",), in_all=False),
     "mind": Metric(mind, "sliced Wasserstein distance of generated from real images", "lower", ("real",)),
-    "fd_infinity": Metric(fd_infinity, "Frechet distance extrapolated to endless images", "lower", ("reference",)),
+    "fd_infinity": Metric(
+        fd_infinity, "Frechet distance extrapolated to infinitely many images", "lower", ("reference",)
+    ),
     "knn_agreement": Metric(
         knn_agreement, "share of generated images of the class that 10 real neighbours vote for", "higher",
         ("real", "real_labels"), pairs=cosine_neighbours,

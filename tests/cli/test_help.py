@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from edm2kit.cli import doctor
 from edm2kit.cli.click_types import Command, Group
+from edm2kit.guidance.registry import all_options
 from tests.support import ROOT, house
 
 
@@ -57,3 +58,39 @@ def test_options_with_a_default_show_it(name):
             continue
         if default != "":
             assert f"[default: {default}" in shown, option.name
+
+
+def groups():
+    found = {}
+    for module in sorted(house.commands(ROOT)):
+        main = importlib.import_module(module).main
+        if isinstance(main, click.Group):
+            found[module.split(".")[-1]] = main
+    return found
+
+
+@pytest.mark.parametrize("name", groups())
+def test_a_group_lists_its_commands_with_complete_sentences(name):
+    group = groups()[name]
+    shown = "".join(CliRunner().invoke(group, ["--help"]).output.split())  # however lines are broken, also at hyphens
+    for command in group.commands.values():
+        sentence = command.short_help or command.help.partition("\n\n")[0].partition(". ")[0]
+        assert "".join(sentence.split()) in shown, command.name
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_defaults_stand_in_brackets_alone_and_arguments_need_no_line(name):
+    lines = CliRunner().invoke(COMMANDS[name], ["--help"]).output.splitlines()
+    assert "[default: (" not in " ".join(" ".join(lines).split())
+    arguments = [one for one in COMMANDS[name].params if isinstance(one, click.Argument)]
+    for argument in arguments:
+        assert (argument.metavar or argument.name) not in [line.strip() for line in lines]
+
+
+def test_options_of_methods_without_a_value_say_what_is_done_then():
+    shown = CliRunner().invoke(COMMANDS["generate"], ["--help-guidance", "pag"]).output
+    assert "[default: the deepest of the encoder and the middle]" in " ".join(shown.split())
+    for owner, option in all_options():
+        if option.default is not None or owner == "loss":
+            continue  # what a loss needs depends on its kind
+        assert "[default: " in option.help or option.help.endswith("; required"), option.name

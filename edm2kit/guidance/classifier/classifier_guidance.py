@@ -98,7 +98,7 @@ def _main_network(denoiser: Any) -> Any:
 
 METHOD = Method(
     "classifier guidance: towards the class, by the gradient of a classifier of noisy images",
-    "1 main + 1 classifier, back and forth",
+    "1 main + 1 classifier and its backward pass",
     _build,
     around=True,
     options=(
@@ -107,7 +107,7 @@ METHOD = Method(
             "classifier-class",
             count(0),
             None,
-            "Index of the class to guide all images towards, from 0; unset: each image's own class",
+            "Index of the class to guide all images towards, from 0  [default: each image's own class]",
         ),
     ),
     formula="D + (w - 1) sigma^2 grad log p(c | x; sigma)",

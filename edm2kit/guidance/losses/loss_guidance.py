@@ -171,7 +171,7 @@ def _build(parts: Parts, weight: float, **options: Any) -> Denoiser:
 
 METHOD = Method(
     "loss guidance: towards a low loss of the denoised image (inpainting, super-resolution, a colour, a class)",
-    "1 main, back and forth: about 3 main",
+    "1 main and its backward pass: about 3 main",
     _build,
     around=True,
     weight=2.0,
@@ -191,8 +191,8 @@ METHOD = Method(
             "loss-noise",
             number(1e-4),
             None,
-            f"Standard deviation of the noise in the picture, for pixels in [-1, 1]; unset: {_NOISE_STD:g} for the "
-            "score, and a sum of squares as the loss for steps",
+            f"Standard deviation of the noise in the picture, for pixels in [-1, 1]  [default: {_NOISE_STD:g} for the "
+            "score; for steps the loss is a sum of squares]",
         ),
         Option("loss-classifier", existing_file, None, "class: a classifier file from scripts/train_classifier.py"),
         Option("loss-class", count(0), None, "class: index of the class to guide towards, from 0"),
@@ -204,7 +204,12 @@ METHOD = Method(
             "auto: score if the average is known exactly, else freedom. W - 1 multiplies it (the defaults of tfg suit "
             "a class; for pictures, whose loss is steeper, use W 1.2)",
         ),
-        Option("loss-step", number(), None, "Size of the step; of the rule polyak-true, the lowest possible loss"),
+        Option(
+            "loss-step",
+            number(),
+            None,
+            "Size of the step; of the rule polyak-true, the lowest possible loss  [default: as published]",
+        ),
         Option(
             "loss-backprop",
             one_of("yes", "no"),

@@ -53,7 +53,8 @@ METHOD = Method(
             "erg-blocks",
             parse_blocks,
             None,
-            "Attention blocks to change, names separated by commas; unset: the deepest of the encoder and the middle",
+            "Attention blocks to change, names separated by commas  [default: the deepest of the encoder and the "
+            "middle]",
         ),
     ),
     term="D(x; sigma, c) with attention logits divided by a temperature",

@@ -42,7 +42,8 @@ METHOD = Method(
             "pag-blocks",
             parse_blocks,
             None,
-            "Attention blocks to change, names separated by commas; unset: the deepest of the encoder and the middle",
+            "Attention blocks to change, names separated by commas  [default: the deepest of the encoder and the "
+            "middle]",
         ),
         Option("pag-match", one_of("no", "yes"), "no", "yes: rescale V to the RMS of the attention output it replaces"),
     ),

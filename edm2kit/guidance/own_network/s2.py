@@ -51,7 +51,7 @@ METHOD = Method(
             "s2-blocks",
             parse_blocks,
             None,
-            "Attention blocks to draw from, names separated by commas; unset: all of them",
+            "Attention blocks to draw from, names separated by commas  [default: all]",
         ),
     ),
     term="D(x; sigma, c) with random blocks skipped",

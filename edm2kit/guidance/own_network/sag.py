@@ -98,7 +98,7 @@ METHOD = Method(
             "sag-block",
             parse_blocks,
             None,
-            "Attention block whose map is read; unset: the last one at the lowest resolution",
+            "Attention block whose map is read  [default: the last one at the lowest resolution]",
         ),
         Option(
             "sag-blur",

@@ -82,7 +82,7 @@ METHOD = Method(
             "seg-blocks",
             parse_blocks,
             None,
-            "Attention blocks to change, names separated by commas; unset: those in the middle",
+            "Attention blocks to change, names separated by commas  [default: those in the middle]",
         ),
     ),
     term="D(x; sigma, c) with attention queries G * Q",

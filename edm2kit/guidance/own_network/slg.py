@@ -57,7 +57,7 @@ METHOD = Method(
             "slg-blocks",
             parse_blocks,
             None,
-            "Attention blocks to skip, names separated by commas; unset: those about a third of the way through",
+            "Attention blocks to skip, names separated by commas  [default: those about a third of the way through]",
         ),
     ),
     term="D(x; sigma, c) with blocks skipped",

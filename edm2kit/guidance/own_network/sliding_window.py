@@ -81,7 +81,9 @@ METHOD = Method(
     negative=_negative,
     weight=1.2,  # EDM2-S, FID; 2.1 for FD-DINOv2
     options=(
-        Option("sliding-window-size", count(), None, "Height and width of a crop, in pixels; unset: 5/8 of the image"),
+        Option(
+            "sliding-window-size", count(), None, "Height and width of a crop, in pixels  [default: 5/8 of the image]"
+        ),
     ),
     term="mean of D over 2x2 crops; alone, where they overlap, else D",
     source="Adaloglou, Kaiser, Iagudin, Kollmann, 'Guiding a diffusion model with itself using sliding windows', BMVC "

@@ -64,7 +64,7 @@ METHOD = Method(
             "tpg-blocks",
             parse_blocks,
             None,
-            "Attention blocks to shuffle, names separated by commas; unset: those in the decoder",
+            "Attention blocks to shuffle, names separated by commas  [default: those in the decoder]",
         ),
     ),
     term="D(x; sigma, c) with attention outputs shuffled over the pixels",

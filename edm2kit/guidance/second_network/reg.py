@@ -68,7 +68,7 @@ def _build(parts: Parts, weight: float) -> Denoiser:
 
 METHOD = Method(
     "rectified gradient guidance (REG): the difference weighted by how D reacts to x",
-    "2 main, one of them back and forth, or 1 main, back and forth, + 1 guide",
+    "2 main, or 1 main + 1 guide, and a backward pass through main",
     build=_build,
     takes_gnet=True,
     drops_condition=lambda parts: parts.gnet is None,
