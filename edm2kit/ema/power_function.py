@@ -18,7 +18,7 @@ MAX_STD = 12**-0.5  # 0.2886...: the relative standard deviation of a plain aver
 
 
 def exp_to_std(exp: ArrayLike) -> np.ndarray:
-    """Relative standard deviation of the profile with exponent gamma. Eq. 123.
+    """Relative standard deviation of the profile with exponent gamma. Karras et al. 2023, Eq. 123.
 
     Example: `exp_to_std(6.94)` is 0.10.
     """
@@ -27,9 +27,9 @@ def exp_to_std(exp: ArrayLike) -> np.ndarray:
 
 
 def std_to_exp(std: ArrayLike) -> np.ndarray:
-    """Exponent gamma of the profile with relative standard deviation `std`, in (0, 0.2886]. Eq. 126.
+    """Exponent gamma of the profile with relative standard deviation `std`, in (0, 0.2886].
 
-    Raises ValueError outside that range: no profile is wider than a plain average.
+    Raises ValueError outside that range: no profile is wider than a plain average. Karras et al. 2023, Eq. 126.
 
     Example: `std_to_exp(0.10)` is 6.94.
     """
@@ -46,9 +46,10 @@ def std_to_exp(std: ArrayLike) -> np.ndarray:
 
 
 def power_function_beta(std: float, t_next: float, t_delta: float) -> float:
-    """Weight of the old average in the update that ends at time `t_next`. Eq. 127.
+    """Weight of the old average in the update that ends at time `t_next`. Karras et al. 2023, Eq. 127.
 
-    `t_next` includes the `t_delta` images of the update itself.
+    Times count images; `t_next` includes the `t_delta` images of the update itself. Raises ValueError if the length
+    `std` is out of range.
 
     Example: `power_function_beta(0.10, t_next=4096, t_delta=2048)` is 0.004.
     """
@@ -66,7 +67,7 @@ def profile_inner_product(t_a: ArrayLike, exp_a: ArrayLike, t_b: ArrayLike, exp_
 def solve_posthoc_coefficients(
     in_ofs: ArrayLike, in_std: ArrayLike, out_ofs: ArrayLike, out_std: ArrayLike
 ) -> np.ndarray:
-    """Weights that turn stored EMA snapshots into EMAs of other lengths. Algorithm 3.
+    """Weights that turn stored EMA snapshots into EMAs of other lengths. Karras et al. 2023, Algorithm 3.
 
     `in_ofs`, `in_std` [n]: time and length of each snapshot. `out_ofs`, `out_std` [m]: time and length of each target;
     a scalar time applies to all. Returns float64 [n, m]; each column sums to 1. The least-squares solution is computed
@@ -113,10 +114,10 @@ def profile_fit(
 
 
 class PowerFunctionEMA:
-    """Running power-function averages of a module's parameters, one per relative standard deviation. Eq. 127.
+    """Running power-function averages of a module's parameters, one per relative standard deviation.
 
     `averages` holds a frozen copy of the module for each of `stds`. Buffers are copied, not averaged. Raises
-    ValueError if a length is out of range.
+    ValueError if a length is out of range. Karras et al. 2023, Eq. 127.
 
     Example:
 

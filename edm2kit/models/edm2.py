@@ -295,7 +295,7 @@ def count_blocks(architecture: Mapping[str, Any]) -> int:
 
 
 class Precond(Preconditioner):
-    """EDM2's denoiser: the preconditioning around a U-Net.
+    """EDM2's denoiser: the preconditioning around a U-Net. Karras et al. 2023, config G.
 
     `unet_kwargs` are the arguments of `UNet`; the others, and the call, are those of `Preconditioner`.
 

@@ -218,8 +218,9 @@ class MPConv(nn.Module):
 def normalize_weights_(net: nn.Module) -> None:
     """Replace the weight of every `MPConv` in `net` by its normalised version, in place.
 
-    This is forced weight normalisation (Eq. 66). Training calls it before each step: weights would otherwise grow, and
-    the effective learning rate would decay with them. `forward` never writes parameters. Other layers stay as they are.
+    This is forced weight normalisation (Karras et al. 2023, Eq. 66). Training calls it before each step: weights would
+    otherwise grow, and the effective learning rate would decay with them. `forward` never writes parameters. Other
+    layers stay as they are.
 
     Example: `normalize_weights_(net); optimizer.zero_grad()`, at the start of a training step.
     """

@@ -42,8 +42,9 @@ def heun(
 ) -> torch.Tensor:
     """Second-order steps, the last one first-order: 2N - 1 evaluations for N steps.
 
-    `noise` [N,C,H,W] has unit variance; `sigmas` [num_steps + 1] fall and end with 0. The state and the result have
-    the dtype of `sigmas`. `randn_like` is only called with churn. Karras et al. 2022 (EDM), Alg. 1; Alg. 2 with churn.
+    `noise` [N,C,H,W] has unit variance; `sigmas` [num_steps + 1] fall and end with 0; `condition` goes to the denoiser
+    unchanged. The state and the result have the dtype of `sigmas`. `randn_like` is only called with churn. Karras et
+    al. 2022 (EDM), Alg. 1; Alg. 2 with churn.
 
     Example: `heun(net, torch.randn(4, 3, 64, 64), karras_sigmas(32, 0.002, 80, 7))`.
     """

@@ -54,7 +54,7 @@ class EDM2Loss:
     """Weighted denoising error with learned uncertainty u: lambda / e^u * (D(x + sigma n) - x)^2 + u.
 
     ln(sigma) ~ N(P_mean, P_std^2); lambda = (sigma^2 + sigma_data^2) / (sigma * sigma_data)^2. The loss is unreduced;
-    the training loop sums it and divides by the global batch size.
+    the training loop sums it and divides by the global batch size. Karras et al. 2023, Section 2.1 and Eq. 21.
 
     Example: `EDM2Loss(P_mean=-0.8, P_std=1.6)(net, images, labels).sum().div(len(images)).backward()`
     """

@@ -84,8 +84,9 @@ class DINOv2ViT(nn.Module):
 
     Images are resized to 224x224, in PyTorch (`resize_mode="torch"`, as in the published FD-DINOv2 values of EDM2) or
     image by image in Pillow (`"pil"`, as in the paper of the metric). The weights are random until `load_state_dict`
-    gets published ones; `load_detector("fd_dinov2")` does both. Raises ValueError for another `resize_mode` and for
-    sizes that are not multiples as needed. Oquab et al. 2023 (arXiv 2304.07193), Stein et al. 2023 (arXiv 2306.04675).
+    gets published ones; `load_detector("fd_dinov2")` does both. Raises ValueError for another `resize_mode`, and for
+    an image size or width that the patches or heads do not divide. Oquab et al. 2023 (arXiv 2304.07193), Stein et al.
+    2023 (arXiv 2306.04675).
 
     Example: `DINOv2ViT(embed_dim=384, depth=12, num_heads=6)` is the ViT-S/14.
     """
