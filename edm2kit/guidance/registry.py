@@ -291,46 +291,59 @@ def guide(choice: Choice, parts: Parts) -> Denoiser:
             raise ValueError(f"the guidance weight is {weight} ({name}); expected a finite number (1 is off)")
     _check_parts(weights, parts)
     options = _options_by_owner(choice, weights)
-    negatives, rest = [], []
-    active = [weight for weight in weights.values() if weight != 1]
+    guided = _led_away(choice, _negatives(choice, weights, parts, options), parts.net, options["rule"])
+    # methods with a formula of their own go around the weighted differences
     for name, weight in weights.items():
-        method = METHODS[name]
-        if method.negative is None:
-            rest.append(name)
-        else:
-            own_parts = parts_for(name, weights, parts)
-            source = method.negative(own_parts, **options[name])
-            if method.remembers and choice.reuse != NO_REUSE:
-                raise ValueError(
-                    f"guidance method {name} evaluates nothing that could be saved: its negative comes from earlier "
-                    "steps. Leave out --guidance-every, --guidance-once and --guidance-stop"
-                )
-            if len(active) > 1 and hasattr(source, "in_combination"):
-                source = source.in_combination()
-            negatives.append(Negative(source, weight))
-    guided = parts.net
-    if negatives:
-        rule = linear if choice.rule == "linear" else RULES[choice.rule].make(**options["rule"])
-        if choice.reuse == NO_REUSE:
-            guided = lead_away(parts.net, negatives, rule)
-        else:
-            guided = Reusing(parts.net, tuple(negatives), rule, reuse=choice.reuse)
-        if choice.schedule != "constant":
-            guided = with_schedule(guided, choice.schedule, choice.method)
-    elif choice.rule != "linear":
-        raise ValueError(f"a rule needs a weighted difference; guidance method {choice.method} has none")
-    elif choice.reuse != NO_REUSE:
-        raise ValueError(f"only a weighted difference can be reused; guidance method {choice.method} has none")
-    for name in rest:
         build = METHODS[name].build
-        assert build is not None
-        own_parts = replace(parts_for(name, weights, parts), net=guided)
-        guided = build(own_parts, weights[name], **options[name])
+        if build is None:
+            continue
+        guided = build(replace(parts_for(name, weights, parts), net=guided), weight, **options[name])
         if choice.schedule != "constant":
             guided = with_schedule(guided, choice.schedule, name)
     if choice.interval is None:
         return guided
     return GuidanceInterval(guided, parts.net, *choice.interval)
+
+
+def _negatives(
+    choice: Choice, weights: Mapping[str, float], parts: Parts, options: Mapping[str, Mapping[str, Any]]
+) -> list[Negative]:
+    """What the methods of `choice` that have a D_neg lead away from."""
+    active = [weight for weight in weights.values() if weight != 1]
+    negatives = []
+    for name, weight in weights.items():
+        method = METHODS[name]
+        if method.negative is None:
+            continue
+        source = method.negative(parts_for(name, weights, parts), **options[name])
+        if method.remembers and choice.reuse != NO_REUSE:
+            raise ValueError(
+                f"guidance method {name} evaluates nothing that could be saved: its negative comes from earlier "
+                "steps. Leave out --guidance-every, --guidance-once and --guidance-stop"
+            )
+        if len(active) > 1 and hasattr(source, "in_combination"):
+            source = source.in_combination()
+        negatives.append(Negative(source, weight))
+    return negatives
+
+
+def _led_away(choice: Choice, negatives: list[Negative], net: Denoiser, rule_options: Mapping[str, Any]) -> Denoiser:
+    """`net` led away from `negatives` by the rule, schedule and reuse of `choice`; `net` itself if there are none."""
+    if not negatives:
+        if choice.rule != "linear":
+            raise ValueError(f"a rule needs a weighted difference; guidance method {choice.method} has none")
+        if choice.reuse != NO_REUSE:
+            raise ValueError(f"only a weighted difference can be reused; guidance method {choice.method} has none")
+        return net
+    rule = linear if choice.rule == "linear" else RULES[choice.rule].make(**rule_options)
+    guided: Denoiser
+    if choice.reuse == NO_REUSE:
+        guided = lead_away(net, negatives, rule)
+    else:
+        guided = Reusing(net, tuple(negatives), rule, reuse=choice.reuse)
+    if choice.schedule == "constant":
+        return guided
+    return with_schedule(guided, choice.schedule, choice.method)
 
 
 def _check_parts(names: Iterable[str], parts: Parts) -> None:

@@ -132,6 +132,23 @@ def make_figure(
     upscale = None
     if super_resolution is not None:
         upscale = _upscaler(super_resolution, prompts.encodings["net"], device, request.precision)
+
+    def image_of(k: int, weight: float, share: float, seed: int) -> Image.Image:
+        path = outdir / "base" / f"prompt{k:03d}-w{weight:g}-share{share:g}-{seed:06d}.png"
+        if not path.exists():
+            choice = Choice(METHOD, weight, options={SHARE: share})
+            generation = prepare(dataclasses.replace(request, guidance=choice), device, networks=networks)
+            engine = dataclasses.replace(generation.engine, classes=[k])
+            _write(path, to_image(engine.generate([seed]).images[0].cpu().numpy()))
+            say(f"Wrote {path}")
+        if upscale is None:
+            return Image.open(path)
+        large = outdir / "large" / path.name
+        if not large.exists():
+            _write(large, upscale(Image.open(path), k, seed))
+            say(f"Wrote {large}")
+        return Image.open(large)
+
     lines = []
     total = len(figure.prompts) * len(figure.weights) * len(figure.shares) * len(seeds)
     with progress_bar(total, what=figure.net) as bar:
@@ -140,24 +157,9 @@ def make_figure(
                 strips = []
                 for share in figure.shares:
                     known = share if weight != 1 else figure.shares[0]  # off, so all shares are one image
-                    choice = Choice(METHOD, weight, options={SHARE: known})
                     images = []
                     for seed in seeds:
-                        path = outdir / "base" / f"prompt{k:03d}-w{weight:g}-share{known:g}-{seed:06d}.png"
-                        if not path.exists():
-                            generation = prepare(
-                                dataclasses.replace(request, guidance=choice), device, networks=networks
-                            )
-                            engine = dataclasses.replace(generation.engine, classes=[k])
-                            _write(path, to_image(engine.generate([seed]).images[0].cpu().numpy()))
-                            say(f"Wrote {path}")
-                        if upscale is not None:
-                            large = outdir / "large" / path.name
-                            if not large.exists():
-                                _write(large, upscale(Image.open(path), k, seed))
-                                say(f"Wrote {large}")
-                            path = large
-                        images.append(Image.open(path))
+                        images.append(image_of(k, weight, known, seed))
                         bar.update()
                     strips.append(Strip(f"share {share:g}", images))
                 lines.append((f"w = {weight:g}\n{prompt}", strips))

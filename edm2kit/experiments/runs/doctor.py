@@ -4,6 +4,7 @@ Each check looks at one thing. It returns what it saw, in numbers, and findings;
 guesses: a statistic that is missing is named.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -53,7 +54,7 @@ def check_noise_levels(run: RunFolder, moments: DataMoments | None, why_no_data:
         return Check(name, not_looked="the run distils a denoiser, whose loss this curve is not made for")
     if moments is None:
         return Check(name, not_looked=f"the expected curve needs the data: {why_no_data}")
-    config, above, told, missing = run.config, [], [], []
+    config, above, rows, missing = run.config, [], [], []
     for key, low, high in run.noise_bins():
         _, losses = after_rampup(run, key)
         recent = losses[-max(5, len(losses) // 10) :]
@@ -63,39 +64,44 @@ def check_noise_levels(run: RunFolder, moments: DataMoments | None, why_no_data:
         mean = float(recent.mean())
         error = float(recent.std(ddof=1)) / len(recent) ** 0.5
         expected = filter_loss_between(moments, low, high, config.P_mean, config.P_std, config.sigma_data)
-        told.append(f"{_level(low, high)}: {mean:.3f} \u00b1 {error:.3f}, filter {expected:.3f}")
+        rows.append(f"{_level(low, high)}: {mean:.3f} \u00b1 {error:.3f}, filter {expected:.3f}")
         if not mean <= expected + _MARGIN + 3 * error:
             above.append((low, high, mean, expected))
-    if not told:
+    if not rows:
         return Check(name, not_looked=too_few(run, "loss/sigma_...", 0))
     seen = "the loss now, which should be below that of a linear filter that only knows the images' power spectrum"
     if missing:
         seen += f"; too few images to say at {', '.join(missing)}"
     if not above:
-        return Check(name, seen, rows=told)
+        return Check(name, seen, rows=rows)
     if 2 * run.nimg < config.duration_nimg:
-        return Check(name, f"{seen}. Not judged before half of the run; look again then", rows=told)
+        return Check(name, f"{seen}. Not judged before half of the run; look again then", rows=rows)
     worst = max(above, key=lambda one: one[2] - one[3])
-    evidence = f"{len(above)} of {len(told)} ranges; the worst, {_level(worst[0], worst[1])}, has loss {worst[2]:.2f}"
+    evidence = f"{len(above)} of {len(rows)} ranges; the worst, {_level(worst[0], worst[1])}, has loss {worst[2]:.2f}"
     evidence += f", the filter {worst[3]:.2f}"
     what = "At some noise levels the network is worse than a linear filter."
-    if len(above) == len(told):
+    if len(above) == len(rows):
         what = "The network is worse than a linear filter at every noise level."
-        advice = (
+    advice = _advice_on_levels([(low, high) for low, high, _, _ in above], is_everywhere=len(above) == len(rows))
+    return Check(name, seen, [Finding(what, evidence, advice)], rows=rows)
+
+
+def _advice_on_levels(poor: list[tuple[float, float]], is_everywhere: bool) -> str:
+    """What to do about the ranges of noise levels, in rising order, in which a network is worse than the filter."""
+    if is_everywhere:
+        return (
             "It has hardly learned anything. Look at the sample sheets and the data, at the learning rate and the "
             "length of the ramp-up; if all are right, train longer or with more --channels"
         )
-    elif above[-1][1] == float("inf") and above[0][0] > 0:
-        advice = (
+    if poor[-1][1] == math.inf and poor[0][0] > 0:
+        return (
             "High noise levels are about overall shape and colour: give them more training (a higher --P_mean or "
             "--P_std), or train longer"
         )
-    else:
-        advice = (
-            "Train longer, or with more --channels; if only low noise levels are affected, give them more training (a "
-            "lower --P_mean, a larger --P_std)"
-        )
-    return Check(name, seen, [Finding(what, evidence, advice)], rows=told)
+    return (
+        "Train longer, or with more --channels; if only low noise levels are affected, give them more training (a "
+        "lower --P_mean, a larger --P_std)"
+    )
 
 
 def check_data(run: RunFolder, moments: DataMoments | None, why_no_data: str) -> Check:
@@ -162,15 +168,15 @@ def check_heldout(run: RunFolder) -> Check:
         how = "training measures it with --holdout 0.05; for this run, `python train.py doctor "
         how += f"{run.path} --heldout PATH` does so on images that it did not see"
         return Check(name, not_looked=f"the run has no heldout.jsonl: {how}")
-    last, findings, told, wide = records[-1], [], [], []
+    last, findings, rows, wide = records[-1], [], [], []
     for key, low, high in [("loss", 0.0, float("inf")), *run.noise_bins()]:
         if key not in last["gap_error"]:
             continue
         gap, error = last["heldout"][key] - last["training"][key], last["gap_error"][key]
-        told.append(f"{'all' if key == 'loss' else _level(low, high)}: {gap:+.3f} \u00b1 {error:.3f}")
+        rows.append(f"{'all' if key == 'loss' else _level(low, high)}: {gap:+.3f} \u00b1 {error:.3f}")
         if gap > max(_GAP, 3 * error):
             wide.append((key, low, high, gap, error))
-    if not told:
+    if not rows:
         return Check(name, not_looked="heldout.jsonl has too few images for a standard error")
     seen = f"held-out minus training loss at {last['nimg']:,} images, on {last['images']} images of each"
     if wide:
@@ -194,7 +200,7 @@ def check_heldout(run: RunFolder) -> Check:
                 f"Use the snapshots of {records[best]['nimg']:,} images, and train no longer than that",
             )
         )
-    return Check(name, seen, findings, rows=told)
+    return Check(name, seen, findings, rows=rows)
 
 
 def check_snapshots(run: RunFolder) -> Check:

@@ -75,32 +75,32 @@ def measure_both(main: str, guide: str, ref: str, metric: str, num: int, outdir:
             **provenance(device),
         }
         for seed in _SEEDS:
-            folder = outdir / f"search-{seed}"
-            own = replace(objective, folder=folder / "features")
-
-            def measure(
-                candidate: Candidate, num_images: int, own: Objective = own
-            ) -> tuple[float, Mapping[str, float]]:
-                measured = own.measure(candidate, num_images)
-                return own.value(measured), measured.values
-
             plan = Plan(rungs_for(num, 2), Budget(images=len(grid) * num // _SHARE), seed)
-            with SharedStudy(folder, {"seed": seed}) as study:
-                run_search(study, space, plan, BASELINE, measure)
-                found = study.evaluations()
-            best = best_of(found)
-            assert best is not None
-            record["searches"].append(
-                {
-                    "seed": seed,
-                    "images": sum(one.cost for one in found),
-                    "candidates": len({one.key for one in found}),
-                    "best": best.key,
-                    "value": best.value,
-                    "seconds": round(sum(one.seconds for one in found), 1),
-                }
-            )
+            record["searches"].append(_searched(objective, plan, outdir / f"search-{seed}"))
         return record
+
+
+def _searched(objective: Objective, plan: Plan, folder: Path) -> dict[str, Any]:
+    """The record of one search."""
+    own = replace(objective, folder=folder / "features")
+
+    def measure(candidate: Candidate, num_images: int) -> tuple[float, Mapping[str, float]]:
+        measured = own.measure(candidate, num_images)
+        return own.value(measured), measured.values
+
+    with SharedStudy(folder, {"seed": plan.seed}) as study:
+        run_search(study, own.space, plan, BASELINE, measure)
+        found = study.evaluations()
+    best = best_of(found)
+    assert best is not None
+    return {
+        "seed": plan.seed,
+        "images": sum(one.cost for one in found),
+        "candidates": len({one.key for one in found}),
+        "best": best.key,
+        "value": best.value,
+        "seconds": round(sum(one.seconds for one in found), 1),
+    }
 
 
 def _cells(space: Space) -> list[dict[str, Any]]:

@@ -112,20 +112,27 @@ def sweep(
     with progress_bar(len(candidates) * num, what="sweep") as bar:
         objective = dataclasses.replace(objective, on_images=bar.update)
         for k, candidate in enumerate(candidates, 1):
-            measured, error = None, None
-            try:
-                if cache is None:
-                    seeds = range(FIRST_SEED, FIRST_SEED + num)
-                    measured = objective.measure_seeds(candidate, seeds, scorer.replicates)
-                else:
-                    measured = objective.measure(candidate, num)
-            except ValueError as caught:
-                error = str(caught)
-            names |= dict.fromkeys([] if measured is None else measured.values)
+            measured, error = _measured(objective, candidate, num, is_cached=cache is not None)
+            if measured is not None:
+                names |= dict.fromkeys(measured.values)
             rows.append(_row(space, candidate, measured, error))
             bar.update(k * num - bar.n)  # images that the cache had, or that were given up
-    empty = dict.fromkeys([*names, *([f"{name}_{end}" for name in names for end in ("low", "high")] * confidence)])
+    ends = [f"{name}_{end}" for name in names for end in ("low", "high")] if confidence else []
+    empty = dict.fromkeys([*names, *ends])
     return SweepTable(tuple({**empty, **row} for row in rows), tuple(names), num)
+
+
+def _measured(
+    objective: Objective, candidate: Candidate, num: int, is_cached: bool
+) -> tuple[Measurement | None, str | None]:
+    """The scores of a combination, or why it has none."""
+    try:
+        if is_cached:
+            return objective.measure(candidate, num), None
+        seeds = range(FIRST_SEED, FIRST_SEED + num)
+        return objective.measure_seeds(candidate, seeds, objective.scorer.replicates), None
+    except ValueError as error:
+        return None, str(error)
 
 
 def _is_preset(main: SweptNetwork) -> bool:

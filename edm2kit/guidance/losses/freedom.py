@@ -32,7 +32,8 @@ class FreeDoMStep:
 class FreeDoMLevelStep:
     """`step` * sqrt(1 + sigma_next^2) * (gradient of ||r||), the loss being ||r||^2. A rule of `GradientStep`.
 
-    The authors use steps of 0.2 for parsing maps and 20 for sketches.
+    The authors use steps of 0.2 for parsing maps and 20 for sketches, and none in the last steps of a run, which a
+    `GuidanceInterval` (`--interval`) leaves out.
     """
 
     step: float = 0.2
