@@ -150,7 +150,6 @@ WITHOUT = {
     "experiments/prompt_figures/figures.py": "its own settings and images",
     "experiments/compare_guidance/cost.py": "a run folder, whose files are read by folder.py, too",
     "experiments/toy/tree.py": "comes with the package",
-    "experiments/tune/objective.py": "its own features, made again if they are damaged",
     "integrations/edm2_pipeline.py": "a folder that diffusers loads",
     "metrics/detectors/registry.py": "weights, after their SHA-256",
     "models/diffusers_loading.py": "a file that diffusers and peft load",

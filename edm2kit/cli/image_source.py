@@ -36,7 +36,7 @@ from edm2kit.data.labels import (
 )
 from edm2kit.metrics.reference import Reference
 from edm2kit.torch_utils import dist
-from edm2kit.torch_utils.arrays import BROKEN, map_npz_array, read_npz_array
+from edm2kit.torch_utils.arrays import BROKEN, check_index, map_npz_array, read_npz_array
 from edm2kit.torch_utils.dist import progress_bar
 from edm2kit.torch_utils.file_threads import FileThreads, Job
 
@@ -154,6 +154,7 @@ class NpzImages:
         self._path = path
         try:
             with zipfile.ZipFile(path) as archive:
+                check_index(archive)
                 members = archive.namelist()
             arrays = [member.removesuffix(".npy") for member in members]
             name = next((one for one in ("images", "arr_0") if one in arrays), None)

@@ -26,6 +26,7 @@ _SMALL_BYTES = 1 << 16
 # folders that systems and network disks keep beside the files of their users, some of them unreadable
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 _MAX_STAMPED = 1 << 17  # a network disk takes seconds for as many
+_MAX_OTHERS = 1 << 12  # files beside the images whose names are compared when a zip is opened
 _SAMPLE_BYTES = 4096  # that `checksum` reads at the start, in the middle and at the end of a file
 
 
@@ -228,13 +229,16 @@ class ZipArchive:
         all_names, entries = read_index(self._file.fileno(), path)
         picked, ignored = _split_names(all_names, extensions)
         self.names, self.ignored = [all_names[k] for k in picked], [all_names[k] for k in ignored]
-        self._entries = entries[picked]  # int64 [n, 6]: offset, bytes in the zip, bytes, checksum, method, name's bytes
+        # int64 [n, 7]: offset, bytes in the zip, bytes, checksum, method, bytes and checksum of the name
+        self._entries = entries[picked]
         self._extra = dict(zip(self.ignored, entries[ignored], strict=True))
         self._local_extra = _local_extra(self._file.fileno(), self._entries)
         self._verified = np.zeros(len(self.names), bool)
         for name, following in itertools.pairwise(self.names):
             if name == following:
                 raise ValueError(f"{path}: contains {name} twice; write the archive again")
+        for k in np.setdiff1d(np.arange(len(entries)), picked)[:_MAX_OTHERS].tolist():
+            self._content_start(entries[k], f"{path}/{all_names[k]}")  # an image or dataset.json under a damaged name?
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != "_file"}
@@ -296,21 +300,18 @@ class ZipArchive:
         whole &= (lengths[:, 0] == entries[:, 5]) & (lengths[:, 1] == self._local_extra)
         starts = np.take_along_axis(heads, before[:, None] + np.arange(split), axis=1)
         for k in np.flatnonzero(whole & ~self._verified[indices]).tolist():
-            checksum = zlib.crc32(rests[k], zlib.crc32(starts[k]))
-            whole[k] = self._verified[indices[k]] = checksum == entries[k, 3]
+            name = heads[k, _LOCAL_BYTES : _LOCAL_BYTES + lengths[k, 0]].tobytes()
+            checksums = zlib.crc32(rests[k], zlib.crc32(starts[k])), zlib.crc32(name)
+            whole[k] = self._verified[indices[k]] = checksums == (entries[k, 3], entries[k, 6])
         return starts, rests, whole
 
     def _read(self, entry: np.ndarray, where: str) -> bytes:
-        offset, packed, size, checksum, method, _ = entry.tolist()
+        _, packed, size, checksum, method, _, _ = entry.tolist()
         if size > _MAX_FILE_BYTES or (size > _SUSPICIOUS_BYTES and size > _MAX_RATIO * packed):
             raise ValueError(f"{where}: claims {size} bytes, made from {packed}; this is not an image or a label file")
         if method not in (_STORED, _DEFLATED):
             raise ValueError(f"{where}: uses zip compression method {method}; write the zip stored or deflated")
-        header = self._pread(_LOCAL_BYTES, offset, where)
-        if len(header) < _LOCAL_BYTES or header[:4] != b"PK\x03\x04":
-            raise ValueError(f"{where}: is not where the zip's index says; the archive is damaged, write it again")
-        name_bytes, extra_bytes = struct.unpack_from("<2H", header, 26)
-        data = self._pread(packed, offset + _LOCAL_BYTES + name_bytes + extra_bytes, where)
+        data = self._pread(packed, self._content_start(entry, where), where)
         if method == _DEFLATED:
             try:
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
@@ -319,6 +320,17 @@ class ZipArchive:
         if len(data) != size or zlib.crc32(data) != checksum:
             raise ValueError(f"{where}: is damaged in the zip: its checksum is wrong; write the archive again")
         return data
+
+    def _content_start(self, entry: np.ndarray, where: str) -> int:
+        """Where the content of a file begins; raises ValueError unless its name is in front of it, as in the index."""
+        offset, _, _, _, _, name_bytes, checksum = entry.tolist()
+        header = self._pread(_LOCAL_BYTES + name_bytes, offset, where)
+        if len(header) < _LOCAL_BYTES or header[:4] != b"PK\x03\x04":
+            raise ValueError(f"{where}: is not where the zip's index says; the archive is damaged, write it again")
+        found_bytes, extra_bytes = struct.unpack_from("<2H", header, 26)
+        if found_bytes != name_bytes or zlib.crc32(header[_LOCAL_BYTES:]) != checksum:
+            raise ValueError(f"{where}: has another name within the zip; the archive is damaged, write it again")
+        return offset + _LOCAL_BYTES + name_bytes + extra_bytes
 
     def _pread(self, num_bytes: int, offset: int, where: str) -> bytes:
         try:

@@ -10,7 +10,7 @@ from edm2kit.data.archive import read_regular, spread_evenly, stamp
 from edm2kit.data.dataset import Source, content_digest
 from edm2kit.data.image_files import check_item
 from edm2kit.data.labels import labels_identity, labels_of_array, pick_labels
-from edm2kit.torch_utils.arrays import BROKEN
+from edm2kit.torch_utils.arrays import map_npy
 from edm2kit.torch_utils.dist import one_line
 from edm2kit.torch_utils.files import sampled_sha256
 
@@ -146,6 +146,6 @@ def _load(file: Path) -> np.ndarray:
     if not file.is_file():
         raise ValueError(f"{file}: is a folder, device or pipe; expected a .npy file")
     try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
-    except BROKEN as error:
+        return map_npy(file)
+    except (ValueError, OSError) as error:
         raise ValueError(f"{file}: the .npy file is damaged or cut short: {one_line(str(error))}") from error

@@ -5,6 +5,7 @@ and blue planes of 32x32 pixels.
 """
 
 import bz2
+import contextlib
 import functools
 import gzip
 import io
@@ -26,6 +27,7 @@ _SUFFIXES = (".tar.gz", ".tgz", ".tar")
 _SPLITS = {"train": r"data_batch_\d+|train", "test": r"test_batch|test"}
 _META = "batches.meta|meta"
 _MAX_BYTES = 1 << 28  # of an archive, unpacked: both have 186 MB
+_CHUNK_BYTES = 1 << 20
 _PACKED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 _SIDE = 32
 _BROKEN_TAR = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError)
@@ -118,8 +120,10 @@ def _read_members(path: Path, pattern: str) -> dict[str, bytes]:
     try:
         with open(path, "rb") as start:
             open_packed = _PACKED.get(start.read(2), functools.partial(open, mode="rb"))
-        # as a stream, in pieces: tarfile would skip files, and read names, of any size
-        with open_packed(path) as unpacked, tarfile.open(fileobj=_Limited(unpacked, path), mode="r|") as archive:
+        with contextlib.ExitStack() as opened:
+            unpacked = _Limited(opened.enter_context(open_packed(path)), path)
+            # as a stream, in pieces: tarfile would skip files, and read names, of any size
+            archive = opened.enter_context(tarfile.open(fileobj=unpacked, mode="r|"))
             for member in archive:
                 name = member.name.rpartition("/")[2]
                 if not member.isfile() or not re.fullmatch(pattern, name):
@@ -130,6 +134,8 @@ def _read_members(path: Path, pattern: str) -> dict[str, bytes]:
                 file = archive.extractfile(member)
                 assert file is not None  # for a regular file
                 found[name] = file.read()
+            while unpacked.read(_CHUNK_BYTES):
+                pass  # the checksum is at the end, which tarfile does not reach
     except _BROKEN_TAR as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: cannot be read as a tar archive: {reason}; download it again") from error

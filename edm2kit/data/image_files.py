@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from edm2kit.data.archive import png_is_intact
 from edm2kit.data.file_kinds import kind_of_file
 from edm2kit.models.encoders import to_image
-from edm2kit.torch_utils.arrays import BROKEN
+from edm2kit.torch_utils.arrays import BROKEN, check_npy_size
 from edm2kit.torch_utils.dist import one_line
 
 IMAGE_EXTENSIONS = (
@@ -341,7 +341,9 @@ def decode_array(data: bytes, where: str) -> np.ndarray:
     """
     if data.startswith(np.lib.format.MAGIC_PREFIX):
         try:
-            values = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+            file = io.BytesIO(data)
+            values = np.lib.format.read_array(file, allow_pickle=False)
+            check_npy_size(len(data), file.tell())
         except BROKEN as error:
             raise ValueError(f"{where}: the .npy file is damaged or cut short: {one_line(str(error)):.300}") from error
         if values.ndim != 3 or values.dtype not in (np.uint8, np.float16, np.float32):

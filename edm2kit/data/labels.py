@@ -14,7 +14,7 @@ import numpy as np
 
 from edm2kit.data.archive import FolderArchive, ZipArchive
 from edm2kit.data.image_files import open_header
-from edm2kit.torch_utils.arrays import BROKEN
+from edm2kit.torch_utils.arrays import BROKEN, map_npy
 from edm2kit.torch_utils.dist import one_line, progress_bar, warn0
 from edm2kit.torch_utils.files import short_json
 
@@ -260,7 +260,7 @@ def read_label_vectors(path: str | Path) -> np.ndarray:
     path = Path(path)
     try:
         if path.suffix.lower() == ".npy":
-            values = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+            values = np.asarray(map_npy(path))
         else:
             values = np.array(json.loads(path.read_bytes()), np.float64)
     except FileNotFoundError:

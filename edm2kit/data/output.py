@@ -266,13 +266,16 @@ class _FolderWriter:
 class _ZipWriter:
     """Appends stored files to a zip file and, unlike zipfile, to one that was never finished.
 
-    Layout: PKWARE APPNOTE 4.3.6 to 4.3.16, zip64 if needed. Raises ValueError for a file of 4 GiB or more.
+    Layout: PKWARE APPNOTE 4.3.6 to 4.3.16, zip64 if needed. Beside an unfinished zip, a journal has the name that each
+    content belongs to: in the zip itself, names have no checksum. Raises ValueError for a file of 4 GiB or more.
     """
 
     recorded: Mapping[str, Entry] = {}  # nothing beside the zip's own index
 
     def __init__(self, path: Path):
         self._entries: dict[str, tuple[int, int, int]] = {}  # name: offset, bytes, checksum
+        self._journal = Journal(path.with_name("checksums"))
+        known = self._journal.entries  # None of earlier versions
         self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (closed by close)
         # keep the complete files at the start, and cut off the rest
         end = 0
@@ -280,12 +283,14 @@ class _ZipWriter:
             checksum, num_bytes, name_bytes = *_LOCAL.unpack(header)[6:8], _LOCAL.unpack(header)[9]
             name, data = self._file.read(name_bytes), self._file.read(num_bytes)
             whole = len(data) == num_bytes and zlib.crc32(data) == checksum
-            if not whole or name in (b"", LABELS_FILE.encode()):
+            listed = known is None or known.get(os.fsdecode(name)) == [num_bytes, checksum]
+            if not (whole and listed) or name in (b"", LABELS_FILE.encode()):
                 break
             self._entries[os.fsdecode(name)] = (end, num_bytes, checksum)
             end = self._file.tell()
         self._file.seek(end)
         self._file.truncate()
+        self._journal.start({name: entry[1:] for name, entry in self._entries.items()})
         self.names = set(self._entries)
 
     def add(self, name: str, data: bytes) -> None:
@@ -297,6 +302,7 @@ class _ZipWriter:
         self._entries[name] = (self._file.tell(), len(data), checksum)
         fields = (20, 0x800, 0, 0, _DATE_1980, checksum, len(data), len(data), len(path), 0)
         self._file.write(_LOCAL.pack(b"PK\x03\x04", *fields) + path + data)
+        self._journal.add(name, data)
 
     def finish(self) -> None:
         start = self._file.tell()
@@ -322,3 +328,4 @@ class _ZipWriter:
         # whatever a full disk kept from being written is cut off on resuming
         with contextlib.suppress(OSError):
             self._file.close()
+        self._journal.close()

@@ -24,7 +24,7 @@ _UNICODE_PATH = 0x7075
 
 
 def read_index(descriptor: int, path: Path) -> tuple[list[str], np.ndarray]:
-    """Parse a zip's central directory (PKWARE APPNOTE 4.3.12 to 4.3.16) into names and entries, int64 [n, 6]."""
+    """Parse a zip's central directory (PKWARE APPNOTE 4.3.12 to 4.3.16) into names and entries, int64 [n, 7]."""
     start, num_bytes, count, shift = _find_index(descriptor, path)
     directory = os.pread(descriptor, num_bytes, start)
     names: list[str] = []
@@ -41,11 +41,12 @@ def read_index(descriptor: int, path: Path) -> tuple[list[str], np.ndarray]:
             extra = directory[name_end : name_end + extra_bytes] if extra_bytes else b""
             if signature != b"PK\x01\x02":
                 raise ValueError
-            names.append(_decode_name(directory[name_start:name_end], flags, extra))
+            raw_name = directory[name_start:name_end]
+            names.append(_decode_name(raw_name, flags, extra))
             is_encrypted = is_encrypted or bool(flags & 1)
             if _IN_EXTRA in (packed, size, offset):
                 size, packed, offset = _zip64_fields(extra, size, packed, offset)
-            numbers.extend((offset + shift, packed, size, crc, method, name_bytes))
+            numbers.extend((offset + shift, packed, size, crc, method, name_bytes, zlib.crc32(raw_name)))
             position = name_end + extra_bytes + comment_bytes
         if position != num_bytes:
             raise ValueError
@@ -55,7 +56,7 @@ def read_index(descriptor: int, path: Path) -> tuple[list[str], np.ndarray]:
         ) from error
     if is_encrypted:
         raise ValueError(f"{path}: the zip is encrypted; unpack it with its password, and use the folder")
-    return names, np.frombuffer(numbers, np.int64).reshape(-1, 6)
+    return names, np.frombuffer(numbers, np.int64).reshape(-1, 7)
 
 
 def _decode_name(name: bytes, flags: int, extra: bytes) -> str:

@@ -1,6 +1,8 @@
 """Reading .npz files from untrusted sources: nothing in them is executed, and sizes are checked first."""
 
+import io
 import math
+import os
 import struct
 import zipfile
 import zlib
@@ -13,6 +15,7 @@ import numpy as np
 
 _MAX_BYTES = 1 << 30  # of all arrays in a file, uncompressed; statistics of three detectors take 6% of it
 _MAX_VERIFIED_BYTES, _CHUNK_BYTES = 4 << 30, 1 << 22
+_MAX_END_BYTES = (1 << 16) + 22 + 20  # of a zip: its end with a comment, and what says where the record of zip64 is
 # what numpy and zipfile raise for damaged and hostile files
 BROKEN = (
     *(zipfile.BadZipFile, zlib.error, TokenError, OSError, ValueError, KeyError, TypeError, EOFError, SyntaxError),
@@ -32,24 +35,20 @@ def read_npz(path: str | Path, skip: Collection[str] = (), max_bytes: int | None
     with open(path, "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
+                check_index(archive)
                 read = [info for info in archive.infolist() if info.filename.removesuffix(".npy") not in skip]
                 claimed = sum(info.file_size for info in read)
                 if claimed > max_bytes:
                     raise ValueError(f"its arrays have {claimed} bytes; the limit is {max_bytes}")
+                found = {}
                 for info in read:
+                    name = info.filename.removesuffix(".npy")
                     with archive.open(info) as member:
-                        is_array = member.read(6) == np.lib.format.MAGIC_PREFIX
+                        if member.read(6) != np.lib.format.MAGIC_PREFIX:
+                            raise ValueError(f"its entry {name!r:.60} is not an array")
                         member.seek(0)
-                        max_bytes -= _check_header(member, info.filename, max_bytes) if is_array else 0
-            file.seek(0)
-            found = {}
-            with np.load(file, allow_pickle=False) as arrays:
-                for name in arrays.files:
-                    if name in skip:
-                        continue
-                    found[name] = arrays[name]
-                    if not isinstance(found[name], np.ndarray):  # numpy returns other members as bytes
-                        raise ValueError(f"its entry {name!r:.60} is not an array")
+                        max_bytes -= _check_header(member, info.filename, max_bytes)
+                    found[name] = _array_of(archive.read(info))
             return found
         except BROKEN as error:
             raise ValueError(_reason(error)) from error
@@ -58,12 +57,44 @@ def read_npz(path: str | Path, skip: Collection[str] = (), max_bytes: int | None
 def read_npz_array(path: str | Path, name: str) -> np.ndarray:
     """One array of an .npz file; other arrays may be of any size. Raises as `read_npz`."""
     try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
-            _check_header(member, name, _MAX_BYTES)
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays[name]
+        with zipfile.ZipFile(path) as archive:
+            with archive.open(f"{name}.npy") as member:
+                _check_header(member, name, _MAX_BYTES)
+            claimed = archive.getinfo(f"{name}.npy").file_size
+            if claimed > _MAX_BYTES:
+                raise ValueError(f"its array {name!r:.60} has {claimed} bytes; the limit is {_MAX_BYTES}")
+            return _array_of(archive.read(f"{name}.npy"))
     except BROKEN as error:
         raise ValueError(_reason(error)) from error
+
+
+def _array_of(data: bytes) -> np.ndarray:
+    """The array in the bytes of a member, all of which `ZipFile.read` has compared with their checksum.
+
+    numpy would read as much as the header claims: if a flipped bit makes that less, the checksum is not looked at.
+    """
+    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+
+
+def check_index(archive: zipfile.ZipFile) -> None:
+    """Raise BadZipFile unless the index has as many entries as it says, each under the name before its content.
+
+    zipfile reads the index to its end, whatever the number: a flipped bit in a length hides the entries that follow.
+    """
+    file = archive.fp
+    assert file is not None
+    start = max(file.seek(0, os.SEEK_END) - _MAX_END_BYTES, 0)
+    file.seek(start)
+    tail = file.read()
+    end = tail.rfind(b"PK\5\6")
+    (count,) = struct.unpack_from("<H", tail, end + 10)
+    if count == 0xFFFF:  # in the record of zip64, whose place is 12 bytes in front of the end
+        file.seek(struct.unpack_from("<Q", tail, end - 12)[0] + 32)
+        (count,) = struct.unpack("<Q", file.read(8))
+    if count != len(archive.infolist()):
+        raise zipfile.BadZipFile(f"its index has {len(archive.infolist())} of {count} entries")
+    for info in archive.infolist():
+        archive.open(info).close()
 
 
 def _check_header(member: IO[bytes], name: str, max_bytes: int) -> int:
@@ -77,6 +108,28 @@ def _check_header(member: IO[bytes], name: str, max_bytes: int) -> int:
     if num_bytes > max_bytes:
         raise ValueError(f"its array {name!r:.60} is {dtype} {list(shape)}, too large: the limit is {max_bytes} bytes")
     return max(num_bytes, 0)
+
+
+def map_npy(path: str | Path) -> np.ndarray:
+    """The array in a .npy file, memory-mapped.
+
+    Raises ValueError, in one line without the name of the file, if it is damaged, has more bytes than its header says,
+    or holds objects, and OSError if it cannot be opened.
+    """
+    with open(path, "rb"):
+        pass
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+        check_npy_size(os.path.getsize(path), array.offset + array.nbytes)
+        return array
+    except BROKEN as error:
+        raise ValueError(_reason(error)) from error
+
+
+def check_npy_size(size: int, expected: int) -> None:
+    """Raise ValueError if a .npy file has more bytes than its header says: a flipped bit in a shape leaves some."""
+    if size != expected:
+        raise ValueError(f"it has {size} bytes, but its header says {expected}")
 
 
 def map_npz_array(path: str | Path, name: str) -> np.ndarray:

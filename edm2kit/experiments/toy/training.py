@@ -14,7 +14,7 @@ from edm2kit.experiments.toy.tree import components
 from edm2kit.models.layers import normalize_weights_
 from edm2kit.torch_utils.files import atomic_write, code_commit
 from edm2kit.torch_utils.rng import derive_seed
-from edm2kit.torch_utils.safetensors_files import matches_checksums, safetensors_bytes
+from edm2kit.torch_utils.safetensors_files import damaged_part, safetensors_bytes
 from edm2kit.training.learning_rate import learning_rate
 
 BATCH_SIZE = 4096
@@ -141,6 +141,6 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
             notes, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a complete network file ({error}). {_TRAIN_AGAIN}") from error
-    if not matches_checksums(state, notes):
-        raise ValueError(f"{path} is damaged: its weights do not match their checksums. {_TRAIN_AGAIN}")
+    if part := damaged_part(state, notes):
+        raise ValueError(f"{path} is damaged: its {part} do not match their checksums. {_TRAIN_AGAIN}")
     return notes, state

@@ -17,10 +17,11 @@ from edm2kit.experiments.tune.sources import NetworkCache
 from edm2kit.experiments.tune.space import Candidate, Space
 from edm2kit.metrics.registry import ALL, FDR, METRICS
 from edm2kit.metrics.scoring import Measurement, Scorer, features_and_classes
-from edm2kit.torch_utils.arrays import BROKEN
+from edm2kit.torch_utils.arrays import read_npz
 from edm2kit.torch_utils.files import atomic_write
 
 FIRST_SEED = 1_000_000  # far from the seeds of any report
+_MAX_KEPT_BYTES = 1 << 40  # of features
 
 
 def direction(metric: str) -> int:
@@ -136,7 +137,8 @@ class Objective:
 
 def _read(path: Path, detectors: Sequence[str]) -> dict[str, np.ndarray]:
     """Kept features, {} if there are none or if they are damaged."""
-    found: dict[str, Any] = {}
-    with contextlib.suppress(*BROKEN), np.load(path) as file:
-        found = {name: file[name] for name in (*detectors, "classes")}
-    return found
+    try:
+        arrays = read_npz(path, max_bytes=_MAX_KEPT_BYTES)
+        return {name: arrays[name] for name in (*detectors, "classes")}
+    except (OSError, ValueError, KeyError):
+        return {}

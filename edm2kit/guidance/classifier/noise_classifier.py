@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from edm2kit.torch_utils.files import atomic_write, check_fields, check_type, code_commit
-from edm2kit.torch_utils.safetensors_files import matches_checksums, safetensors_bytes
+from edm2kit.torch_utils.safetensors_files import damaged_part, safetensors_bytes
 
 FORMAT_VERSION = 1
 _HEADER_KEY = "edm2_classifier"
@@ -131,8 +131,8 @@ def load_classifier(path: str | Path) -> LoadedClassifier:
         raise ValueError(
             f"{path} is a safetensors file, but not a classifier; make one with scripts/train_classifier.py"
         )
-    if not matches_checksums(state, metadata):
-        raise ValueError(f"{path} is damaged: its weights do not match their checksums; copy or write it again")
+    if part := damaged_part(state, metadata):
+        raise ValueError(f"{path} is damaged: its {part} do not match their checksums; copy or write it again")
     try:
         values = json.loads(text)
         version = values["format_version"]
