@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The complete path on small generated pictures: data, two networks, EMA, guidance, scores; 6 to 15 minutes on 2 cores.
+# The complete path on small generated pictures: data, two networks, EMA, guidance, scores; 4 to 15 minutes on 2 cores.
 #   bash scripts/demo.sh                 results in demo-out/
 #   bash scripts/demo.sh FOLDER          results in FOLDER
 #   bash scripts/demo.sh --tiny          only tests that every step runs, in a minute or two; results in demo-out-tiny/

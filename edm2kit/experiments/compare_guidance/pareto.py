@@ -22,7 +22,7 @@ def draw_trade_offs(record: Record, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 6), layout="constrained")
+    figure = Figure(figsize=(13, 7), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_coverage(left, record)
     _draw_cost(right, record)
@@ -70,7 +70,8 @@ def _draw_coverage(panel: "Axes", record: Record) -> None:
     panel.set_xlabel("coverage of real images")
     panel.set_ylabel(f"distance ({metric})")
     panel.set_title(f"at every weight, {number} images each (distances up to {_SHOWN:g} times the best)")
-    panel.legend(fontsize=6, ncols=2, loc="upper left")
+    # below the panel: inside, so many names would cover the curves
+    panel.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
 
 
 def _draw_cost(panel: "Axes", record: Record) -> None:
