@@ -84,13 +84,17 @@ class PredictionRule:
     ) -> torch.Tensor:
         """The guided prediction, in the dtype of `main`; `negatives` are predictions with their weights.
 
-        Predictions differ from D by a factor and by what all of them share, so the linear rule needs neither x_t nor t.
+        Predictions differ from D by a factor and by what all of them share, so the linear rule does not need t. A
+        learned variance, the second half of the channels, stays that of the main model.
         """
         weights = [weight for _, weight in negatives.values()]
         if rule is linear:
             at = Evaluation(main, t)
             predictions = [prediction.float() for prediction, _ in negatives.values()]
-            return linear(main.float(), predictions, weights, at).to(main.dtype)
+            guided = linear(main.float(), predictions, weights, at)
+            if x_t is not None and main.shape[1] == 2 * x_t.shape[1]:
+                guided = torch.cat([guided[:, : x_t.shape[1]], main[:, x_t.shape[1] :].float()], dim=1)
+            return guided.to(main.dtype)
         assert x_t is not None
         schedule, prediction = schedule_of(self.scheduler)
         sigma = sigma_of(schedule, t.double().cpu().flatten()[:1]).to(main.device, torch.float32)

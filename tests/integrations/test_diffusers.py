@@ -92,6 +92,17 @@ def test_a_plain_pipeline_is_guided_as_our_engine_guides(name, options, pipes):
     assert torch.equal(their_latents(name, pipe), plain), "the pipeline's model was not restored"
 
 
+@pytest.mark.parametrize("rule", ["linear", "rescale"])
+def test_a_learned_variance_stays_that_of_the_main_model(rule):
+    x, main, weaker = torch.randn(3, 2, 6, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    settings = integration.PredictionRule(2.0, rule=rule, scheduler=tiny.scheduler("SD"))
+    x, t = x[:, :3], torch.tensor(500.0)
+    guided = settings.combine(settings.made(), main, {"guide": (weaker, 2.0)}, x, t)
+    assert torch.equal(guided[:, 3:], main[:, 3:])
+    alone = settings.combine(settings.made(), main[:, :3], {"guide": (weaker[:, :3], 2.0)}, x, t)
+    torch.testing.assert_close(guided[:, :3], alone)
+
+
 def test_the_model_is_restored_after_an_error(pipes):
     pipe = pipes["SD"]
     with pytest.raises(RuntimeError, match="stop"), autoguided(pipe, weak("SD")):
