@@ -34,6 +34,15 @@ def test_every_code_cell_compiles(notebook):
             compile(cell.source, f"{FILE.name}:{cell.id}", "exec")
 
 
+@pytest.mark.parametrize("page", [FILE, ROOT / "docs" / "python.md"], ids=lambda page: page.name)
+def test_loops_normalise_weights_before_a_step_and_average_them_as_it_leaves_them(page):
+    """As train.py does (Karras et al. 2023, Eq. 66 and 127)."""
+    text = page.read_text(encoding="utf-8")
+    steps = ("normalize_weights_(net)", "loss_function(net", "optimizer.step()", "ema.update(nimg + batch_size")
+    places = [text.index(step) for step in steps]
+    assert places == sorted(places)
+
+
 @pytest.mark.slow
 def test_it_runs_in_two_minutes_and_guidance_helps(notebook, monkeypatch):
     monkeypatch.setenv("EDM2_OFFLINE", "1")
