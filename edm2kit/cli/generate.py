@@ -16,7 +16,6 @@ import re
 import shlex
 import sys
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +37,7 @@ from edm2kit.guidance.records import settings_differences
 from edm2kit.models.encoders import to_image
 from edm2kit.sampling.engine import ImageBatch, complete_batches
 from edm2kit.torch_utils import dist
+from edm2kit.torch_utils.file_threads import FileThreads, Job
 from edm2kit.torch_utils.files import (
     atomic_write,
     exclusive,
@@ -156,17 +156,17 @@ class ImageFolder:
     def save(self, batches: Iterable[ImageBatch], wanted: Container[int]) -> None:
         """Write the images of the seeds in `wanted`, each batch while the next is generated.
 
-        Raises OSError if that fails.
+        Raises OSError if that fails, and ValueError if it takes longer than `dist.timeout_sec` allows.
         """
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            writing: list[Future[None]] = []
+        with FileThreads(4, complete=True) as threads:
+            writing: list[Job[None]] = []
             for batch in batches:
                 for job in writing:
                     job.result()
                 pixels = batch.images.cpu().numpy()
                 classes = [None] * len(batch.seeds) if batch.classes is None else batch.classes.tolist()
-                images = zip(batch.seeds, classes, pixels, strict=True)
-                writing = [pool.submit(self._write, *image) for image in images if image[0] in wanted]
+                images = (one for one in zip(batch.seeds, classes, pixels, strict=True) if one[0] in wanted)
+                writing = [threads.submit(f"writing {self.file(one[0])}", self._write, *one) for one in images]
             for job in writing:
                 job.result()
 

@@ -13,7 +13,7 @@ from edm2kit.cli import click_types as cli
 from edm2kit.cli.field_options import Interval, option_fields, options_from
 from edm2kit.cli.generation import Request
 from edm2kit.cli.presets import boxed_presets, find_preset, load_presets, preset_file, preset_words
-from edm2kit.cli.sampler_options import sampler_options, take_sampler
+from edm2kit.cli.sampler_options import sampler_options
 from edm2kit.conditions import ALL_CLASSES
 from edm2kit.guidance.base import Method, Option, Rule
 from edm2kit.guidance.registry import (
@@ -31,9 +31,12 @@ from edm2kit.guidance.registry import (
 from edm2kit.guidance.reuse import NO_REUSE, Reuse
 from edm2kit.guidance.table import method_lines, table_text
 from edm2kit.guidance.weight_schedule import CFG_PLUS_PLUS, SCHEDULES
+from edm2kit.sampling.noise_levels import refuse_churn
+from edm2kit.sampling.restart import Restart
+from edm2kit.sampling.solvers import SETTINGS, WITHOUT_CHURN, Churn, Sampler, TimeTravel
 
 SECTIONS = ("Networks", "Seeds and output", "Guidance", "Sampler")  # the order of --help
-_FIELDS = {config: option_fields(config) for config in (Request, Reuse)}
+_FIELDS = {config: option_fields(config) for config in (Request, Reuse, Sampler, Churn, TimeTravel, Restart)}
 _DIFFUSERS = (
     "prompt", "prompts", "negative", "gnet_lora", "gnet_lora_scale", "pixels", "offload", "vae_tiling",
 )  # fmt: skip
@@ -270,7 +273,7 @@ def _take_request(options: dict[str, Any]) -> Request:
         if options["classes"] is not None:
             raise click.UsageError("--balanced cycles through all classes, --class through a list; give one")
         options["classes"] = ALL_CLASSES
-    guidance, sampler = _take_guidance(options), take_sampler(options)
+    guidance, sampler = _take_guidance(options), _take_sampler(options)
     if guidance.schedule == CFG_PLUS_PLUS and sampler.solver != "euler":
         raise click.UsageError(
             f"--guidance-schedule {CFG_PLUS_PLUS} is CFG++ with --solver euler only, not {sampler.solver}"
@@ -327,6 +330,46 @@ def _apply_preset_file(options: dict[str, Any], path: Path) -> None:
     for name in kept:
         if context.get_parameter_source(name) in (None, ParameterSource.DEFAULT):
             options[name] = preset[name]
+
+
+def _take_sampler(options: dict[str, Any]) -> Sampler:
+    """Remove the options of the sampler from `options`, and return it. Raises click.UsageError if they contradict.
+
+    Raises ValueError if a setting is out of range.
+    """
+    churn = Churn(**cli.given_options(options, _FIELDS[Churn]))
+    steps = cli.given_options(options, _FIELDS[Sampler])
+    own = {
+        "time-travel": cli.given_options(options, _FIELDS[TimeTravel]),
+        "restart": cli.given_options(options, _FIELDS[Restart]),
+    }
+    of_diffusers = str(options.get("net") or "").startswith("diffusers:")
+    if of_diffusers and not {"levels", "sigma_min", "sigma_max", "rho"} & steps.keys():
+        steps["levels"] = "own"
+    interval = options.pop("travel_interval")
+    if interval is not None:
+        own["time-travel"]["sigma_lo"], own["time-travel"]["sigma_hi"] = interval
+    solver = steps.get("solver", Sampler.solver)
+    for name, given in own.items():
+        if given and name != solver:
+            named = {"time-travel": "--travel-times and --travel-interval", "restart": "--restart-intervals"}[name]
+            raise click.UsageError(f"{named} belong to --solver {name}, not {solver}")
+    levels = steps.get("levels")
+    if isinstance(levels, tuple):
+        ends = {"num_steps": len(levels), "sigma_max": levels[0], "sigma_min": levels[-1]}
+        for name, value in ends.items():
+            if steps.setdefault(name, value) != value:
+                raise click.UsageError(
+                    f"--levels lists {len(levels)} noise levels; leave out --{name.removeprefix('num_')}"
+                )
+        if len(levels) == 1:
+            del steps["sigma_min"]
+    if solver in WITHOUT_CHURN:
+        try:
+            refuse_churn(solver, churn)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+    return Sampler(**steps, churn=churn, settings=SETTINGS[solver](**own[solver]) if solver in own else None)
 
 
 def _take_guidance(options: dict[str, Any]) -> Choice:

@@ -1,4 +1,4 @@
-"""The command-line options of the sampler, and the Sampler made from them."""
+"""The command-line options of the sampler, and what --help-solver prints."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,12 +6,11 @@ from typing import Any
 import click
 
 from edm2kit.cli import click_types as cli
-from edm2kit.cli.field_options import Interval, option_fields, options_from
-from edm2kit.sampling.noise_levels import LEVELS, refuse_churn
+from edm2kit.cli.field_options import Interval, options_from
+from edm2kit.sampling.noise_levels import LEVELS
 from edm2kit.sampling.restart import Restart
-from edm2kit.sampling.solvers import SETTINGS, SOLVERS, WITHOUT_CHURN, Churn, Sampler, TimeTravel
+from edm2kit.sampling.solvers import SOLVERS, Churn, Sampler, TimeTravel
 
-_FIELDS = {config: option_fields(config) for config in (Sampler, Churn, TimeTravel, Restart)}
 _SOLVER_OPTIONS = {"time-travel": ("travel_interval", "times"), "restart": ("intervals",)}
 _LEVELS_HELP = {
     "karras": "evenly spaced in sigma^(1/rho), as published for EDM2",
@@ -76,43 +75,3 @@ def _all_options() -> list[click.Option]:
     for option in reversed(sampler_options()):
         ask = option(ask)
     return [parameter for parameter in ask.params if isinstance(parameter, click.Option)]
-
-
-def take_sampler(options: dict[str, Any]) -> Sampler:
-    """Remove the options of the sampler from `options`, and return it. Raises click.UsageError if they contradict.
-
-    Raises ValueError if a setting is out of range.
-    """
-    churn = Churn(**cli.given_options(options, _FIELDS[Churn]))
-    steps = cli.given_options(options, _FIELDS[Sampler])
-    own = {
-        "time-travel": cli.given_options(options, _FIELDS[TimeTravel]),
-        "restart": cli.given_options(options, _FIELDS[Restart]),
-    }
-    of_diffusers = str(options.get("net") or "").startswith("diffusers:")
-    if of_diffusers and not {"levels", "sigma_min", "sigma_max", "rho"} & steps.keys():
-        steps["levels"] = "own"
-    interval = options.pop("travel_interval")
-    if interval is not None:
-        own["time-travel"]["sigma_lo"], own["time-travel"]["sigma_hi"] = interval
-    solver = steps.get("solver", Sampler.solver)
-    for name, given in own.items():
-        if given and name != solver:
-            named = {"time-travel": "--travel-times and --travel-interval", "restart": "--restart-intervals"}[name]
-            raise click.UsageError(f"{named} belong to --solver {name}, not {solver}")
-    levels = steps.get("levels")
-    if isinstance(levels, tuple):
-        ends = {"num_steps": len(levels), "sigma_max": levels[0], "sigma_min": levels[-1]}
-        for name, value in ends.items():
-            if steps.setdefault(name, value) != value:
-                raise click.UsageError(
-                    f"--levels lists {len(levels)} noise levels; leave out --{name.removeprefix('num_')}"
-                )
-        if len(levels) == 1:
-            del steps["sigma_min"]
-    if solver in WITHOUT_CHURN:
-        try:
-            refuse_churn(solver, churn)
-        except ValueError as error:
-            raise click.UsageError(str(error)) from error
-    return Sampler(**steps, churn=churn, settings=SETTINGS[solver](**own[solver]) if solver in own else None)

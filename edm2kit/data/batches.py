@@ -6,6 +6,7 @@ import functools
 import math
 import multiprocessing
 import os
+import queue
 import shutil
 import signal
 import tempfile
@@ -126,9 +127,9 @@ def training_batches(
 
     Each step yields len(micro_batch_sizes(batch_size, world_size, batch_gpu)) micro-batches. The global batch [nimg,
     nimg + batch_size) is divided into one contiguous share per rank, and a share into contiguous micro-batches.
-    `workers` processes read ahead (0: no processes); close the generator to end them. The global random state is not
-    used. Raises ValueError, naming the file, if an image cannot be read, and if the processes read nothing for as long
-    as `dist.timeout_sec` allows.
+    `workers` processes read ahead (0: a thread of this process reads); close the generator to end them. The global
+    random state is not used. Raises ValueError, naming the file, if an image cannot be read, and if nothing is read for
+    as long as `dist.timeout_sec` allows.
     """
     if order.num_images != len(source):
         raise ValueError(f"the order is for {order.num_images} images, but the data set has {len(source)}")
@@ -146,10 +147,12 @@ def training_batches(
         worker_init_fn=functools.partial(_ignore_signals, closing),
         generator=torch.Generator(),  # otherwise the loader takes a seed from the global generator
     )
-    return _stream(loader, closing)
+    return _stream(loader, closing, str(source.path))
 
 
-def _stream(loader: torch.utils.data.DataLoader, closing: ctypes.c_bool) -> Generator[MicroBatch, None, None]:
+def _stream(
+    loader: torch.utils.data.DataLoader, closing: ctypes.c_bool, where: str
+) -> Generator[MicroBatch, None, None]:
     # a generator of its own: training_batches checks its arguments when it is called
     def close() -> None:
         closing.value = True
@@ -159,24 +162,29 @@ def _stream(loader: torch.utils.data.DataLoader, closing: ctypes.c_bool) -> Gene
     on_death = signal.getsignal(signal.SIGCHLD)
     others = multiprocessing.active_children()
     try:
-        batches = iter(loader)
+        batches: Iterator[Any] = iter(loader)
         if signal.getsignal(signal.SIGCHLD) is not on_death:
             # the loader's handler raises in the middle of a step if a worker dies; next() below notices it as well
             signal.signal(signal.SIGCHLD, on_death)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     readers = [child for child in multiprocessing.active_children() if child not in others]
+    look_sec = min(LOOK_SEC, dist.timeout_sec())
+    if not loader.num_workers:
+        batches = _ReadingThread(batches, look_sec)
     # registered after the loader's own exit handlers, so it runs before them
     atexit.register(close)
-    watch = _Watch(readers, loader.timeout)
+    watch = _Watch(readers, look_sec, where)
     try:
         while True:
-            batch = _next_watched(batches, readers, loader.timeout, watch)
+            batch = _next_watched(batches, watch)
             if isinstance(batch, Exception):
                 raise batch
             yield MicroBatch(*(torch.as_tensor(part) for part in batch))
     finally:
         watch.ended.set()
+        if isinstance(batches, _ReadingThread):
+            batches.close()
         del batches  # ends the workers, even if a traceback keeps this frame alive
         for reader in readers:
             if reader.is_alive():
@@ -185,15 +193,55 @@ def _stream(loader: torch.utils.data.DataLoader, closing: ctypes.c_bool) -> Gene
         atexit.unregister(close)
 
 
+class _ReadingThread:
+    """Reads the batches of a loader without processes, one when it is asked for, so that a dead disk can be given up.
+
+    Nothing can end a thread that reads from a disk that does not answer, but it does not keep the process from ending.
+    After `look_sec` it raises queue.Empty, and can be asked again, as a loader with processes can.
+    """
+
+    def __init__(self, batches: Iterator[Any], look_sec: float):
+        self._batches, self._look_sec = batches, look_sec
+        self._is_asked = False
+        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._read: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="reader", daemon=True).start()
+
+    def _run(self) -> None:
+        while self._asked.get():
+            try:
+                self._read.put((next(self._batches), None))
+            except BaseException as error:
+                self._read.put((None, error))
+
+    def __iter__(self) -> "_ReadingThread":
+        return self
+
+    def __next__(self) -> Any:
+        if not self._is_asked:
+            self._asked.put(True)
+        self._is_asked = True
+        batch, error = self._read.get(timeout=self._look_sec)
+        self._is_asked = False
+        if error is not None:
+            raise error
+        return batch
+
+    def close(self) -> None:
+        """End the thread, unless it is stuck."""
+        self._asked.put(False)
+
+
 class _Watch:
     """Kills reading processes after the longest wait for them, so that what waits for them raises an error.
 
-    The limit of the loader does not hold while it takes a batch from a process that is stopped at that moment.
-    `since` is when the wait began, None if there is none.
+    The limit of the loader does not hold while it takes a batch from a process that is stopped at that moment. Without
+    `readers`, a thread reads, for which its own limit holds. `since` is when the wait began, None if there is none;
+    `where` is the path of the data.
     """
 
-    def __init__(self, readers: list[multiprocessing.process.BaseProcess], look_sec: float):
-        self.readers, self.look_sec = readers, look_sec
+    def __init__(self, readers: list[multiprocessing.process.BaseProcess], look_sec: float, where: str):
+        self.readers, self.look_sec, self.where = readers, look_sec, where
         self.since: float | None = None
         self.has_killed = False
         self.ended = threading.Event()
@@ -207,49 +255,54 @@ class _Watch:
             waited_sec = 0.0 if since is None else time.monotonic() - since
             if waited_sec > limit_sec:
                 self.has_killed = True
-                for reader in self.readers:
-                    reader.kill()
+                self.kill()
                 return
             if waited_sec > 1.5 * self.look_sec and not warned:
                 warned = True
-                dist.warn0(_silence(self.readers, waited_sec))
+                dist.warn0(self.silence(waited_sec))
+
+    def kill(self) -> None:
+        """Kill the reading processes: one that is stopped would keep this process from ending."""
+        for reader in self.readers:
+            reader.kill()
+
+    def silence(self, waited_sec: float) -> str:
+        """What has not happened for so long, for a message."""
+        if not self.readers:
+            return f"{self.where}: no images have been read for {waited_sec:.0f} s; its disk may not answer"
+        pids = ", ".join(str(reader.pid) for reader in self.readers)
+        return (
+            f"the reading processes ({pids}) have read nothing for {waited_sec:.0f} s: one may be stopped, or the disk "
+            "of --data does not answer"
+        )
 
 
-def _silence(readers: list[multiprocessing.process.BaseProcess], waited_sec: float) -> str:
-    pids = ", ".join(str(reader.pid) for reader in readers)
-    return (
-        f"the reading processes ({pids}) have read nothing for {waited_sec:.0f} s: one may be stopped, or the disk of "
-        "--data does not answer"
-    )
+def _next_watched(batches: Iterator[Any], watch: _Watch) -> Any:
+    """The next batch of a loader, which gives up after `watch.look_sec` but can be asked again.
 
-
-def _next_watched(
-    batches: Iterator[Any], readers: list[multiprocessing.process.BaseProcess], look_sec: float, watch: _Watch
-) -> Any:
-    """The next batch of a loader, which gives up after `look_sec` but can be asked again.
-
-    Raises ValueError if one of its processes `readers` has died, or if they are silent for too long.
+    Raises ValueError if one of its processes has died, or if they, or the thread that reads, are silent for too long.
     """
     limit_sec, waited_sec = dist.timeout_sec(), 0.0
     while True:
         watch.since = time.monotonic()
         try:
             return next(batches)
-        except (RuntimeError, OSError, EOFError) as error:  # from the loader, and from the socket of a reader
+        except (queue.Empty, RuntimeError, OSError, EOFError) as error:  # the last two are of a reader's socket
             first_line = (str(error).splitlines() or [type(error).__name__])[0].strip()
             if watch.has_killed:
-                text = _silence(readers, time.monotonic() - watch.since)
+                text = watch.silence(time.monotonic() - watch.since)
                 raise ValueError(f"{text}. Run the same command to resume; --timeout sets the time to wait") from error
-            if "timed out" not in first_line:
+            if not watch.readers and not isinstance(error, queue.Empty):
+                raise
+            if watch.readers and "timed out" not in first_line:
                 raise ValueError(
                     f"a reading process died ({first_line}). The system may have killed it for lack of memory: use "
                     "fewer --workers"
                 ) from error
-            waited_sec += look_sec
-            text = _silence(readers, waited_sec)
+            waited_sec += watch.look_sec
+            text = watch.silence(waited_sec)
             if waited_sec >= limit_sec:
-                for reader in readers:
-                    reader.kill()  # one that is stopped would keep this process from ending
+                watch.kill()
                 raise ValueError(f"{text}. Run the same command to resume; --timeout sets the time to wait") from error
             dist.warn0(f"{text} (gives up after {limit_sec:.0f} s; see --timeout)")
         finally:

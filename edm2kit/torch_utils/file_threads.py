@@ -40,8 +40,9 @@ class Job(Generic[T]):
 class FileThreads:
     """`count` threads that take up work in the order in which it comes. A context manager.
 
-    Nothing can end a thread that reads from a disk that does not answer. Therefore, these do not keep the process from
-    ending. The end of the block drops work that has not begun, and waits for the rest, but a minute at most.
+    Nothing can end a thread that waits for a disk that does not answer. Therefore, these do not keep the process from
+    ending. The end of the block drops work that has not begun, unless it is to be `complete`, and waits for the rest,
+    but a minute at most.
 
     Example:
 
@@ -50,7 +51,8 @@ class FileThreads:
             contents = [job.result() for job in jobs]
     """
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, complete: bool = False):
+        self._complete = complete
         self._todo: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]
         self._todo, self._given_up = queue.SimpleQueue(), threading.Event()
         self._threads = [threading.Thread(target=self._run, name="files", daemon=True) for _ in range(count)]
@@ -78,7 +80,7 @@ class FileThreads:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        while not self._todo.empty():
+        while not (self._complete and not self._given_up.is_set()) and not self._todo.empty():
             try:
                 self._todo.get_nowait()
             except queue.Empty:  # a thread was faster

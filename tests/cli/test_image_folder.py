@@ -1,6 +1,8 @@
 """Folders of generated images, and when their images are reused."""
 
 import json
+import re
+import threading
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from edm2kit.cli.npz import write_npz
 from edm2kit.data.image_files import contact_sheet
 from edm2kit.models.encoders import to_image
 from edm2kit.sampling.engine import ImageBatch
+from edm2kit.torch_utils import dist, file_threads
 
 SETTINGS = {"net": {"sha256": "abc"}, "guidance": {"weight": 2.0}}
 
@@ -47,6 +50,45 @@ def test_images_of_no_class_have_none(tmp_path):
     folder = ImageFolder(tmp_path, False, SETTINGS)
     folder.save([batch([3], classes=False)], [3])
     assert next(folder.read([3]))[1] is None
+
+
+def test_an_image_that_cannot_be_written_is_named_and_given_up(tmp_path, monkeypatch, capsys):
+    answer, written, write = threading.Event(), threading.Semaphore(0), ImageFolder._write
+    folder = ImageFolder(tmp_path, False, SETTINGS)
+
+    def stuck(self, seed, *image):
+        if seed == 2:
+            answer.wait()  # as a disk that does not answer
+        write(self, seed, *image)
+        written.release()
+
+    def batches():
+        for seeds, before in (([0, 1], 0), ([2, 3], 2), ([4, 5], 1)):
+            for _ in range(before):
+                written.acquire()
+            yield batch(seeds)
+
+    monkeypatch.setattr(ImageFolder, "_write", stuck)
+    monkeypatch.setattr(file_threads, "LOOK_SEC", 0.05)
+    named = f"writing {folder.file(2)}: not done after 0 s; its disk may not answer"
+    with dist.waiting_at_most(0.12), pytest.raises(ValueError, match=re.escape(f"{named}. Run the same command again")):
+        folder.save(batches(), range(6))
+    assert f"Warning: {named} (gives up after 0 s; see --timeout)" in capsys.readouterr().err
+    assert {0, 1, 3}.isdisjoint(folder.missing(range(6)))
+    assert not folder.file(4).exists()
+    answer.set()
+
+
+def test_what_is_generated_is_written_even_if_the_next_batch_fails(tmp_path):
+    def batches():
+        for start in range(0, 12, 6):
+            yield batch(range(start, start + 6))
+        raise ValueError("no memory left")
+
+    folder = ImageFolder(tmp_path, False, SETTINGS)
+    with pytest.raises(ValueError, match="no memory left"):
+        folder.save(batches(), range(12))
+    assert folder.missing(range(12)) == []
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut short", "one bit", "not an image"])

@@ -218,7 +218,7 @@ class Slow:
     """A source that reads only once the file `gate` exists."""
 
     def __init__(self, source, gate):
-        self.source, self.gate = source, gate
+        self.source, self.gate, self.path = source, gate, source.path
         self.item_shape, self.item_dtype = source.item_shape, source.item_dtype
 
     def __len__(self):
@@ -282,19 +282,69 @@ def test_a_reader_that_stops_while_it_hands_over_a_batch_is_given_up(monkeypatch
 
     monkeypatch.setattr(batches, "_WATCH_SEC", 0.01)
     with dist.waiting_at_most(0.05):
-        watch = batches._Watch([Reader()], look_sec=0.02)
+        watch = batches._Watch([Reader()], 0.02, "data")
         with pytest.raises(
             ValueError, match=r"the reading processes \(7\) have read nothing for .* Run the same command"
         ):
-            batches._next_watched(hand_over(), [Reader()], 0.02, watch)
+            batches._next_watched(hand_over(), watch)
     assert killed.is_set()
 
 
+def test_a_disk_that_does_not_answer_is_named_and_given_up_without_reading_processes(gated, monkeypatch, capsys):
+    monkeypatch.setattr(batches, "LOOK_SEC", 0.05)
+    others = threading.active_count()
+    with dist.waiting_at_most(0.12):
+        stream = training_batches(gated, GlobalOrder(8, 0), 0, 8, rank=0, world_size=1)
+        expected = rf"{gated.path}: no images have been read for 0 s; its disk may not answer\. Run the same command"
+        with pytest.raises(ValueError, match=expected):
+            next(stream)
+    stream.close()
+    said = capsys.readouterr().err
+    assert (
+        said.count("no images have been read for 0 s; its disk may not answer (gives up after 0 s; see --timeout)") == 2
+    )
+    os.close(os.open(gated.gate, os.O_RDWR))  # the thread goes on, and ends
+    for thread in threading.enumerate():
+        if thread.name == "reader":
+            thread.join(60)
+    assert threading.active_count() == others
+
+
+def test_a_disk_that_answers_late_costs_nothing_without_reading_processes(gated, monkeypatch):
+    opened = []
+    monkeypatch.setattr(batches, "LOOK_SEC", 0.05)
+    monkeypatch.setattr(batches.dist, "warn0", lambda text: opened.append(os.open(gated.gate, os.O_RDWR)))
+    stream = training_batches(gated, GlobalOrder(8, 0), 0, 8, rank=0, world_size=1)
+    found = [next(stream) for _ in range(2)]
+    assert [batch.positions.tolist() for batch in found] == [list(range(8)), list(range(8, 16))]
+    np.testing.assert_array_equal(found[0].raw, gated.source.read(GlobalOrder(8, 0).indices(0, 8)))
+    stream.close()
+    for file in opened:
+        os.close(file)
+
+
+@pytest.mark.parametrize("error", [KeyError("a bug"), RuntimeError("timed out"), SystemExit(3)])
+def test_other_errors_of_a_source_are_raised_as_they_are_without_reading_processes(tmp_path, error):
+    class Odd(ImageDataset):
+        def read(self, indices):
+            raise error
+
+    source = Odd(write_folder(tmp_path / "data", some_files(8)))
+    stream = training_batches(source, GlobalOrder(8, 0), 0, 8, rank=0, world_size=1)
+    with pytest.raises(type(error)) as found:
+        next(stream)
+    assert found.value is error
+
+
 def test_a_reader_that_dies_while_it_hands_over_a_batch_is_reported():
+    class Reader:
+        pid = 7
+
     def hand_over():
         raise ConnectionResetError("Connection reset by peer")
         yield
 
-    watch = batches._Watch([], look_sec=60)
+    watch = batches._Watch([Reader()], 60, "data")
     with pytest.raises(ValueError, match=r"a reading process died \(Connection reset by peer\)"):
-        batches._next_watched(hand_over(), [], 60, watch)
+        batches._next_watched(hand_over(), watch)
+    watch.ended.set()

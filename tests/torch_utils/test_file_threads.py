@@ -1,5 +1,6 @@
 """Files are read and written side by side, and a disk that does not answer is named instead of waited for."""
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -19,7 +20,8 @@ def test_results_and_errors_come_in_the_order_of_the_work():
         assert [job.result() for job in jobs[1:]] == [(7, 0), (3, 1), (2, 1)]
 
 
-def test_work_that_has_not_begun_is_dropped_at_the_end_and_work_under_way_completed():
+@pytest.mark.parametrize(("complete", "expected"), [(False, [0]), (True, [0, 1, 2])])
+def test_work_under_way_is_completed_at_the_end_and_work_that_has_not_begun_if_wanted(complete, expected):
     begun, may_end, done = threading.Event(), threading.Event(), []
 
     def work(k):
@@ -27,12 +29,13 @@ def test_work_that_has_not_begun_is_dropped_at_the_end_and_work_under_way_comple
         may_end.wait()
         done.append(k)
 
-    with FileThreads(1) as threads:
+    with contextlib.suppress(KeyError), FileThreads(1, complete) as threads:
         for k in range(3):
             threads.submit(str(k), work, k)
         begun.wait()
         threading.Timer(0.05, may_end.set).start()
-    assert done == [0]
+        raise KeyError("the end comes early")
+    assert done == expected
 
 
 def test_a_file_that_cannot_be_read_is_named_and_given_up(monkeypatch, capsys):

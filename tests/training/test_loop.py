@@ -2,6 +2,7 @@
 
 import math
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ import torch
 from click.testing import CliRunner
 
 from edm2kit.cli import train
+from edm2kit.data import batches
 from edm2kit.data.batches import MicroBatch
 from edm2kit.data.dataset import ImageDataset
 from edm2kit.models.encoders import make_encoder
 from edm2kit.models.networks import NETWORKS
 from edm2kit.snapshots.file_format import Header
+from edm2kit.torch_utils import dist
 from edm2kit.training import checkpoint, loop
 from edm2kit.training.checkpoint import damage, list_checkpoints, named_tensors
 from edm2kit.training.config import TrainConfig, config_from_dict, preset_path, read_yaml
@@ -311,6 +314,27 @@ def test_an_unreadable_image_ends_the_run_with_a_checkpoint(images, tmp_path, mo
     assert "img00000040.png" in done.output
     assert len(list_checkpoints(tmp_path / "run")) == 1
     assert "state saved" in done.output
+
+
+def test_a_disk_that_does_not_answer_ends_the_run_with_a_checkpoint(images, tmp_path, monkeypatch):
+    read, calls, answer = ImageDataset.read, [], threading.Event()
+
+    def stuck(self, indices):
+        if threading.current_thread() is not threading.main_thread():  # the run has started
+            calls.append(indices)
+        if len(calls) > 4:
+            answer.wait()
+        return read(self, indices)
+
+    monkeypatch.setattr(ImageDataset, "read", stuck)
+    monkeypatch.setattr(batches, "LOOK_SEC", 0.02)
+    # the limit only holds for the batch that never comes, however slow the machine is
+    monkeypatch.setattr(dist, "timeout_sec", lambda *default: 0.05 if len(calls) == 4 else 1800.0)
+    done = tiny_run(tmp_path, images, batch_size=4, duration_nimg=480)
+    answer.set()
+    assert done.exit_code == 1
+    assert f"{images}: no images have been read for 0 s; its disk may not answer" in done.output
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["training-state-0000000016.pt"]
 
 
 def test_a_failed_snapshot_ends_the_run_with_a_checkpoint(images, tmp_path, monkeypatch):
