@@ -28,6 +28,7 @@ from edm2kit.data import check as dataset_check
 from edm2kit.data import convert as dataset_convert
 from edm2kit.data import encode as dataset_encode
 from edm2kit.data.crops import TRANSFORMS
+from edm2kit.data.image_files import IMAGE_EXTENSIONS
 from edm2kit.data.workers import num_cpus
 from edm2kit.models.vae import STABILITY_VAE
 from edm2kit.torch_utils.dist import one_line, pick_device
@@ -45,6 +46,7 @@ class Resolution(click.ParamType):
         return int(match[1]), int(match[2] or match[1])
 
 
+_OTHER_SUFFIXES = (".tar", ".tgz", ".gz", ".xz", ".7z", ".rar", ".npz", ".npy", ".h5", ".tfrecord", *IMAGE_EXTENSIONS)
 _SOURCE_HELP = "Training set: folder, zip, .npy arrays, or hf:FOLDER"
 
 
@@ -56,8 +58,14 @@ class Destination(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if path.is_symlink() and path.is_dir():
+            path = path.resolve()  # the link stays, and the folder that it leads to is replaced
         try:
             check_writable(path if path.is_symlink() and not path.exists() else path.absolute().parent)
+            if path.is_mount():
+                raise ValueError(f"{path} is a mounted volume, which cannot be replaced; name a folder in it")
+            if path.suffix.lower() in _OTHER_SUFFIXES and not path.is_dir():
+                raise ValueError(f"{path} has the suffix of another kind of file; name a folder or a .zip")
         except (ValueError, OSError) as error:
             self.fail(one_line(str(error)), param, ctx)
         return path

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from edm2kit.cli.output_kinds import sheet_notes
-from edm2kit.data.image_files import labelled_sheet
+from edm2kit.data.image_files import IMAGE_EXTENSIONS, labelled_sheet
 from edm2kit.models.encoders import to_image
 from edm2kit.torch_utils.files import atomic_write
 
@@ -25,6 +25,14 @@ def parse_weights(text: str) -> tuple[float, ...]:
     if len(set(weights)) < len(weights):
         raise ValueError(f"{text!r:.60} names a weight more than once")
     return weights
+
+
+def check_suffixes(npz: Path | None, grid: Path | None) -> None:
+    """Raise ValueError if an output has the suffix of another kind of file."""
+    others = {*IMAGE_EXTENSIONS, ".npz", ".npy", ".zip", ".json", ".safetensors"}
+    for path, kind in ((npz, ".npz"), (grid, ".png")):
+        if path is not None and path.suffix.lower() in others - {kind}:
+            raise ValueError(f"{path} would hold a {kind} file under another suffix; end its name in {kind}")
 
 
 def grid_title(summary: str, seeds: str) -> str:

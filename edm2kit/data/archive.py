@@ -18,6 +18,8 @@ import numpy as np
 from edm2kit.data.zip_index import read_index
 
 _LOCAL_BYTES = 30
+# characters, devices and endings that Windows does not allow in a name
+_NOT_ON_WINDOWS = re.compile(r'[\\:*?"<>|]|(?:^|/)(?:con|prn|aux|nul|com\d|lpt\d)(?=[./]|$)|[. ](?=/|$)', re.IGNORECASE)
 _NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows has none, and no pipes in folders
 _STORED, _DEFLATED = 0, 8
 _MAX_FILE_BYTES = 1 << 30  # of one file, uncompressed
@@ -62,11 +64,11 @@ def other_files(count: int) -> str:
 def check_name(name: str, where: object) -> None:
     """Raise ValueError unless `name`, which comes from the file `where`, stays below the folder it is appended to.
 
-    Absolute names, drives, "..", and characters that no file name needs are refused; parts are separated by "/".
+    Absolute names, drives and ".." are refused, and on Windows what it does not allow; parts are separated by "/".
     """
     parts = name.split("/")
     inside = all(part not in ("", ".", "..") for part in parts) and ":" not in parts[0][1:2]
-    if not inside or "\0" in name or (os.name == "nt" and re.search(r'[\\:*?"<>|]', name)):
+    if not inside or "\0" in name or (os.name == "nt" and _NOT_ON_WINDOWS.search(name)):
         raise ValueError(
             f"{where}: contains the name {name!r:.200}, which is not a path below a folder; nothing is written. Make "
             "the archive again with relative names"

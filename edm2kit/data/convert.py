@@ -210,7 +210,8 @@ def find_labels(archive: Archive, label_source: str) -> Labels | None:
     if label_source == "none":
         return None
     # a dataset.json without "labels" belongs to another program
-    has_file = label_source != "folders" and "labels" in (read_labels_file(archive) or {})
+    content = None if label_source == "folders" else read_labels_file(archive)
+    has_file = "labels" in (content or {})
     if label_source == "json":
         if not has_file:
             raise ValueError(
@@ -222,8 +223,10 @@ def find_labels(archive: Archive, label_source: str) -> Labels | None:
         if labels is None:
             raise ValueError(f"{archive.path}: the images are not in two or more class folders; use --labels none")
         return labels
-    if has_file:
-        return read_labels(archive)
+    if has_file or content:
+        found = read_labels(archive)  # warns if the file belongs to another program
+        if has_file:
+            return found
     if find_extra(archive, RECORD) is not None:
         return noted_labels(archive)
     labels = folder_labels(archive.names)

@@ -143,6 +143,8 @@ def read_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
     """
     where = f"{archive.path}/{LABELS_FILE}"
     content = read_labels_file(archive)
+    if content and "labels" not in content:
+        warn0(f'{where}: has no "labels", as if it were made for another program; it is not used')
     if content is None or content.get("labels") is None:
         return None
     found = find_extra(archive, LABELS_FILE)
@@ -216,7 +218,15 @@ def _json_about(data: bytes, num_images: int) -> Any:
     """
     if data.count(b",") > _JSON_VALUES + _JSON_VALUES_PER_IMAGE * num_images:
         raise ValueError(f"it has {data.count(b',')} values, more than {num_images} images can have")
-    return json.loads(data)
+    return json.loads(data, object_pairs_hook=_without_repetition)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has the key {next(k for k in names if names.count(k) > 1)!r:.60} twice; remove one")
+    return content
 
 
 def find_extra(archive: FolderArchive | ZipArchive, name: str) -> tuple[str, bytes] | None:

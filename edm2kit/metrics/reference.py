@@ -18,6 +18,7 @@ from edm2kit.torch_utils.pickles.writer import dump_arrays
 
 FORMAT_VERSION = 1
 PUBLISHED_METRICS = ("fid", "fd_dinov2")  # that EDM2's own calculate_metrics.py knows
+_START_BYTES = 16
 _MAX_BYTES = 1 << 28  # statistics of three detectors take a quarter of it
 # the errors that values of an unexpected kind lead to
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -132,7 +133,14 @@ def load_reference(path: str | Path) -> Reference:
             f"`python calculate_metrics.py ref --data {path} --dest ref.npz`"
         )
     with open(path, "rb") as file:
-        is_zip = file.read(2) == b"PK"
+        start = file.read(_START_BYTES)
+    is_zip = start.startswith(b"PK")
+    if not is_zip and not start.startswith(b"\x80"):
+        what = f"starts with {start!r}, which neither an .npz nor a .pkl does" if start else "is empty"
+        raise ValueError(
+            f"{path} is damaged or does not contain reference statistics: it {what}. Make them with "
+            "`python calculate_metrics.py ref`, or download them again"
+        )
     try:
         reference = _read_npz(path) if is_zip else _read_pickle(path)
     except _MALFORMED as error:

@@ -167,6 +167,8 @@ class UNet(RawNetwork):
         augment_dim: int = 0,
     ):
         super().__init__()
+        if not channel_mult:
+            raise ValueError("channel_mult is empty; it needs one number for each level, such as 1,2,3,4")
         halvings = len(channel_mult) - 1
         if img_resolution < 1 or img_resolution % (1 << halvings):
             raise ValueError(

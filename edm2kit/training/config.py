@@ -335,7 +335,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.load(data.decode("utf-8-sig"), _Loader)  # a SafeLoader
     except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read the configuration {path}: {error}") from error
+        reason = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"{path} is not UTF-8 text ({reason}); save it as UTF-8") from error
     except _BROKEN_YAML as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if _count_nodes(values) >= _MAX_YAML_VALUES:

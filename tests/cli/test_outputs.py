@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from PIL import Image
 
 from edm2kit.cli.click_types import IntRanges, Size, check_output, check_writable, parse_duration_sec
@@ -26,6 +26,7 @@ from edm2kit.cli.train import main as train
 from edm2kit.data.dataset import open_source
 from edm2kit.torch_utils.files import sampled_sha256
 from tests.support.fakes import tiny_snapshot
+from tests.support.pictures import some_files, write_folder
 
 
 def png_with_notes(notes):
@@ -96,6 +97,25 @@ def test_a_data_set_that_cannot_be_written_is_refused_before_its_source_is_read(
         assert result.exit_code == 2
         assert reason in result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.zip", "link.zip"]
+
+
+def test_a_data_set_behind_a_link_is_written_there_and_a_volume_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    write_folder(tmp_path / "images", some_files(2))
+
+    def convert(dest: str) -> Result:
+        arguments = ["convert", "--source", tmp_path / "images", "--dest", tmp_path / dest, "--workers", 1]
+        return CliRunner().invoke(dataset, list(map(str, arguments)))
+
+    assert convert("link").exit_code == 0
+    assert "nothing to do" in convert("link").output
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "00000" / "img00000000.png").exists()
+    assert "set.tar.gz has the suffix of another kind of file; name a folder or a .zip" in convert("set.tar.gz").output
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    assert "volume is a mounted volume, which cannot be replaced; name a folder in it" in convert("volume").output
 
 
 @pytest.mark.parametrize("size", ["1048576", "16384x16384"])
@@ -290,6 +310,12 @@ def test_a_sheet_replaces_sheets_and_no_photo(net, tmp_path):
     before = photo.read_bytes()
     assert "photo.png exists and is not a contact sheet" in generated(net, "--grid", photo, code=1)
     assert photo.read_bytes() == before
+
+
+@pytest.mark.parametrize(("option", "name"), [("--grid", "sheet.jpg"), ("--grid", "a.NPZ"), ("--npz", "a.png")])
+def test_an_output_with_the_suffix_of_another_kind_is_refused(net, tmp_path, option, name):
+    assert f"{name} would hold a ." in generated(net, option, tmp_path / name, code=1)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["cat.JPG", "dataset.json", "000000.png"])

@@ -51,6 +51,17 @@ def test_a_name_that_leaves_the_folder_is_refused(tmp_path, name):
         output.add(name, b"data")
 
 
+@pytest.mark.parametrize(
+    "name", ["NUL.png", "a/con", "com1.txt/a.png", "a./b.png", "a /b.png", "b.png ", "a?.png", "ab:c"]
+)
+def test_names_that_windows_does_not_allow_are_refused_there(name, monkeypatch):
+    check_name(name, "source.zip")
+    monkeypatch.setattr(os, "name", "nt")
+    check_name("console/nullable.png", "source.zip")
+    with pytest.raises(ValueError, match="not a path below a folder"):
+        check_name(name, "source.zip")
+
+
 @pytest.mark.parametrize("name", ["a.png", "00000/img00000000.png", "é/ü.png", "..a/b..png", "a b/c.png"])
 def test_an_ordinary_name_is_accepted(name):
     check_name(name, "source.zip")
@@ -89,9 +100,12 @@ def test_zips_without_the_flag_for_utf8_and_with_backslashes_are_read(tmp_path):
     assert opened(path).names == ["é/0.png", "中/1.png"]
 
 
-def test_a_json_file_of_another_program_leaves_the_class_folders(tmp_path):
+def test_a_json_file_of_another_program_leaves_the_class_folders(tmp_path, capsys):
     files = {"cat/0.png": png(), "dog/1.png": png(), "dataset.json": json.dumps({"title": "pets"})}
     assert find_labels(opened(write_zip(tmp_path / "set.zip", files)), "auto").class_names == ("cat", "dog")
+    assert ImageDataset(tmp_path / "set.zip").labels is None
+    said = 'set.zip/dataset.json: has no "labels", as if it were made for another program; it is not used'
+    assert capsys.readouterr().err.count(said) == 2
     with pytest.raises(ValueError, match=r'no dataset\.json with "labels"'):
         find_labels(opened(tmp_path / "set.zip"), "json")
 

@@ -91,6 +91,12 @@ def test_a_wrong_labels_file_is_refused(tmp_path, content, reason):
         labels_of(tmp_path, FILES | {"dataset.json": data})
 
 
+def test_a_key_that_is_given_twice_is_refused(tmp_path):
+    data = b'{"labels": [["0.png", 0], ["1.png", 1]], "label_names": ["a", "b"], "labels": null}'
+    with pytest.raises(ValueError, match=r"dataset\.json: is not JSON: it has the key 'labels' twice; remove one"):
+        labels_of(tmp_path, {**some_files(2), "dataset.json": data})
+
+
 def test_folders_are_classes_in_the_order_of_their_names():
     labels = folder_labels(["dog/1.png", "cat/x/2.png", "dog/3.png"])
     assert (labels.values.tolist(), labels.class_names) == ([1, 0, 1], ("cat", "dog"))

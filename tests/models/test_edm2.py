@@ -99,6 +99,8 @@ def test_wrong_arguments_are_refused():
         Precond(16, 3, 0, model_channels=48, channel_mult=[1, 2])
     with pytest.raises(ValueError, match="cannot be halved 3 times"):
         Precond(20, 3, 0, model_channels=64)
+    with pytest.raises(ValueError, match="channel_mult is empty; it needs one number for each level"):
+        Precond(16, 3, 0, model_channels=64, channel_mult=[])
     with pytest.raises(TypeError, match="model_chanels"):
         Precond(16, 3, 0, model_chanels=64)
     net, x, labels = conditional_net()

@@ -152,6 +152,12 @@ def test_what_yaml_cannot_build_is_one_line_that_names_the_file(tmp_path, text, 
     assert "\n" not in str(caught.value)
 
 
+def test_a_text_that_is_not_utf8_says_what_to_do(tmp_path):
+    (tmp_path / "a.yaml").write_text("seed: 1\n", encoding="utf-16")  # as PowerShell writes it
+    with pytest.raises(ValueError, match=r"a\.yaml is not UTF-8 text \(invalid .* at byte 0\); save it as UTF-8"):
+        read_yaml(tmp_path / "a.yaml")
+
+
 def test_on_and_off_and_counts_mean_what_they_mean_on_the_command_line(tmp_path):
     (tmp_path / "c.yaml").write_text("compile: off\nduration_nimg: 1.5Mi\nbatch_gpu: 1Ki\nsnapshot_every_nimg: 2e6\n")
     config = config_from_dict(read_yaml(tmp_path / "c.yaml"), "c.yaml")
