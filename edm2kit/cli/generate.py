@@ -30,7 +30,7 @@ from edm2kit.cli import click_types as cli
 from edm2kit.cli.click_types import check_output, check_without_images, check_writable
 from edm2kit.cli.generation import Generation, Request, prepare, with_files
 from edm2kit.cli.generation_options import SECTIONS, generation_options
-from edm2kit.cli.grids import MAX_IMAGES, check_suffixes, grid_title, parse_weights, write_grid
+from edm2kit.cli.grids import MAX_IMAGES, check_names, grid_title, parse_weights, write_grid
 from edm2kit.cli.npz import check_npz, pack, record_of, remove_parts
 from edm2kit.data.labels import RECORD
 from edm2kit.guidance.records import settings_differences
@@ -340,7 +340,6 @@ def _remove_unless_kept(path: Path, outdir: Path | None, grid: Path | None) -> N
 def _check_outputs(folder: Path, outdir: Path | None, npz: Path | None, grid: Path | None) -> None:
     """Refuse outputs that cannot be written, or that would replace something else."""
     check_writable(folder)
-    check_suffixes(npz, grid)
     others = [
         path for path in folder.glob("[!.]*") if outdir is None and not path.name.startswith(("weight-", "prompt-"))
     ]
@@ -348,8 +347,8 @@ def _check_outputs(folder: Path, outdir: Path | None, npz: Path | None, grid: Pa
         raise ValueError(
             f"{folder} is needed for unfinished images, but holds other files; move it, or choose another name"
         )
-    if npz is not None and grid is not None and npz.resolve() == grid.resolve():
-        raise ValueError(f"--npz and --grid both name {grid}; give different files")
+    if npz is not None or grid is not None:
+        check_names(npz, grid)
     if outdir is not None and npz is None and not (folder / RECORD).exists():
         check_without_images(folder)
     if npz is not None:

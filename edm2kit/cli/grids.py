@@ -27,8 +27,10 @@ def parse_weights(text: str) -> tuple[float, ...]:
     return weights
 
 
-def check_suffixes(npz: Path | None, grid: Path | None) -> None:
-    """Raise ValueError if an output has the suffix of another kind of file."""
+def check_names(npz: Path | None, grid: Path | None) -> None:
+    """Raise ValueError if --npz and --grid name one file, or one with the suffix of another kind."""
+    if npz is not None and grid is not None and npz.resolve() == grid.resolve():
+        raise ValueError(f"--npz and --grid both name {grid}; give different files")
     others = {*IMAGE_EXTENSIONS, ".npz", ".npy", ".zip", ".json", ".safetensors"}
     for path, kind in ((npz, ".npz"), (grid, ".png")):
         if path is not None and path.suffix.lower() in others - {kind}:

@@ -75,6 +75,17 @@ def test_ranks_and_ports_that_cannot_be_are_named_before_anybody_waits(monkeypat
         meeting.check_variables()
 
 
+@pytest.mark.parametrize("name", ["RANK", "MASTER_ADDR"])
+def test_a_variable_that_is_missing_is_named(monkeypatch, name):
+    group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", name: ""}
+    for variable, value in group.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(
+        ValueError, match=rf"^WORLD_SIZE is 2, but {name} is not set\. Start the processes with torchrun"
+    ):
+        meeting.check_variables()
+
+
 @pytest.mark.parametrize("name", ["cpu:abc", "cpu:", "cpu:-1", "CPU", ""])
 def test_a_device_that_cannot_be_is_named(name):
     with pytest.raises(ValueError, match=f"--device {name}: not available here"):
