@@ -5,7 +5,8 @@ import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 RECORD = "generation.json"  # written beside generated images: how they were made
 LABELS_FILE = "dataset.json"
+LABELS_CRC = "labels_crc32"  # in that file
 # the names of splits: val, Train, test_set, train2017, imagenet-val, and trainA of data sets for translation
 SPLIT_NAME = re.compile(
     r"(?i:(?:^|[\W\d_])(?:train|training|val|valid|validation|test|testing|dev|eval)(?=[\W\d_]|$))"
@@ -147,6 +149,11 @@ def read_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
         warn0(f'{where}: has no "labels", as if it were made for another program; it is not used')
     if content is None or content.get("labels") is None:
         return None
+    if not labels_are_as_written(content):
+        warn0(
+            f"{where}: its labels or names of classes have changed since the data set was made. If you changed them, "
+            f'remove "{LABELS_CRC}" from the file'
+        )
     found = find_extra(archive, LABELS_FILE)
     by_name = align_names(_check_entries(content["labels"], where), archive.names, found[0] if found else "", where)
     unlabelled = [name for name in archive.names if name not in by_name]
@@ -177,6 +184,22 @@ def read_labels(archive: FolderArchive | ZipArchive) -> Labels | None:
     if len(class_names) <= last:
         raise ValueError(f'{where}: "label_names" names {len(class_names)} classes, but the labels go up to {last}')
     return _with_usual_numbers(Labels(classes, tuple(class_names)), where)
+
+
+def labels_checksum(content: Mapping[str, Any]) -> str:
+    """A CRC-32 of the labels, their names and the names of classes in `content` of dataset.json."""
+    entries = content["labels"]
+    names = "\n".join(name for name, _ in entries).encode("utf-8", "surrogatepass")
+    others = [[label for _, label in entries], content.get("label_names"), content.get("num_classes")]
+    return f"{zlib.crc32(repr(others).encode('utf-8', 'surrogatepass'), zlib.crc32(names)):08x}"
+
+
+def labels_are_as_written(content: Mapping[str, Any]) -> bool:
+    """Whether the labels in dataset.json are those that `dataset_tool.py` wrote; True if it holds no checksum."""
+    try:
+        return content.get("labels") is None or content.get(LABELS_CRC) in (None, labels_checksum(content))
+    except (TypeError, ValueError):
+        return False
 
 
 def _with_usual_numbers(labels: Labels, where: str) -> Labels:

@@ -14,7 +14,7 @@ from PIL import Image
 from edm2kit.data.archive import FolderArchive, ZipArchive, check_name, open_archive, spread_evenly
 from edm2kit.data.checksums import KEY, Entry, Journal, entry_of, recorded_checksums
 from edm2kit.data.dataset import FILE_EXTENSIONS
-from edm2kit.data.labels import LABELS_FILE, read_labels_file
+from edm2kit.data.labels import LABELS_CRC, LABELS_FILE, labels_are_as_written, labels_checksum, read_labels_file
 from edm2kit.torch_utils.files import differences, file_lock, free_bytes, plain_json, write_json
 
 _LOCAL = struct.Struct("<4s5H3L2H")
@@ -47,6 +47,11 @@ def is_finished(dest: Path, settings: dict) -> bool:
     wanted = content.get("files", num_files)  # older records do not say how many there were
     if num_files != wanted:
         raise ValueError(f"{dest} has {num_files} of its {wanted} files; delete it and run the command again")
+    if not labels_are_as_written(content):
+        raise ValueError(
+            f"{dest}: its labels have changed since it was made. Delete it or choose another --dest; if you changed "
+            f'them on purpose, remove "{LABELS_CRC}" from {LABELS_FILE}'
+        )
     _compare_sample(archive, content)
     left = _unfinished(dest)
     if left.exists() and not (left / "data").exists():
@@ -184,6 +189,8 @@ class PartialDataset:
         """
         count = sum(name.lower().endswith(FILE_EXTENSIONS) for name in self.names)
         content = content | {"files": count, "settings": self.settings}
+        if content.get("labels") is not None:
+            content[LABELS_CRC] = labels_checksum(content)
         entries = sorted(self._writer.recorded.items())
         if entries:
             content[KEY] = {name: entry for name, entry in entries if name.lower().endswith(FILE_EXTENSIONS)}

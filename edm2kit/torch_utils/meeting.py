@@ -27,13 +27,13 @@ def check_variables() -> None:
         raise ValueError(f"RANK is {rank} and WORLD_SIZE {size}, but ranks count from 0 up. Correct or unset both")
     if not 0 < port < 1 << 16:
         raise ValueError(f"MASTER_PORT is {port}; expected a port from 1 to 65535. Correct or unset it")
+    check_host_name()
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if size > 1 and missing:
         raise ValueError(
             f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set. Start the processes with torchrun, or unset "
             "WORLD_SIZE"
         )
-    check_host_name()
 
 
 def check_host_name() -> None:

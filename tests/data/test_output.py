@@ -44,6 +44,25 @@ def test_a_finished_data_set_is_left_alone(tmp_path, source, dest):
     assert os.stat(tmp_path / dest).st_mtime_ns == before.st_mtime_ns
 
 
+@pytest.mark.parametrize("change", [{"labels": 0}, {"label_names": ["dog", "cat"]}, {"labels": "swapped"}])
+def test_labels_that_were_changed_are_reported(tmp_path, source, change, capsys):
+    convert(source, tmp_path / "out")
+    path = tmp_path / "out" / "dataset.json"
+    content = json.loads(path.read_text())
+    first, second, *others = content["labels"]
+    labels = {0: [[first[0], 1], second, *others], "swapped": [second, first, *others]}
+    changed = content | {key: labels.get(value, value) if key == "labels" else value for key, value in change.items()}
+    path.write_text(json.dumps(changed))
+    assert "its labels have changed since it was made" in convert(source, tmp_path / "out", code=1)
+    ImageDataset(tmp_path / "out")
+    assert "its labels or names of classes have changed since the data set was made" in capsys.readouterr().err
+    del changed["labels_crc32"]
+    path.write_text(json.dumps(changed))
+    assert "nothing to do" in convert(source, tmp_path / "out")
+    ImageDataset(tmp_path / "out")
+    assert capsys.readouterr().err == ""
+
+
 def test_a_finished_data_set_from_which_files_were_deleted_is_not_called_complete(tmp_path, source):
     convert(source, tmp_path / "out")
     next((tmp_path / "out").rglob("*.png")).unlink()
