@@ -183,7 +183,7 @@ def look_at(
     side: int,
     as_stored: bool = False,
 ) -> Sample:
-    """Look at a sample of the pictures for what is wrong with all of them alike, before they become `side` pixels.
+    """Look at a sample of the pictures for faults that all are likely to share, before they become `side` pixels.
 
     Raises ValueError if the range of values makes every picture black.
     """

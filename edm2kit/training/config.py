@@ -24,14 +24,13 @@ from edm2kit.torch_utils.files import atomic_write, check_type
 
 PRESET_FOLDER = Path(__file__).parents[1] / "configs" / "train"
 _COUNT_UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
-# more is a slip of the keyboard: it would fail much later, for want of memory, processes or 64 bits
-_LARGEST = {"batch_size": 1 << 24, "workers": 1024, **dict.fromkeys(("duration_nimg", "rampup_nimg"), 1 << 50)}
+# more is a typing error, which would fail much later: no memory, too many processes, or numbers beyond 64 bits
+_LARGEST = {"batch_size": 1 << 24, "workers": 1024, "duration_nimg": 1 << 50, "rampup_nimg": 1 << 50}
 _MAX_LN_SIGMA, _MAX_SIGMA_DATA = 40, 1e9  # their squares, and quotients of those, are float32 numbers
 _MAX_YAML_BYTES, _MAX_YAML_VALUES, _MAX_MERGED = 1 << 17, 10_000, 16
 # PyYAML's own, and what its constructors raise for a date that does not exist and for !!bool, !!int and others on text
-_BROKEN_YAML = (
-    *(yaml.YAMLError, RecursionError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError),
-)
+_CONSTRUCTOR_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)
+_BROKEN_YAML = (yaml.YAMLError, RecursionError, *_CONSTRUCTOR_ERRORS)
 AUTO = "auto"
 _SIZES = ("xxs", "xs", "s", "m", "l", "xl", "xxl")
 

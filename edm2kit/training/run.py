@@ -226,7 +226,7 @@ def prepare_run(
     run = resolve(config, open_source(config.data, use_labels=config.cond), Path(run_dir), teacher, processes)
     recorded = check_run_dir(run)
     if recorded is not None:
-        # one that an earlier version began, which recorded less, keeps its name, which its snapshots share
+        # a run that an earlier version began recorded less, so its run_id differs: it keeps that of its snapshots
         run = dataclasses.replace(run, header=dataclasses.replace(run.header, run_id=recorded["run_id"]))
     if config.batch_gpu == AUTO:
         share, architecture = sum(run.micro_batches), dict(run.header.architecture)
@@ -334,7 +334,7 @@ def _with_augmentation(config: TrainConfig) -> Mapping[str, Any]:
     if not config.augment:
         return config.network
     if "augment_dim" not in NETWORKS[config.network_kind].defaults:
-        raise ValueError(f"a {config.network_kind} network cannot be told about augmentation; train without --augment")
+        raise ValueError(f"a {config.network_kind} network takes no augmentation labels; train without --augment")
     return {**config.network, "augment_dim": NUM_LABELS}
 
 

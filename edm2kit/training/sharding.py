@@ -101,7 +101,7 @@ class ShardedEMA(PowerFunctionEMA):
 
 
 def own_state(net: nn.Module, optimizer: ShardedAdam, ema: ShardedEMA, progress: Mapping[str, Any]) -> dict[str, Any]:
-    """What this rank holds of the contents of a checkpoint, without a word to the others: see `join_parts`."""
+    """What this rank holds of the contents of a checkpoint, without communication: see `join_parts`."""
     moments = {number: dict(optimizer._own(number)) for number in optimizer.numbers()}
     groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
     averages = {

@@ -156,7 +156,7 @@ def test_latents_and_other_networks_are_refused(tmp_path):
         ["--config", str(config), "--data", str(data), "--outdir", str(tmp_path / "run"), "--augment", "0.1"],
     )
     assert refused.exit_code == 1
-    assert "a dit network cannot be told about augmentation" in refused.output
+    assert "a dit network takes no augmentation labels" in refused.output
 
 
 def test_runs_from_before_keep_their_names_and_refuse_to_be_augmented():

@@ -160,26 +160,32 @@ def draw(seed: int, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np
 
 
 def _render(u: np.ndarray, distance: Field, pattern: Field) -> np.ndarray:
-    size, turn, cx, cy = 0.66 + 0.17 * u[:, 0], (u[:, 1] - 0.5) * 0.6, (u[:, 2] - 0.5) * 0.22, (u[:, 3] - 0.5) * 0.22
+    """Pictures uint8 [N, 32, 32, 3] of one kind from `uniforms`, painted from the back to the front."""
+    size, turn = 0.66 + 0.17 * u[:, 0], 0.6 * (u[:, 1] - 0.5)
+    cx, cy = 0.22 * (u[:, 2] - 0.5), 0.22 * (u[:, 3] - 0.5)
+    lean = _column(2 * np.pi * u[:, 4])
+    colours = _colours(u)
+    grain = u[:, _CHOICES:].reshape(len(u), SIDE, SIDE, 3) - 0.5
     axis = (np.arange(SIDE, dtype=np.float32) + 0.5) * _PIXEL - 1
     y, x = np.meshgrid(axis, axis, indexing="ij")
 
     def local(shift_x: float, shift_y: float) -> tuple[np.ndarray, np.ndarray]:
+        """Coordinates of all pixels in the frame of a shape that is moved by the shift."""
         px, py = x - _column(cx + shift_x), y - _column(cy + shift_y)
         cos, sin = _column(np.cos(turn) / size), _column(np.sin(turn) / size)
         return cos * px + sin * py, cos * py - sin * px
 
     edge = distance(*local(0, 0)) * _column(size)
     shadow = distance(*local(*_SHADOW)) * _column(size)
-    colours = _colours(u)
-    lean = _column(2 * np.pi * u[:, 4])
-    image = _blend(colours["far"], colours["near"], 0.5 + 0.35 * (np.cos(lean) * x + np.sin(lean) * y))
-    image = _blend(image, 0.62 * image, np.clip(0.5 - shadow / 0.12, 0, 1))
-    lit = _blend(colours["dark"], colours["light"], np.clip(0.5 - (y + 0.5 * x - _column(cy + 0.5 * cx)) / 1.2, 0, 1))
-    lit = _blend(lit, colours["second"], np.clip(0.5 + pattern(*local(0, 0)) * _column(size) / _PIXEL, 0, 1))
-    body = _blend(lit, colours["line"], _cover(-_OUTLINE - edge))
-    image = _blend(image, body, _cover(edge))
-    image = image + _GRAIN * (u[:, _CHOICES:].reshape(image.shape) - 0.5)
+    second = pattern(*local(0, 0)) * _column(size)
+    below_centre = y + 0.5 * x - _column(cy + 0.5 * cx)  # along the light
+
+    ground = _blend(colours["far"], colours["near"], 0.5 + 0.35 * (np.cos(lean) * x + np.sin(lean) * y))
+    ground = _blend(ground, 0.62 * ground, np.clip(0.5 - shadow / 0.12, 0, 1))
+    body = _blend(colours["dark"], colours["light"], np.clip(0.5 - below_centre / 1.2, 0, 1))
+    body = _blend(body, colours["second"], _cover(-second))
+    body = _blend(body, colours["line"], _cover(-_OUTLINE - edge))
+    image = _blend(ground, body, _cover(edge)) + _GRAIN * grain
     return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
@@ -188,6 +194,7 @@ def _column(values: np.ndarray) -> np.ndarray:
 
 
 def _cover(edge: np.ndarray) -> np.ndarray:
+    """How much of each pixel is inside, from the signed distance to an edge."""
     return np.clip(0.5 - edge / _PIXEL, 0, 1)
 
 
