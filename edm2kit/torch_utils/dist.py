@@ -221,7 +221,7 @@ def _launched() -> contextlib.AbstractContextManager[None]:
 
 def _in_group(picked: torch.device, limit_sec: float) -> Iterator[torch.device]:
     global _had_group
-    from edm2kit.torch_utils.heartbeat import is_first_to_report, is_of_group, reason_of_loss, watching
+    from edm2kit.torch_utils.heartbeat import has_timed_out, is_first_to_report, is_of_group, reason_of_loss, watching
     from edm2kit.torch_utils.meeting import check_variables, group_arguments
 
     check_variables()
@@ -243,7 +243,8 @@ def _in_group(picked: torch.device, limit_sec: float) -> Iterator[torch.device]:
         except RuntimeError as error:
             if not is_of_group(error):
                 raise
-            raise ValueError(reason_of_loss(str(error), late_ranks(), limit_sec)) from error
+            late = late_ranks(limit_sec if has_timed_out(str(error)) else None)
+            raise ValueError(reason_of_loss(str(error), late, limit_sec)) from error
     torch.distributed.destroy_process_group()
 
 

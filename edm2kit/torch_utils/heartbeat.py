@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import os
 import socket
 import threading
@@ -17,6 +18,7 @@ BEAT_SEC = 5.0
 LATE_SEC = 60.0
 _STORE_WAIT_SEC = 20
 _ANSWER_SEC = 10.0  # for one question to the store, such as the last before a process gives up
+_LISTEN_SEC = 0.1  # between two looks for the next report
 _DONE, _FAILED = "done", "failed"  # instead of the number of a beat
 
 
@@ -47,7 +49,7 @@ class Heartbeat:
     if this rank has waited for it as long (it is alive, but busy with something else, such as a disk that does not
     answer). The lowest rank that is not late itself names the others by `say(text)`: once, and again when they are
     back. `steps()` is the number of times that this rank has come to a point where all ranks meet. `clock` gives
-    seconds.
+    seconds, `pause(seconds)` lets them pass.
     """
 
     def __init__(
@@ -59,20 +61,25 @@ class Heartbeat:
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
         late_sec: float = LATE_SEC,
+        pause: Callable[[float], object] = time.sleep,
     ):
         self.store, self.rank, self.world_size, self.steps, self.say = store, rank, world_size, steps, say
-        self.clock, self.late_sec = clock, late_sec
+        self.clock, self.pause = clock, pause
+        self.late_sec = self.busy_sec = late_sec
         # torchrun starts all ranks again under the same store
         self._prefix = f"edm2kit/heartbeat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self._beats = 0
         self._own = (-1, clock())  # steps of this rank, and since when
         self._seen = {other: _Seen("", -1, "", clock()) for other in range(world_size) if other != rank}
         self._named: set[int] = set()
+        self._gives_up = False
 
     def beat(self) -> None:
         """Report, look and speak; to be called every few seconds."""
         self._beats += 1
         self._report(str(self._beats))
+        if self._gives_up:
+            return  # `late` looks and speaks
         if self.steps() != self._own[0]:
             self._own = (self.steps(), self.clock())
         for lower in range(self.rank):
@@ -90,16 +97,37 @@ class Heartbeat:
         """Report that this rank needs the others no more, or that it `failed`."""
         self._report(_FAILED if failed else _DONE)
 
-    def late(self) -> list[str]:
+    def late(self, waited_sec: float | None = None) -> list[str]:
         """Those ranks that are late, such as "rank 3 (process 7 on host) has not reported for 61 s".
 
-        For a rank that gives up after less than `late_sec`, three missing reports are enough.
+        To be called once, by a rank that gives up: after less than `late_sec`, three missing reports are enough. If it
+        has `waited_sec` for the others, too short a time even for these, it listens for two reports more. A rank that
+        is silent meanwhile is late, and so is one that has not come as far as this one.
         """
+        self._look_at_all()
+        self.late_sec = self.busy_sec = min(self.late_sec, 3 * BEAT_SEC)
+        found = [self._description(other) for other in self._seen if self._reason(other) is not None]
+        if found or waited_sec is None:
+            return found
+        self._gives_up = True
+        since, before = self.clock(), {other: seen.beat for other, seen in self._seen.items()}
+        self._own = (self.steps(), since - waited_sec)
+        unheard = {other for other, beat in before.items() if beat != _DONE}
+        while unheard and self.clock() < since + 2 * BEAT_SEC:
+            self.pause(_LISTEN_SEC)
+            self._look_at_all()
+            unheard = {other for other in unheard if self._seen[other].beat == before[other]}
+        self.busy_sec = 0.0
+        for other in self._seen:
+            self.late_sec = 0.0 if other in unheard else math.inf
+            if self._reason(other) is not None:
+                found.append(self._description(other))
+        return found
+
+    def _look_at_all(self) -> None:
         for other in self._seen:
             with contextlib.suppress(RuntimeError):
                 self._look_at(other)
-        self.late_sec = min(self.late_sec, 3 * BEAT_SEC)
-        return [self._description(other) for other in self._seen if self._reason(other) is not None]
 
     def _tell(self, other: int) -> None:
         is_late = self._reason(other) is not None
@@ -130,7 +158,7 @@ class Heartbeat:
         silent_sec, waiting_sec = now - seen.changed, now - self._own[1]
         if silent_sec >= self.late_sec:
             return f"has not reported for {silent_sec:.0f} s" if seen.beat else f"has not started in {silent_sec:.0f} s"
-        if seen.steps < self._own[0] and waiting_sec >= self.late_sec:
+        if seen.steps < self._own[0] and waiting_sec >= self.busy_sec:
             return f"is alive, but has been busy for {waiting_sec:.0f} s"
         return None
 
@@ -190,15 +218,24 @@ def is_of_group(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
 
 
+def _first_line(reason: str) -> str:
+    return reason.partition("\n")[0].partition(". This is typically")[0]
+
+
+def has_timed_out(reason: str) -> bool:
+    """Whether an error of the group says that others have not come in time."""
+    return any(words in _first_line(reason).lower() for words in ("timed out", "timeout"))
+
+
 def reason_of_loss(reason: str, late: list[str], limit_sec: float) -> str:
     """Why a process gives up after an error of its group, for a message; `late` are the ranks that it waited for."""
-    first_line = reason.partition("\n")[0].partition(". This is typically")[0]
+    first_line = _first_line(reason)
     if "EADDRINUSE" in reason:
         return f"port {os.environ.get('MASTER_PORT')} is in use on this machine; set MASTER_PORT to a free one"
-    if "timed out" in first_line.lower() or "timeout" in first_line.lower():
+    if has_timed_out(reason):
         who = "; ".join(late) or "all of them report that they are alive"
         return (
-            f"waited {limit_sec:.0f} s for the other ranks and gave up: {who}. Run the same command to resume; "
+            f"waited {limit_sec:g} s for the other ranks and gave up: {who}. Run the same command to resume; "
             "--timeout sets the time to wait"
         )
     who = f": {'; '.join(late)}" if late else ""
@@ -208,8 +245,8 @@ def reason_of_loss(reason: str, late: list[str], limit_sec: float) -> str:
 @contextlib.contextmanager
 def watching(
     rank: int, world_size: int, steps: Callable[[], int], say: Callable[[str], None]
-) -> Iterator[Callable[[], list[str]]]:
-    """Run the heartbeat of this rank in a thread inside the block. Yields a function that gives the late ranks.
+) -> Iterator[Callable[[float | None], list[str]]]:
+    """Run the heartbeat of this rank in a thread inside the block. Yields `Heartbeat.late`, to learn of the late ranks.
 
     Without a connection to the store of the process group at MASTER_ADDR, it says so and gives none.
     """
@@ -237,11 +274,19 @@ def watching(
             if ending.wait(BEAT_SEC):
                 return
 
+    def late(waited_sec: float | None) -> list[str]:
+        end = time.monotonic() + 2 * BEAT_SEC
+        while waited_sec is not None and not beats and time.monotonic() < end:
+            time.sleep(_LISTEN_SEC)  # the heartbeat has not begun yet
+        if beats:
+            return ask(lambda: beats[0].late(waited_sec), [silence], _ANSWER_SEC + 2 * BEAT_SEC)
+        return [] if waited_sec is None else [silence]
+
     thread = threading.Thread(target=run, name="heartbeat", daemon=True)
     thread.start()
     failed = True
     try:
-        yield lambda: ask(beats[0].late, [silence]) if beats else []
+        yield late
         failed = False
     finally:
         ending.set()

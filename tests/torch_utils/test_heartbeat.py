@@ -263,6 +263,53 @@ def test_a_rank_that_gives_up_early_names_those_that_missed_three_reports():
     ]
 
 
+class Listening(Ranks):
+    """Ranks that go on, except for those `without`, while one of them listens; `passed` seconds so far."""
+
+    def __init__(self, count, without=()):
+        super().__init__(count)
+        self.without, self.passed = without, 0.0
+        for one in self.all:
+            one.pause = self.pass_time
+
+    def pass_time(self, seconds):
+        self.passed += seconds
+        self.now += seconds
+        if self.passed // 5 > (self.passed - seconds) // 5:
+            for k, one in enumerate(self.all):
+                if k not in self.without:
+                    one.beat()
+
+
+@pytest.mark.parametrize("waited", [1, 3, 12])
+def test_a_rank_that_gives_up_after_a_short_wait_names_the_one_that_is_stopped(waited):
+    ranks = Listening(4, without=[2])
+    ranks.run(20)
+    ranks.steps = [8, 8, 8, 8]
+    ranks.all[3].leave(failed=False)
+    ranks.now += waited  # the last report of rank 2 is seen only then
+    found = ranks.all[0].late(waited)
+    assert [re.sub(r"\(.*\)", "(who)", text) for text in found] == ["rank 2 (who) has not reported for 10 s"]
+    assert ranks.said == [[], [], [], []]
+
+
+def test_a_rank_that_gives_up_after_a_short_wait_names_the_one_that_is_busy():
+    ranks = Listening(3)
+    ranks.run(20)
+    ranks.steps = [8, 8, 7]  # rank 1 has come as far, but not reported it yet
+    ranks.now += 3
+    found = ranks.all[0].late(3)
+    assert [re.sub(r"\(.*\)", "(who)", text) for text in found] == ["rank 2 (who) is alive, but has been busy for 8 s"]
+    assert ranks.passed == pytest.approx(5, abs=0.2)
+    assert ranks.said == [[], [], []]
+
+
+def test_a_rank_that_gives_up_for_another_reason_does_not_listen():
+    ranks = Listening(3, without=[2])
+    ranks.run(20)
+    assert (ranks.all[0].late(), ranks.passed) == ([], 0)
+
+
 def test_a_store_that_does_not_answer_is_named_instead_of_waited_for(monkeypatch):
     asked, end = threading.Event(), threading.Event()
 
@@ -284,5 +331,5 @@ def test_a_store_that_does_not_answer_is_named_instead_of_waited_for(monkeypatch
     monkeypatch.setenv("MASTER_PORT", "29500")
     with heartbeat.watching(1, 2, lambda: 0, print) as late_ranks:
         assert asked.wait(60)
-        assert late_ranks() == ["node0, port 29500, where the ranks find each other, does not answer"]
+        assert late_ranks(None) == ["node0, port 29500, where the ranks find each other, does not answer"]
     end.set()
