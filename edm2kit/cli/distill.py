@@ -81,6 +81,7 @@ def main(request: Request, outdir: str, max_time: float | None, device: str, **o
     python generate.py --net runs/distilled/network-snapshot-0008388-0.050.safetensors --outdir out
     """
     check_request(request)
+    cli.check_writable(Path(outdir))
     stop = StopRequest(max_time)
     with dist.session(device) as picked, stop:
         request = with_files(request)

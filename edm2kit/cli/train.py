@@ -153,6 +153,8 @@ def main(
         raise ValueError("--budget belongs to --auto; the length of a run is its --duration")
     if not dry_run and (throughput or measure or gpus or gpu_memory):
         raise ValueError("--throughput, --measure, --gpus and --gpu-memory are for planning: add -n")
+    if not dry_run:
+        cli.check_writable(Path(outdir))
     config = compose_config(preset, config_file, options)
     stop = StopRequest(max_time)
     with dist.session(device) as picked, stop:

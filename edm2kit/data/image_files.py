@@ -346,7 +346,7 @@ def decode_array(data: bytes, where: str) -> np.ndarray:
             check_npy_size(len(data), file.tell())
         except BROKEN as error:
             raise ValueError(f"{where}: the .npy file is damaged or cut short: {one_line(str(error)):.300}") from error
-        if values.ndim != 3 or values.dtype not in (np.uint8, np.float16, np.float32):
+        if values.ndim != 3 or 0 in values.shape or values.dtype not in (np.uint8, np.float16, np.float32):
             raise ValueError(
                 f"{where}: contains {values.dtype} {list(values.shape)}; expected pixels uint8 [C, H, W] or raw "
                 "latents float16 or float32 [C, H, W]"

@@ -346,6 +346,9 @@ def check_run_dir(run: Run) -> dict[str, Any] | None:
     run_dir, config_path, record_path = run.run_dir, run.run_dir / CONFIG_NAME, run.run_dir / RECORD_NAME
     if not config_path.exists():
         _refuse_checkpoints_of_others(run)
+        is_new = not list_checkpoints(run_dir)
+        if is_new and record_path.exists() and b'"run_id"' not in record_path.read_bytes():
+            raise ValueError(f"{record_path} is not the record of a training run; use another --outdir")
         return None
     try:
         record = json.loads(record_path.read_text(encoding="utf-8"))

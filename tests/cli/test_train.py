@@ -302,6 +302,15 @@ def test_wrong_configuration_is_one_clear_line(data, tmp_path, kind, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_folder_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("nowhere/run")
+    for folder, reason in (("file/run", "file is a file"), ("link", "is a link to nowhere; remove that link")):
+        refused = invoke("--data", tmp_path / "absent", "--outdir", tmp_path / folder)
+        assert reason in refused.output
+        assert len(refused.output.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

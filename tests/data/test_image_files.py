@@ -32,7 +32,10 @@ def test_npy_holds_pixels_or_latents():
     np.testing.assert_array_equal(decode_array(npy(np.asfortranarray(latents)), "x"), latents)
 
 
-@pytest.mark.parametrize("array", [np.zeros((4, 4), np.uint8), np.zeros((3, 4, 4)), np.zeros((3, 4, 4), np.int64)])
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((4, 4), np.uint8), np.zeros((3, 4, 4)), np.zeros((3, 4, 4), np.int64), np.zeros((0, 4, 4), np.float32)],
+)
 def test_other_arrays_are_refused(array):
     with pytest.raises(ValueError, match=rf"^some/x\.npy: contains {array.dtype} .*expected pixels uint8"):
         decode_array(npy(array), "some/x.npy")

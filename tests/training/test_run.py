@@ -128,6 +128,14 @@ def test_a_checkpoint_of_another_run_is_refused_without_its_configuration(tmp_pa
             prepare_run(config, tmp_path / "run")
 
 
+def test_a_file_under_the_name_of_the_record_is_not_replaced(tmp_path):
+    config = config_from_dict({**TINY, "data": str(make_dataset(tmp_path / "a", num_images=8))}, "test")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"lap": 1}')
+    with pytest.raises(ValueError, match=r"run\.json is not the record of a training run; use another --outdir"):
+        prepare_run(config, tmp_path / "run")
+
+
 def test_another_image_that_is_not_among_those_compared_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dataset, "_HASHED_BYTES", 0)  # 256 images, as of very large ones
     files = some_files(300)
