@@ -16,10 +16,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from edm2kit.data.archive import png_is_intact
-from edm2kit.data.file_kinds import kind_of_file
 from edm2kit.models.encoders import to_image
 from edm2kit.torch_utils.arrays import BROKEN, check_npy_size
 from edm2kit.torch_utils.dist import one_line
+from edm2kit.torch_utils.file_kinds import kind_of_file
 
 IMAGE_EXTENSIONS = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),

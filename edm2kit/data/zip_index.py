@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edm2kit.data.file_kinds import START_BYTES, kind_of_file, single_image
+from edm2kit.torch_utils.file_kinds import START_BYTES, kind_of_file, single_image
 
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
@@ -80,8 +80,8 @@ def _find_index(descriptor: int, path: Path) -> tuple[int, int, int, int]:
     file_bytes = os.fstat(descriptor).st_size
     tail_start = max(0, file_bytes - (1 << 16) - _END.size - _END64_LOCATOR.size)
     tail = os.pread(descriptor, file_bytes - tail_start, tail_start)
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or at + _END.size > len(tail):
+    at = _find_end(tail)
+    if at < 0:
         start = os.pread(descriptor, START_BYTES, 0)
         kind = single_image(start) or kind_of_file(start)
         if kind is not None:
@@ -103,6 +103,18 @@ def _find_index(descriptor: int, path: Path) -> tuple[int, int, int, int]:
     if shift > 0 and at + _END.size + comment_bytes != len(tail):  # the index of a zip within the zip
         raise ValueError(f"{path}: the zip is cut short: its own index is missing; copy or write it again")
     return end - num_bytes, num_bytes, count, shift
+
+
+def _find_end(tail: bytes) -> int:
+    """Where the end record is in the last bytes of a zip, -1 if it has none: the comment in it may hold another one."""
+    at = found = tail.rfind(b"PK\x05\x06")
+    while at >= 0:
+        if at + _END.size <= len(tail):
+            *_, comment_bytes = _END.unpack_from(tail, at)
+            if at + _END.size + comment_bytes == len(tail):
+                return at
+        at = tail.rfind(b"PK\x05\x06", 0, at)
+    return found if found + _END.size <= len(tail) else -1
 
 
 def _zip64_fields(extra: bytes, size: int, packed: int, offset: int) -> tuple[int, int, int]:

@@ -12,13 +12,13 @@ from edm2kit.metrics.detectors.registry import DETECTORS
 from edm2kit.metrics.moments import FeatureStatistics
 from edm2kit.torch_utils.arrays import read_npz
 from edm2kit.torch_utils.cache import fetch
+from edm2kit.torch_utils.file_kinds import START_BYTES, kind_of_file
 from edm2kit.torch_utils.files import atomic_write
 from edm2kit.torch_utils.pickles.reader import load_pickle
 from edm2kit.torch_utils.pickles.writer import dump_arrays
 
 FORMAT_VERSION = 1
 PUBLISHED_METRICS = ("fid", "fd_dinov2")  # that EDM2's own calculate_metrics.py knows
-_START_BYTES = 16
 _MAX_BYTES = 1 << 28  # statistics of three detectors take a quarter of it
 # the errors that values of an unexpected kind lead to
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -133,10 +133,12 @@ def load_reference(path: str | Path) -> Reference:
             f"`python calculate_metrics.py ref --data {path} --dest ref.npz`"
         )
     with open(path, "rb") as file:
-        start = file.read(_START_BYTES)
+        start = file.read(START_BYTES)
     is_zip = start.startswith(b"PK")
     if not is_zip and not start.startswith(b"\x80"):
-        what = f"starts with {start!r}, which neither an .npz nor a .pkl does" if start else "is empty"
+        what = f"is {kind_of_file(start) or 'empty'}"
+        if start and kind_of_file(start) is None:
+            what = f"starts with {start[:16]!r}"
         raise ValueError(
             f"{path} is damaged or does not contain reference statistics: it {what}. Make them with "
             "`python calculate_metrics.py ref`, or download them again"

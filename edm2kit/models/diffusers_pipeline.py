@@ -171,6 +171,8 @@ def open_repository(source: str, dtype: torch.dtype = torch.float32) -> Reposito
     """
     name = source.removeprefix(PREFIX)
     folder = Path(name)
+    if not name:
+        raise ValueError(f"{source} is followed by nothing; write {PREFIX}FOLDER, or {PREFIX}org/name of the hub")
     if not folder.is_dir():
         match = _HUB_NAME.fullmatch(name)
         if match is None:

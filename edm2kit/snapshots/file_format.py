@@ -17,6 +17,7 @@ from torch import nn
 
 from edm2kit.models.networks import DEFAULT_NETWORK, NETWORKS
 from edm2kit.models.preconditioning import Preconditioner
+from edm2kit.torch_utils.file_kinds import START_BYTES, kind_of_file
 from edm2kit.torch_utils.files import atomic_write, check_fields, check_type, code_commit, crc32_of
 
 FORMAT_VERSION = 2  # 2 names the kind of network; files of version 1 all hold "edm2"
@@ -301,6 +302,11 @@ def _open(path: str | Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        with open(path, "rb") as file:
+            start = file.read(START_BYTES)
+        kind = "a zip, or weights that torch.save wrote" if start.startswith(b"PK") else kind_of_file(start)
+        if kind is not None and start[8:9] != b"{":  # where the header of a damaged snapshot begins
+            raise ValueError(f"{path} is not a snapshot, but {kind}") from error
         raise ValueError(f"{path} is not a complete snapshot ({error}); copy or write it again") from error
 
 

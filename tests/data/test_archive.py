@@ -69,6 +69,13 @@ def test_a_linked_folder_is_followed_once(tmp_path):
     assert open_archive(tmp_path / "d", (".png",)).names == ["cat/x.png"]
 
 
+def test_the_comment_of_a_zip_may_look_like_its_end(tmp_path):
+    path = write_zip(tmp_path / "a.zip", FILES)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = b"PK\5\6 is how a zip ends" + bytes(40)
+    assert open_archive(path, (".png",)).names == sorted(FILES)
+
+
 def test_zip64_entries_are_read(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file, file.open("a.png", "w", force_zip64=True) as member:
         member.write(b"abc")

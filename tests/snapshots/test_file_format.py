@@ -144,6 +144,23 @@ def test_truncated_file_is_refused_by_name(net, header, tmp_path, keep):
         load_snapshot(tmp_path / "s")
 
 
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "a pointer of Git LFS, not the file itself; run `git lfs pull`",
+        ),
+        (b"<!DOCTYPE html>", "a web page"),
+        (b"PK\3\4", "a zip, or weights that torch.save wrote"),
+    ],
+)
+def test_what_is_there_instead_of_a_snapshot_is_named(tmp_path, start, kind):
+    (tmp_path / "net.safetensors").write_bytes(start + bytes(300))
+    with pytest.raises(ValueError, match=f"net.safetensors is not a snapshot, but {kind}"):
+        read_header(tmp_path / "net.safetensors")
+
+
 def test_other_files_are_refused_with_a_reason(net, header, tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
         load_snapshot(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""What a file is that is neither a zip nor an image as expected: photos with the wrong suffix, web pages, archives."""
+"""What a file is that is not what its name says: photos with the wrong suffix, web pages, archives."""
 
 START_BYTES = 300  # that `kind_of_file` looks at
 _PACKED = "an archive of a kind that is not read; unpack it, and give the folder"
@@ -28,8 +28,8 @@ _KINDS: tuple[tuple[int, bytes, str], ...] = (
     (0, b"%PDF", f"a PDF document, {_NOT_READ}"),
     (0, b"<svg", f"an SVG drawing, {_NOT_READ}"),
     (0, b"<?xml", "an XML file"),
-    (0, b"<html", "a web page, not an image; download the image itself"),
-    (0, b"<!doctype", "a web page, not an image; download the image itself"),
+    (0, b"<html", "a web page, not an image or a network; download the file itself"),
+    (0, b"<!doctype", "a web page, not an image or a network; download the file itself"),
     (0, b"{", "a JSON file"),
     (0, b"Rar!", _PACKED),
     (0, b"7z\xbc\xaf", _PACKED),
@@ -41,7 +41,7 @@ _KINDS: tuple[tuple[int, bytes, str], ...] = (
 
 
 def kind_of_file(start: bytes) -> str | None:
-    """What a file is that is neither a zip nor an image as expected, by its first bytes, and what to do; or None."""
+    """What a file is that is not what was expected, by its first bytes, and what to do about it; None if unknown."""
     start = start[:START_BYTES]
     for position, magic, kind in _KINDS:
         found = start[position : position + len(magic)]
