@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from edm2kit.guidance.records import settings_differences
-from edm2kit.torch_utils.arrays import read_npz_array
+from edm2kit.torch_utils.arrays import read_npz_array, verify_npz
 from edm2kit.torch_utils.files import atomic_write, exclusive, write_json
 
 
@@ -73,6 +73,7 @@ def check_npz(
             f"{npz} was made with other settings ({'; '.join(changed[:4])}); use --overwrite to replace it"
         )
     try:
+        verify_npz(npz)
         found = read_npz_array(npz, "seeds")
     except ValueError as error:
         raise ValueError(f"{npz} is damaged ({error}); use --overwrite to replace it") from error

@@ -29,6 +29,13 @@ _SMALL_BYTES = 1 << 16
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 _MAX_STAMPED = 1 << 17  # a network disk takes seconds for as many
 _MAX_OTHERS = 1 << 12  # files beside the images whose names are compared when a zip is opened
+# A JPEG takes as long as its number of scans, up to 12; a video behind it may hold their bytes, once in 65536.
+_SCAN, _MANY_PARTS, _BYTES_PER_SCAN = b"\xff\xda", 100, 4096
+_BYTES_PER_CHUNK = 256  # of a PNG, at least; most have thousands
+# PBM, PGM, PPM and PFM: width and height, then the largest value unless it is a bitmap, with comments in between
+_NETPBM_TOKEN = rb"(?:\s|#[^\r\n]*[\r\n])+[^\s#]+"
+_NETPBM_HEADER = re.compile(rb"P(?:[14](?:%s){2}|[^14](?:%s){3})\s" % (_NETPBM_TOKEN, _NETPBM_TOKEN))
+_NETPBM_BYTES = 1 << 16  # that a header may have
 _SAMPLE_BYTES = 4096  # that `checksum` reads at the start, in the middle and at the end of a file
 
 
@@ -339,6 +346,22 @@ class ZipArchive:
             return os.pread(self._file.fileno(), num_bytes, offset)
         except OSError as error:
             raise ValueError(f"{where}: cannot be read: {error.strerror}") from error
+
+
+def slow_parts(data: bytes) -> str | None:
+    """What makes it take seconds or minutes to open an image file of this size; None if nothing does."""
+    if data.startswith(b"\xff\xd8"):
+        scans = data.count(_SCAN)
+        return f"{scans} scans" if scans > _MANY_PARTS + len(data) // _BYTES_PER_SCAN else None
+    if data.startswith(b"\x89PNG"):
+        position, left = 8, _MANY_PARTS + len(data) // _BYTES_PER_CHUNK
+        while left and position + 4 <= len(data) and data[position + 4 : position + 8] != b"IEND":
+            position += 12 + int.from_bytes(data[position : position + 4], "big")
+            left -= 1
+        return None if left else "very many chunks"
+    if re.match(rb"P[1-6Ff]\s", data) and not _NETPBM_HEADER.match(data[:_NETPBM_BYTES]):
+        return "a header without end"
+    return None
 
 
 def png_is_intact(data: bytes) -> bool:

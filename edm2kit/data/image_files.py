@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from edm2kit.data.archive import png_is_intact
+from edm2kit.data.archive import png_is_intact, slow_parts
 from edm2kit.models.encoders import to_image
 from edm2kit.torch_utils.arrays import BROKEN, check_npy_size
 from edm2kit.torch_utils.dist import one_line
@@ -31,8 +31,6 @@ OTHER_TYPES = (".avif", ".jp2", ".jxl", ".tga", ".psd", ".exr", ".hdr", ".dng", 
 _MAX_PIXELS = 1 << 27  # of one image: 134 megapixels
 # a small file with very many pixels is made to fill the memory; uniform areas compress to 1/1000
 _SMALL_PIXELS, _PIXELS_PER_BYTE = 1 << 24, 100
-# a JPEG takes as long as its number of scans, up to 12; a video behind it may hold their bytes, once in 65536
-_SCAN, _MANY_SCANS, _BYTES_PER_SCAN = b"\xff\xda", 100, 4096
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {
@@ -158,6 +156,8 @@ def heif_is_readable() -> bool:
 
 def open_header(data: bytes, where: str) -> Image.Image:
     """Like open_image, but without decoding the pixels, as stored: enough for size, mode and notes."""
+    if found := slow_parts(data):
+        raise ValueError(f"{where}: the image has {found}, which would take very long; save it again")
     formats: tuple[str, ...] = _FORMATS
     if data[4:8] == b"ftyp" and heif_is_readable():
         formats = (*_FORMATS, "HEIF")
@@ -170,8 +170,6 @@ def open_header(data: bytes, where: str) -> Image.Image:
         raise ValueError(f"{where}: {reason}") from error
     except _BROKEN_IMAGE as error:
         raise ValueError(f"{where}: the image is damaged or cut short: {error}") from error
-    if image.format in ("JPEG", "MPO") and data.count(_SCAN) > _MANY_SCANS + len(data) // _BYTES_PER_SCAN:
-        raise ValueError(f"{where}: the image has {data.count(_SCAN)} scans, which would take very long; save it again")
     width, height = image.size
     if width * height > min(_MAX_PIXELS, _PIXELS_PER_BYTE * len(data) + _SMALL_PIXELS):
         raise ValueError(

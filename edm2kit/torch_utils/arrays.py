@@ -110,6 +110,20 @@ def _check_header(member: IO[bytes], name: str, max_bytes: int) -> int:
     return max(num_bytes, 0)
 
 
+def verify_npz(path: str | Path) -> None:
+    """Compare everything in an .npz file with its checksums, at about a gigabyte per second.
+
+    Raises ValueError, in one line without the name of the file, if something differs or the file is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            check_index(archive)
+            if (name := archive.testzip()) is not None:
+                raise ValueError(f"its entry {name!r:.60} does not match its checksum")
+    except BROKEN as error:
+        raise ValueError(_reason(error)) from error
+
+
 def map_npy(path: str | Path) -> np.ndarray:
     """The array in a .npy file, memory-mapped.
 

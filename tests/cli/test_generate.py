@@ -306,7 +306,7 @@ def test_the_folder_for_unfinished_images_is_never_somebody_elses(nets, tmp_path
     assert (code, output.count("--npz and --grid both name")) == (1, 1)
 
 
-def test_an_npz_of_other_settings_or_seeds_is_refused(nets, tmp_path):
+def test_an_npz_of_other_settings_or_seeds_or_with_a_flipped_bit_is_refused(nets, tmp_path):
     file = tmp_path / "all.npz"
     assert run("--seeds", "0-1", "--npz", file, net=nets / "main")[0] == 0
     for arguments, wrong in (
@@ -318,6 +318,11 @@ def test_an_npz_of_other_settings_or_seeds_is_refused(nets, tmp_path):
         assert wrong in output
     assert run("--seeds", "0-2", "--npz", file, "--overwrite", net=nets / "main")[0] == 0
     assert np.load(file)["seeds"].tolist() == [0, 1, 2]
+    data = bytearray(file.read_bytes())
+    data[300] ^= 1  # within the pixels
+    file.write_bytes(data)
+    code, output = run("--seeds", "0-2", "--npz", file, net=nets / "main")
+    assert (code, "all.npz is damaged (its entry 'images.npy' does not match its checksum)" in output) == (1, True)
 
 
 def test_classes_cycle_by_seed_and_have_names(nets, tmp_path):

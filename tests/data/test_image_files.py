@@ -2,6 +2,7 @@
 
 import io
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -145,6 +146,26 @@ def test_a_jpeg_of_very_many_scans_is_refused_and_a_video_behind_it_is_not():
     video = np.random.default_rng(0).integers(0, 256, 4 << 20, np.uint8).tobytes()  # as phones append it
     assert video.count(b"\xff\xda") > 30
     assert open_image(data + video, "x").size == (64, 64)
+
+
+def test_a_png_of_very_many_chunks_is_refused_and_bytes_behind_it_are_not():
+    data = encoded(picture())
+    note = b"\0\0\0\0teXt" + zlib.crc32(b"teXt").to_bytes(4, "big")
+    open_image(data[:33] + note * 50 + data[33:] + bytes(1 << 16), "x")
+    with pytest.raises(
+        ValueError, match="x: the image has very many chunks, which would take very long; save it again"
+    ):
+        open_image(data[:33] + note * 1000 + data[33:], "x")
+
+
+@pytest.mark.parametrize(
+    "start", [b"P6 # a\n8\n#b\n8 255\n", b"P6\r8\t8\n#\n255 ", b"P3\n8 8\n255\n", b"P4 8 8 ", b"P1\n8 8\n"]
+)
+def test_a_comment_without_end_is_refused_and_short_ones_are_read(start):
+    pixels = b"1 " * 192 if start[1:2] in b"13" else bytes(192)
+    assert open_image(start + pixels, "x").size == (8, 8)
+    with pytest.raises(ValueError, match="x: the image has a header without end, which would take very long"):
+        open_image(start[:2] + b"\n#" + b"x" * (1 << 16) + b"\n" + start[2:] + pixels, "x")
 
 
 def test_no_flipped_bit_of_a_compressed_png_changes_its_pixels():
