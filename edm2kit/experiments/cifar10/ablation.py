@@ -11,6 +11,7 @@ from edm2kit.experiments.cifar10.settings import BATCH, GUIDED_SAMPLER, GUIDES, 
 from edm2kit.experiments.documents import markdown_table
 from edm2kit.experiments.pages.figures import heat_map
 from edm2kit.experiments.tune.sweep import sweep
+from edm2kit.snapshots.loading import open_weights
 from edm2kit.torch_utils.files import provenance, write_json
 
 ABLATION_RECORD = "ablation.json"  # in the folder of the study
@@ -22,6 +23,8 @@ DEGRADATIONS = (
     ("less training", "early", 360_448),
     ("less training and less capacity", "small", 20_480),
     ("less training and less capacity", "small", 45_056),
+    ("less capacity and half the training", "small", 393_216),
+    ("less capacity", "small", 753_664),
 )
 WEIGHTS = (1.5, 2.0, 2.5, 3.0)
 EMA_MAIN, EMA_GUIDE = (0.04, 0.05, 0.07, 0.1), (0.05, 0.07, 0.1, 0.14)
@@ -32,8 +35,16 @@ GRID_GUIDE, GRID_WEIGHT = ("early", 180_224), 2.5
 def ablate(out: Path, num: int, device: str, report: Callable[[str], None]) -> list[dict[str, Any]]:
     """The rows of both ablations, `num` images each; kept in OUT/ablation.json, and features in OUT/ablation.
 
-    A row is measured once; each is a combination of guide, its training images, both EMA lengths, and weight.
+    A row is measured once; each is a combination of guide, its training images, both EMA lengths, and weight. Raises
+    ValueError before it generates any if a guide has no snapshot at a time of DEGRADATIONS.
     """
+    for run, age in dict.fromkeys((GUIDES[guide], age) for _, guide, age in DEGRADATIONS):
+        times = {open_weights(path).header.nimg for path in (out / "runs" / run).glob("network-snapshot-*.safetensors")}
+        if age not in times:
+            raise ValueError(
+                f"{out / 'runs' / run} has no snapshot at {age:,} images; its latest is at {max(times, default=0):,}. "
+                f"Train it further: python scripts/cifar10_study.py train --only {run} --nimg {age}"
+            )
     path = out / ABLATION_RECORD
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     for setting in combinations():

@@ -1,12 +1,17 @@
 """The ablations: every combination is measured once, with the guides that the study trains, and shown."""
 
+import dataclasses
 import json
 
+import click
 import pytest
+from safetensors.torch import load_file
 
 from edm2kit.experiments.cifar10 import ablation, study
 from edm2kit.experiments.cifar10.ablation import combinations, degradation_table, ema_figure
 from edm2kit.experiments.tune.table import SweepTable
+from edm2kit.snapshots.file_format import read_header, save_snapshot, snapshot_name
+from tests.support.fakes import tiny_snapshot
 
 
 @pytest.fixture
@@ -24,7 +29,7 @@ def value_of(age, weight, ema_main, ema_guide):
 
 def test_the_default_has_each_combination_once():
     found = [json.dumps(setting) for setting in combinations()]
-    assert len(set(found)) == len(found) == 6 * 4 + 4 * 4 - 1
+    assert len(set(found)) == len(found) == 8 * 4 + 4 * 4 - 1
 
 
 def test_combinations_are_measured_once_and_shown(small, tmp_path, monkeypatch):
@@ -39,8 +44,17 @@ def test_combinations_are_measured_once_and_shown(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ablation, "sweep", sweep)
     monkeypatch.setattr(ablation, "reference_file", lambda out: out / "reference.npz")
+    words = ["ablation", "--out", str(tmp_path), "--num", "30"]
+    further = r"runs/.*at 0\. Train it further: .* --only (main --nimg 1000|guide --nimg 2000)"
+    with pytest.raises(click.ClickException, match=further):
+        study.main(words, standalone_mode=False)
+    for run, nimg in (("main", 1000), ("guide", 2000)):
+        path = tmp_path / "runs" / run / snapshot_name(nimg, 0.1)
+        path.parent.mkdir(parents=True)
+        tiny_snapshot(path, label_dim=10)
+        save_snapshot(path, load_file(path), dataclasses.replace(read_header(path), nimg=nimg))
     for _ in range(2):
-        study.main(["ablation", "--out", str(tmp_path), "--num", "30"], standalone_mode=False)
+        study.main(words, standalone_mode=False)
     assert len(asked) == 4 + 3
     assert asked[2] == ({"small": tmp_path / "runs" / "guide"}, [2000], [1.5])
     rows = json.loads((tmp_path / "ablation.json").read_text())
