@@ -8,8 +8,10 @@ RUNNING trial of a dead process is marked as failed, and its measurement is clai
 
 import contextlib
 import json
+import re
 import secrets
 import socket
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +19,17 @@ from typing import Any
 
 from edm2kit.experiments.tune.halving import Evaluation
 from edm2kit.experiments.tune.proposals import quiet_optuna
-from edm2kit.torch_utils.files import differences, file_lock, patience, plain_json, write_json
+from edm2kit.torch_utils.files import check_type, differences, file_lock, patience, plain_json, write_json
 
 STUDY_NAME = "search"
 _DATABASE, _SETTINGS, _LOCK, _WORKERS = "study.db", "settings.json", ".deciding", "workers"
+# what is recorded of a trial, the last three when it is complete
+_ATTRIBUTES = {
+    "key": str, "values": Mapping[str, Any], "num_images": int, "cost": int, "worker": str,
+    "results": Mapping[str, Any], "seconds": float, "error": str,
+}  # fmt: skip
+_ADDED_LATER = ("results", "seconds", "error")
+_WORKER_NAME = re.compile(r"\w[\w.-]*-[0-9a-f]{12}")
 _MAX_DEATHS = 3  # of processes that worked on the same measurement
 _SQLITE_TIMEOUT_SEC = 300
 
@@ -87,8 +96,9 @@ class SharedStudy:
             with quiet_optuna():
                 yield
         except Exception as error:
-            if type(error).__module__.split(".")[0] not in ("sqlalchemy", "optuna"):  # from what optuna stores with
-                raise
+            modules = (frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__))
+            if not any(module.split(".")[0] in ("sqlalchemy", "optuna") for module in modules):
+                raise  # an error of this project
             cause = error.__cause__ or error
             reason = (str(getattr(cause, "orig", None) or cause).splitlines() or [type(cause).__name__])[0]
             raise ValueError(
@@ -103,7 +113,7 @@ class SharedStudy:
         states = optuna.trial.TrialState
         with self._using_database():
             trials = self._study.get_trials(deepcopy=False, states=(states.COMPLETE, states.RUNNING))
-        return [_evaluation(trial) for trial in trials]
+        return [self._evaluation(trial) for trial in trials]
 
     def claim(self, decide: Decide) -> Claim | None:
         """The next measurement for this process; None if `decide` has none. Measurements of dead processes come first.
@@ -121,7 +131,9 @@ class SharedStudy:
             trials = self._study.get_trials(deepcopy=False)
             wanted = self._abandoned(trials)
             if wanted is None:
-                evaluations = [_evaluation(one) for one in trials if one.state in (states.COMPLETE, states.RUNNING)]
+                evaluations = [
+                    self._evaluation(one) for one in trials if one.state in (states.COMPLETE, states.RUNNING)
+                ]
                 wanted = decide(evaluations)
             if wanted is None:
                 return None
@@ -151,11 +163,11 @@ class SharedStudy:
         with self._using_database():
             trials = self._study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
         for trial in trials:
-            found.append({**trial.user_attrs, "value": trial.value, "trial": trial.number})
+            found.append({**self._known(trial), "value": trial.value, "trial": trial.number})
         return found
 
     def _lives(self, trial: Any) -> bool:
-        worker = trial.user_attrs["worker"]
+        worker = self._known(trial)["worker"]
         if worker == self.worker:
             return True
         with contextlib.suppress(_HeldError), file_lock(self.folder / _WORKERS / worker, _refuse):
@@ -167,7 +179,8 @@ class SharedStudy:
         deaths: dict[tuple[str, int], list[Any]] = {}
         claimed = set()
         for trial in trials:
-            work = trial.user_attrs["key"], trial.user_attrs["num_images"]
+            known = self._known(trial)
+            work = known["key"], known["num_images"]
             if trial.state.name == "FAIL":
                 deaths.setdefault(work, []).append(trial)
             else:
@@ -180,9 +193,30 @@ class SharedStudy:
                     f"{len(failed)} processes died while they measured {work[0]}; perhaps memory ran out. "
                     "Lower --batch, or leave this choice out and use another --outdir"
                 )
-            attributes = failed[-1].user_attrs
+            attributes = self._known(failed[-1])
             return attributes["key"], attributes["values"], attributes["num_images"], attributes["cost"]
         return None
+
+    def _evaluation(self, trial: Any) -> Evaluation:
+        known = self._known(trial)
+        value = trial.value if trial.state.name == "COMPLETE" else None
+        return Evaluation(
+            known["key"], known["values"], known["num_images"], value, known["cost"], known.get("seconds", 0.0)
+        )
+
+    def _known(self, trial: Any) -> Mapping[str, Any]:
+        """What is recorded of a trial; raises ValueError if it is not what this class writes.
+
+        The database may come from elsewhere: the name of a worker is that of a file, which is removed.
+        """
+        known = trial.user_attrs
+        where = f"{self.folder / _DATABASE} is damaged: trial {trial.number}"
+        for name, kind in _ATTRIBUTES.items():
+            if name in known or name not in _ADDED_LATER:
+                check_type(known.get(name), kind, f"{where}: {name}")
+        if not _WORKER_NAME.fullmatch(known["worker"]):
+            raise ValueError(f"{where}: worker is {known['worker']!r:.60}, which is not the name of a process")
+        return known
 
 
 class _HeldError(Exception):
@@ -214,11 +248,3 @@ def _as_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
     numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
     distribution = optuna.distributions.IntDistribution(0, 1000)
     return {"params": numbers, "distributions": dict.fromkeys(numbers, distribution)}
-
-
-def _evaluation(trial: Any) -> Evaluation:
-    known = trial.user_attrs
-    value = trial.value if trial.state.name == "COMPLETE" else None
-    return Evaluation(
-        known["key"], known["values"], known["num_images"], value, known["cost"], known.get("seconds", 0.0)
-    )

@@ -1,8 +1,10 @@
 """One study for several processes: nothing is measured twice, and a killed process's work is taken up again."""
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections import Counter
@@ -189,6 +191,36 @@ def test_a_database_that_cannot_be_read_or_written_is_one_line(tmp_path):
     (tmp_path / "bad" / "study.db").write_bytes(b"not a database" * 100)
     with pytest.raises(ValueError, match=r"study\.db cannot be read or written \(file is not a database\)"):
         SharedStudy(tmp_path / "bad", {"metric": "fd_lite0"})
+
+
+def set_attribute(database, name, value):
+    with contextlib.closing(sqlite3.connect(database)) as opened, opened:
+        found = opened.execute("UPDATE trial_user_attributes SET value_json = ? WHERE key = ?", (value, name))
+        assert found.rowcount
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("worker", '"../../victim"', r"worker is '\.\./\.\./victim', which is not the name of a process"),
+        ("worker", "5", "worker must be str; got 5"),
+        ("values", "[1]", "values must be a mapping"),
+        ("num_images", '"many"', "num_images must be int; got 'many'"),
+        ("cost", "{", r"study\.db cannot be read or written"),
+    ],
+)
+def test_a_database_from_elsewhere_removes_no_file_and_what_is_wrong_in_it_is_named(tmp_path, name, value, reason):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    with SharedStudy(tmp_path / "search", SETTINGS) as study:
+        study.claim(wanting("a"))
+    set_attribute(tmp_path / "search" / "study.db", name, value)
+    with SharedStudy(tmp_path / "search", SETTINGS) as again:
+        for use in (again.evaluations, lambda: again.claim(wanting("b"))):
+            with pytest.raises(ValueError, match=reason) as caught:
+                use()
+            assert "\n" not in str(caught.value)
+    assert victim.read_text() == "precious"
 
 
 def test_what_is_behind_the_names_of_a_search_may_not_change(tmp_path):
