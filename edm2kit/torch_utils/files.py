@@ -203,12 +203,13 @@ def exclusive(folder: str | Path, shared: bool = False) -> Iterator[None]:
 def file_lock(path: Path, when_held: Callable[[str], None], shared: bool = False) -> Iterator[None]:
     """Hold the lock file `path` inside the block, alone or with others that want it `shared`.
 
-    A process that dies releases it.
-
+    A process that dies releases it. Raises ValueError if it is a link: the file behind it would be emptied.
     As long as another process holds it, `when_held(owner)` is called ten times a second, `owner` being text for a
     message: it raises, or returns to wait on. If the file system has no locks, prints a warning and continues without
     one.
     """
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link, which leads out of its folder; remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _open_locked(path, when_held, shared) as file, _kept_from_children(file):
         with contextlib.suppress(OSError):  # a full disk: the lock works without the name of its owner

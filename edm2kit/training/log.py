@@ -208,8 +208,9 @@ class RunLog:
         text = f"Stopped at {nimg} images; {saved}"
         dist.print0(text)
         if dist.rank() == 0 and is_saved:
-            with contextlib.suppress(OSError):  # such as a full disk; the state is safe
-                (self.run_dir / STOPPED_NAME).write_text(text + "\n", encoding="utf-8")
+            # an error such as a full disk does not matter: the state is safe
+            with contextlib.suppress(OSError), atomic_write(self.run_dir / STOPPED_NAME, "w") as file:
+                file.write(text + "\n")
 
     def finished(self, nimg: int) -> None:
         """Report that the run is complete."""
@@ -228,7 +229,8 @@ def memory_gb(device: torch.device) -> dict[str, float]:
 def append_line(path: Path, line: str) -> None:
     """Add `line` to a text file, all of it or nothing: half a line of a full disk would spoil the next one, too."""
     content = line.encode() + b"\n"
-    with open(path, "ab", buffering=0) as file:
+    # a link in a folder from elsewhere is not followed
+    with open(path, "ab", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)) as file:
         before = os.fstat(file.fileno()).st_size
         try:
             while content:

@@ -111,6 +111,19 @@ def test_two_folders_do_not_disturb_each_other(tmp_path):
         assert (tmp_path / "b" / LOCK_NAME).exists()
 
 
+def test_a_lock_that_is_a_link_neither_empties_nor_creates_a_file(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for target in (victim, tmp_path / "nowhere"):
+        (tmp_path / "run" / ".running").unlink(missing_ok=True)
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / ".running").symlink_to(target)
+        with pytest.raises(ValueError, match=r"\.running is a link, which leads out of its folder"):
+            exclusive(tmp_path / "run").__enter__()
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_a_lock_file_removed_in_between_is_created_again(tmp_path, monkeypatch):
     """The former owner removes the file after we opened it: the lock on the old one would keep nobody out."""
     acquire, calls = files._acquire, []

@@ -10,7 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from edm2kit.training.log import HELDOUT_NAME, STATS_NAME, RunLog, RunningStats, drop_later_lines, memory_gb
+from edm2kit.training.log import (
+    HELDOUT_NAME,
+    STATS_NAME,
+    RunLog,
+    RunningStats,
+    append_line,
+    drop_later_lines,
+    memory_gb,
+)
 
 STATS = {"loss": (0.5, 32), "lr": (0.01, 2), "gradient_norm": (3.0, 2), "nonfinite_gradients": (1.5, 2)}
 
@@ -138,3 +146,10 @@ def test_a_bad_byte_costs_one_line_of_statistics(tmp_path):
     path.write_bytes(b'{"nimg": 1}\n{"ni\xffmg": 2}\nnull\n{"nimg": 3}\n')
     drop_later_lines(path, 3)
     assert path.read_bytes() == b'{"nimg": 1}\n{"nimg": 3}\n'
+
+
+def test_lines_are_not_written_through_a_link(tmp_path):
+    (tmp_path / "stats.jsonl").symlink_to("elsewhere")
+    with pytest.raises(OSError, match="symbolic links"):
+        append_line(tmp_path / "stats.jsonl", "{}")
+    assert not (tmp_path / "elsewhere").exists()
