@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from edm2kit.snapshots.loading import load_snapshot
+from edm2kit.training.checkpoint import damage
 from tests.faults.breaking import Fault
 from tests.faults.families import Family, Variant, is_furniture, leftovers, results, written
 from tests.faults.processes import Ending, Job, Server
@@ -293,7 +294,13 @@ def _read_snapshot(path: Path) -> None:
     load_snapshot(path)
 
 
+def _read_checkpoint(path: Path) -> None:
+    if reason := damage(path):
+        raise ValueError(reason)
+
+
 _READERS: dict[str, Callable[[Path], None]] = {
+    ".pt": _read_checkpoint,
     ".png": _read_picture,
     ".zip": _read_zip,
     ".npz": _read_arrays,
