@@ -300,7 +300,7 @@ def test_memory_does_not_grow_with_the_inputs(tmp_path):
     for k in range(1, 13):
         for std in STORED:
             weights = runs.snapshot(k * 1_000_000, std, net.state_dict())
-            runs.write(tmp_path, [changed(weights, architecture=architecture)])
+            runs.write(tmp_path, [changed(weights, architecture=architecture, label_names=None)])
     peaks = {}
     for count in (4, 24):
         command = [sys.executable, "-c", PEAK, str(tmp_path), str(count)]
