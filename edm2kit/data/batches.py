@@ -12,6 +12,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
@@ -31,6 +32,8 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in _STOP_NAMES if hasattr(si
 
 _WATCH_SEC = 5.0  # between two looks at a wait
 LOOK_SEC = 60.0  # without a batch before the reading processes are named
+_READ_TOGETHER = 8  # batches at most, by a thread that takes less than _FAST_SEC for each
+_FAST_SEC = 0.002
 _SHARED_MEMORY = "/dev/shm"
 _MAX_TMPDIR_BYTES = 75  # a socket's path has at most 107, and its name in the folder takes 32
 
@@ -194,42 +197,56 @@ def _stream(
 
 
 class _ReadingThread:
-    """Reads the batches of a loader without processes, one when it is asked for, so that a dead disk can be given up.
+    """Reads the batches of a loader without processes when they are asked for, so that a dead disk can be given up.
 
     Nothing can end a thread that reads from a disk that does not answer, but it does not keep the process from ending.
     After `look_sec` it raises queue.Empty, and can be asked again, as a loader with processes can.
+
+    Waking a thread takes as long as reading 20 small images. If batches are read fast, it therefore reads some more.
     """
 
     def __init__(self, batches: Iterator[Any], look_sec: float):
         self._batches, self._look_sec = batches, look_sec
-        self._is_asked = False
-        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._read: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        self._is_asked, self._count = False, 1
+        self._ready: deque[tuple[Any, BaseException | None]] = deque()
+        self._asked: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._each_sec: queue.SimpleQueue[float] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="reader", daemon=True).start()
 
     def _run(self) -> None:
-        while self._asked.get():
+        while count := self._asked.get():
+            started = time.monotonic()
             try:
-                self._read.put((next(self._batches), None))
+                for _ in range(count):
+                    self._ready.append((next(self._batches), None))
             except BaseException as error:
-                self._read.put((None, error))
+                self._ready.append((None, error))
+            self._each_sec.put((time.monotonic() - started) / count)
 
     def __iter__(self) -> "_ReadingThread":
         return self
 
     def __next__(self) -> Any:
-        if not self._is_asked:
-            self._asked.put(True)
-        self._is_asked = True
-        batch, error = self._read.get(timeout=self._look_sec)
-        self._is_asked = False
+        while not self._ready:
+            if not self._is_asked:
+                self._asked.put(self._count)
+            self._is_asked = True
+            try:
+                each_sec = self._each_sec.get(timeout=self._look_sec)
+            except queue.Empty:
+                if not self._ready:  # those before the one that takes so long are not held back
+                    raise
+            else:
+                self._is_asked = False
+                self._count = min(2 * self._count, _READ_TOGETHER) if each_sec < _FAST_SEC else 1
+        batch, error = self._ready.popleft()
         if error is not None:
             raise error
         return batch
 
     def close(self) -> None:
         """End the thread, unless it is stuck."""
-        self._asked.put(False)
+        self._asked.put(0)
 
 
 class _Watch:

@@ -211,7 +211,7 @@ def test_mistakes_are_refused(tmp_path):
         ema.update(16)
     with pytest.raises(ValueError, match="nothing to average"):
         PowerEMA(net().requires_grad_(False))
-    with pytest.raises(ValueError, match=r"must be above 0 and at most 0\.2887"):
+    with pytest.raises(ValueError, match=r"must be above 0 and at most 0\.2886"):
         PowerEMA(model, stds=[0.5])
     path, _ = ema.save(tmp_path)
     with pytest.raises(ValueError, match="does not fit these parameters"):
