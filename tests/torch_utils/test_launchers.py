@@ -149,7 +149,8 @@ def test_torchrun_comes_first(started_by, monkeypatch):
 
 
 def test_a_port_in_use_is_named(started_by, monkeypatch):
-    monkeypatch.setattr(heartbeat, "watching", lambda *arguments: contextlib.nullcontext(lambda *limit: []))  # it waits for 20 s
+    # it waits for 20 s
+    monkeypatch.setattr(heartbeat, "watching", lambda *arguments: contextlib.nullcontext(lambda *limit: []))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
