@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import queue
 import shutil
 import subprocess
 import sys
@@ -348,3 +349,23 @@ def test_a_reader_that_dies_while_it_hands_over_a_batch_is_reported():
     with pytest.raises(ValueError, match=r"a reading process died \(Connection reset by peer\)"):
         batches._next_watched(hand_over(), watch)
     watch.ended.set()
+
+
+def test_batches_that_are_read_before_a_disk_stops_answering_are_handed_over():
+    answer = threading.Event()
+
+    def items():
+        yield from range(10)  # one, two and four at once, then three before the one that never comes
+        answer.wait()
+
+    thread = batches._ReadingThread(items(), look_sec=60)
+    found = [next(thread) for _ in range(7)]
+    thread._look_sec = 1.0
+    found += [next(thread) for _ in range(3)]  # an exception if they were held back
+    assert found == list(range(10))
+    with pytest.raises(queue.Empty):
+        next(thread)
+    answer.set()
+    with pytest.raises(StopIteration):
+        next(thread)
+    thread.close()

@@ -244,6 +244,16 @@ def unfinished(dest: Path, arrays: list[np.ndarray], count: int) -> Path:
     return dest.with_name(f"{dest.name}.partial")
 
 
+def complete(dest: Path, arrays: list[np.ndarray]) -> None:
+    """Go on in an unfinished folder of which the first three files are kept."""
+    with PartialDataset(dest, SETTINGS) as output:
+        assert output.names == {name(k) for k in range(3)}
+        for k in (5, 4, 3):
+            output.add(name(k), encode_npy(arrays[k]))
+        output.add("encoder.json", b"{}")
+        output.finish({"labels": None})
+
+
 @pytest.mark.parametrize("what", ["a bit", "zeros", "the journal's end", "a line of the journal"])
 def test_files_that_do_not_fit_the_journal_are_written_again(tmp_path, what):
     arrays = latents()
@@ -258,12 +268,7 @@ def test_files_that_do_not_fit_the_journal_are_written_again(tmp_path, what):
     else:
         lines = journal.read_bytes().splitlines(keepends=True)
         journal.write_bytes(b"".join([*lines[:3], b'["' + b"[" * 50_000 + b"\n"]))
-    with PartialDataset(tmp_path / "d", SETTINGS) as output:
-        assert output.names == {name(k) for k in range(3)}
-        for k in (5, 4, 3):
-            output.add(name(k), encode_npy(arrays[k]))
-        output.add("encoder.json", b"{}")
-        output.finish({"labels": None})
+    complete(tmp_path / "d", arrays)
     write(tmp_path / "whole", arrays)
     for file in (tmp_path / "whole").rglob("*.*"):
         assert file.read_bytes() == (tmp_path / "d" / file.relative_to(tmp_path / "whole")).read_bytes()
@@ -275,10 +280,5 @@ def test_unfinished_work_of_an_earlier_version_is_kept(tmp_path):
     partial = unfinished(tmp_path / "d", arrays, 4)
     (partial / "checksums").unlink()
     (partial / "data" / name(3)).write_bytes(b"")
-    with PartialDataset(tmp_path / "d", SETTINGS) as output:
-        assert output.names == {name(k) for k in range(3)}
-        for k in (3, 4, 5):
-            output.add(name(k), encode_npy(arrays[k]))
-        output.add("encoder.json", b"{}")
-        output.finish({"labels": None})
+    complete(tmp_path / "d", arrays)
     assert record(tmp_path / "d") == record(write(tmp_path / "whole", arrays))
